@@ -24,7 +24,6 @@ from dcar_core import Encoder
 from index_jobs.gallery.scan import scan
 from index_jobs.index.versions import open_current
 from index_jobs.jobs import gate
-from index_jobs.jobs.cutoff import compute_cutoff
 
 UNRELATED_TEXTS = (
     "quarterly tax report", "how do I reset my password", "stainless steel hex bolt M8", "kernel panic stack trace",
@@ -71,10 +70,12 @@ def main() -> None:
     queries = [(text, artifact.row_of(item_id)) for text, item_id in zip(pairs.texts, pairs.ids, strict=True)]
     rows = np.array([row for _, row in queries if row is not None])
     texts = encoder.encode_text([text for text, row in queries if row is not None])  # [N, E]
-    calibrated = compute_cutoff(np.einsum("ne,ne->n", texts, artifact.vectors(rows)))
+    scores = np.einsum("ne,ne->n", texts, artifact.vectors(rows))
+    calibrated, halves = gate.compute_cutoff(scores), np.array_split(np.random.default_rng(0).permutation(scores), 2)
+    kept = [half >= gate.compute_cutoff(rest)["min_score"] for half, rest in zip(halves, halves[::-1], strict=True)]
     min_score, count = calibrated["min_score"], artifact.manifest.count
     print(f"{args.index}: cut-off {min_score:.3f} from {calibrated['pairs']} validation pairs")
-    print(f"  true queries kept, by halves      {100 * (calibrated['kept'] or 0):.1f} %")
+    print(f"  true queries kept, by halves      {100 * np.concatenate(kept).mean():.1f} %")
     for name, nonsense in (("unrelated things", UNRELATED_TEXTS), ("random letters", random_texts(RANDOM_TEXTS))):
         best, _ = artifact.search(encoder.encode_text(list(nonsense)), 1)
         rejected = 100 * float((best[:, 0] < min_score).mean())

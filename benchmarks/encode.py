@@ -36,8 +36,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from dcar_core import Encoder
 from index_jobs.encoding.decode import worker_count
-from index_jobs.encoding.devices import load_replicas
-from index_jobs.encoding.encode import encode_gallery
+from index_jobs.encoding.encode import encode_gallery, load_replicas
 from index_jobs.gallery.scan import scan
 from index_jobs.spec import BuildOptions
 

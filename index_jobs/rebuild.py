@@ -14,11 +14,11 @@ import typer
 
 from dcar_core.util.console import run_command, show_progress
 from dcar_core.util.options import command, option, with_options
-from index_jobs.jobs.summary import RebuildSummary, RejectedError
 from index_jobs.spec import BuildOptions, IndexSpec
 
 if TYPE_CHECKING:
     from index_jobs.gallery.scan import Gallery
+    from index_jobs.jobs.build import RebuildSummary
 
 EXAMPLE = "dcar index build --gallery photos --checkpoint checkpoint --out index"
 EXIT_CODES = """\n\n\b
@@ -64,19 +64,13 @@ def build_command(
     again; an unchanged gallery and checkpoint finish at once. The summary goes to stdout, progress to stderr.
     """
     show_progress(quiet=quiet)
-    rejected = None
-    try:
-        summary = rebuild(galleries, checkpoint, out, progress=not quiet, **options)
-    except RejectedError as error:
-        summary, rejected = error.summary, error
+    summary = rebuild(galleries, checkpoint, out, progress=not quiet, **options)
     typer.echo(json.dumps(asdict(summary), indent=2) if as_json else summary.to_text())
-    if rejected:
-        raise rejected
 
 
 def rebuild(
     gallery: "str | Path | Sequence[str] | Gallery", checkpoint: Path, out: Path, **options: Any
-) -> RebuildSummary:
+) -> "RebuildSummary":
     """Publish an index of a gallery, encoded with a checkpoint; see `index_jobs.jobs.build.rebuild`."""
     from index_jobs.jobs import build
 

@@ -133,13 +133,7 @@ class BuildOptions:
     margin: float = option(0.02, "Recall at 1 or 10, or nDCG, that the new index may lose and still pass.", **_SHARE)
     force: bool = option(
         False,
-        "Publish although nothing has changed, the new index ranks worse or cannot be compared, or the gallery has "
-        "shrunk. Images that failed are tried again.",
-    )
-    keep_shards: bool = option(
-        True,
-        "Keep the vectors in OUT/work, those of a rejected index included, so that the next rebuild encodes only new "
-        "images.",
+        "Publish without a comparison, although nothing has changed or the gallery has shrunk.",
     )
     origin: str = ""  # as in the manifest; with one, `keep` is the length of the history of changes
     progress: bool = True

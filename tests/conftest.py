@@ -26,7 +26,7 @@ from dcar_core.model.checkpoint import save_checkpoint
 from dcar_core.model.config import MODEL_CONFIG
 from dcar_core.model.dcar import DCAR
 from dcar_core.model.methods.registry import method
-from index_jobs.jobs.summary import RebuildSummary
+from index_jobs.jobs.build import RebuildSummary
 from index_jobs.rebuild import rebuild
 from tests.support import parts
 from tests.support.images import draw

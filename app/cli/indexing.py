@@ -110,7 +110,7 @@ def add(
 @with_options(BuildOptions, "workers", "batch_size", "device")
 def apply(index: Path = INDEX, *, keep: int = KEEP_CHANGES, **build: Any) -> None:
     """Publish the changes of items that a service has accepted over HTTP; services run this by themselves."""
-    from index_jobs.jobs.apply import apply_waiting
+    from index_jobs.jobs.update import apply_waiting
 
     typer.echo(f"{location_of(index)}: {apply_waiting(index, keep=keep, **build):,} jobs applied")
 

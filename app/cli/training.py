@@ -1,6 +1,5 @@
 """`dcar train`, `dcar retrain`, `dcar zero-shot` and `dcar evaluate`."""
 
-import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -121,15 +120,10 @@ def retrain(
     Only an adapter behind the text tower learns, in seconds. The rest needs `dcar train`, which resumes, and a build.
     INDEX/retrain.json has the comparison. Exit status 6: not published.
     """
-    started = time.perf_counter()
     from index_jobs.index.storage import location_of
-    from index_jobs.index.versions import open_current
-    from index_jobs.jobs.retrain import describe_rest
     from index_jobs.jobs.retrain import retrain as run
 
-    if rest := describe_rest(open_current(index).checkpoint):
-        typer.echo(f"{location_of(index)}: {rest}", err=True)
-    summary = run(index, pairs, device=device, started=started, **build)
+    summary = run(index, pairs, device=device, **build)
     typer.echo(f"{location_of(index)}: {summary.to_text()}")
 
 

@@ -28,7 +28,7 @@ from dcar_core.util import files
 from dcar_core.util.errors import DcarError, LockedError
 from index_jobs.index.jobs import JobKind, JobQueue
 from index_jobs.index.storage import store_of
-from index_jobs.jobs.apply import apply_waiting
+from index_jobs.jobs.update import apply_waiting
 
 logger = logging.getLogger(__name__)
 

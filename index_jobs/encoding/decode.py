@@ -4,10 +4,8 @@
   is in flight, so memory does not grow with the gallery.
 - Each thread reads files and has a decoding process: see `dcar_core.images.workers`. These end with the job.
 - A broken image adds a reason to the result and raises no exception, and so does one that ends its process.
-- The pixels of each image are hashed, which finds the same image under two names.
 """
 
-import hashlib
 import threading
 from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
@@ -22,15 +20,23 @@ from dcar_core.model.preprocess import Preprocess
 from dcar_core.util.arrays import Pixels
 from dcar_core.util.errors import ImageError, ImageFault
 from dcar_core.util.machine import available_cores
-from index_jobs.encoding.shards import IMAGE, FailedImage, Images
+from index_jobs.encoding.shards import IMAGE, Images
 from index_jobs.gallery.storage import ImageLocation, read_images
 
-Given = TypeVar("Given")
+Value = TypeVar("Value")
 Result = TypeVar("Result")
 LIMITS = Limits(memory=24 * MAX_PIXELS, seconds=5, seconds_per_pixel=5e-7)  # of one image of a gallery
 _MAX_THREADS = 4  # threads keep up to this many cores busy
 _IMAGES_PER_WORKER = 100  # a process takes as long to start as to decode these
 _WINDOWS_AHEAD = 2  # windows in flight beyond those being decoded
+
+
+class FailedImage(NamedTuple):
+    """An image without a vector. row: of the gallery."""
+
+    row: int
+    reason: str
+    fault: ImageFault
 
 
 class DecodedWindow(NamedTuple):
@@ -77,7 +83,7 @@ def decode_windows(
 
 
 def map_ahead(
-    threads: ThreadPoolExecutor, function: Callable[[Given], Result], values: Iterable[Given], ahead: int
+    threads: ThreadPoolExecutor, function: Callable[[Value], Result], values: Iterable[Value], ahead: int
 ) -> Iterator[Result]:
     """Yield the results of a function in the order of the values; at most so many more are under way."""
     pending: deque[Future[Result]] = deque()
@@ -100,9 +106,8 @@ def _decode_window(
             failed.append(image)
         else:
             pixels, *size = image
-            pixel_hash = int.from_bytes(hashlib.blake2b(pixels.tobytes(), digest_size=8).digest())
             stacked.append(pixels)
-            records.append((location.row, location.location_hash, pixel_hash, tuple(size)))
+            records.append((location.row, location.location_hash, tuple(size)))
     pixels = np.stack(stacked) if stacked else np.empty((0, 3, 0, 0), np.uint8)
     return DecodedWindow(pixels, np.array(records, IMAGE), tuple(failed))
 

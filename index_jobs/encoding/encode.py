@@ -1,33 +1,35 @@
 """Encode a gallery into vector shards: decode ahead, one forward pass per window, one shard per thousand rows.
 
-- Windows are fixed parts of a shard, whichever images fail. Every run therefore makes the same forward passes, and the
-  vectors of a resumed job are bit for bit those of an uninterrupted one.
+- Windows are fixed parts of a shard, whichever images fail and however many devices compute. Every run therefore makes
+  the same forward passes, and the vectors of a resumed job are bit for bit those of an uninterrupted one.
 - Complete shards are skipped after their checksums have been verified. Images whose vectors another gallery has are
-  copied first, and in no window.
-- Failed images are tried again: those that could not be read, as from a store that was down, in every run; those whose
-  decoder was missing, once it is installed; all others only with --force, for example after a store has sent error
-  pages, since a list does not show that an image has changed.
+  copied first, and in no window. Every run tries the failed images again.
+- Every GPU is used unless one is named, with two replicas of the model, so that one window is transferred while another
+  is computed. A CPU computes in the job's own thread.
 """
 
 import logging
+import threading
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Generator, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from itertools import islice
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import pyarrow as pa
 
 from dcar_core import Encoder
-from dcar_core.images import IMAGE_SUFFIXES
+from dcar_core.encoder.runtimes import AUTO
 from dcar_core.util.arrays import Floats, Rows
 from dcar_core.util.console import progress_bar
-from dcar_core.util.errors import DataError, ImageFault
+from dcar_core.util.errors import DataError
 from dcar_core.util.files import write_json_lines
-from index_jobs.encoding.decode import decode_windows, worker_count
-from index_jobs.encoding.devices import EncodedWindow, encode_windows
-from index_jobs.encoding.shards import FailedImage, Images, ReusableVectors, Shard, ShardStore
+from dcar_core.util.machine import is_installed
+from index_jobs.encoding.decode import DecodedWindow, FailedImage, decode_windows, map_ahead, worker_count
+from index_jobs.encoding.shards import Images, ReusableVectors, ShardStore
 from index_jobs.gallery.scan import Gallery
 from index_jobs.gallery.storage import ImageLocation, is_url, join_location
 from index_jobs.index.items import SIZE_COLUMNS, take_rows
@@ -37,6 +39,61 @@ from index_jobs.spec import BuildOptions
 logger = logging.getLogger(__name__)
 
 _LOCATION_COLUMNS = ["location", "offset", "size", "mtime_ns", "name"]  # the fields of `ImageLocation` after the row
+
+
+class EncodedWindow(NamedTuple):
+    """The images of a window that can be read, their features, float32 (m, E), and the others."""
+
+    images: Images
+    features: Floats
+    failed: tuple[FailedImage, ...]
+
+
+def load_replicas(checkpoint: Path, device: str, *, exact: bool = False, runtime: str = "torch") -> list[Encoder]:
+    """Load an encoder for each device, twice for a GPU, all on one runtime.
+
+    Args:
+        device: "auto" for every GPU or else the CPU; or device names with commas between them: cuda:0,cuda:1.
+        exact: preprocess images as open_clip does, bit for bit.
+        runtime: the encoder's runtime, as `Encoder.load` takes it.
+    """
+    names = [name.strip() for name in device.split(",")]
+    if names == ["auto"] and is_installed("torch"):
+        import torch
+
+        names = [f"cuda:{i}" for i in range(torch.cuda.device_count())] or names
+    if runtime == AUTO and len({name.partition(":")[0] for name in names}) > 1:
+        runtime = "torch"  # runs on all of them
+    encoders = list[Encoder]()
+    for name in names:
+        encoder = Encoder.load(checkpoint, device=name, exact=exact, runtime=runtime)
+        if not exact:  # PyTorch, if it is installed, resizes on every runtime, so the pixels are the same
+            encoder.preprocess = encoder.preprocess.fast(torch=True)
+        encoders.append(encoder)
+        runtime = encoders[0].runtime.name  # "auto" has chosen
+    return encoders + [encoder for encoder, name in zip(encoders, names, strict=True) if name.startswith("cuda")]
+
+
+def encode_windows(
+    windows: Iterator[DecodedWindow], replicas: Sequence[Encoder]
+) -> Generator[EncodedWindow, None, None]:
+    """Yield each window with its features, in order; at most two windows per replica are under way."""
+
+    def encode(encoder: Encoder, window: DecodedWindow) -> EncodedWindow:
+        has_images = len(window.pixels) > 0
+        features = encoder.image_features(window.pixels) if has_images else np.empty((0, encoder.dim), np.float32)
+        return EncodedWindow(window.images, features, window.failed)
+
+    if len(replicas) == 1:
+        yield from (encode(replicas[0], window) for window in windows)
+        return
+    turns, mine = iter(replicas), threading.local()
+
+    def take_replica() -> None:
+        mine.encoder = next(turns)
+
+    with ThreadPoolExecutor(len(replicas), "forward", take_replica) as threads:
+        yield from map_ahead(threads, lambda window: encode(mine.encoder, window), windows, 2 * len(replicas) - 1)
 
 
 class EncodedGallery:
@@ -52,7 +109,7 @@ class EncodedGallery:
     def __init__(self, gallery: Gallery, encoder: Encoder, work: Path, options: BuildOptions) -> None:
         self.store = ShardStore(gallery, encoder, work, options)
         self.gallery, self._options, self._adapt = gallery, options, encoder.adapt_images
-        self.shards = [self._reopen(self.store.load(number), number) for number in range(len(self.store))]
+        self.shards = [self.store.load(number) for number in range(len(self.store))]
         reusable = ReusableVectors(self.store.other_folders())
         for number in self._unfinished() if len(reusable) else ():
             images, vectors = reusable.take(self._locations(number), self.store.dim)
@@ -63,20 +120,12 @@ class EncodedGallery:
         self.resumed = len(gallery) - self.encoded
         if self.resumed:
             logger.info("%d of %d images have vectors already", self.resumed, len(gallery))
-        self.failed = [failure for shard in self.shards for failure in shard.failed]
-        self._check_failed()
+        self.failed = list[FailedImage]()
         self._start = time.perf_counter()
         self.bar = progress_bar(len(gallery), "encode", "img", is_shown=options.progress, initial=self.resumed)
 
     def _unfinished(self) -> list[int]:
         return [number for number, shard in enumerate(self.shards) if shard.missing]
-
-    def _reopen(self, shard: Shard, number: int) -> Shard:
-        """Return the shard with the failed images that are tried again as images that are still to do."""
-        again = {fault: fault.is_temporary or self._options.force for fault in ImageFault}
-        again[ImageFault.MISSING_DECODER] = ".heic" in IMAGE_SUFFIXES
-        kept = [failure for failure in shard.failed if not again[failure.fault]]
-        return shard if len(kept) == len(shard.failed) else self.store.save(number, shard.images, shard.vectors(), kept)
 
     def _locations(self, number: int) -> list[ImageLocation]:
         rows = self.shards[number].missing
@@ -93,10 +142,9 @@ class EncodedGallery:
 
     def save(self, number: int, windows: Iterable[EncodedWindow]) -> None:
         """Add encoded windows to a shard. Raise DataError once too many images have failed."""
-        parts, failed = list[tuple[Images, Floats]](), list[FailedImage]()
+        parts = list[tuple[Images, Floats]]()
         for window in windows:
             parts.append((window.images, window.features))
-            failed += window.failed
             self.failed += window.failed
             self._check_failed()
             count = len(window.images) + len(window.failed)
@@ -104,25 +152,22 @@ class EncodedGallery:
                 self._options.on_encoded(count)
             self.bar.set_postfix_str(f"{len(self.failed)} failed", refresh=False)
             self.bar.update(count)
-        self.shards[number] = self.store.extend(number, parts, failed)
+        self.shards[number] = self.store.extend(number, parts)
 
     def _check_failed(self, *, final: bool = False) -> None:
         """Compare the failures with the limit; final: no image follows."""
         gallery, count, total = self.gallery, len(self.failed), len(self.gallery)
-        if count <= self._options.spec.max_failed * total and not (final and count == total):
+        limit = self._options.spec.max_failed
+        if count <= limit * total and not (final and count == total):
             return
         self.store.path.mkdir(parents=True, exist_ok=True)
-        path = self.store.path / FAILED
+        path, names = self.store.path / FAILED, gallery.table["name"]
         self.write_failed(path)
-        names = gallery.table["name"]
         examples = "; ".join(f"{names[failure.row].as_py()}: {failure.reason}" for failure in sorted(self.failed)[:3])
-        what, limit, remedy = "no image", "", ""
-        if count < total:
-            what, limit = "too few images", f", at most {self._options.spec.max_failed:.1%} may"
-            remedy = ", or raise --max-failed"
+        remedy = ", or raise --max-failed" if limit < 1 else ""
         raise DataError(
-            f"{what} of {gallery.location} can be read: {count:,} of {total:,} failed{limit}. {examples}. {path} lists "
-            f"them; repair or remove them{remedy}"
+            f"too few images of {gallery.location} can be read: {count:,} of {total:,} failed, at most {limit:.1%} may."
+            f" {examples}. {path} lists them; repair or remove them{remedy}"
         )
 
     def finish(self) -> "EncodedGallery":
@@ -134,11 +179,6 @@ class EncodedGallery:
 
     def __len__(self) -> int:
         return len(self.images)
-
-    @property
-    def unread(self) -> int:
-        """Number of failed images that a later run may be able to read."""
-        return sum(failure.fault.is_temporary for failure in self.failed)
 
     def rows(self) -> Rows:
         """Gallery row of every vector, int64 (n,), ascending."""
@@ -154,28 +194,18 @@ class EncodedGallery:
             table = table.append_column(name, pa.array(column, mask=column <= 0))
         return table
 
-    def duplicates(self) -> list[tuple[int, int]]:
-        """(gallery row, first row with the same pixels) of every repeated image."""
-        rows = self.rows()
-        _, first, group = np.unique(self.images["pixel_hash"], return_index=True, return_inverse=True)
-        same = first[group]
-        return [(int(rows[i]), int(rows[same[i]])) for i in np.flatnonzero(same != np.arange(len(rows)))]
-
     def blocks(self) -> Iterator[Floats]:
         """The vectors, float32 (m, E) at a time."""
         return (self._adapt(shard.vectors()) for shard in self.shards)
 
     def write_failed(self, path: Path) -> None:
         """Write id, name, reason and fault of each image without a vector, in gallery order, as JSON lines."""
-        lines = ({**self._name(row), "reason": reason, "fault": fault} for row, reason, fault in sorted(self.failed))
-        write_json_lines(path, lines)
-
-    def write_duplicates(self, path: Path) -> None:
-        """Write each image whose pixels an earlier one has, with that one's id and name, as JSON lines."""
-        write_json_lines(path, ({**self._name(row), "same_as": self._name(first)} for row, first in self.duplicates()))
-
-    def _name(self, row: int) -> dict[str, str]:
-        return {column: self.gallery.table[column][row].as_py() for column in ("id", "name")}
+        names = (
+            {name: self.gallery.table[name][failure.row].as_py() for name in ("id", "name")}
+            | {"reason": failure.reason, "fault": failure.fault}
+            for failure in sorted(self.failed)
+        )
+        write_json_lines(path, names)
 
 
 def encode_gallery(gallery: Gallery, replicas: Sequence[Encoder], work: Path, options: BuildOptions) -> EncodedGallery:

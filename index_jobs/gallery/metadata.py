@@ -14,24 +14,22 @@ from pathlib import Path, PurePosixPath
 from typing import Any, BinaryIO
 
 from dcar_core.data.image_lookup import unicode_forms
-from dcar_core.data.load import MISSING_IMAGES, Annotations, NoPairsError, annotation_files
-from dcar_core.data.readers import SIDECARS, SKIPPED_ROWS, USED_COLUMNS, BadRowsError, read_sidecar
-from dcar_core.data.records import IMAGE_COLUMNS, RECORD_SUFFIXES, Record, read_records
+from dcar_core.data.load import Annotations, NoPairsError, annotation_files
+from dcar_core.data.readers import SIDECARS, read_sidecar
+from dcar_core.data.records import RECORD_SUFFIXES, Record, read_records
 from dcar_core.data.samples import SPLITS
 from dcar_core.images import TarSpan
-from dcar_core.util.errors import DataError, shorten
+from dcar_core.util.errors import DataError
 from index_jobs.checks import MAX_METADATA_LEVELS, is_too_deep
 from index_jobs.gallery.storage import is_url, join_location, open_location, parent_folder
 
 logger = logging.getLogger(__name__)
 
 METADATA_FILES = ("metadata.jsonl", "metadata.csv", "metadata.parquet")
-_NOT_TAKEN = "captions and categories are not taken from the annotations in %s: %s"
-_TRAINING_COLUMNS = {*USED_COLUMNS, "id"}  # annotations may number captions, so their ids are not those of items
 
 
 def read_gallery_records(location: str) -> Iterator[tuple[int, Record]]:
-    """Yield (number, record) of a list at a path or URL, with typed CSV columns; see `read_records`."""
+    """Yield (number, record) of a list at a path or URL, with typed CSV columns."""
     return read_records(location, lambda: open_location(location), infer_types=True)
 
 
@@ -49,87 +47,42 @@ class GalleryMetadata:
         records: dict[str, tuple[int, Record]] = {}
         for line, record in read_gallery_records(path):
             name = record.get("file_name")
-            if "file_name" not in record:
-                raise DataError(f"{path}, row {line}: no column file_name; it has {', '.join(record) or 'none'}")
             if not isinstance(name, str) or not name.strip():
-                raise DataError(f"{path}, row {line}: file_name is empty or not text")
-            first, _ = records.setdefault(_plain_name(name), (line, record))
+                raise DataError(f"{path}, row {line}: no file_name; the columns are {', '.join(record) or 'none'}")
+            first, _ = records.setdefault(name.replace("\\", "/").removeprefix("./"), (line, record))
             if first != line:
-                raise DataError(f"{path}: rows {first} and {line} both describe {_plain_name(name)}; keep one")
+                raise DataError(f"{path}: rows {first} and {line} both describe {name}; keep one")
         if not records:
             raise DataError(f"{path} has no rows; fill or remove it")
         return cls(path, {name: record for name, (_, record) in records.items()})
 
     @classmethod
-    def from_annotations(cls, folder: str, names: Collection[str]) -> "GalleryMetadata | None":
-        """Read a folder's annotations for training (`train.json`, `pairs.csv`, ...), or else its only other table.
+    def from_annotations(cls, folder: str) -> "GalleryMetadata | None":
+        """Read captions and categories of a folder's annotations for training (`train.json`, `pairs.csv`, ...).
 
-        Tars are left out: their images have metadata of their own.
-
-        Raises:
-            DataError: too many rows cannot be used, or a table named `pairs` is not what the name says. A file of
-                another name may not be annotations at all, which is a warning.
+        Tars are left out: their images have metadata of their own. What is called like a split may not be annotations,
+        so faults are warnings there; those of a table named `pairs` are errors.
         """
-        records: dict[str, Record] = {}
-        files: list[Path] = []
+        records, files = dict[str, Record](), list[Path]()
         try:
             files = [file for split in SPLITS for file in annotation_files(Path(folder), split)]
-            if not files:
-                return cls.from_other_table(folder, names)
-            if any(file.suffix == ".tar" for file in files):
+            if not files or any(file.suffix == ".tar" for file in files):
                 return None
             annotations = Annotations(Path(folder))
-            loaded = {}
             for split in annotations.splits():
-                try:
-                    loaded[split] = annotations.load(split, "present")
-                except NoPairsError as error:  # the images of a split may be elsewhere
-                    logger.warning(_NOT_TAKEN, folder, error)
+                with suppress(NoPairsError):  # the images of a split may be elsewhere
+                    for sample in annotations.load(split, "present")[0].samples:
+                        record = records.setdefault(sample.image, {"captions": [], "category": sample.category})
+                        record["captions"].append(sample.caption)
         except DataError as error:
-            if any(file.stem == "pairs" for file in files) or isinstance(error, BadRowsError):
+            if any(file.stem == "pairs" for file in files):
                 raise
-            logger.warning(_NOT_TAKEN, folder, error)
+            logger.warning("captions and categories are not taken from the annotations in %s: %s", folder, error)
             return None
-        if not loaded:
-            return None
-        reports = [report for _, report in loaded.values()]
-        for phrase, finding in ((SKIPPED_ROWS, "rows"), (MISSING_IMAGES, "missing images")):
-            names = {name: None for report in reports for name in report.names.get(phrase, ())}
-            if names:
-                logger.warning(
-                    "%d %s of the annotations in %s are left out: %s", len(names), finding, folder, shorten([*names])
-                )
-        for sample in (sample for data, _ in loaded.values() for sample in data.samples):
-            record = records.setdefault(sample.image, {"captions": [], "category": sample.category})
-            record["captions"].append(sample.caption)
         for record in records.values():
             if len(record["captions"]) == 1:
                 (record["caption"],) = record.pop("captions")
-        paths = sorted({str(file) for file in files})
-        for path in (path for path in paths if Path(path).suffix.lower() in RECORD_SUFFIXES):
-            _add_other_columns(path, records, Annotations(Path(folder)))
-        return cls(", ".join(paths), records)
-
-    @classmethod
-    def from_other_table(cls, folder: str, names: Collection[str]) -> "GalleryMetadata | None":
-        """Read the folder's only table, whatever it is called, if its `file_name` names an image; one line says so.
-
-        Tables that are not read are a warning; those of one image ("1.jpg.json") are left out.
-        """
-        tables = (path for path in Path(folder).iterdir() if path.suffix.lower() in {*RECORD_SUFFIXES, ".json"})
-        others = sorted(path.name for path in tables if path.name.count(".") == 1)
-        if len(others) == 1 and not others[0].endswith(".json"):
-            with suppress(DataError):
-                metadata = cls.read(join_location(folder, others[0]))
-                if not metadata._records.keys().isdisjoint(names):
-                    logger.warning("%s describes the images, as it is the only table here", metadata.path)
-                    return metadata
-        if others:
-            suffix = PurePosixPath(others[0]).suffix
-            forms = f"metadata{suffix} (column file_name) or pairs{suffix} (columns image and caption)"
-            name = "pairs.json (in the FDRD format)" if suffix == ".json" else forms
-            logger.warning("%s is not read: call it %s", others[0], name)
-        return None
+        return cls(", ".join(sorted({str(file) for file in files})), records) if records else None
 
     @classmethod
     def of_folder(cls, folder: str, names: Collection[str]) -> "GalleryMetadata | None":
@@ -137,17 +90,14 @@ class GalleryMetadata:
         files = [name for name in METADATA_FILES if name in names]
         if len(files) > 1:
             raise DataError(f"{join_location(folder, files[0])} and {files[1]} both exist; keep one")
-        if not files:
-            return None if is_url(folder) else cls.from_annotations(folder, names)
-        metadata = cls.read(join_location(folder, files[0]))
-        has_captions = any(record.get("caption") or record.get("captions") for record in metadata._records.values())
-        if not is_url(folder) and not has_captions:
-            with suppress(DataError):
-                found = {file for split in SPLITS for file in annotation_files(Path(folder), split)}
-                for name in sorted(file.name for file in found if file.suffix != ".tar"):
-                    logger.warning(
-                        "the captions of %s are not read; add them to %s, which describes the images", name, files[0]
-                    )
+        if files:
+            return cls.read(join_location(folder, files[0]))
+        if is_url(folder):
+            return None
+        metadata = cls.from_annotations(folder)
+        tables = sorted(path.name for path in Path(folder).iterdir() if path.suffix.lower() in RECORD_SUFFIXES)
+        if metadata is None and tables:
+            logger.warning("%s is not read as metadata; call it metadata%s", tables[0], PurePosixPath(tables[0]).suffix)
         return metadata
 
     def find(self, *names: str) -> Record:
@@ -168,26 +118,6 @@ class GalleryMetadata:
             )
         if unused:
             logger.warning("%d rows of %s name no image here, such as %s", len(unused), self.path, unused[0])
-
-
-def _plain_name(name: str) -> str:
-    return name.replace("\\", "/").removeprefix("./")
-
-
-def _add_other_columns(table: str, records: Mapping[str, Record], annotations: Annotations) -> None:
-    """Add the columns of an annotation table that training does not use; an image's first row counts.
-
-    records: by the names of the image files, which the table may write otherwise.
-    """
-    try:
-        for _, row in read_records(table, lambda: open_location(table), infer_types=True, on_bad_line=lambda _: None):
-            name = next((row[column] for column in IMAGE_COLUMNS if row.get(column)), "")
-            name = _plain_name(str(name))
-            record = records.get(name) or records.get(annotations.finder.find(name) or "", {})
-            for column in row.keys() - _TRAINING_COLUMNS:
-                record.setdefault(column, row[column])
-    except DataError as error:
-        logger.warning("other columns than those of training are not taken: %s", error)
 
 
 def read_sidecars(tar: str, file: BinaryIO, members: Mapping[str, TarSpan]) -> dict[str, Record]:

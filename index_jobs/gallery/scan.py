@@ -1,36 +1,55 @@
 """Scan of a gallery: an Arrow table with one row per image.
 
-- A gallery is a folder (searched recursively for images and tars), one tar, or a list (.jsonl, .csv, .parquet), on this
-  machine or at any URL that fsspec reads; rows of a list may be URLs.
+- A gallery is a folder (searched recursively for images and tars, without hidden files), one tar, or a list (.jsonl,
+  .csv, .parquet), on this machine or at any URL that fsspec reads. Rows of a list may be URLs, which stand for their
+  content: looking them up would take as long as reading them.
 - Order and ids are stable: a folder is sorted by name, a list keeps its order. An id is given, or a hash of the image's
-  relative name, so it survives moving the gallery.
-- Several galleries become one table, each but the first with its name before ids and names.
-- Faults of the gallery as a whole are errors here, before any image is decoded.
-- Two signatures: `vectors` changes when an image may have changed, `content` also when its metadata has. A gallery at
-  another URL has other images.
+  relative name, so it survives moving the gallery. Of several galleries, each but the first has its name before both.
+- Two signatures: `vectors` changes when an image may have changed, `content` also when its metadata has.
 """
 
+import errno
 import hashlib
+import logging
 import os
 import re
-from collections.abc import Iterable, Sequence
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from itertools import chain, count, islice
 from pathlib import Path, PurePosixPath
-from typing import Any
+from typing import Any, NamedTuple
 
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from dcar_core.data.records import RECORD_SUFFIXES
-from dcar_core.images import IMAGE_SUFFIXES
+from dcar_core.data.image_lookup import unicode_forms
+from dcar_core.data.records import IMAGE_COLUMNS, RECORD_SUFFIXES, Record
+from dcar_core.images import formats, has_image_suffix, index_tar
 from dcar_core.util.errors import DataError, DcarError
 from dcar_core.util.files import canonical_json
 from index_jobs.checks import MAX_CAPTION_CHARS, MAX_METADATA_BYTES
-from index_jobs.gallery import listing
-from index_jobs.gallery.listing import GalleryImage
-from index_jobs.gallery.metadata import split_fields
-from index_jobs.gallery.storage import file_suffix, is_url, join_location, parent_folder
+from index_jobs.gallery.metadata import (
+    METADATA_FILES,
+    GalleryMetadata,
+    read_gallery_records,
+    read_sidecars,
+    split_fields,
+)
+from index_jobs.gallery.storage import (
+    WHOLE_FILE,
+    file_state,
+    file_suffix,
+    file_system,
+    is_url,
+    join_location,
+    open_location,
+    parent_folder,
+    remote_version,
+)
+
+logger = logging.getLogger(__name__)
 
 SCHEMA = pa.schema(
     [
@@ -45,13 +64,32 @@ SCHEMA = pa.schema(
         ("mtime_ns", pa.int64()),  # or another number that changes with the file; 0 if unknown
     ]
 )
-_ROUTES = ("image", "similar")  # /items/{id}/image is a route of its own
 _MAX_ID_LENGTH = 1024
 _VECTOR_COLUMNS = ["id", "name", "location", "offset", "size", "mtime_ns"]
 _LOCATION = SCHEMA.get_field_index("location")
 _NAMED = re.compile(r"([\w.-]+)=(.+)", re.DOTALL)
 _TABLE_ROWS = 65_536
 _ID_DIGITS = 20  # of sha256: 80 bits, enough for a billion names
+_PATH_COLUMNS = (*IMAGE_COLUMNS, "url")
+_NOT_READ = formats.HEIC_SUFFIXES | {  # of images, videos and compressed tars
+    ".svg", ".svgz", ".cr2", ".cr3", ".nef", ".arw", ".dng", ".raf", ".orf", ".rw2", ".pef", ".mp4", ".mov", ".avi",
+    ".mkv", ".webm", ".m4v", ".mpg", ".wmv", ".3gp", ".psd", ".jp2", ".jxl", ".ico", ".gz", ".tgz", ".bz2", ".xz",
+    ".zst",
+}  # fmt: skip
+
+
+class GalleryImage(NamedTuple):
+    """An image of a gallery, with columns of its table.
+
+    mtime_ns: changes when the file does: its time of change, or a hash of its store's information; 0 if unknown.
+    """
+
+    name: str
+    location: str
+    offset: int
+    size: int
+    mtime_ns: int
+    fields: Record = {}  # noqa: RUF012  never changed
 
 
 @dataclass(frozen=True)
@@ -126,10 +164,8 @@ def _own_name(location: str, earlier: Sequence[pa.Table]) -> str:
     """Return the last part of a location, with a number if an earlier gallery has names below it."""
     stem = re.sub(r"[^\w.-]+", "-", PurePosixPath(location.rstrip("/").partition("?")[0]).stem) or "gallery"
     names = chain([stem], (f"{stem}-{number}" for number in count(2)))
-    return next(
-        name for name in names
-        if not any(pc.any(pc.starts_with(table["name"], f"{name}/")).as_py() for table in earlier)
-    )  # fmt: skip
+    starts = {name.partition("/")[0] for table in earlier for name in table["name"].to_pylist() if "/" in name}
+    return next(name for name in names if name not in starts)
 
 
 def _scan_one(location: str, name: str) -> tuple[str, pa.Table]:
@@ -143,13 +179,10 @@ def _scan_one(location: str, name: str) -> tuple[str, pa.Table]:
     except Exception as error:
         if not isinstance(error, OSError) and not is_url(location):
             raise
-        file = f" ({error.filename})" if isinstance(error, OSError) and error.filename else ""
-        reason = getattr(error, "strerror", None) or str(error) or type(error).__name__
-        if reason == location:  # all that fsspec says about a file that it cannot open
-            reason = "it does not exist, or its store cannot be reached"
-        raise DataError(f"the gallery {location} cannot be read: {reason}{file}") from error
+        reason = str(error) or type(error).__name__
+        raise DataError(f"the gallery {location} cannot be read: {reason}") from error
     if not batches:
-        suffixes = ", ".join(sorted(IMAGE_SUFFIXES))
+        suffixes = ", ".join(sorted(formats.IMAGE_SUFFIXES))
         raise DataError(f"the gallery {location} is empty: no file or tar member with one of the suffixes {suffixes}")
     return root, pa.Table.from_batches(batches, SCHEMA)
 
@@ -165,11 +198,11 @@ def _list_images(location: str) -> tuple[str, Iterable[GalleryImage]]:
         raise DataError(f"the gallery {location} does not exist")
     is_file = remote or Path(location).is_file()
     if is_file and suffix == ".tar":
-        return parent_folder(location), listing.list_tar(location)
+        return parent_folder(location), _list_tar(location)
     if is_file and suffix in RECORD_SUFFIXES:
-        return parent_folder(location), listing.list_rows(location)
+        return parent_folder(location), _list_rows(location)
     if remote or Path(location).is_dir():
-        return location, listing.list_folder(location)
+        return location, _list_folder(location)
     kinds = ", ".join(sorted(RECORD_SUFFIXES))
     raise DataError(f"{location} is not a gallery; give a folder, an uncompressed .tar or a list ({kinds})")
 
@@ -181,16 +214,11 @@ def _row(image: GalleryImage, prefix: str) -> dict[str, Any]:
         stated_id, caption, category, metadata = split_fields(image.fields, image.name)
     except UnicodeEncodeError:
         raise DataError(f"the name {image.name!r} is not UTF-8; rename the file") from None
-    size = len(canonical_json(metadata))
-    if size > MAX_METADATA_BYTES:
-        longest = max(metadata, key=lambda field: len(canonical_json(metadata[field])))
-        raise DataError(
-            f"the metadata of {image.name} take {size / 2**10:.0f} KiB as JSON, at most {MAX_METADATA_BYTES // 2**10}; "
-            f"the longest field is {longest!r}"
-        )
-    for field, text in (("caption", caption), ("category", category)):
-        if len(text) > MAX_CAPTION_CHARS:
-            raise DataError(f"the {field} of {image.name} has {len(text):,} characters, at most {MAX_CAPTION_CHARS:,}")
+    if (size := len(canonical_json(metadata))) > MAX_METADATA_BYTES:
+        limit = MAX_METADATA_BYTES // 2**10
+        raise DataError(f"the metadata of {image.name} take {size / 2**10:.0f} KiB as JSON, at most {limit}")
+    if (size := max(len(caption), len(category))) > MAX_CAPTION_CHARS:
+        raise DataError(f"caption or category of {image.name} has {size:,} characters, at most {MAX_CAPTION_CHARS:,}")
     return image._asdict() | {
         "id": prefix + stated_id if stated_id else digest[:_ID_DIGITS],
         "caption": caption,
@@ -205,26 +233,23 @@ def _require_unique_ids(table: pa.Table) -> None:
     if pc.count_distinct(ids).as_py() == len(ids):
         return
     counts = pc.value_counts(ids)
-    repeated = [entry["values"].as_py() for entry in counts.filter(pc.greater(counts.field("counts"), 1))]
+    repeated = counts.filter(pc.greater(counts.field("counts"), 1)).field("values")
     names = table.filter(pc.equal(ids, repeated[0]))["name"].to_pylist()
-    more = f" ({len(repeated):,} ids are used more than once)" if len(repeated) > 1 else ""
-    if names[0] == names[1]:
-        raise DataError(f"{names[0]} is listed twice; keep one row, with a list `captions`, or give ids{more}")
-    raise DataError(f"{names[0]} and {names[1]} both have the id {repeated[0]!r}; ids must be unique{more}")
+    raise DataError(
+        f"{len(repeated):,} ids are used more than once, such as {repeated[0].as_py()!r} by {names[0]} and {names[1]}; "
+        f"list an image once, with a list `captions`, and give each its own id"
+    )
 
 
 def _require_addressable_ids(table: pa.Table) -> None:
     """Refuse ids that cannot be part of a URL of the service."""
     ids = table["id"]
-    faults = [
-        *((pc.ends_with(ids, f"/{each}"), f"ends in /{each}, which is a route of the service") for each in _ROUTES),
-        (pc.match_substring_regex(ids, "[\\x00-\\x1f\\x7f]"), "has a line break or another control character"),
-        (pc.is_in(ids, pa.array([".", ".."])), "has a meaning of its own in a URL"),
-        (pc.greater(pc.utf8_length(ids), _MAX_ID_LENGTH), f"is longer than {_MAX_ID_LENGTH} characters"),
-    ]
-    for is_bad, reason in faults:
-        if pc.any(is_bad).as_py():
-            raise DataError(f"the id {ids.filter(is_bad)[0].as_py()[:80]!r} {reason}; give another")
+    is_bad = pc.match_substring_regex(ids, r"[\x00-\x1f\x7f]|^\.{1,2}$|/(image|similar)$")
+    if len(bad := ids.filter(pc.or_(is_bad, pc.greater(pc.utf8_length(ids), _MAX_ID_LENGTH)))):
+        raise DataError(
+            f"the id {bad[0].as_py()[:80]!r} cannot be part of a URL: it is longer than {_MAX_ID_LENGTH} characters, "
+            f"has a control character, is . or .., or ends in /image or /similar; give another"
+        )
 
 
 def _signature(table: pa.Table, columns: list[str], root: str = "") -> str:
@@ -232,3 +257,138 @@ def _signature(table: pa.Table, columns: list[str], root: str = "") -> str:
     for batch in table.select(columns).to_batches():
         digest.update(canonical_json(batch.to_pydict()))
     return digest.hexdigest()
+
+
+def _list_folder(root: str) -> Iterator[GalleryImage]:
+    """Return the images of a folder, and of the tars in it, sorted by name."""
+    skipped = Counter[str]()
+    files = list(_remote_files(root, skipped) if is_url(root) else _local_files(root, skipped))  # tars included
+    metadata = GalleryMetadata.of_folder(root, [file.name for file in files])
+    images: list[GalleryImage] = []
+    for file in files:
+        if file_suffix(file.name) == ".tar":
+            images += _tar_images(root, file, metadata, skipped)
+        elif has_image_suffix(file.name):
+            folders, _, name = file.name.rpartition("/")
+            of_path = {"category": folders, "title": name.rpartition(".")[0].replace("_", " ").strip()}
+            fields = (metadata.find(file.name) if metadata else {}) or of_path
+            images.append(file._replace(fields=fields))
+    if metadata and images:
+        metadata.report_unused()
+    return _sorted_by_name(images, skipped)
+
+
+def _list_tar(location: str) -> Iterator[GalleryImage]:
+    """Return the images of one tar, sorted by name."""
+    name, skipped = PurePosixPath(location).name, Counter[str]()
+    tar = GalleryImage(name, name, WHOLE_FILE, *file_state(location))
+    return _sorted_by_name(_tar_images(parent_folder(location), tar, None, skipped), skipped)
+
+
+def _sorted_by_name(images: Iterable[GalleryImage], skipped: Counter[str]) -> Iterator[GalleryImage]:
+    """Report the files that were skipped, and return the images."""
+    if skipped:
+        kinds = ", ".join(f"{count} {suffix}" for suffix, count in sorted(skipped.items()))
+        logger.warning("not read: %s; give JPEG or PNG and plain tars; HEIC needs pip install 'dcar[heic]'", kinds)
+    return iter(sorted(images, key=lambda image: image.name))
+
+
+def _list_rows(listing: str) -> Iterator[GalleryImage]:
+    """Yield the images of a list, in its order."""
+    root, column, line, protocols = parent_folder(listing), "", 0, set[str]()
+    for line, record in read_gallery_records(listing):
+        column = column or next((name for name in _PATH_COLUMNS if name in record), "")
+        if not column:
+            columns = ", ".join(record) or "none"
+            raise DataError(f"{listing} has no column {' or '.join(_PATH_COLUMNS)} with image paths; it has {columns}")
+        value = record.get(column)
+        if not isinstance(value, str) or not value.strip():
+            raise DataError(f"{listing}, row {line}: {column} is empty or not a path or URL; write images to files")
+        location = _row_location(listing, line, value)
+        size = version = 0
+        path = join_location(root, location)
+        if not is_url(path):
+            # Lists of other systems may use another Unicode form of the file's name.
+            forms = (form for form in unicode_forms(location) if os.path.exists(join_location(root, form)))  # noqa: PTH110
+            location = location if location.isascii() else next(forms, location)
+            with suppress(OSError, ValueError):  # reported with the images that cannot be read
+                size, version = file_state(join_location(root, location))
+        elif (protocol := path.partition(":")[0]) not in protocols:
+            file_system(path)  # an unknown protocol is an error now, not after hours
+            protocols.add(protocol)
+        yield GalleryImage(location, location, WHOLE_FILE, size, version, record | {"file_name": value})
+    if not line:
+        raise DataError(f"the list {listing} has no rows")
+
+
+def _local_files(root: str, skipped: Counter[str]) -> Iterator[GalleryImage]:
+    def fail(error: OSError) -> None:
+        raise error
+
+    for directory, folders, names in os.walk(root, onerror=fail):
+        folders[:] = [folder for folder in folders if not folder.startswith(".")]
+        relative_folder = os.path.relpath(directory, root).replace(os.sep, "/")
+        for name in names:
+            relative = name if relative_folder == "." else f"{relative_folder}/{name}"
+            if not _is_read(relative, skipped):
+                continue
+            try:
+                state = file_state(f"{directory}/{name}")
+            except OSError as error:
+                if error.errno not in (errno.ENOENT, errno.ELOOP):
+                    raise
+                state = 0, 0  # a broken link counts as an unreadable image
+            yield GalleryImage(relative, relative, WHOLE_FILE, *state)
+
+
+def _remote_files(root: str, skipped: Counter[str]) -> Iterator[GalleryImage]:
+    fs, path = file_system(root)
+    base = path.rstrip("/")
+    files: dict[str, dict[str, Any]] = fs.find(path, detail=True)
+    if not files and not fs.exists(path):
+        raise DataError(f"the gallery {root} does not exist, or its store cannot be reached")
+    for full, info in files.items():
+        relative = full.removeprefix(base).lstrip("/")
+        is_hidden = any(part.startswith(".") for part in relative.split("/"))
+        if not is_hidden and _is_read(relative, skipped):
+            yield GalleryImage(relative, relative, WHOLE_FILE, int(info.get("size") or 0), remote_version(info))
+
+
+def _is_read(name: str, skipped: Counter[str]) -> bool:
+    """Return whether a file belongs to a gallery; count those that may be missed."""
+    if name.rpartition("/")[2].startswith("."):
+        return False
+    suffix = file_suffix(name)
+    skipped.update({suffix} & (_NOT_READ - formats.IMAGE_SUFFIXES))
+    return name in METADATA_FILES or suffix == ".tar" or has_image_suffix(name)
+
+
+def _tar_images(
+    root: str, file: GalleryImage, metadata: GalleryMetadata | None, skipped: Counter[str]
+) -> list[GalleryImage]:
+    """Return the images of a tar, with the members of the same stem (.json, .txt, .cls) as their metadata."""
+    location = join_location(root, file.name)
+    with open_location(location) as tar:
+        members = index_tar(location, tar)
+        sidecars = read_sidecars(location, tar, members)
+    images = []
+    for member, span in members.items():
+        if not _is_read(member, skipped) or not has_image_suffix(member):
+            continue
+        path = PurePosixPath(member)
+        name = f"{file.name}/{member}"
+        from_folder = metadata.find(name, member, path.name) if metadata else {}
+        sample = (path.parent / path.name.split(".", 1)[0]).as_posix()  # webdataset's key
+        fields = {**sidecars.get(sample, {}), **from_folder}
+        images.append(GalleryImage(name, file.name, span.offset, span.size, file.mtime_ns, fields))
+    return images
+
+
+def _row_location(listing: str, line: int, value: str) -> str:
+    """Return the location of a row: a URL, absolute, or relative to the list's folder and inside it."""
+    if is_url(value) or os.path.isabs(value):  # noqa: PTH117
+        return value
+    location = os.path.normpath(value.replace("\\", "/")).replace(os.sep, "/")
+    if location == ".." or location.startswith("../"):
+        raise DataError(f"{listing}, row {line}: {value} is outside of the list's folder; give an absolute path")
+    return location

@@ -11,7 +11,6 @@ import hashlib
 import io
 import os
 import re
-import stat
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -119,17 +118,10 @@ def file_state(location: str) -> tuple[int, int]:
 
 def _open_file(path: str) -> BinaryIO:
     """Open a regular file: a pipe would block, and a device may have no end."""
-
-    def open_regular(path: str, flags: int) -> int:
-        descriptor = os.open(path, flags | os.O_NONBLOCK)
-        mode = os.fstat(descriptor).st_mode
-        if not stat.S_ISREG(mode) and not stat.S_ISDIR(mode):  # `open` refuses a directory
-            os.close(descriptor)
-            raise OSError(errno.EINVAL, "neither a file nor a link to one", path)
-        return descriptor
-
     try:
-        return open(path, "rb", opener=open_regular)
+        if os.path.exists(path) and not os.path.isfile(path):  # noqa: PTH110, PTH113  called a million times
+            raise OSError(errno.EINVAL, "neither a file nor a link to one", path)
+        return open(path, "rb")  # noqa: PTH123
     except ValueError as error:  # NUL, or a character that the file system's encoding lacks
         raise OSError(f"not a path: {error}") from None
 
@@ -146,17 +138,16 @@ def open_image(root: str, location: str, offset: int, size: int) -> tuple[Binary
     """Open an image at its first byte, and return its number of bytes. One at a URL is fetched whole, without retries.
 
     Args:
-        root: the gallery's root; an absolute location or a URL stands for itself.
-        location: a file, or the tar that holds the image.
+        location: a file, or the tar that holds the image, below the root, absolute or a URL.
         offset, size: the span in the tar, in bytes; offset is WHOLE_FILE for a file of its own.
 
     Raises:
         OSError: the file cannot be read, or the tar ends before the span does.
     """
-    path, span = join_location(root, location), ImageLocation(0, location, offset, size)
-    if not is_url(path):
+    (span,) = spans = [ImageLocation(0, location, offset, size)]
+    if not is_url(path := join_location(root, location)):
         return _open_span(path, span)
-    (data,) = read_images(root, [span], pauses=())
+    (data,) = read_images(root, spans, pauses=())
     if isinstance(data, bytes):
         return io.BytesIO(data), len(data)
     raise data if isinstance(data, OSError) else OSError(str(data) or type(data).__name__) from data

@@ -4,7 +4,7 @@ INDEX/jobs.sqlite       the jobs; one is accepted once its row is committed
 INDEX/images/<sha256>   pictures that were put, on the disk before their job is committed
 INDEX/.jobs.lock        held by the process that applies jobs
 
-- Jobs are applied in the order of their acceptance, by `index_jobs.jobs.apply`. They survive a crash until they end.
+- Jobs are applied in the order of their acceptance, by `index_jobs.jobs.update`. They survive a crash until they end.
 - Several processes of one machine may use a database at once. It is opened for each call: a collection may be dropped.
 - Nothing that a caller sends becomes a path.
 """

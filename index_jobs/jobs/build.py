@@ -4,28 +4,25 @@
 - The checkpoint is copied first and loaded from the copy, so a version contains the model that encoded it.
 - Errors are found before the first image is encoded: lock, output, checkpoint, fields, kind, validation pairs, the
   served version's model, disk space, and a gallery that has shrunk, as one on a disk that is not mounted.
-- A killed run resumes after its last complete shard. `out/work` holds the vectors of the served version, and those of
-  one rejected or interrupted build; the next build by the same encoder takes what it can use from both.
+- A killed run resumes after its last complete shard. `out/work` holds the vectors of the builds since the last
+  publication and of the served version; the next build by the same encoder takes what it can use.
 """
 
 import contextlib
-import json
 import logging
 import shutil
 import time
 from collections.abc import Sequence
-from dataclasses import asdict, replace
+from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
-from numpy.typing import NDArray
 
 from dcar_core import Encoder
-from dcar_core.data.judgements import read_judgements
+from dcar_core.data.judgements import JudgedList, read_judgements
 from dcar_core.encoder.encoder import add_portable_export
 from dcar_core.encoder.export_cache import has_portable
 from dcar_core.encoder.runtimes import AUTO, EXPORTED
@@ -36,15 +33,13 @@ from dcar_core.util.errors import (
     DataError,
     DcarError,
     GalleryShrunkError,
-    ImageFault,
+    GateError,
     ModelError,
     StoreUnavailableError,
     list_fields,
 )
-from dcar_core.util.files import hash_json
 from dcar_core.util.machine import is_installed
-from index_jobs.encoding.devices import load_replicas
-from index_jobs.encoding.encode import EncodedGallery, encode_gallery
+from index_jobs.encoding.encode import EncodedGallery, encode_gallery, load_replicas
 from index_jobs.encoding.shards import ShardStore
 from index_jobs.engines.measure import caption_queries
 from index_jobs.engines.protocol import NewIndex, load_engine
@@ -53,18 +48,72 @@ from index_jobs.index import versions
 from index_jobs.index.index_version import IndexVersion
 from index_jobs.index.items import BUILT_IN_FIELDS, FieldTypes, Items, field_names, take_rows, write_items
 from index_jobs.index.lexical.lexical_index import item_texts, write_lexical
-from index_jobs.index.manifest import CHECKPOINT, CURRENT, DUPLICATES, FAILED, ITEMS, LEXICAL, Manifest, counted
+from index_jobs.index.manifest import CHECKPOINT, CURRENT, FAILED, ITEMS, LEXICAL, Manifest, counted
 from index_jobs.index.storage import index_name, index_path, location_of
-from index_jobs.index.versions import open_current, pull
+from index_jobs.index.versions import open_current
 from index_jobs.jobs import gate
-from index_jobs.jobs.summary import RebuildSummary, RejectedError
 from index_jobs.spec import BuildOptions, IndexSpec
 
 logger = logging.getLogger(__name__)
 
 WORK = "work"
 _SUMMARY = ("version", "count", "failed", "dim", "kind", "reason", "measured", "number_texts", "cutoff")
-_COMPARED = ["caption", "category", "metadata", "size"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class RebuildSummary:
+    """Result of a rebuild; the JSON summary has the same fields."""
+
+    index: str
+    version: int  # the new one, or the one that is as asked for
+    reused: bool
+    count: int
+    failed: int  # images without a vector
+    failures: str  # the file that lists them
+    encoded: int  # images that this run encoded or tried to
+    resumed: int  # images with vectors from an earlier run
+    seconds: float
+    fingerprint: str
+    dim: int
+    kind: str
+    reason: str
+    measured: dict[str, Any]
+    number_texts: dict[str, str]  # fields with texts such as "10,50", with an example
+    cutoff: dict[str, Any]  # as in the manifest
+    changes: dict[str, int] | None = None  # items that came and went since the served version
+    gate: dict[str, Any] | None = None  # comparison with the served version; see `gate.GateVerdict`
+
+    def to_text(self) -> str:
+        """Return the summary as a few lines for people."""
+        state = "is up to date with" if self.reused else "published:"
+        lines = [
+            f"{self.index}: version {self.version} {state} {self.count:,} images, {self.kind}, {self.failed} broken"
+        ]
+        if self.changes:
+            numbers = ", ".join(f"{count:,} images {name}" for name, count in self.changes.items())
+            lines.append(f"since the previous version: {numbers}")
+        if self.gate:
+            lines.append(f"compared with the previous version: {self.gate['reason']}")
+        if "recall_at_1" in self.cutoff:
+            first, ten = (100 * self.cutoff[f"recall_at_{k}"] for k in (1, 10))
+            lines.append(
+                f"validation: {self.cutoff['pairs']:,} texts find their image first in {first:.1f} %, among the first "
+                f"ten in {ten:.1f} %, of all; results are likely from a score of {self.cutoff['min_score']:.3f} on"
+            )
+        return "\n".join(lines + self.notes())
+
+    def notes(self) -> list[str]:
+        """Return a line for images that searches leave out, and one for fields that they take for text."""
+        lines = list[str]()
+        if self.failed:
+            lines.append(f"broken images, left out: {self.failed:,}, with reasons in {self.failures}")
+        if self.number_texts:
+            examples = ", ".join(f"{name} ({text!r})" for name, text in self.number_texts.items())
+            lines.append(
+                f"fields of text that looks like numbers: {examples}; filters cannot compare them by size, so write "
+                f"numbers such as 10.5"
+            )
+        return lines
 
 
 def rebuild(
@@ -75,7 +124,6 @@ def rebuild(
     Args:
         gallery: a folder, an uncompressed tar, or a list, as a path or URL, or several; see `index_jobs.gallery.scan`.
             A scanned gallery is taken as it is.
-        checkpoint: a DCAR checkpoint directory.
         out: the index directory, created if missing, or its URL in an object store.
         options: the fields of `BuildOptions` and of its `IndexSpec`.
 
@@ -83,38 +131,32 @@ def rebuild(
         DataError: the gallery or an option cannot be used, or too many images are broken.
         CheckpointError, ModelError: the model cannot be loaded; or the served version's model cannot, without force.
         LockedError: another job is writing to `out`.
-        GalleryShrunkError, RejectedError: too many of the served images are gone, or the rebuilt index ranks worse.
+        GalleryShrunkError, GateError: too many of the served images are gone, or the rebuilt index ranks worse.
         StoreUnavailableError: the served version's store does not respond, without force.
         DcarError: the output cannot be written, or does not read back; published versions are unchanged.
     """
-    out = index_path(out)
-    settings = BuildOptions.of(options)
-    with versions.report_os_errors(out):
-        pull(out, history=True)
-        build = _Build(settings, checkpoint, out)
-        if not isinstance(gallery, Gallery):
-            logger.info("looking for images")
-            gallery = scan(gallery)
-        build.gallery = gallery
-        current = None if build.options.force else build.find_published()
-        return build.run() if current is None else build.summarize(current)
+    out, settings, start = index_path(out), BuildOptions.of(options), time.perf_counter()
+    judged = read_judgements([settings.judgements]) if settings.judgements else None
+    if not isinstance(gallery, Gallery):
+        logger.info("looking for images")
+        gallery = scan(gallery)
+    with versions.report_os_errors(out), versions.new_version(out) as new:
+        return _Build(settings, gallery, checkpoint, new, judged, start).run()
 
 
 class _Build:
-    """One build. The encoder and the served version are known once it runs."""
+    """One build. The encoder is known once it runs."""
 
-    gallery: Gallery
     encoder: Encoder
-    served: IndexVersion | None
-    published: IndexVersion | None = None  # when the build began
 
-    def __init__(self, options: BuildOptions, checkpoint: Path, out: Path) -> None:
-        self.options, self.out, self.work, self.origin = options, out, out / WORK, checkpoint.absolute()
-        with contextlib.suppress(ArtifactError):
-            self.published = open_current(out)
-        self.checkpoint = _with_retraining(checkpoint, self.published, is_forced=options.force)
-        self._start = time.perf_counter()
-        self.judged = read_judgements([options.judgements]) if options.judgements else None
+    def __init__(
+        self, options: BuildOptions, gallery: Gallery, checkpoint: Path, new: versions.NewVersion,
+        judged: JudgedList | None, start: float,
+    ) -> None:  # fmt: skip
+        self.options, self.gallery, self.new, self.judged, self.start = options, gallery, new, judged, start
+        self.out, self.origin = new.index, checkpoint.absolute()
+        self.served = self._open_served()
+        self.checkpoint = self._with_retraining(checkpoint)
 
     @cached_property
     def pairs(self) -> gate.QueryPairs | None:
@@ -132,106 +174,8 @@ class _Build:
             pairs_signature=self.pairs.signature if self.options.validation and self.pairs else "",
         )
 
-    def find_published(self) -> Manifest | None:
-        """Return the served version's manifest if it is what this build would publish."""
-        if self.published is None:
-            return None
-        try:
-            backbone = read_config(self.published.checkpoint)["backbone"]
-        except CheckpointError:
-            return None
-        manifest = self.published.manifest
-        is_same = manifest.spec == self.spec and manifest.is_as_built
-        if self.options.model is not None or missing_places(backbone):
-            is_same &= backbone == read_portable_config(self.checkpoint, self.options.model)["backbone"]
-        return manifest if is_same else None
-
-    def run(self) -> RebuildSummary:
-        """Build and publish a version."""
-        out, options, gallery = self.out, self.options, self.gallery
-        with versions.new_version(out) as new:
-            _require_fields(gallery, self.spec)  # before a model is loaded
-            copy_checkpoint(self.checkpoint, copy := new.folder / CHECKPOINT, options.model)
-            logger.info("%s images; loading the model", f"{len(gallery):,}")
-            try:
-                if options.model is not None:
-                    Encoder.load(copy, device="cpu")  # an export would load with any backbone
-                replicas = self._load_replicas(copy)
-            except (CheckpointError, ModelError) as error:  # the copy is removed
-                raise type(error)(str(error).replace(str(copy), str(self.checkpoint))) from error
-            self.encoder = replicas[0]
-            least_bytes = load_engine(self.spec.engine).plan(self.spec, len(gallery), self.encoder.dim, options.device)
-            store = ShardStore(gallery, self.encoder, self.work, options)
-            self.served = self._open_served()
-            self._require_few_removed()
-            self._load_served_encoder("cpu")  # a check; encoding may need its memory
-            self._add_portable_export(new)  # before the space that is left is measured
-            self._make_room(store, least_bytes)
-            encoded = self._encode(replicas, copy)
-            self._clean_work(store)
-            changes = self._count_changes(take_rows(gallery.table, encoded.rows()))
-            built = new.prepare(self._write(new, encoded))
-            verdict = self._require_no_worse(built, encoded)
-            manifest = new.commit(built.manifest, keep=options.keep)
-            if self.served is not None and not self.served.manifest.is_as_built:
-                logger.warning(
-                    "version %d holds the gallery as it is; what was added, removed or changed in %d is not in it",
-                    manifest.version, self.served.manifest.version,
-                )  # fmt: skip
-            if options.keep_shards:
-                for leftover in store.path.glob(".*.tmp"):  # of a killed job
-                    leftover.unlink(missing_ok=True)
-                with contextlib.suppress(OSError):  # without the marker, the next build encodes again
-                    (store.path / _marker(manifest)).touch()
-                self._keep_only({store.path})
-            else:
-                self._keep_only(set())
-        return self.summarize(manifest, encoded, verdict, changes=changes)
-
-    def summarize(
-        self,
-        manifest: Manifest,
-        encoded: EncodedGallery | None = None,
-        verdict: gate.GateVerdict | None = None,
-        *,
-        published: bool = True,
-        changes: dict[str, int] | None = None,
-    ) -> RebuildSummary:
-        """Return the summary of this build.
-
-        Args:
-            manifest: of the new version, or of the one that stays published.
-            encoded: None if nothing had changed.
-            published: False if the new version was rejected.
-            changes: see `_count_changes`.
-        """
-        if encoded:
-            unread, duplicates = encoded.unread, len(encoded.duplicates())
-        else:
-            faults = (json.loads(line)["fault"] for line in manifest.path(self.out, FAILED).read_bytes().splitlines())
-            unread = sum(ImageFault(fault).is_temporary for fault in faults)
-            duplicates = manifest.path(self.out, DUPLICATES).read_bytes().count(b"\n")
-        return RebuildSummary(
-            **{name: getattr(manifest, name) for name in _SUMMARY},
-            fingerprint=manifest.spec.fingerprint,
-            index=location_of(self.out),
-            published=published and encoded is not None,
-            reused=encoded is None,
-            unread=unread,
-            duplicates=duplicates,
-            encoded=encoded.encoded if encoded else 0,
-            resumed=encoded.resumed if encoded else 0,
-            seconds=round(time.perf_counter() - self._start, 3),
-            images_per_second=round(encoded.encoded / encoded.seconds, 1) if encoded and encoded.encoded else 0.0,
-            gate=asdict(verdict) if verdict else None,
-            hint=f"images that could not be read: {unread:,} ({FAILED} has the reasons); once they can be, give --force"
-            if unread and published
-            else "",
-            changes=changes,
-        )
-
     def _open_served(self) -> IndexVersion | None:
-        """Open the served version; None if there is nothing to compare with, also with force if its store is down."""
+        """Open the served version; None if there is nothing to compare with."""
         if not (self.out / CURRENT).exists():
             return None
         try:
@@ -239,36 +183,107 @@ class _Build:
         except ArtifactError as error:
             if isinstance(error, StoreUnavailableError) and not self.options.force:
                 raise StoreUnavailableError(
-                    f"the served version cannot be compared: {error}; run the same command again once its store "
-                    f"responds, or publish without a comparison by --force"
+                    f"the served version cannot be compared: {error}; run this again once its store responds, or "
+                    f"publish without a comparison by --force"
                 ) from error
             logger.warning("the served version cannot be read, so nothing is compared with it: %s", error)
             return None
 
-    def _count_changes(self, table: pa.Table) -> dict[str, int] | None:
-        """Compare the rows that can be indexed with the served version by their ids.
+    def _with_retraining(self, checkpoint: Path) -> Path:
+        """Return the served version's model if it was retrained from a checkpoint, else the checkpoint."""
+        if self.served is None:
+            return checkpoint
+        with contextlib.suppress(CheckpointError):  # whoever loads it says what is wrong
+            lineage = read_config(self.served.checkpoint).get("training", {}).get("retrained", {}).get("from", ())
+            if lineage and read_config(checkpoint)["fingerprint"] in lineage:
+                if self.options.force:
+                    logger.warning("what the served model learned since %s is lost, by --force", checkpoint)
+                    return checkpoint
+                logger.warning(
+                    "the served model was retrained from %s and is kept; --force goes back to that", checkpoint
+                )
+                return self.served.checkpoint
+        return checkpoint
 
-        An item counts as changed if its file's size, caption, category or metadata differ.
-        """
+    def _is_published(self) -> bool:
+        """Return whether the served version is what this build would publish."""
+        if self.served is None or self.options.force:
+            return False
+        try:
+            backbone = read_config(self.served.checkpoint)["backbone"]
+        except CheckpointError:
+            return False
+        is_same = self.served.manifest.spec == self.spec and self.served.manifest.is_as_built
+        if self.options.model is not None or missing_places(backbone):
+            is_same &= backbone == read_portable_config(self.checkpoint, self.options.model)["backbone"]
+        return is_same
+
+    def run(self) -> RebuildSummary:
+        """Build and publish a version."""
+        options, gallery, new, served = self.options, self.gallery, self.new, self.served
+        if served is not None and self._is_published():
+            return self._summarize(served.manifest)
+        _require_fields(gallery, self.spec)  # before a model is loaded
+        copy_checkpoint(self.checkpoint, copy := new.folder / CHECKPOINT, options.model)
+        logger.info("%s images; loading the model", f"{len(gallery):,}")
+        try:
+            if options.model is not None:
+                Encoder.load(copy, device="cpu")  # an export would load with any backbone
+            replicas = self._load_replicas(copy)
+        except (CheckpointError, ModelError) as error:  # the copy is removed
+            raise type(error)(str(error).replace(str(copy), str(self.checkpoint))) from error
+        self.encoder = replicas[0]
+        least_bytes = load_engine(self.spec.engine).plan(self.spec, len(gallery), self.encoder.dim, options.device)
+        store = ShardStore(gallery, self.encoder, self.out / WORK, options)
+        self._require_few_removed()
+        self._load_served_encoder("cpu")  # a check; encoding may need its memory
+        self._add_portable_export(new)  # before the space that is left is measured
+        self._make_room(store, least_bytes)
+        encoded = self._encode(replicas, copy)
+        for folder in store.other_folders():  # what they share with this gallery was copied
+            shutil.rmtree(folder, ignore_errors=True)
+        built = new.prepare(self._write(new, encoded))
+        verdict = self._require_no_worse(built)
+        manifest = new.commit(built.manifest, keep=options.keep)
+        if served is not None and not served.manifest.is_as_built:
+            logger.warning(
+                "version %d holds the gallery as it is; what was added, removed or changed in %d is not in it",
+                manifest.version, served.manifest.version,
+            )  # fmt: skip
+        _keep_only(store)
+        for leftover in store.path.glob(".*.tmp"):  # of a killed job
+            leftover.unlink(missing_ok=True)
+        changes = self._count_changes(take_rows(gallery.table.select(["id"]), encoded.rows())["id"])
+        return self._summarize(manifest, encoded, changes=changes, gate=asdict(verdict) if verdict else None)
+
+    def _summarize(self, manifest: Manifest, encoded: EncodedGallery | None = None, **more: Any) -> RebuildSummary:
+        return RebuildSummary(
+            **{name: getattr(manifest, name) for name in _SUMMARY},
+            fingerprint=manifest.spec.fingerprint,
+            index=location_of(self.out),
+            failures=str(manifest.path(self.out, FAILED)),
+            reused=encoded is None,
+            encoded=encoded.encoded if encoded else 0,
+            resumed=encoded.resumed if encoded else 0,
+            seconds=round(time.perf_counter() - self.start, 3),
+            **more,
+        )
+
+    def _served_ids(self) -> pa.ChunkedArray:
+        return self.served.column("id").filter(self.served.live) if self.served else pa.chunked_array([], pa.string())
+
+    def _count_changes(self, ids: pa.ChunkedArray) -> dict[str, int] | None:
+        """Compare the ids of the new version with those of the served one."""
         if self.served is None:
             return None
-        rows = np.flatnonzero(self.served.live)
-        ids = self.served.column("id").filter(self.served.live)
-        positions = pc.fill_null(pc.index_in(table["id"], ids), -1).to_numpy()
-        is_kept = positions >= 0
-        before = np.concatenate([_hash_rows(part.items.table()) for part in self.served.parts])
-        changed = before[rows[positions[is_kept]]] != _hash_rows(table)[is_kept]
-        removed = len(rows) - int(is_kept.sum())
-        return {"added": int((~is_kept).sum()), "removed": removed, "changed": int(changed.sum())}
+        kept = pc.sum(pc.is_in(ids, self._served_ids())).as_py() or 0
+        return {"added": len(ids) - kept, "removed": self.served.manifest.count - kept}
 
     def _require_few_removed(self) -> None:
         """Raise GalleryShrunkError if too many of the served items are gone, unless forced."""
-        served, limit = self.served, self.options.max_vanished
-        if served is None or self.options.force:
-            return
-        ids = served.column("id").filter(served.live)
+        served, limit, ids = self.served, self.options.max_vanished, self._served_ids()
         gone = ids.filter(pc.invert(pc.is_in(ids, self.gallery.table["id"])))
-        if len(gone) > limit * served.manifest.count:
+        if served is not None and not self.options.force and len(gone) > limit * len(ids):
             example = served.item(served.row_of(gone[0].as_py()) or 0).metadata.get("file_name", "")
             raise GalleryShrunkError(
                 f"not published: {len(gone):,} of the {len(ids):,} images of version {served.manifest.version} are "
@@ -277,58 +292,49 @@ class _Build:
             )
 
     def _make_room(self, store: ShardStore, least_bytes: int) -> None:
-        """Remove vectors that are not needed. Raise DcarError if the disk cannot hold the missing ones and an index."""
-        for keep_reusable in (True, False):
-            self._clean_work(store, keep_reusable=keep_reusable)
-            vectors = 4 * store.dim * (len(self.gallery) - store.stored_rows())
-            needed, free = vectors + least_bytes + self.gallery.table.nbytes, shutil.disk_usage(self.out).free
-            if needed <= free:
-                return
-        raise DcarError(
-            f"the index {self.out} takes at least {needed / 1e9:.1f} GB more, {vectors / 1e9:.1f} of them for vectors "
-            f"that the next rebuild can use, but its disk has {free / 1e9:.1f} GB left; make room, or give another "
-            f"--out"
-        )
+        """Raise DcarError if the disk cannot hold the missing vectors and an index, without those of other builds."""
+        vectors = 4 * store.dim * (len(self.gallery) - store.stored_rows())
+        needed = vectors + least_bytes + self.gallery.table.nbytes
+        if shutil.disk_usage(self.out).free < needed:
+            _keep_only(store)
+        if (free := shutil.disk_usage(self.out).free) < needed:
+            raise DcarError(
+                f"the index {self.out} takes at least {needed / 1e9:.1f} GB more, {vectors / 1e9:.1f} of them for "
+                f"vectors that the next rebuild can use, but its disk has {free / 1e9:.1f} GB left; make room, or give "
+                f"another --out"
+            )
 
-    def _load_served_encoder(self, device: str) -> Encoder | str:
-        """Return the model of the served version if it is compared; with force, the reason if it cannot be loaded."""
-        if self.served is None or not (self.pairs or self.judged):
-            return self.encoder
-        if self.served.manifest.spec.fingerprint == self.encoder.fingerprint:
+    def _load_served_encoder(self, device: str) -> Encoder | None:
+        """Return the model of the served version; None if nothing is compared."""
+        if self.served is None or self.options.force:
+            return None
+        if not (self.pairs or self.judged) or self.served.manifest.spec.fingerprint == self.encoder.fingerprint:
             return self.encoder
         try:
             return Encoder.load(self.served.checkpoint, device=device)
         except (CheckpointError, ModelError) as error:
             version = self.served.manifest.version
-            reason = f"the served version {version} cannot be compared, because its model cannot be loaded: {error}"
-            if not self.options.force:
-                raise CheckpointError(f"{reason}; restore its model's files, or publish by --force") from error
-            logger.warning("%s", reason)
-            return reason
+            raise CheckpointError(
+                f"the served version {version} cannot be compared, because its model cannot be loaded: {error}; "
+                f"restore its model's files, or publish by --force"
+            ) from error
 
-    def _require_no_worse(self, built: IndexVersion, encoded: EncodedGallery) -> gate.GateVerdict | None:
-        """Compare with the served version. Raise RejectedError if the new one ranks worse, unless forced."""
-        options = self.options
-        if self.served is None:
+    def _require_no_worse(self, built: IndexVersion) -> gate.GateVerdict | None:
+        """Compare with the served version, unless forced. Raise GateError if the new one ranks worse."""
+        encoder = self._load_served_encoder(self.options.device.split(",")[0])
+        if self.served is None or encoder is None:
             return None
-        logger.info("comparing with version %d", self.served.manifest.version)
-        served_encoder = self._load_served_encoder(options.device.split(",")[0])
-        if isinstance(served_encoder, str):
-            verdict = gate.GateVerdict(served_encoder, options.margin)
-        else:
-            before, after = (self.served, served_encoder.encode_text), (built, self.encoder.encode_text)
-            verdict = gate.compare(before, after, self.pairs, options.margin)
-            if self.judged:
-                verdict = gate.add_judged(verdict, self.judged, before, after)
-        if not verdict.passed and not options.force:
-            remedy = "its vectors are kept, so --force publishes it without encoding again"
-            if not options.keep_shards:
-                self._keep_only(set())
-                remedy = "its vectors are not kept, so --force encodes again and publishes it"
-            kept = replace(self.served.manifest, measured=built.manifest.measured, kind=built.manifest.kind)
-            summary = self.summarize(kept, encoded, verdict, published=False)
-            message = f"not published: the rebuilt index ranks worse than version {kept.version}: {verdict.reason}"
-            raise RejectedError(f"{message}; {remedy}", summary)
+        version = self.served.manifest.version
+        logger.info("comparing with version %d", version)
+        before, after = (self.served, encoder.encode_text), (built, self.encoder.encode_text)
+        verdict = gate.compare(before, after, self.pairs, self.options.margin)
+        if self.judged:
+            verdict = gate.add_judged(verdict, self.judged, before, after)
+        if not verdict.passed:
+            raise GateError(
+                f"not published: the rebuilt index ranks worse than version {version}: {verdict.reason}; its vectors "
+                f"are kept, so --force publishes it without encoding again"
+            )
         return verdict
 
     def _load_replicas(self, checkpoint: Path) -> list[Encoder]:
@@ -340,8 +346,8 @@ class _Build:
         if self.options.ray:
             from index_jobs.encoding.ray_cluster import encode_on_ray
 
-            return encode_on_ray(self.gallery, self.encoder, checkpoint, self.work, self.options)
-        return encode_gallery(self.gallery, replicas, self.work, self.options)
+            return encode_on_ray(self.gallery, self.encoder, checkpoint, self.out / WORK, self.options)
+        return encode_gallery(self.gallery, replicas, self.out / WORK, self.options)
 
     def _add_portable_export(self, new: versions.NewVersion) -> None:
         """Add what serves the model without PyTorch, if OpenVINO is installed, or take over that of the served version.
@@ -375,7 +381,6 @@ class _Build:
         logger.info("indexing the words of the items")
         write_lexical(folder / LEXICAL, item_texts(take_rows(gallery.table, rows), spec.text_fields))
         encoded.write_failed(folder / FAILED)
-        encoded.write_duplicates(folder / DUPLICATES)
         logger.info("measuring the scores of matches")
         index = engine.open({path.name: path for path in folder.iterdir()})
         if self.options.validation and self.pairs:
@@ -400,74 +405,24 @@ class _Build:
             **calibrated,
         )
 
-    def _clean_work(self, store: ShardStore, *, keep_reusable: bool = False) -> None:
-        """Remove vectors other than this job's and the served version's.
 
-        Args:
-            keep_reusable: keep the largest other folder that this job can take vectors from.
-        """
-        kept = {store.path}
-        if self.served is not None:
-            kept |= {marker.parent for marker in self.work.glob(f"*/{_marker(self.served.manifest)}")}
-        if keep_reusable:
-            others = (folder for folder in store.other_folders() if folder not in kept)
-            sizes = {folder: sum(path.stat().st_size for path in folder.iterdir()) for folder in others}
-            kept.add(max(sizes, key=sizes.__getitem__, default=store.path))
-        self._keep_only(kept)
-
-    def _keep_only(self, kept: set[Path]) -> None:
-        """Remove other folders of vectors; a failure is left to the next build."""
-        for folder in self.work.iterdir() if self.work.is_dir() else ():
-            if folder not in kept:
-                shutil.rmtree(folder, ignore_errors=True)
-        if not kept:
-            shutil.rmtree(self.work, ignore_errors=True)
-
-
-def _with_retraining(checkpoint: Path, served: IndexVersion | None, *, is_forced: bool) -> Path:
-    """Return the served version's model if it was retrained from a checkpoint, else the checkpoint."""
-    if served is None:
-        return checkpoint
-    retrained = served.checkpoint
-    with contextlib.suppress(CheckpointError):  # whoever loads it says what is wrong
-        lineage = read_config(retrained).get("training", {}).get("retrained", {}).get("from", ())
-        if lineage and read_config(checkpoint)["fingerprint"] in lineage:
-            kept = "is lost, by --force" if is_forced else "is kept; --force goes back to the checkpoint"
-            logger.warning("the served model was retrained from %s: what it learned %s", checkpoint, kept)
-            return checkpoint if is_forced else retrained
-    return checkpoint
-
-
-def _marker(manifest: Manifest) -> str:
-    """Return the name of the file that marks a version's vectors; versions that differ only in their kind share it."""
-    return f"of-{hash_json([manifest.spec.fingerprint, manifest.spec.gallery_signature, manifest.runtime])[:16]}"
-
-
-def _hash_rows(table: pa.Table) -> NDArray[np.int64]:
-    """Return a hash of each row's compared columns, int64 (n,), with one batch in memory at a time."""
-    batches = table.select(_COMPARED).to_batches()
-    hashes = (map(hash, zip(*(column.to_pylist() for column in batch.columns), strict=True)) for batch in batches)
-    return np.array([value for batch in hashes for value in batch], np.int64)
+def _keep_only(store: ShardStore) -> None:
+    """Remove other folders of vectors; a failure is left to the next build."""
+    for folder in store.path.parent.glob("*"):
+        if folder != store.path:
+            shutil.rmtree(folder, ignore_errors=True)
 
 
 def _require_fields(gallery: Gallery, spec: IndexSpec) -> None:
-    """Check that items have the fields that searches group by and look words up in.
-
-    One of several text fields may be missing, since items that are added later may have it. That is a warning.
-
-    Raises:
-        DataError: no item has the group field, or any of the text fields, or the group field holds lists.
-    """
+    """Raise DataError if no item has the group field or any of the text fields, or the group field holds lists."""
     metadata = gallery.table["metadata"]
-    types = dict.fromkeys(BUILT_IN_FIELDS, pa.string()) | (FieldTypes.infer(metadata).types if spec.group_field else {})
-    known = {*BUILT_IN_FIELDS} | (field_names(metadata) if spec.text_fields else set())
-    groups = [spec.group_field] if spec.group_field else []
-    for option, names, found in (("--group-field", groups, {*types}), ("--text-fields", spec.text_fields or (), known)):
-        if missing := [name for name in names if name not in found]:
-            named = " or ".join(map(repr, missing))
-            message = f"{option}: no item has the field {named}; there are: {list_fields(found)}"
-            if len(missing) == len(names):
-                raise DataError(message)
-            logger.warning("%s", message)
-    if any(pa.types.is_list(types[name]) for name in groups):
-        raise DataError(f"--group-field: {groups[0]!r} has several values per item; name a field with one")
+    names = {*BUILT_IN_FIELDS} | (field_names(metadata) if spec.text_fields or spec.group_field else set())
+    for option, wanted in (
+        ("--group-field", {spec.group_field} - {""}),
+        ("--text-fields", {*(spec.text_fields or ())}),
+    ):
+        if wanted and not wanted & names:
+            named = " or ".join(map(repr, sorted(wanted)))
+            raise DataError(f"{option}: no item has the field {named}; there are: {list_fields(names)}")
+    if spec.group_field and pa.types.is_list(FieldTypes.infer(metadata).types.get(spec.group_field)):
+        raise DataError(f"--group-field: {spec.group_field!r} has several values per item; name a field with one")

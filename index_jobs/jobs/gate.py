@@ -1,13 +1,11 @@
-"""The quality gate: compares a rebuilt index with the served one by texts with a known image.
+"""The quality gate: compares a rebuilt index with the served one by texts with a known image, and sets cut-offs.
 
 - Pairs are validation pairs with images in the gallery; without them, captions that only one image of the gallery has.
   The new model may have been trained on those captions, so validation pairs are the better evidence.
-- An image of a pair is recognised by its file, through symbolic links; in a gallery that is not on this machine, by its
-  name below the gallery or the end of its URL, if only one image has that name.
-- A judged list is compared as well, by nDCG@10 of the queries with a relevant item in both indexes.
-- Versions whose weight of the words was chosen by validation texts are compared by hybrid searches as well.
 - Each index searches with its own model, as it is served, so the recall lost by a coarser kind of index counts.
 - Only items of both indexes may be found: a larger gallery makes every search harder, but no model worse.
+- The cut-off, `min_score: "auto"`, is reached by all but 5 % of validation texts with their own images. Without pairs,
+  the scores of common words tell how high words and images score that do not belong together.
 """
 
 import logging
@@ -36,9 +34,8 @@ from index_jobs.engines.protocol import VectorIndex
 from index_jobs.gallery.scan import Gallery
 from index_jobs.gallery.storage import WHOLE_FILE, is_url, join_location
 from index_jobs.index.index_version import IndexVersion
-from index_jobs.index.lexical.fusion import choose_weight, hybrid_gains, spread_rows
+from index_jobs.index.lexical.fusion import choose_weight, spread_rows
 from index_jobs.index.lexical.lexical_index import LexicalIndex
-from index_jobs.jobs.cutoff import compute_cutoff, cutoff_of_words
 from index_jobs.row_filter import RowFilter
 from index_jobs.spec import BuildOptions
 
@@ -47,10 +44,11 @@ logger = logging.getLogger(__name__)
 MAX_PAIRS = 1000
 MIN_TEXTS = 100  # validation texts that choose the weight of the words; a cut-off by fewer is rough
 _WORDS, _MIN_ITEMS = 300, 30  # words whose scores make a cut-off without validation texts, from so many items on
+MISSED = 0.05  # share of the true pairs below the cut-off [ours]
+STRONG = 0.95  # share of the true pairs below a strong score [ours]
+CHANCE = 0.01  # share of words and images without a relation that reach the cut-off [ours]
 _RANKS = (1, 10)
 _DEPTH = 100  # an image below this rank counts as not found
-_NAMES = {f"recall_at_{k}": f"R@{k}" for k in _RANKS} | {f"ndcg_at_{_DEPTH}": f"nDCG@{_DEPTH}"}  # in messages
-_FILE_SCHEME = "file://"
 
 _ImageKey = str | tuple[int, int, int]  # a name, or device, number of a file, and the offset of an image in it
 EncodeTexts = Callable[[Sequence[str]], Floats]  # as `Encoder.encode_text`
@@ -89,22 +87,18 @@ class GateVerdict:
     difference: dict[str, float] | None = None  # in ndcg_at_100, with the ends of its 95 % interval
     visible: float | None = None  # the smallest difference that is not chance
 
-    @classmethod
-    def of(cls, found: Comparison, reason: str, margin: float, **more: Any) -> "GateVerdict":
-        """Return a verdict with the figures of a comparison."""
-        difference = {name: round(value / 100, 4) for name, value in vars(found.gain).items()}
-        visible = round(found.visible / 100, 4)
-        return cls(reason, margin, compared=True, difference=difference, visible=visible, **more)
+
+def verdict_of(comparison: Comparison, reason: str, margin: float, **more: Any) -> GateVerdict:
+    """Return a verdict with the figures of a comparison."""
+    difference = {name: round(value / 100, 4) for name, value in vars(comparison.gain).items()}
+    visible = round(comparison.visible / 100, 4)
+    return GateVerdict(reason, margin, compared=True, difference=difference, visible=visible, **more)
 
 
 def find_pairs(gallery: Gallery, validation: Path | None) -> QueryPairs | None:
     """Return the pairs to compare with; None if there are neither validation pairs nor captions.
 
-    Args:
-        validation: a data set with a val split, as for `dcar train --data`.
-
-    Raises:
-        DataError: the validation pairs cannot be read, or none of their images is in the gallery.
+    validation: a data set with a val split. Raise DataError if none of its pairs has its image in the gallery.
     """
     pairs = _validation_pairs(gallery, validation) if validation else _caption_pairs(gallery)
     if not pairs:
@@ -125,13 +119,10 @@ def _validation_pairs(gallery: Gallery, data: Path) -> list[tuple[str, int]]:
     located = [(text, next((rows[key] for key in keys if key in rows), None)) for text, keys in keyed]
     pairs = [(text, row) for text, row in located if row is not None]
     if not pairs:
-        how = "its name below the gallery, as in file_name"
-        if not is_url(gallery.root):
-            how = "its file, or the end of its URL"
         raise DataError(
             f"none of the {len(keyed):,} validation pairs of {data} has its image in the gallery {gallery.location}, "
-            f"so the indexes cannot be compared: an image there is recognised by {how}; omit --validation to compare "
-            f"by the gallery's captions"
+            f"so the indexes cannot be compared; an image is recognised by its file, or at a URL by its name below the "
+            f"gallery; omit --validation to compare by the gallery's captions"
         )
     if len(pairs) < len(keyed):
         logger.info("%d of %d validation pairs have their image in the gallery", len(pairs), len(keyed))
@@ -149,32 +140,27 @@ def _image_keys(root: ImageRoot, name: str) -> list[_ImageKey]:
 def _file_key(path: str, offset: int) -> _ImageKey:
     """Return what identifies a file behind links, and the offset of an image in it."""
     try:
-        found = os.stat(path)  # noqa: PTH116  a million times over
+        status = os.stat(path)  # noqa: PTH116  a million times over
     except OSError:
         return path
-    return found.st_dev, found.st_ino, offset
+    return status.st_dev, status.st_ino, offset
 
 
 def _rows_by_key(gallery: Gallery, keys: set[_ImageKey]) -> dict[_ImageKey, int]:
-    """Return the rows of images: local ones by file and offset, others by name.
-
-    A name that several images have identifies none of them. A full name goes before the end of a URL.
-    """
-    depths = sorted({key.count("/") for key in keys if isinstance(key, str)}, reverse=True)
-    by_ending, by_name, by_file = (dict[_ImageKey, list[int]]() for _ in range(3))
+    """Return the rows of images: local ones by file and offset, others by the end of their URL that one image has."""
+    depths = {key.count("/") for key in keys if isinstance(key, str)}
+    by_ending, by_file = dict[_ImageKey, list[int]](), dict[_ImageKey, int]()
     batches = gallery.table.select(["location", "offset", "name"]).to_batches()
     images = (image for batch in batches for image in zip(*(c.to_pylist() for c in batch.columns), strict=True))
     for row, (location, offset, name) in enumerate(images):
-        path, rows, found = join_location(gallery.root, location).removeprefix(_FILE_SCHEME), by_name, [name]
-        if not is_url(path):
-            rows, found = by_file, [_file_key(path, offset)]
-        elif is_url(name):
+        path = join_location(gallery.root, location).removeprefix("file://")
+        if is_url(path):
             parts = name.partition("?")[0].split("/")
-            rows, found = by_ending, ["/".join(parts[-depth - 1 :]) for depth in depths]
-        for key in keys.intersection(found):
-            rows.setdefault(key, []).append(row)
-    by_name = {key: rows for key, rows in (by_ending | by_name).items() if len(rows) == 1}
-    return {key: rows[-1] for key, rows in (by_name | by_file).items()}
+            for key in keys.intersection({"/".join(parts[-depth - 1 :]) for depth in depths}):
+                by_ending.setdefault(key, []).append(row)
+        elif (key := _file_key(path, offset)) in keys:
+            by_file[key] = row
+    return {key: rows[0] for key, rows in by_ending.items() if len(rows) == 1} | by_file
 
 
 def _caption_pairs(gallery: Gallery) -> list[tuple[str, int]]:
@@ -191,10 +177,7 @@ def calibrate(
 ) -> dict[str, Any]:
     """Return the manifest's `cutoff` and `hybrid_weight` by the validation pairs whose image has a vector.
 
-    The cut-off comes with the recall of the texts among all images.
-
-    The cut-off is the meaning of `min_score: "auto"`. The score of a pair is that of its text, encoded as a query, and
-    the vector of its image. For the weight, see `index_jobs.index.lexical.fusion`.
+    For the weight, see `index_jobs.index.lexical.fusion`.
     """
     rows = encoded.rows()
     has_vector = np.isin(pairs.rows, rows)
@@ -225,6 +208,22 @@ def cutoff_of_pairs(index: VectorIndex | IndexVersion, vectors: Floats, rows: Ro
     return compute_cutoff(np.einsum("ne,ne->n", vectors, index.vectors(rows))) | recall
 
 
+def compute_cutoff(scores: Floats) -> dict[str, Any]:
+    """Return the cut-off for the scores (N,) of N pairs: `min_score`, `strong_score` and their number, `pairs`."""
+    min_score, strong_score = np.quantile(scores.astype(np.float64), (MISSED, STRONG)).round(6).tolist()
+    return {"min_score": min_score, "strong_score": strong_score, "pairs": len(scores)}
+
+
+def cutoff_of_words(scores: Floats, best: Floats) -> dict[str, Any]:
+    """Return a cut-off by the scores (W, M) of W words with a sample of the items, and by their best (W,) of all items.
+
+    min_score: one of a hundred scores reaches it. strong_score: half of the words reach it with their best item.
+    """
+    min_score = float(np.quantile(scores.astype(np.float64), 1 - CHANCE))
+    strong_score = max(min_score, float(np.median(best)))
+    return {"min_score": round(min_score, 6), "strong_score": round(strong_score, 6), "words": len(scores)}
+
+
 def calibrate_by_words(index: VectorIndex, encode: EncodeTexts) -> dict[str, Any]:
     """Return the manifest's `cutoff` without pairs; nothing for a few items, whose scores say little."""
     if index.count < _MIN_ITEMS:
@@ -237,11 +236,7 @@ def calibrate_by_words(index: VectorIndex, encode: EncodeTexts) -> dict[str, Any
 def compare(before: Side, after: Side, pairs: QueryPairs | None, margin: float = BuildOptions.margin) -> GateVerdict:
     """Search both indexes; the rebuilt one, `after`, passes if no measure is lower by more than the margin.
 
-    Recall counts hits only, and few pairs decide it. The third measure, nDCG of one relevant image, depends on the rank
-    of every image.
-
-    Args:
-        margin: 0.02 is two points of a hundred.
+    margin: 0.02 is two points of a hundred. Few hits decide the recalls; nDCG depends on the rank of every image.
     """
     if pairs is None:
         return GateVerdict("there are no captions and no validation pairs to compare by", margin)
@@ -253,25 +248,22 @@ def compare(before: Side, after: Side, pairs: QueryPairs | None, margin: float =
     ]
     if not shared:
         return GateVerdict("no image of the pairs is in both indexes", margin)
-    with_words = None not in [index.manifest.hybrid_weight for index in indexes]
     (old_gains, serving, pool), (new_gains, rebuilt, _) = (
-        _measure(*side, shared, other, with_words=with_words)
-        for side, other in zip((before, after), indexes[::-1], strict=True)
+        _measure(*side, shared, other) for side, other in zip((before, after), indexes[::-1], strict=True)
     )
-    found = compare_gains(old_gains, new_gains, [item_id for _, item_id in shared])
-    names = _NAMES | {f"hybrid_{key}": f"hybrid {name}" for key, name in _NAMES.items()}
-    changes = ", ".join(f"{names[key]} {100 * serving[key]:.1f} -> {100 * rebuilt[key]:.1f}" for key in serving)
+    comparison = compare_gains(old_gains, new_gains, [item_id for _, item_id in shared])
+    changes = ", ".join(f"{key} {100 * serving[key]:.1f} -> {100 * rebuilt[key]:.1f}" for key in serving)
     reason = (
         f"{changes} percent among {pool:,} images over {len(shared):,} pairs, margin {100 * margin:g} points; "
-        f"nDCG@{_DEPTH} changed by {found.gain.points()}"
+        f"ndcg_at_{_DEPTH} changed by {comparison.gain.points()}"
     )
-    if found.visible > 100 * margin:
+    if comparison.visible > 100 * margin:
         logger.warning(
             "%d pairs tell differences of %.1f points from chance, but the margin is %g; give more validation pairs",
-            len(shared), found.visible, 100 * margin,
+            len(shared), comparison.visible, 100 * margin,
         )  # fmt: skip
-    return GateVerdict.of(
-        found, reason, margin, passed=not losses(serving, rebuilt, margin), pairs=len(shared), pool=pool,
+    return verdict_of(
+        comparison, reason, margin, passed=not losses(serving, rebuilt, margin), pairs=len(shared), pool=pool,
         source=pairs.source, serving=serving, rebuilt=rebuilt,
     )  # fmt: skip
 
@@ -294,7 +286,7 @@ def add_judged(verdict: GateVerdict, judged: JudgedList, before: Side, after: Si
         {"judged_ndcg_at_10": _judged_ndcg(*side, queries, other)}
         for side, other in zip((before, after), indexes[::-1], strict=True)
     )
-    values = " -> ".join(f"{100 * each['judged_ndcg_at_10']:.1f}" for each in (serving, rebuilt))
+    values = " -> ".join(f"{100 * side['judged_ndcg_at_10']:.1f}" for side in (serving, rebuilt))
     return replace(
         verdict,
         reason=f"{verdict.reason}; judged nDCG@10 {values} percent over {len(queries):,} queries",
@@ -312,8 +304,8 @@ def _judged_ndcg(
     """Return the mean nDCG@10 of queries with graded items, among the items of both indexes."""
     graded = [{index.row_of(item): grade for item, grade in grades.items()} for _, grades in queries]
     rows = index.search(encode([text for text, _ in queries]), 10, _shared_rows(index, other))[1]
-    found = [[own.get(row, 0) for row in ranked] for own, ranked in zip(graded, rows.tolist(), strict=True)]
-    measures = graded_measures(np.array(found), [np.array([*own.values()]) for own in graded])
+    grades = [[own.get(row, 0) for row in ranked] for own, ranked in zip(graded, rows.tolist(), strict=True)]
+    measures = graded_measures(np.array(grades), [np.array([*own.values()]) for own in graded])
     return round(float(measures["nDCG@10"].mean()) / 100, 4)
 
 
@@ -324,29 +316,21 @@ def _shared_rows(index: IndexVersion, other: IndexVersion) -> RowFilter | None:
 
 
 def _measure(
-    index: IndexVersion, encode: EncodeTexts, pairs: Sequence[tuple[str, str]], other: IndexVersion, *, with_words: bool
+    index: IndexVersion, encode: EncodeTexts, pairs: Sequence[tuple[str, str]], other: IndexVersion
 ) -> tuple[Floats, dict[str, float], int]:
     """Search among the items of both indexes for the images of texts.
 
     Returns:
-        1 / log2(1 + rank) of each text's image, 0 where it is not found, float (n,); the measures, with those of
-        hybrid searches if asked for; and the number of items that were searched.
+        1 / log2(1 + rank) of each text's image, 0 where it is not found, float (n,); the measures; and the number of
+        items that were searched.
     """
-    texts, targets = [text for text, _ in pairs], [index.row_of(item_id) or 0 for _, item_id in pairs]
-    shared, vectors = _shared_rows(index, other), encode(texts)
-    is_target = index.search(vectors, _DEPTH, shared)[1] == np.array(targets)[:, None]
+    targets, shared = [index.row_of(item_id) or 0 for _, item_id in pairs], _shared_rows(index, other)
+    rows = index.search(encode([text for text, _ in pairs]), _DEPTH, shared)[1]
+    is_target = rows == np.array(targets)[:, None]
     gains: Floats = np.where(is_target.any(1), 1 / np.log2(2 + is_target.argmax(1)), 0.0)
-    measures = _measures(gains)
-    if with_words:
-        queries, weight = list(zip(texts, vectors, targets, strict=True)), index.manifest.words_weight
-        hybrid = hybrid_gains(index, index.lexical, index.sample_vectors, queries, [weight], shared)
-        measures |= _measures(hybrid[:, 0].astype(np.float32), "hybrid_")
+    measures = {f"recall_at_{k}": round(float(is_target[:, :k].any(1).mean()), 4) for k in _RANKS}
+    measures[f"ndcg_at_{_DEPTH}"] = round(float(gains.mean()), 4)
     return gains, measures, int(np.count_nonzero(index.live if shared is None else shared.mask))
-
-
-def _measures(gains: Floats, prefix: str = "") -> dict[str, float]:
-    recalls = {f"{prefix}recall_at_{k}": round(float((gains >= 1 / np.log2(1.5 + k)).mean()), 4) for k in _RANKS}
-    return recalls | {f"{prefix}ndcg_at_{_DEPTH}": round(float(gains.mean()), 4)}
 
 
 def compare_gains(before: Floats, after: Floats, units: Sequence[str], weights: Floats | None = None) -> Comparison:

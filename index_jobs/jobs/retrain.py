@@ -1,28 +1,22 @@
 """Retraining on pairs of texts and items, such as clicks: `dcar retrain`.
 
-- Only the adapter of text features is tuned [ours], for any model: what lies inside the towers stays as it is, and so
-  do the vectors of the items. Nothing but texts is encoded, and the new version shares all files with the served one
-  except its checkpoint; additions and removals stay.
+- Only the adapter of text features is tuned [ours], so the vectors of the items stay, and the new version shares all
+  files with the served one except its checkpoint.
 - A hash divides the texts: eight tenths are learned from, and two choose how far to go from the served adapter
   (WiSE-FT). Each of these two is compared as far as the other one chose [ours], so both decide, and none for itself.
-  The negatives of a text are the items that the index ranks highest for it.
 - Pairs with a relevance are clicks. Those without one, such as captions, stand for the words that nobody has clicked
-  yet; together they weigh as much as the clicks, in learning and in comparing [ours]. If no pair has a relevance, all
-  are alike.
-- Only what was shown can have been clicked. So held-out clicks compare two models by the place of each item among those
-  that were skipped for its text (Sakai's condensed lists), weighted by its relevance. Items that nobody judged would
-  make every change look worse. Captions are compared with the first ten of the served model; so are clicks if no pair
-  has a skipped item [ours].
+  yet; together they weigh as much as the clicks [ours]. If no pair has a relevance, all are alike.
+- Only what was shown can have been clicked, so held-out clicks compare two models by the place of each item among those
+  that were skipped for its text (Sakai's condensed lists). Others are compared with the first ten of the served model.
 - A candidate is refused if it does not order the held-out pairs better, or if it loses more than the margin on the
   clicks among them, or on the anchors: validation pairs, or without any the captions of the items.
-- The same command makes the same model. Pairs that the served model has learned from are not learned again.
 """
 
 import hashlib
 import logging
-import math
 import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from copy import deepcopy
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
@@ -128,60 +122,46 @@ class RetrainSummary:
     left_out: dict[str, int]  # pairs, by reason
     share: float = 0.0  # of the change
     gate: dict[str, dict[str, Any]] = field(default_factory=dict)  # `GateVerdict`s on held-out pairs and on anchors
-    seconds: dict[str, float]  # of each step
+    seconds: float = 0.0
 
     def to_text(self) -> str:
         """Return the summary as a few lines for people."""
-        steps = ", ".join(f"{name} {value:.1f}" for name, value in self.seconds.items())
         lines = [
             f"version {self.version} {'' if self.published else 'stays '}published: {self.reason}",
             f"learned from {self.pairs:,} pairs and {self.captions:,} captions, {self.share:.0%} of the change taken",
             *(f"left out: {count:,} pairs {reason}" for reason, count in self.left_out.items()),
             *(f"compared by {name}: {verdict['reason']}" for name, verdict in self.gate.items()),
-            f"seconds from the command to the swap: {sum(self.seconds.values()):.1f} ({steps})",
+            f"after {self.seconds:.1f} s",
         ]
         return "\n".join(lines)
 
 
 def retrain(
     index: Path, files: Sequence[Path], *, validation: Path | None = None, judgements: Path | None = None,
-    margin: float = BuildOptions.margin, device: str = "auto", started: float | None = None,
+    margin: float = BuildOptions.margin, device: str = "auto",
 ) -> RetrainSummary:  # fmt: skip
     """Tune the served model on pairs, and publish a version with it if it ranks better.
 
     Args:
         files: tables with the columns caption and id or image, or directories with pairs.jsonl.
         validation, judgements, margin: as in `BuildOptions`. device: auto, cpu, cuda, cuda:1 or mps.
-        started: `time.perf_counter()` at the start of the command.
 
     Raises:
         DataError: a file cannot be read, and the message names line and field; or there are too few pairs.
         GateError: the candidate is not published; `retrain.json` in the index has its figures.
     """
-    judged = read_judgements([judgements]) if judgements else None
+    start, judged = time.perf_counter(), read_judgements([judgements]) if judgements else None
     with versions.report_os_errors(index), versions.new_version(index) as new:
-        run = Retraining(index, open_current(index), device, time.perf_counter() if started is None else started)
+        run = Retraining(index, open_current(index), device)
         summary = run.compare(files, validation, judged, margin)
         if summary.published:
             summary = replace(summary, version=run.publish(new, summary))
+        summary = replace(summary, seconds=round(time.perf_counter() - start, 1))
         if summary.gate:
             write_json(index / REPORT, asdict(summary))
     if summary.gate and not summary.published:
         raise GateError(f"not published: {summary.reason}; {index / REPORT} has the figures")
     return summary
-
-
-def describe_rest(checkpoint: Path) -> str:
-    """Return what a retraining leaves as it is, and what learning it costs; "" for a model without training."""
-    content = read_config(checkpoint)
-    notes, method = content.get("training", {}), content["model"]["method"]
-    if "epoch" not in notes:
-        return ""
-    took = f", took {notes['seconds']:,.0f} s" if "seconds" in notes else ""
-    return (
-        f"tunes the adapter of text features; whatever else {method} learns stays. To learn it all, run `dcar train` "
-        f"(epoch {notes['epoch']}{took}; it resumes) and then `dcar index build`"
-    )
 
 
 def read_pairs(
@@ -197,21 +177,23 @@ def read_pairs(
     by_name = dict(zip(names, live, strict=True))
     by_name |= {place: row for place, offset, row in zip(places, offsets, live, strict=True) if offset == WHOLE_FILE}
     found, skipped, unknown, repeated = dict[tuple[str, int], _Pair](), dict[str, set[int]](), 0, 0
-    for file in [given / "pairs.jsonl" if given.is_dir() else given for given in files]:
+    for file in [path / "pairs.jsonl" if path.is_dir() else path for path in files]:
         if not file.is_file() or file.suffix.lower() not in RECORD_SUFFIXES:
             kinds = ", ".join(sorted(RECORD_SUFFIXES))
             raise DataError(f"{file} is not a table of pairs ({kinds}); `dcar feedback export` writes pairs.jsonl")
         for line, row in read_records(str(file), partial(open_location, str(file))):
-            where = f"{file}, {'row' if file.suffix.lower() == '.parquet' else 'line'} {line}"
-            text, item_id = required_text(row, where, "caption"), label_text(row, where, "id")
-            weight = _weight(row, where)
-            image = next((name for name in IMAGE_COLUMNS if row.get(name)), "image")
+            where = f"{file}, line {line}"
+            text, item_id, weight = (
+                required_text(row, where, "caption"),
+                label_text(row, where, "id"),
+                _weight(row, where),
+            )
+            weight, image = _weight(row, where), next((name for name in IMAGE_COLUMNS if row.get(name)), "image")
             number = served.row_of(item_id) if item_id else by_name.get(required_text(row, where, image))
-            wrong_texts = texts_of(row, where, "negatives")
             if number is None:
                 unknown += 1
                 continue
-            for wrong in wrong_texts:
+            for wrong in texts_of(row, where, "negatives"):
                 skipped.setdefault(fold_text(wrong), set()).add(number)
             repeated += (fold_text(text), number) in found
             found.setdefault((fold_text(text), number), (text, number, weight))
@@ -228,16 +210,12 @@ def read_pairs(
 
 def _weight(row: Mapping[str, Any], where: str) -> float | None:
     """Return the relevance of a pair, None if the row has none."""
-    value = row.get("relevance")
-    if value is None or value == "":
+    if (value := row.get("relevance")) in (None, ""):
         return None
-    try:
-        weight = float(value)
-    except (TypeError, ValueError):
-        weight = math.nan
-    if not 0 < weight <= 1:
-        raise DataError(f"{where}: field 'relevance' must be a number above 0 and at most 1, not {value!r}")
-    return weight
+    with suppress(TypeError, ValueError):
+        if 0 < float(value) <= 1:
+            return float(value)
+    raise DataError(f"{where}: field 'relevance' must be a number above 0 and at most 1, not {value!r}")
 
 
 @dataclass(frozen=True)
@@ -256,10 +234,8 @@ class _Texts:
 class Retraining:
     """One retraining of a served version: `compare`, then `publish`."""
 
-    def __init__(self, index: Path, served: IndexVersion, device: str, started: float) -> None:
+    def __init__(self, index: Path, served: IndexVersion, device: str) -> None:
         self.index, self.served, self.live = index, served, np.flatnonzero(served.live)
-        self.seconds, self._last = dict[str, float](), started
-        self._lap("start")
         self.encoder = load_exact(served.checkpoint, device)
         served.require(self.encoder.fingerprint)
         self.notes = dict(read_config(served.checkpoint).get("training", {}))
@@ -269,11 +245,6 @@ class Retraining:
         bare = replace(self.encoder.state, text_adapter=None)
         self._bare, self._known = Encoder(bare, None, self.encoder.runtime), dict[str, Floats]()
         self.cutoff = served.manifest.cutoff
-        self._lap("load")
-
-    def _lap(self, step: str) -> None:
-        now = time.perf_counter()
-        self.seconds[step], self._last = round(now - self._last, 2), now
 
     def _features(self, texts: Sequence[str]) -> torch.Tensor:
         """Return the features of texts before the adapter, (n, E). Each text is encoded once."""
@@ -300,7 +271,7 @@ class Retraining:
         signature = hash_json([[each.texts, each.rows.tolist(), each.weights.tolist()] for each in (pairs, learned)])
         summary = RetrainSummary(
             version=served.manifest.version, reason="its model has learned from these pairs", pairs=len(clicked),
-            captions=len(captions), left_out=left_out, seconds=self.seconds,
+            captions=len(captions), left_out=left_out,
         )  # fmt: skip
         if self.notes.get("retrained", {}).get("pairs") == signature:
             return summary
@@ -308,9 +279,7 @@ class Retraining:
         rows = self.live[anchors.rows] if anchors else np.empty(0, np.int64)
         anchored = ItemPairs(anchors.texts if anchors else [], rows, np.ones(len(rows), np.float32))
         self._features([text for each in (learned, *held, anchored) for text in each.texts])
-        self._lap("encode")
         self._learn(learned)
-        self._lap("learn")
         share, verdict = self.choose(held, anchored, margin)
         verdicts = {"held-out pairs": verdict}
         before, after = ((served, each.encode_text) for each in (self.before, self.after))
@@ -325,7 +294,6 @@ class Retraining:
                 logger.warning("the cut-off came from validation pairs, and now from common words; give --validation")
             found = gate.calibrate_by_words(served.parts[0].vectors, self.after.encode_text)
             self.cutoff = found.get("cutoff", self.cutoff)
-        self._lap("gate")
         failed = next((name for name, verdict in verdicts.items() if not verdict.passed), "held-out pairs")
         lineage = [*self.notes.get("retrained", {}).get("from", ()), self.encoder.fingerprint]
         self.notes["retrained"] = {"pairs": signature, "from": lineage, "share": share}
@@ -425,7 +393,7 @@ class Retraining:
             f"nDCG {100 * serving['ndcg']:.1f} -> {100 * rebuilt['ndcg']:.1f} over {len(texts):,} pairs: "
             f"{found.gain.points()}{alone}"
         )
-        verdict = gate.GateVerdict.of(
+        verdict = gate.verdict_of(
             found, reason, margin, pairs=len(texts), pool=_SHOWN, source="held-out pairs", serving=serving,
             rebuilt=rebuilt,
         )  # fmt: skip
@@ -453,7 +421,6 @@ class Retraining:
             change=f"model retrained on {counted(summary.pairs, 'pair')}: nDCG of others {gain:+.1f} points",
         )  # fmt: skip
         manifest = new.publish(manifest)
-        self._lap("publish")
         return manifest.version
 
 

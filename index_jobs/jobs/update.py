@@ -1,15 +1,17 @@
-"""Versions that are made without a rebuild: items added or removed.
+"""Versions that are made without a rebuild: items added or removed, and the accepted jobs of a service applied.
 
 - An update is a new version. It shares every unchanged file with the one before, and rolls back like any.
 - Added images are encoded by the version's own model into a segment of their own. Small earlier additions are merged
-  into it, so a thousand small additions leave a handful of segments.
-- Removed items are a list of rows that searches skip, until a rebuild; the manifest says when that is recommended.
+  into it, so a thousand small additions leave a handful of segments. Removed items are rows that searches skip.
+- Jobs of one kind make one version. Killed before its end is recorded, a job is applied again, without the items that
+  the version has already and the images that it could not read. Only the job with unusable input fails: its batch is
+  halved until the job is by itself. Any other error, such as a full disk, leaves the jobs waiting.
 """
 
+import json
 import logging
-import re
 import shutil
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import chain
 from pathlib import Path
@@ -17,29 +19,47 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.compute as pc
 
 from dcar_core import Encoder
 from dcar_core.util.arrays import Rows
-from dcar_core.util.errors import DataError
-from index_jobs.encoding.devices import load_replicas
-from index_jobs.encoding.encode import EncodedGallery, encode_gallery
+from dcar_core.util.errors import DataError, DcarError
+from dcar_core.util.files import write_json_lines
+from index_jobs.encoding.encode import EncodedGallery, encode_gallery, load_replicas
 from index_jobs.engines.measure import caption_queries
 from index_jobs.engines.protocol import NewIndex, load_engine
 from index_jobs.gallery.scan import SCHEMA, Gallery, absolute_locations, scan
-from index_jobs.gallery.storage import join_location
 from index_jobs.index import versions
+from index_jobs.index.changes import Draft
+from index_jobs.index.filters import match_rows
 from index_jobs.index.index_version import IndexVersion, write_rows
 from index_jobs.index.items import COLUMNS, FieldTypes, Items, fit_one_field, take_rows, write_items
+from index_jobs.index.jobs import Job, JobQueue
 from index_jobs.index.lexical.lexical_index import item_texts, write_lexical
-from index_jobs.index.manifest import CHANGED, FAILED, ITEMS, LEXICAL, REMOVED, Addition, Manifest, counted
+from index_jobs.index.manifest import (
+    CHANGED,
+    CHECKPOINT,
+    FAILED,
+    ITEMS,
+    LEXICAL,
+    OVER_HTTP,
+    REMOVED,
+    Addition,
+    Manifest,
+    counted,
+)
 from index_jobs.index.storage import index_name
-from index_jobs.index.versions import NewVersion, open_current
-from index_jobs.spec import BuildOptions
+from index_jobs.index.versions import NewVersion, current_version, open_current, open_version, version_numbers
+from index_jobs.jobs import build
+from index_jobs.spec import KEEP_WRITES, BuildOptions
 
 logger = logging.getLogger(__name__)
 
 WORK = "work-added"
+MAX_STARTS = {"put": 100, "patch": 6, "delete": 6}  # of a job; images take minutes, so restarts meet them more often
+_MAX_LISTED = 100  # unknown ids in the status of a job
+_OWN_FIELDS = ("id", "caption", "category")
+_BATCH = "jobs.jsonl"  # the items of a batch with images, as a gallery
+_Result = tuple[int | None, list[dict[str, Any]]]  # the version with the changes, and the outcome of each job
 _MERGE_RATIO = 2  # earlier additions up to this multiple of the new rows are merged, so segments grow geometrically
 
 
@@ -58,18 +78,15 @@ class UpdateSummary:
 def remove(
     index: Path, ids: Sequence[str], *, missing_ok: bool = False, keep: int = BuildOptions.keep, origin: str = ""
 ) -> UpdateSummary:
-    """Publish a version in which these items are never found.
+    """Publish a version in which these items are never found; none without ids.
 
     Args:
-        ids: without any, nothing is published.
         missing_ok: ignore ids that are not in the index.
-        keep, origin: as in `BuildOptions`.
 
     Raises:
         DataError: an id is not in the index, or no item would be left.
-        ArtifactError: nothing is published.
-        LockedError: another job is writing.
-        DcarError: the disk is full or cannot be written; published versions are unchanged.
+        ArtifactError, LockedError, DcarError: nothing is published, another job is writing, or the disk cannot be
+            written; published versions are unchanged.
     """
     with versions.report_os_errors(index), versions.new_version(index) as new:
         current = open_current(index)
@@ -104,7 +121,7 @@ def add(
     """Publish a version with the images of another gallery added.
 
     Args:
-        gallery: a folder, tar or list; see `index_jobs.gallery.scan`. A scanned gallery is taken as it is.
+        gallery: as for `index_jobs.gallery.scan`, or scanned.
         replace_existing: an item of the gallery replaces the one with its id; otherwise such an id is an error.
         removed_ids: items to remove in the same version; unknown ones are ignored.
         replicas: encoders of the version's model; they are loaded if none are given.
@@ -121,9 +138,12 @@ def add(
         ids = scanned.table["id"].to_pylist()
         existing = [item_id for item_id in ids if current.row_of(item_id) is not None]
         if existing and not replace_existing:
-            raise _collision(current, scanned, existing)
-        _require_same_types(current, scanned)
-        _warn_of_indexed_files(current, scanned, index)
+            raise DataError(
+                f"{len(existing):,} of the {len(ids):,} images of {scanned.location} have an id that is in the index, "
+                f"such as {existing[0]!r}; --replace replaces those items; --gallery NAME=LOCATION keeps both, with "
+                f"NAME/ before the new ids"
+            )
+        _merge_types(current.fields, scanned.table["metadata"], scanned.location)
         settings = BuildOptions.of({"exact": current.manifest.spec.exact, **options})
         spec = settings.spec
         if not replicas:
@@ -240,43 +260,161 @@ def _publish(
     return new.publish(manifest, keep=keep)
 
 
-def _warn_of_indexed_files(current: IndexVersion, gallery: Gallery, index: Path) -> None:
-    """Warn of images whose files live items of other ids have."""
-    live = current.live_table("id", "location")
-    locations = absolute_locations(gallery.table, gallery.root)["location"]
-    below_root = pc.replace_substring_regex(locations, f"^{re.escape(current.manifest.root)}/", "")
-    is_new = pc.invert(pc.is_in(gallery.table["id"], live["id"]))
-    is_indexed = pc.or_(pc.is_in(locations, live["location"]), pc.is_in(below_root, live["location"]))
-    if len(repeated := locations.filter(pc.and_(is_new, is_indexed))):
-        logger.warning(
-            "%d images, such as %s, are in the index already, below another folder: searches find both items; "
-            "`dcar index rollback %s` undoes this, and a rebuild indexes files that are new in its gallery",
-            len(repeated), repeated[0].as_py(), index,
-        )  # fmt: skip
-
-
-def _require_same_types(artifact: IndexVersion, gallery: Gallery) -> None:
-    """Refuse values of another type than a field's: as text, 19.90 is not 19.9."""
-    types = artifact.fields
-    for name, new_type in FieldTypes.infer(gallery.table["metadata"]).types.items():
-        current_type = types.get(name, str(new_type))
-        if not fit_one_field(current_type, str(new_type)):
+def _merge_types(types: Mapping[str, str], metadata: pa.ChunkedArray, source: str) -> dict[str, str]:
+    """Return the types of fields with those of new items. Refuse values of another type: as text, 19.90 is not 19.9."""
+    new = {name: str(kind) for name, kind in FieldTypes.infer(metadata).types.items()}
+    for name in new.keys() & types.keys():
+        if not fit_one_field(types[name], new[name]):
             raise DataError(
-                f"the field {name!r} is {current_type} in the index and {new_type} in {gallery.location}: both "
-                f"together would become text, and filters would match other items or none; give values of type "
-                f"{current_type}, rename the field, or rebuild the index from all galleries"
+                f"the field {name!r} is {types[name]} in the index and {new[name]} in {source}; give values of type "
+                f"{types[name]}, rename the field, or rebuild the index from all galleries"
             )
+    return {**new, **types}
 
 
-def _collision(current: IndexVersion, gallery: Gallery, existing: Sequence[str]) -> DataError:
-    """Return the error for ids that are in the index; it advises --replace only if their files are the same."""
-    message = f"{len(existing):,} of the {len(gallery):,} images of {gallery.location} have an id that is in the index"
-    columns = (gallery.table[name].to_pylist() for name in ("id", "location", "offset"))
-    for item_id, location, offset in zip(*columns, strict=True):
-        new, row = (join_location(gallery.root, location), offset), current.row_of(item_id)
-        if row is not None and (indexed := current.image_location(row)) != new:
-            return DataError(
-                f"{message}, such as {item_id!r}, which is {indexed[0]} there and {new[0]} here; --gallery "
-                f"NAME=LOCATION keeps both, with NAME/ before the new ids (--replace takes the indexed ones out)"
-            )
-    return DataError(f"{message}, such as {existing[0]!r}, and are the same files; --replace indexes them again")
+def apply_waiting(index: Path, *, images: bool = True, **options: Any) -> int:
+    """Apply the waiting jobs of an index, those included that arrive meanwhile, and return their number.
+
+    Args:
+        images: False stops before a job with images, and before one that has been begun: it may have ended its process.
+        options: keep (of changes over HTTP), workers, batch_size, device and runtime of `BuildOptions`.
+
+    Raises:
+        LockedError: another job is writing, or another process applies these jobs.
+        DcarError: nothing can be published now, as with a full disk; the jobs wait.
+    """
+    queue, count, options = JobQueue(index), 0, {"keep": KEEP_WRITES, **options, "origin": OVER_HTTP}
+    with versions.report_os_errors(index), queue.lock():
+        while (jobs := queue.next_batch()) and (images or not (jobs[0].kind == "put" or jobs[0].starts)):
+            queue.show_progress(jobs)
+            try:
+                apply(queue, jobs, options)
+            except (DcarError, OSError):
+                queue.put_back(jobs)
+                raise
+            count += len(jobs)
+        queue.sweep()
+    return count
+
+
+def apply(queue: JobQueue, jobs: Sequence[Job], options: dict[str, Any]) -> None:
+    """Publish the changes of jobs of one kind, in halves where that fails, and record how they ended."""
+    try:
+        if jobs[0].starts >= MAX_STARTS[jobs[0].kind]:
+            raise DataError(f"given up: the process that applied it ended {jobs[0].starts} times before it was done")
+        version, outcomes = {"put": _put, "patch": _patch, "delete": _delete}[jobs[0].kind](queue, jobs, options)
+    except DataError as error:
+        if len(jobs) > 1:
+            for part in (jobs[: len(jobs) // 2], jobs[len(jobs) // 2 :]):
+                apply(queue, part, options)
+            return
+        logger.warning("a job failed: %s", error)
+        version, outcomes = None, [{"status": "failed", "reason": str(error)}]
+    done = {"status": "done", "index_version": version}
+    queue.end(jobs, [outcome if "status" in outcome else done | outcome for outcome in outcomes])
+
+
+def _patch(queue: JobQueue, jobs: Sequence[Job], options: dict[str, Any]) -> _Result:
+    """Merge fields into items. A value that does not fit its field fails its job alone."""
+    if open_published(queue.index) is None:
+        return None, [{"changed": 0, "unknown": [item["id"] for item in job.items][:_MAX_LISTED]} for job in jobs]
+    outcomes = list[dict[str, Any]]()
+    with versions.new_version(queue.index) as new:
+        current = open_current(queue.index)
+        draft, version = Draft(current), current.manifest.version
+        for job in jobs:
+            try:
+                rows, unknown = _chosen(current, job)
+                outcomes.append({"changed": draft.merge(rows, job.fields), "unknown": unknown[:_MAX_LISTED]})
+            except DataError as error:
+                outcomes.append({"status": "failed", "reason": str(error)})
+        if draft.records:
+            change = f"{counted(len(draft.records), 'item')} changed"
+            version = draft.publish(new, change, keep=options["keep"], origin=OVER_HTTP).version
+    return version, outcomes
+
+
+def _delete(queue: JobQueue, jobs: Sequence[Job], options: dict[str, Any]) -> _Result:
+    version = None
+    if (current := open_published(queue.index)) is not None:
+        ids = [current.item(row).id for job in jobs for row in _chosen(current, job)[0]]
+        version = remove(queue.index, ids, missing_ok=True, keep=options["keep"], origin=OVER_HTTP).version
+    return version, [{"failed": []} for _ in jobs]
+
+
+def _put(queue: JobQueue, jobs: Sequence[Job], options: dict[str, Any]) -> _Result:
+    """Encode images, and publish their items. An image that cannot be read fails its item alone."""
+    types = dict[str, str]()
+    for job in jobs:
+        texts = pa.chunked_array([[json.dumps(item["metadata"]) for item in job.items]], pa.string())
+        types = _merge_types(types, texts, "another change")
+    current, done = open_published(queue.index), 0
+    version = current.manifest.version if current else None
+    failed = read_failures(current) if current and any(job.starts for job in jobs) else {}
+
+    def show_progress(images: int) -> None:
+        nonlocal done
+        done += images
+        queue.show_progress(jobs, done)
+
+    wanted = [item for job in jobs for item in job.items if item["image"] not in failed]
+    if wanted and len(gallery := _list_new(queue.index, current, wanted)):
+        settings = {"progress": False, "max_failed": 1.0, "on_encoded": show_progress, **options}
+        if current is not None:
+            version = add(queue.index, gallery, replace_existing=True, **settings).version
+        else:
+            version = build.rebuild(gallery, queue.index / CHECKPOINT, queue.index, **settings).version
+            shutil.rmtree(queue.index / build.WORK, ignore_errors=True)
+        failed |= read_failures(open_version(queue.index, version))
+    outcomes = list[dict[str, Any]]()
+    for job in jobs:
+        lost = [{"id": item["id"], "reason": failed[item["image"]]} for item in job.items if item["image"] in failed]
+        is_lost = len(lost) == len(job.items)
+        reason = {"status": "failed", "reason": f"no image can be read: {lost[0]['reason']}"} if is_lost else {}
+        outcomes.append({"failed": lost, **reason})
+    return version, outcomes
+
+
+def _list_new(index: Path, current: IndexVersion | None, items: Sequence[dict[str, Any]]) -> Gallery:
+    """Return as a gallery what the version lacks of some items."""
+    rows = (
+        {**item["metadata"], **{name: item[name] for name in _OWN_FIELDS}, "file_name": item["image"]} for item in items
+    )
+    write_json_lines(index / _BATCH, rows)
+    gallery = scan(index / _BATCH)
+    is_new = [current is None or not _is_held(current, row) for row in gallery.table.to_pylist()]
+    return gallery.filter(pa.array(is_new))
+
+
+def _is_held(artifact: IndexVersion, new: dict[str, Any]) -> bool:
+    if (row := artifact.row_of(new["id"])) is None:
+        return False
+    item, location = artifact.item(row), artifact.image_location(row)[0]
+    is_same = (item.caption, item.category, item.fields.as_py()) == (new["caption"], new["category"], new["metadata"])
+    return is_same and location.endswith(f"/{new['location']}")
+
+
+def _chosen(artifact: IndexVersion, job: Job) -> tuple[list[int], list[str]]:
+    """Return the rows of a job's items, and the ids that the index lacks. Raise FilterError for a wrong filter."""
+    if job.filter is not None:
+        return np.flatnonzero(match_rows(artifact, job.filter)).tolist(), []
+    rows_of = {item["id"]: artifact.row_of(item["id"]) for item in job.items}
+    rows = [row for row in rows_of.values() if row is not None]
+    return rows, [item_id for item_id, row in rows_of.items() if row is None]
+
+
+def open_published(index: Path) -> IndexVersion | None:
+    """Open the published version; None for a created collection that has none yet."""
+    if (index / CHECKPOINT).is_dir() and current_version(index) is None:
+        if not version_numbers(index):
+            return None
+        versions.rollback(index)  # killed just before the end of the first publication
+    return open_current(index)
+
+
+def read_failures(artifact: IndexVersion) -> dict[str, str]:
+    """Return the reasons of the images that a version lacks, or its newest addition, by name."""
+    manifest = artifact.manifest
+    name = f"{manifest.additions[-1].folder}/{FAILED}" if manifest.additions else FAILED
+    failures = map(json.loads, manifest.path(artifact.index, name).read_text(encoding="utf-8").splitlines())
+    return {failure["name"]: failure["reason"] for failure in failures}

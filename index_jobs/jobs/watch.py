@@ -24,14 +24,13 @@ import watchfiles
 
 from dcar_core import Encoder
 from dcar_core.util.errors import DataError, DcarError, GalleryShrunkError
-from index_jobs.encoding.devices import load_replicas
+from index_jobs.encoding.encode import load_replicas
 from index_jobs.gallery.scan import Gallery, scan
 from index_jobs.gallery.storage import is_url, join_location
 from index_jobs.index.index_version import IndexVersion
 from index_jobs.index.manifest import BY_WATCH
 from index_jobs.index.versions import open_current
-from index_jobs.jobs.apply import read_failures
-from index_jobs.jobs.update import add, live_gallery, remove
+from index_jobs.jobs.update import add, live_gallery, read_failures, remove
 from index_jobs.spec import KEEP_WRITES, BuildOptions
 
 SETTLE_S = 0.5

@@ -15,7 +15,7 @@ from dcar_core import Encoder
 from dcar_core.util.errors import DcarError
 from index_jobs.index.index_version import IndexVersion
 from index_jobs.index.versions import open_current
-from index_jobs.jobs.apply import apply_waiting
+from index_jobs.jobs.update import apply_waiting
 from index_jobs.rebuild import rebuild
 from tests.support.redis_server import RedisServer
 from tests.support.service import ODD_ID, ServiceClient, opened

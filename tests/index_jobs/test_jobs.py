@@ -16,9 +16,8 @@ from index_jobs.index.changes import Draft
 from index_jobs.index.created import create_collection, drop_collection, list_collections
 from index_jobs.index.jobs import JobQueue
 from index_jobs.index.versions import current_version, list_versions, open_current, verify_index
-from index_jobs.jobs import apply
-from index_jobs.jobs.apply import apply_waiting
-from index_jobs.jobs.update import add
+from index_jobs.jobs import update as updates
+from index_jobs.jobs.update import add, apply_waiting
 from index_jobs.rebuild import rebuild
 from tests.support.commands import dcar, run
 from tests.support.jobs import delete, patch, picture, put, status
@@ -142,13 +141,13 @@ def test_jobs_wait_while_the_index_cannot_be_written(
         raise error
 
     job = put(index, "a")
-    monkeypatch.setattr(apply, "add", fail)
-    monkeypatch.setitem(apply.MAX_STARTS, "put", 3)
+    monkeypatch.setattr(updates, "add", fail)
+    monkeypatch.setitem(updates.MAX_STARTS, "put", 3)
     for _ in range(4):
         with pytest.raises(DcarError, match=r"another job is writing|No space left on device"):
             apply_waiting(index)
     assert status(index, job)["status"] == "waiting"
-    monkeypatch.setattr(apply, "add", add)
+    monkeypatch.setattr(updates, "add", add)
     assert apply_waiting(index) == 1
     assert status(index, job)["status"] == "done"
 
@@ -208,10 +207,10 @@ def test_job_that_ends_its_process_is_given_up(index: Path, monkeypatch: pytest.
             raise SystemExit("killed")
         return merge(draft, rows, fields)
 
-    monkeypatch.setattr(apply, "add", die_of_images)
+    monkeypatch.setattr(updates, "add", die_of_images)
     merge = Draft.merge
     monkeypatch.setattr(Draft, "merge", die_of_text)
-    monkeypatch.setitem(apply.MAX_STARTS, "put", 5)
+    monkeypatch.setitem(updates.MAX_STARTS, "put", 5)
     for killed in count():
         try:
             apply_waiting(index)
@@ -220,7 +219,7 @@ def test_job_that_ends_its_process_is_given_up(index: Path, monkeypatch: pytest.
         if not JobQueue(index).waiting():
             break
     assert [status(index, job)["status"] for job in jobs] == ["done", "failed", "done"]
-    assert f"ended {apply.MAX_STARTS[kind]} times" in status(index, jobs[1])["reason"]
+    assert f"ended {updates.MAX_STARTS[kind]} times" in status(index, jobs[1])["reason"]
 
 
 def test_images_that_no_version_shows_are_removed(index: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -29,8 +29,7 @@ from index_jobs.index.versions import (
     rollback,
     verify_index,
 )
-from index_jobs.jobs.apply import apply_waiting
-from index_jobs.jobs.update import add, remove
+from index_jobs.jobs.update import add, apply_waiting, remove
 from index_jobs.rebuild import rebuild
 from tests.support.jobs import delete, patch, picture, put
 from tests.support.object_store import ObjectStore as Server

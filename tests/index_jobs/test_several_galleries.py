@@ -83,14 +83,12 @@ def test_adding_a_photo_of_the_same_name_advises_nothing_that_loses_one(
 ) -> None:
     index = tmp_path / "index"
     build(cameras[0])
-    with pytest.raises(DataError, match=r"cam1/IMG_0.png there and .*cam2/IMG_0.png here; --gallery NAME="):
+    with pytest.raises(DataError, match=r"--gallery NAME=LOCATION keeps both"):
         add(index, cameras[1], progress=False)
     assert add(index, f"south={cameras[1]}", progress=False).count == 4
     artifact = open_current(index)
     artifact.image_access = ImageAccess()
     assert images(artifact)["south/IMG_1.png"] == (cameras[1] / "IMG_1.png").read_bytes()
-    with pytest.raises(DataError, match="the same files; --replace indexes them again"):
-        add(index, cameras[0], progress=False)
 
 
 def test_a_gallery_that_lost_many_images_is_not_published(
@@ -113,17 +111,15 @@ def test_a_gallery_that_lost_many_images_is_not_published(
     assert main([*arguments, "--force"]) == 0
 
 
-def test_the_summary_counts_what_came_went_and_changed(build: Build, gallery: Path, tmp_path: Path) -> None:
+def test_the_summary_counts_what_came_and_went(build: Build, gallery: Path) -> None:
     (gallery / "broken.png").write_bytes(b"\0")
     assert build(gallery).changes is None
     (gallery / "circle" / "green.png").write_bytes(b"\0")
     draw("pink", "circle").save(gallery / "new.png")
     (gallery / "circle" / "red.png").unlink()
-    with (gallery / "circle" / "blue.png").open("ab") as file:
-        file.write(b"\0" * 10)
     done = build(gallery, max_failed=0.1)
-    assert done.changes == {"added": 1, "removed": 2, "changed": 1}
-    assert "since the previous version: 1 images added, 2 images removed, 1 images changed" in done.to_text()
+    assert done.changes == {"added": 1, "removed": 2}
+    assert "since the previous version: 1 images added, 2 images removed" in done.to_text()
 
 
 def test_a_moved_gallery_is_built_from_its_new_place_without_encoding(

@@ -7,7 +7,7 @@ from pathlib import Path
 from dcar_core.util.files import sha256_of
 from index_jobs.index.manifest import CURRENT, Current, Manifest, manifest_key
 from index_jobs.index.versions import new_version, open_current, read_current, read_manifest
-from index_jobs.jobs.summary import RebuildSummary
+from index_jobs.jobs.build import RebuildSummary
 
 Build = Callable[..., RebuildSummary]  # the fixture `build`
 
