@@ -24,8 +24,8 @@ from app.api.responses import JsonResponse, not_modified
 from app.api.routing import Routes, snapshot_of, state_of
 from app.core.problems import Problem
 from app.http.access import Policy
-from app.search.results import count_facets, count_values
-from app.search.snapshots import filter_rows, mask_key
+from app.search.results import count_values
+from app.search.snapshots import filter_rows, group_field
 from index_jobs.index.index_version import IndexVersion
 from index_jobs.row_filter import EMPTY_IS_MISSING
 
@@ -100,10 +100,10 @@ async def facets(request: Request, query: Annotated[FilterQuery, QueryParam()]) 
 
     def count(name: str) -> dict[str, Any]:
         others = {field: part for field, part in (query.filter or {}).items() if field != name}
-        key = mask_key(others) if others else ""
-        allowed = filter_rows(snapshot, others, key) if others else None
-        counted = count_facets(snapshot, [name], allowed, key, artifact.manifest.spec.group_field)
-        return {"name": name, "values": counted[name]}
+        mask = filter_rows(snapshot, others).mask if others else artifact.live
+        group_by = artifact.manifest.spec.group_field
+        groups = group_field(snapshot, group_by) if group_by else None
+        return {"name": name, "values": count_values(artifact, name, mask, groups)}
 
     def count_all() -> list[dict[str, Any]]:
         return [count(name) for name in snapshot.page_facts.find("facets", lambda: _facet_fields(artifact))]

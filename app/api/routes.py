@@ -141,11 +141,8 @@ async def picture(
     A thumbnail is WebP for clients that name it in `Accept`, else JPEG.
     """
     snapshot, retriever = await snapshot_of(request), state_of(request).retriever
-    if size is None:
-        name, data = await retriever.image(snapshot, item_id)
-    else:
-        kind: ThumbnailFormat = "webp" if "image/webp" in request.headers.get("accept", "") else "jpeg"
-        name, data = await retriever.thumbnail(snapshot, item_id, size, kind)
+    kind: ThumbnailFormat = "webp" if "image/webp" in request.headers.get("accept", "") else "jpeg"
+    name, data = await retriever.image(snapshot, item_id, size, kind)
     headers = responses.image_headers(request, name) | ({} if size is None else {"Vary": "Accept"})
     return not_modified(request, headers) or responses.image_response(data, headers)
 
@@ -243,8 +240,6 @@ async def readyz(request: Request) -> Response:
     may_see_all = state_of(request).access.opens_everything(request.headers)
     if (missing := collections.missing) is not None:
         raise UnavailableError(missing if may_see_all else "Some collection cannot be searched.")
-    if (fault := state_of(request).retriever.fault) is not None:
-        raise UnavailableError(fault)
     live, reason = collections[None].require(), collections.reason
     if reason is not None and not may_see_all:
         reason = "A key for all collections opens the reason."

@@ -40,7 +40,6 @@ from index_jobs.row_filter import NO_ROWS, RowFilter
 Level = Literal["likely", "possible", "unlikely"]
 
 MAX_SORTED = 10_000
-FIRST_WIDTH = 1_000  # nearest rows that are looked at before `MAX_SORTED` of them
 _MAX_ROWS_FOLDED = 10_000  # searched for one page of different results
 _MAX_ROWS_TIED = 2_048  # searched to put equal scores in order
 _ROWS_PER_GROUP = 4  # rows requested at first for each group
@@ -56,43 +55,28 @@ _NO_SCORES: Floats = np.empty(0, np.float32)
 
 @dataclass(frozen=True, slots=True)
 class Hits:
-    """Rows that may answer a query, in any order, and then those of a plan in order, up to the next page.
+    """Rows that may answer a query, in any order, and then those of a plan in order, up to the next page."""
 
-    Attributes:
-        rows: int64 (m,). cosines: (m,). text_scores: (m,), 0 without words.
-        rank_scores: (m,), which order the results.
-        unseen: the highest rank score that any other row may have; -inf if there is none. unseen_cosine: its cosine.
-        likely, possible: scores of a hit of these levels, compared as responses round them. Without a cut-off, and for
-            a query that is not by text alone, every hit is possible.
-        contained: text score of a likely hit.
-        nothing_fits: True if no hit is likely.
-        folded: rows of the near-duplicates of each hit; empty unless the plan folds them.
-        matched: all rows that fit a sorted query; None without `sort`. count: their number, or that of their groups.
-        is_exact: False if more rows may fit a sorted query.
-        rerank_scores: of the hits that were scored again, by their rows.
-    """
-
-    rows: Rows = field(default_factory=lambda: NO_ROWS)
-    cosines: Floats = field(default_factory=lambda: _NO_SCORES)
-    text_scores: Floats = field(default_factory=lambda: _NO_SCORES)
-    rank_scores: Floats = field(default_factory=lambda: _NO_SCORES)
-    unseen: float = -math.inf
-    unseen_cosine: float = -math.inf
-    likely: float = math.inf
-    possible: float = -math.inf
-    contained: float = math.inf
-    nothing_fits: bool = False
-    folded: list[Rows] = field(default_factory=list)
-    matched: Rows | None = None
-    count: int | None = None
-    is_exact: bool = True
-    rerank_scores: Mapping[int, float] = field(default_factory=dict)
+    rows: Rows = field(default_factory=lambda: NO_ROWS)  # int64 (m,)
+    cosines: Floats = field(default_factory=lambda: _NO_SCORES)  # (m,)
+    text_scores: Floats = field(default_factory=lambda: _NO_SCORES)  # (m,), 0 without words
+    rank_scores: Floats = field(default_factory=lambda: _NO_SCORES)  # (m,), which order the results
+    unseen: float = -math.inf  # the highest rank score that any other row may have; -inf if there is none
+    unseen_cosine: float = -math.inf  # its cosine
+    likely: float = math.inf  # cosine of a likely hit; inf if no cut-off is known for the query
+    possible: float = -math.inf  # cosine of a possible one
+    contained: float = math.inf  # text score of a likely one
+    nothing_fits: bool = False  # whether there is a cut-off, and no hit is likely
+    folded: list[Rows] = field(default_factory=list)  # near-duplicates of each hit; empty unless the plan folds them
+    matched: Rows | None = None  # all rows that fit a sorted query; None without `sort`
+    count: int | None = None  # their number, or that of their groups
+    is_exact: bool = True  # False if more rows may fit a sorted query
+    rerank_scores: Mapping[int, float] = field(default_factory=dict)  # of hits that were scored again, by their rows
 
     def take(self, places: Any) -> "Hits":
         """Return the hits at these places: numbers, a mask or a slice."""
-        arrays = (part[places] for part in (self.rows, self.cosines, self.text_scores, self.rank_scores))
-        rows, cosines, text_scores, rank_scores = arrays
-        return replace(self, rows=rows, cosines=cosines, text_scores=text_scores, rank_scores=rank_scores)
+        names = ("rows", "cosines", "text_scores", "rank_scores")
+        return replace(self, **{name: getattr(self, name)[places] for name in names})
 
     def reach(self, score: float) -> Mask:
         """Return which cosines reach a score, as responses round them: bool (m,)."""
@@ -291,12 +275,10 @@ def _fitting(artifact: IndexVersion, plan: Plan, vector: Floats) -> Hits:
     lowest = plan.min_score
     if lowest is None:
         lowest = artifact.manifest.cutoff.get("min_score", np.inf) if plan.is_judged else np.inf
-    for width in (1,) if lowest == np.inf else (FIRST_WIDTH, MAX_SORTED):
-        near = vector_candidates(artifact, vector, min(width, artifact.rows), plan.allowed)
-        is_reached = near.reach(lowest)
-        is_complete = width >= artifact.rows or near.unseen == -np.inf or not is_reached.all()
-        if is_complete:
-            break
+    width = min(1 if lowest == np.inf else MAX_SORTED, artifact.rows)
+    near = vector_candidates(artifact, vector, width, plan.allowed)
+    is_reached = near.reach(lowest)
+    is_complete = width == artifact.rows or near.unseen == -np.inf or not is_reached.all()
     hits = _judged(artifact, plan, near, float(near.cosines.max(initial=-np.inf))).take(is_reached)
     if plan.words_weight:
         lexical, rows, scores = _require_words(artifact), NO_ROWS, _NO_SCORES

@@ -5,7 +5,7 @@
 - Explanations are measured, and need only the encoder: how much the score falls when a part of the image is blanked, or
   when a word of the query is left out.
 - Images are encoded in small chunks, one at a time for all requests, so other queries get their turn.
-- The first query that needs the full model loads it. What a candidate's image gives, whatever the query, is cached.
+- The first query that needs the full model loads it.
 """
 
 import logging
@@ -41,7 +41,6 @@ T = TypeVar("T")
 ObjectFit = Literal["cover", "fill", "contain"]  # values of CSS's object-fit
 
 MAX_PARTS = 6  # of a relevance map, in each direction
-MAX_FEATURE_BYTES = 40 * 2**20  # of cached features: 540 images of a ViT-B/32
 _MAX_WORDS = 32  # of a query, of which the effect is measured
 _CHUNK = 4  # images of one forward pass, so other queries wait for a short one only
 _FITS: dict[str, ObjectFit] = {"shortest": "cover", "squash": "fill", "longest": "contain"}  # by `Preprocess.resize`
@@ -96,11 +95,12 @@ def rerank(compute: Compute, snapshot: Snapshot, plan: Plan, hits: Hits) -> Hits
     if not rows:
         return hits
     stage = _second_stage(snapshot)
-    features = _image_features(compute, snapshot, stage, rows)
-    if not features:
+    images = compute.gallery_pixels(snapshot, rows)
+    if not images:
         raise UnsupportedQueryError(_NO_IMAGES)
-    second = _in_chunks(compute, lambda chunk: stage.query_scores(plan.text, np.stack(chunk)), [*features.values()])
-    added = dict(zip(features, map(float, second), strict=True))
+    features = _in_chunks(compute, lambda chunk: stage.image_features(np.stack(chunk)), [*images.values()])
+    second = _in_chunks(compute, lambda chunk: stage.query_scores(plan.text, np.stack(chunk)), features)
+    added = dict(zip(images, map(float, second), strict=True))
     scores = {
         row: cosine + added[row] for row, cosine in zip(rows, hits.cosines.tolist(), strict=False) if row in added
     }
@@ -153,18 +153,6 @@ def _relevance(compute: Compute, snapshot: Snapshot, vector: Floats, row: int) -
     falls = np.array([float(vector @ (original - each)) for each in blanked])
     relevance: list[list[float]] = np.round(falls[part_of_patch], 4).tolist()
     return relevance
-
-
-def _image_features(compute: Compute, snapshot: Snapshot, stage: Any, rows: Sequence[int]) -> dict[int, Floats]:
-    """Return the `image_features` of the rows whose images exist, by row and in their order."""
-    cache = snapshot.image_features
-    features = {row: feature for row in rows if (feature := cache.use(row)) is not None}
-    images = compute.gallery_pixels(snapshot, [row for row in rows if row not in features])
-    computed = _in_chunks(compute, lambda chunk: stage.image_features(np.stack(chunk)), [*images.values()])
-    for row, feature in zip(images, computed, strict=True):
-        features[row], cache.size = feature, MAX_FEATURE_BYTES // feature.nbytes
-        cache.keep(row, feature)
-    return {row: features[row] for row in rows if row in features}
 
 
 def _in_chunks(compute: Compute, encode: Callable[[list[T]], Iterable[Floats]], images: list[T]) -> list[Floats]:

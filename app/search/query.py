@@ -19,7 +19,7 @@ from pydantic_core import from_json, to_json
 
 from app.core.settings import DEFAULT_K, Settings
 from app.search.errors import InvalidQueryError, ItemNotFoundError, UnsupportedQueryError
-from app.search.snapshots import Snapshot, filter_rows, mask_key, row_vectors
+from app.search.snapshots import Snapshot, filter_rows, row_vectors
 from dcar_core.model.text.cleaning import strip_control_tokens
 from dcar_core.util.arrays import Floats
 from dcar_core.util.errors import list_fields
@@ -227,47 +227,29 @@ def parse_fields(texts: Iterable[tuple[str, str]]) -> dict[str, Any]:
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """What to search for, checked against a version of an index.
+    """What to search for, checked against a version of an index."""
 
-    Attributes:
-        texts: normalized texts that are encoded, with their weights; those that are subtracted have negative ones.
-        image_weight: of the image that belongs to the query.
-        examples: rows of items whose mean vector is a part of the query, with their weights.
-        text: of the query. words_weight: weight of its words, 0 if they are not looked up.
-        allowed: rows that fulfil the filter; None for all. filter_key: names the filter, "" for none.
-        excluded: rows that are left out.
-        min_score: lowest cosine, compared with scores as responses round them.
-        group_by: field whose values are returned once each; "" for none.
-        sort, fold, facets, fields: as of the query.
-        offset, end: places of the page's first result, and of the one after its last. next_offset: `end`, or None if
-            no further page may be requested.
-        rerank_depth, explained: number of first results to score again, and of those on the page to explain.
-        is_judged: True if the calibrated cut-off applies: to queries by text alone.
-        items_path: URL path of the items. max_bytes: of the texts of the page's items.
-    """
-
-    texts: Sequence[tuple[float, str]] = ()
-    image_weight: float = 0.0
-    examples: Sequence[tuple[float, list[int]]] = ()
-    text: str = ""
-    words_weight: float = 0.0
-    allowed: RowFilter | None = None
-    filter_key: str = ""
-    excluded: tuple[int, ...] = ()
-    min_score: float | None = None
-    group_by: str = ""
+    texts: Sequence[tuple[float, str]] = ()  # normalized, with their weights; negative ones are subtracted
+    image_weight: float = 0.0  # of the image that belongs to the query
+    examples: Sequence[tuple[float, list[int]]] = ()  # rows of items whose mean vector is a part, with their weights
+    text: str = ""  # of the query
+    words_weight: float = 0.0  # 0 if the words of the text are not looked up
+    allowed: RowFilter | None = None  # rows that fulfil the filter; None for all
+    excluded: tuple[int, ...] = ()  # rows that are left out
+    min_score: float | None = None  # lowest cosine, compared with scores as responses round them
+    group_by: str = ""  # field whose values are returned once each; "" for none
     sort: str = ""
     fold: float | None = None
     facets: tuple[str, ...] = ()
     fields: tuple[str, ...] = ()
-    offset: int = 0
-    end: int = 10
-    next_offset: int | None = None
-    rerank_depth: int = 0
-    explained: int = 0
-    is_judged: bool = False
-    items_path: str = "/items"
-    max_bytes: int = MAX_TEXT_BYTES
+    offset: int = 0  # place of the page's first result
+    end: int = 10  # place after its last one
+    next_offset: int | None = None  # None if no further page may be requested
+    rerank_depth: int = 0  # number of first results to score again
+    explained: int = 0  # number of results on the page to explain
+    is_judged: bool = False  # whether the calibrated cut-off applies: to queries by text alone
+    items_path: str = "/items"  # URL path of the items
+    max_bytes: int = MAX_TEXT_BYTES  # of the texts of the page's items
 
     @property
     def depth(self) -> int:
@@ -276,8 +258,8 @@ class Plan:
 
     def page_key(self, vector: Floats) -> Hashable:
         """Return the key of the page in `Snapshot.pages`; None for one that is not cached."""
-        special = self.filter_key, self.group_by, self.sort, self.facets, self.rerank_depth, self.explained
-        if any(special) or self.fold is not None or self.end > _MAX_CACHED_DEPTH:
+        special = self.allowed, self.group_by, self.sort, self.fold, self.facets, self.rerank_depth, self.explained
+        if any(special) or self.end > _MAX_CACHED_DEPTH:
             return None
         page = self.offset, self.end, self.fields, self.items_path
         return vector.tobytes(), self.text, self.words_weight, self.excluded, self.min_score, self.is_judged, page
@@ -358,14 +340,12 @@ def make_plan(
             )
         message = "This index was built without --validation and has no calibrated cut-off; "
         raise UnsupportedQueryError(f"{message}give min_score as a number{remedy}.", field=field)
-    key = mask_key(query.filter) if query.filter else ""
     return replace(
         plan,
         examples=[(weight, rows) for weight, rows in ((weights.more, more_rows), (-weights.less, less_rows)) if rows],
         text=query.query,
         words_weight=words_weight,
-        allowed=filter_rows(snapshot, query.filter, key) if query.filter else None,
-        filter_key=key,
+        allowed=filter_rows(snapshot, query.filter) if query.filter else None,
         excluded=tuple(sorted({*more_rows, *less_rows})),
         min_score=snapshot.min_score if query.min_score == "auto" else query.min_score,
         group_by=manifest.spec.group_field if query.group_by is None and query.fold is None else query.group_by or "",

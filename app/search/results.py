@@ -8,7 +8,6 @@
 
 import math
 import re
-from collections.abc import Sequence
 from typing import (
     Annotated,
     Any,
@@ -29,12 +28,10 @@ from app.search.query import Plan
 from app.search.snapshots import GroupField, ResultGroup, Snapshot, field_values, group_field, is_exact_index
 from dcar_core.util.arrays import Floats, Mask, Rows
 from index_jobs.index.index_version import IndexVersion, Item
-from index_jobs.row_filter import RowFilter
 
 MAX_PAGE_BYTES = 64 * 2**10  # of the texts of a page that is cached
 MAX_VALUES = 100  # of one facet; the most frequent
 MAX_SCORED = 10_000  # rows whose values are counted with a min_score
-MAX_CACHED_BYTES = 256 * 2**10  # of one facet; its values may be long texts
 _SINGLE_NUMBERS = 20  # different numbers up to which each is counted
 _RANGES = 10
 _ABSOLUTE = re.compile(r"/|\\|file:|[A-Za-z]:[/\\]")
@@ -227,39 +224,17 @@ def facets_of(snapshot: Snapshot, plan: Plan, vector: Floats, hits: Hits) -> tup
     artifact = snapshot.artifact
     if not artifact.rows:
         return {name: [] for name in plan.facets}, True
-    if hits.matched is not None:
-        rows, is_exact = hits.matched, hits.is_exact
-    elif plan.min_score is None:
-        return count_facets(snapshot, plan.facets, plan.allowed, plan.filter_key, plan.group_by), True
-    else:
+    mask = artifact.live if plan.allowed is None else plan.allowed.mask
+    rows, is_exact = hits.matched, hits.is_exact
+    if rows is None and plan.min_score is not None:
         near = vector_candidates(artifact, vector, min(MAX_SCORED, artifact.rows), plan.allowed)
         rows = near.rows[near.reach(plan.min_score)]
         is_exact = len(rows) < MAX_SCORED and is_exact_index(artifact)
-    mask = np.zeros(artifact.rows, np.bool_)
-    mask[rows] = True
+    if rows is not None:
+        mask = np.zeros(artifact.rows, np.bool_)
+        mask[rows] = True
     groups = group_field(snapshot, plan.group_by) if plan.group_by else None
     return {name: count_values(artifact, name, mask, groups) for name in plan.facets}, is_exact
-
-
-def count_facets(
-    snapshot: Snapshot, names: Sequence[str], allowed: RowFilter | None, filter_key: str, group_by: str
-) -> dict[str, list[FacetValue]]:
-    """Return the facets of the allowed rows, None for all. They are cached by `filter_key`, the filter's `mask_key`.
-
-    Raises:
-        InvalidQueryError: there is no such field.
-    """
-    groups = group_field(snapshot, group_by) if group_by else None
-    mask, facets = snapshot.artifact.live if allowed is None else allowed.mask, dict[str, list[FacetValue]]()
-    for name in names:
-        key = name, filter_key, group_by
-        facet = snapshot.facets.use(key)
-        if facet is None:
-            facet = count_values(snapshot.artifact, name, mask, groups)
-            if 4 * len(str(facet)) <= MAX_CACHED_BYTES:
-                snapshot.facets.keep(key, facet)
-        facets[name] = facet
-    return facets
 
 
 def count_values(

@@ -39,7 +39,6 @@ MAX_MASKS = 16
 MAX_MASK_BYTES = 64 * 2**20  # of all of them, a byte an item each
 _MAX_COLUMNS = 16
 _MAX_COLUMN_BYTES = 768 * 2**20  # of all of them, at most 16 bytes an item each
-_MAX_FACETS = 64
 _MAX_VALUE_BYTES = 256  # of a group
 
 K = TypeVar("K", bound=Hashable)
@@ -86,8 +85,6 @@ class Snapshot:
         pages: cached pages of results, by `Plan.page_key`.
         masks: cached rows of filters, by `mask_key`.
         columns: cached groups and orders of all rows, by their fields.
-        facets: cached counts of values; see `app.search.results`.
-        image_features: cached features for re-ranking by row; re-ranking, which fills it, sets its size.
         page_facts: cached facts that only the search page needs; see `app.api.page`.
     """
 
@@ -101,8 +98,6 @@ class Snapshot:
         self.pages = Recent[Hashable, Any](min(settings.cache_size, MAX_PAGES))
         self.masks = Recent[str, RowFilter](max(1, min(MAX_MASKS, MAX_MASK_BYTES // rows)))
         self.columns = Recent[Hashable, Any](max(1, min(_MAX_COLUMNS, _MAX_COLUMN_BYTES // (16 * rows))))
-        self.facets = Recent[tuple[str, str, str], list[Any]](_MAX_FACETS)
-        self.image_features = Recent[int, Floats](0)
         self.page_facts = Recent[str, list[Any]](2)
 
     @property
@@ -204,11 +199,8 @@ def mask_key(filter: dict[str, Any]) -> str:
     return hashlib.sha256(json.dumps(filter, sort_keys=True).encode()).hexdigest()
 
 
-def filter_rows(snapshot: Snapshot, filter: dict[str, Any], key: str = "") -> RowFilter:
-    """Return the rows that fulfil a filter. Raise InvalidQueryError if it does not fit the index.
-
-    key: the filter's `mask_key`, if it is known.
-    """
+def filter_rows(snapshot: Snapshot, filter: dict[str, Any]) -> RowFilter:
+    """Return the rows that fulfil a filter. Raise InvalidQueryError if it does not fit the index."""
     artifact = snapshot.artifact
 
     def find() -> RowFilter:
@@ -218,7 +210,7 @@ def filter_rows(snapshot: Snapshot, filter: dict[str, Any], key: str = "") -> Ro
         return rows
 
     try:
-        return snapshot.masks.find(key or mask_key(filter), find)
+        return snapshot.masks.find(mask_key(filter), find)
     except filters.FilterError as error:
         raise InvalidQueryError(f"filter.{error.field}", error.message) from None
 

@@ -34,22 +34,14 @@ _LOADING, _OPENING = "The model is being loaded.", "The collection is being open
 
 
 class ServedIndex:
-    """One published index and its live snapshot.
-
-    Attributes:
-        live: the snapshot in use; None while the first one is loaded.
-        reason: why the published version is not served, without directories, since anybody may read it; None if it is.
-        waiting_jobs: number of changes of its items that have not ended, when they were last counted.
-        was_tried: set once the first load has ended, or the collection is closed.
-        is_created: True for a collection that was created over HTTP; without items it is version 0.
-    """
+    """One published index and its live snapshot. is_created: over HTTP; without items it is version 0."""
 
     def __init__(self, index: Path, collections: "Collections", *, is_created: bool = False) -> None:
         self.index, self.is_created = index, is_created
-        self.live: Snapshot | None = None
-        self.reason: str | None = _OPENING if is_created else _LOADING
-        self.waiting_jobs = 0
-        self.was_tried = asyncio.Event()
+        self.live: Snapshot | None = None  # in use; None while the first one is loaded
+        self.reason: str | None = _OPENING if is_created else _LOADING  # why it is not served, without directories
+        self.waiting_jobs = 0  # changes of its items that had not ended when they were last counted
+        self.was_tried = asyncio.Event()  # set once the first load has ended, or the collection is closed
         self._collections = collections
         self._tried_version: int | None = None
         self._retry_at = 0.0
@@ -178,19 +170,15 @@ class ServedIndex:
 class Collections:
     """All collections by name; the default one is first.
 
-    Attributes:
-        default: name of the default collection.
-        disk: threads that look for published versions; a disk may hang.
-        load_lock: held while a version is loaded, so one is loaded at a time.
-        on_start_failure: called if the first version of a collection in the settings cannot be loaded.
+    on_start_failure: called if the first version of a collection in the settings cannot be loaded.
     """
 
     def __init__(
         self, settings: Settings, metrics: Metrics, *, on_start_failure: Callable[[DcarError], None] | None = None
     ) -> None:
         self.settings, self.metrics, self.on_start_failure = settings, metrics, on_start_failure
-        self.load_lock, self._sync_lock = asyncio.Lock(), asyncio.Lock()
-        self.disk = ComputeThreads(4, "dcar-versions")
+        self.load_lock, self._sync_lock = asyncio.Lock(), asyncio.Lock()  # one version is loaded at a time
+        self.disk = ComputeThreads(4, "dcar-versions")  # which look for published versions; a disk may hang
         self._indexes = {name: ServedIndex(index, self) for name, index in settings.indexes.items()}
         for name, path in list_collections(settings.collections_dir).items() if settings.collections_dir else ():
             self._indexes.setdefault(name, ServedIndex(path, self, is_created=True))

@@ -38,7 +38,6 @@ from dcar_core.util.machine import available_cores
 T = TypeVar("T")
 Run = Callable[[list[Any]], Floats | list[Floats]]  # takes N payloads, returns N arrays
 
-STUCK_S = 30.0  # of a forward pass; one that may load a model has a thread of its own
 _IMAGE_THREADS = 8
 _QUICK_BYTES = 256 * 2**10  # of a file that is hashed in the event loop, in less time than a thread takes to begin
 
@@ -88,7 +87,6 @@ class Batcher:
         self._has_arrived = asyncio.Event()
         self._expected_size: dict[Hashable, int] = {}  # of a group: queries that ran or waited when a batch ended
         self._last_end = -math.inf  # of the last forward pass
-        self._pass_began = math.inf
         self._is_closing = False
         self._thread = ComputeThreads(1, "dcar-model")
         self._worker: asyncio.Task[None] | None = None
@@ -108,15 +106,6 @@ class Batcher:
         self._queue.put(((key, run), payload), future)
         self._has_arrived.set()
         return future
-
-    @property
-    def fault(self) -> str | None:
-        """Why queries are not answered; None if they are."""
-        if self._worker is None or self._worker.done():
-            return "The queue of the model has stopped."
-        if time.monotonic() - self._pass_began > STUCK_S:
-            return f"The model has not answered for {STUCK_S:g} s."
-        return None
 
     async def close(self) -> None:
         """Finish the accepted work, then end the thread."""
@@ -166,11 +155,8 @@ class Batcher:
         if not batch:  # all queries were cancelled
             return
         group = batch[0].item[0]
-        self._pass_began = started = time.monotonic()
-        try:
-            outcomes = await self._thread.run(_forward, group[1], [turn.item[1] for turn in batch])
-        finally:
-            self._pass_began = math.inf
+        started = time.monotonic()
+        outcomes = await self._thread.run(_forward, group[1], [turn.item[1] for turn in batch])
         self._last_end = time.monotonic()
         for turn, outcome in zip(batch, outcomes, strict=True):
             if turn.future.done():

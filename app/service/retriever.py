@@ -7,7 +7,6 @@
 """
 
 import asyncio
-import hashlib
 import time
 from collections import Counter
 from collections.abc import AsyncIterator, Callable, Coroutine, Sequence
@@ -36,19 +35,7 @@ from index_jobs.index.index_version import Item
 T = TypeVar("T")
 Place = Literal["search", "filter"]  # kinds of blocking work
 
-_THUMBNAIL_BYTES = 64 * 2**20
-
-
-class RecentBytes(Recent[str, bytes]):
-    """A cache of the entries that were used last, up to `size` bytes together. One thread uses it."""
-
-    total = 0
-
-    def keep(self, key: str, value: bytes) -> None:
-        self.total += len(value) - len(self.pop(key, b""))
-        self[key] = value
-        while self.total > self.size:
-            self.total -= len(self.pop(next(iter(self))))
+_THUMBNAILS = 1000  # in memory, of some 20 kB
 
 
 class Retriever:
@@ -62,7 +49,7 @@ class Retriever:
             "search": FairThreads(threads, "dcar-search", ahead=threads),
             "filter": FairThreads(1, "dcar-filter"),
         }
-        self._thumbnails = RecentBytes(_THUMBNAIL_BYTES)
+        self._thumbnails = Recent[str, bytes](_THUMBNAILS)
         self._pending = Counter[tuple[PendingKind, str]]()  # of each caller
         self.start = self.encoder.start
 
@@ -70,11 +57,6 @@ class Retriever:
         await self.encoder.close()
         self._threads["search"].shutdown()
         self._threads["filter"].shutdown(wait=False, cancel_futures=True)
-
-    @property
-    def fault(self) -> str | None:
-        """Why no search works; None if they do."""
-        return self.encoder.batcher.fault
 
     def require_room(self, count: int = 1, kind: PendingKind = "searches") -> None:
         """Raise UnavailableError unless the caller may have so much more work in progress."""
@@ -121,17 +103,10 @@ class Retriever:
         self, snapshot: Snapshot, queries: Sequence[tuple[Query, bytes | None]], items_path: str
     ) -> list[Page]:
         """Return the results of queries with their images. Raise BatchQueryError if one search failed."""
-        has_long_queries = any(query.rerank or query.explain for query, _ in queries)
-        slots = asyncio.Semaphore(1 if has_long_queries else len(queries))  # their images take memory
         max_bytes = MAX_TEXT_BYTES // len(queries)
-
-        async def search(query: Query, image: bytes | None) -> Page:
-            async with slots:
-                return await self._search(snapshot, query, image, items_path, max_bytes)
-
         async with self._admitted(len(queries)):
-            outcomes = await asyncio.gather(*(search(*each) for each in queries), return_exceptions=True)
-        return _all_or_error(outcomes)
+            searches = (self._search(snapshot, query, image, items_path, max_bytes) for query, image in queries)
+            return _all_or_error(await asyncio.gather(*searches, return_exceptions=True))
 
     async def _search(
         self, snapshot: Snapshot, query: Query, image: bytes | None, items_path: str, max_bytes: int
@@ -199,42 +174,28 @@ class Retriever:
         async with self._admitted():
             return await self.run("filter" if sort or filter else "search", list_items)
 
-    async def image(self, snapshot: Snapshot, item_id: str) -> tuple[str, bytes]:
-        """Return a hash of an item's image, and its file. Raise ItemNotFoundError or ImageUnavailableError."""
-        row = row_of(snapshot, item_id)
-
-        def read() -> tuple[str, bytes]:
-            data = snapshot.artifact.image_bytes(row)
-            return hashlib.blake2b(data, digest_size=16).hexdigest(), data
-
-        with suppress(ArtifactError, OSError):
-            async with self._admitted(kind="pictures"):
-                digest, data = await self.encoder.image_threads.run(read)
-                if sniff_format(data) is not None:
-                    return digest, data
-        raise ImageUnavailableError
-
-    async def check_image(self, snapshot: Snapshot, data: bytes) -> None:
-        """Raise ImageError if an image may not become an item's, by the limits of queries and of index jobs."""
-        async with self._admitted(kind="pictures"):
-            await self.encoder.decode(data, snapshot.encoder.preprocess.decoder(), is_query=True)
-
-    async def thumbnail(
-        self, snapshot: Snapshot, item_id: str, side: int, thumbnail_format: ThumbnailFormat
+    async def image(
+        self, snapshot: Snapshot, item_id: str, side: int | None, thumbnail_format: ThumbnailFormat
     ) -> tuple[str, bytes]:
-        """Return a name that changes with an item's image, and a thumbnail of it, from the cache or made now.
+        """Return a name that changes with an item's image, and its file or a thumbnail of it.
 
-        An image that takes too much memory to decode is returned as it is. Errors are those of `image`.
+        An image that takes too much memory to decode is returned as it is.
 
         Args:
-            side: pixels that its longer side has at most.
+            side: pixels that a thumbnail's longer side has at most; None for the file.
+
+        Raises:
+            SearchError: there is no such item, or its image is gone.
         """
         row, artifact, threads = row_of(snapshot, item_id), snapshot.artifact, self.encoder.image_threads
-        try:
+        with suppress(ArtifactError, ImageError, OSError):
             async with self._admitted(kind="pictures"):
-                name = f"{await threads.run(artifact.image_key, row)}_{side}.{thumbnail_format}"
-                if (data := self._thumbnails.use(name)) is None:
-                    data = await threads.run(artifact.image_bytes, row)
+                name = await threads.run(artifact.image_key, row)
+                name += "" if side is None else f"_{side}.{thumbnail_format}"
+                if (thumbnail := self._thumbnails.use(name)) is not None:
+                    return name, thumbnail
+                data = await threads.run(artifact.image_bytes, row)
+                if side is not None:
                     make = partial(make_thumbnail, side=side, thumbnail_format=thumbnail_format)
                     try:
                         data = await self.encoder.decode(data, make)
@@ -242,9 +203,14 @@ class Retriever:
                     except ImageError as error:
                         if error.fault != ImageFault.TOO_LARGE:
                             raise
-                return name, data
-        except (ArtifactError, ImageError, OSError):
-            raise ImageUnavailableError from None
+                if sniff_format(data) is not None:
+                    return name, data
+        raise ImageUnavailableError
+
+    async def check_image(self, snapshot: Snapshot, data: bytes) -> None:
+        """Raise ImageError if an image may not become an item's, by the limits of queries and of index jobs."""
+        async with self._admitted(kind="pictures"):
+            await self.encoder.decode(data, snapshot.encoder.preprocess.decoder(), is_query=True)
 
     async def examine(self, call: Callable[..., T], *args: Any) -> T:
         """Call a function that looks at all rows of a snapshot; one is called at a time."""

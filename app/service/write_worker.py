@@ -1,11 +1,9 @@
 """The worker of a service that accepts writes: it stores jobs, and has them applied.
 
-- Changes without images need no model. They are applied in a thread, without the seconds that a process takes to start.
-- Those with images are applied by `dcar index apply`, a process with the model and a lower priority than the service,
-  so a failure there ends no search. It also takes over a job that was begun before: it may have ended the service.
+- Changes without images are applied in a thread. Those with images are applied by `dcar index apply`, a process with
+  the model and a lower priority than the service, so a failure there ends no search.
 - A restarted service, or another one on the same index, continues with the jobs. If they cannot be applied, for example
   because the disk is full or another job is writing, they wait and are tried again.
-- Disks may hang, so the event loop waits for none, and metrics show the last count.
 """
 
 import asyncio
@@ -43,8 +41,7 @@ def require_writable(settings: Settings) -> None:
     for index in settings.indexes.values() if settings.writes else ():
         if (store := store_of(index)) is not None:
             raise DcarError(f"{store.name} is in an object store, to which only jobs publish; unset DCAR_WRITES")
-        if not os.access(index, os.W_OK):
-            raise DcarError(f"{index} cannot be written, which DCAR_WRITES needs; unset it, or allow it")
+        files.require_writable(index)
     if settings.writes and settings.collections_dir is not None:
         files.require_writable(settings.collections_dir)
     if settings.feedback is True and store_of(settings.index) is not None:
@@ -161,17 +158,14 @@ class WriteWorker:
             code, errors = await self.run_apply(served) if await self._count(served) else (0, "")
         except DcarError as error:
             code, errors = error.exit_code, str(error)
-        if code == 0:
-            self._reasons.pop(name, None)
-        else:
+        previous = self._reasons.pop(name, None)
+        if code != 0:
             lines = errors.strip().splitlines() or [f"the process that applies jobs ended with status {code}"]
-            reason = lines[-1].removeprefix("error: ")
-            is_locked = code == LockedError.exit_code
-            if not is_locked:
+            reason = self._reasons[name] = lines[-1].removeprefix("error: ")
+            if code != LockedError.exit_code:
                 self._metrics.task_failures.labels("changes of items").inc()
-            if self._reasons.get(name) != reason:
-                (logger.info if is_locked else logger.warning)("the jobs of %s wait: %s", name, reason)
-            self._reasons[name] = reason
+            if reason != previous:
+                logger.warning("the jobs of %s wait: %s", name, reason)
         await self._count(served)
         with contextlib.suppress(DcarError):  # logged, and shown by /readyz
             await served.reload()

@@ -19,7 +19,6 @@ from app.core.rate_limit import current_caller
 from app.core.settings import Settings
 from app.search.errors import UnavailableError
 from app.search.snapshots import Snapshot
-from app.service import encoding
 from app.service.encoding import Batcher, QueryEncoder, SharedTasks
 from dcar_core.encoder.encoder import TextRow
 from dcar_core.util.arrays import Floats
@@ -116,9 +115,6 @@ async def test_a_bad_query_fails_alone(bench: Callable[..., Bench], poison: str,
     assert isinstance(outcomes.pop(2), error)
     assert [int(v[0]) for v in outcomes if isinstance(v, np.ndarray)] == [1, 2, 4, 5]
     assert (await made.one("next"))[0] == 4
-    assert made.batcher.fault is None
-    await made.batcher.close()
-    assert made.batcher.fault == "The queue of the model has stopped."
 
 
 async def test_an_invalid_output_fails_its_caller_and_a_failure_of_the_batcher_nobody(
@@ -136,19 +132,6 @@ async def test_an_invalid_output_fails_its_caller_and_a_failure_of_the_batcher_n
         await asyncio.sleep(0)
     assert (await asyncio.wait_for(made.one("later"), 5))[0] == 5
     assert metrics.registry.get_sample_value("dcar_task_failures_total", {"task": "batcher"}) == 1
-
-
-async def test_a_forward_pass_without_end_is_a_fault(
-    bench: Callable[..., Bench], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    made = bench()
-    first = await made.held()
-    assert made.batcher.fault is None
-    monkeypatch.setattr(encoding, "STUCK_S", 0)
-    assert "not answered" in str(made.batcher.fault)
-    made.recorder.gate.set()
-    await first
-    assert made.batcher.fault is None
 
 
 async def test_cancelled_queries_take_no_place_in_a_batch(bench: Callable[..., Bench]) -> None:

@@ -12,7 +12,6 @@ import pytest
 from PIL import Image
 
 from app.core.keys import key_hash
-from app.service.retriever import RecentBytes
 from dcar_core.images.workers import Convert, Decoded, DecodeWorker, Limits
 from dcar_core.model.backbone import BackboneSource, load_backbone
 from dcar_core.model.checkpoint import languages_of, save_zero_shot
@@ -160,19 +159,6 @@ async def test_a_changed_image_gets_a_new_thumbnail(photos: Path, decoded: list[
             assert Image.open(io.BytesIO(changed.content)).size == (192, 128)
         finally:
             path.write_bytes(content)
-
-
-def test_thumbnails_that_were_used_last_are_kept() -> None:
-    cache = RecentBytes(100)
-    for name in "abcd":
-        cache.keep(name, bytes(30))
-        assert cache.use("a"), "it becomes the newest"
-    assert [*cache] == ["c", "d", "a"]
-    cache.keep("a", bytes(70))
-    assert [*cache] == ["d", "a"]
-    assert (cache.use("a"), cache.total) == (bytes(70), 100)
-    cache.keep("big", bytes(101))
-    assert (len(cache), cache.total) == (0, 0)
 
 
 async def test_columns_are_not_read_in_the_event_loop(photos: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -2,7 +2,6 @@
 
 import asyncio
 import base64
-import hashlib
 import json
 import threading
 import time
@@ -114,7 +113,6 @@ async def test_caches_of_a_version_are_bounded_in_bytes(
 ) -> None:
     if not is_small:
         monkeypatch.setattr("app.search.snapshots.MAX_MASK_BYTES", 2 * 24)
-        monkeypatch.setattr("app.search.results.MAX_CACHED_BYTES", 10)
         monkeypatch.setattr("app.search.results.MAX_PAGE_BYTES", 100)
     async with opened(built_index) as client:
         snapshot = client.app.state.collections[None].live
@@ -123,9 +121,9 @@ async def test_caches_of_a_version_are_bounded_in_bytes(
             body = {"query": "red", "filter": filter, "facets": ["category", "caption"]}
             assert (await client.post("/search/text", json=body)).is_success
         assert (await client.post("/search/text", json=WORDS)).is_success
-        assert (len(snapshot.masks), len(snapshot.facets)) == ((16, 40) if is_small else (2, 0))
+        assert len(snapshot.masks) == (16 if is_small else 2)
         assert len(snapshot.pages) == is_small
-        assert sum(len(str(key)) for cache in (snapshot.masks, snapshot.facets) for key in cache) < 10_000
+        assert sum(map(len, snapshot.masks)) < 10_000
 
 
 async def test_large_image_is_read_in_a_thread_and_held_within_the_budget_of_long_responses(
@@ -142,7 +140,6 @@ async def test_large_image_is_read_in_a_thread_and_held_within_the_budget_of_lon
         path = "/items/circle%2Fred.png/image"
         response = await client.get(path)
         assert (response.content, response.headers["content-type"]) == (data, "image/jpeg")
-        assert response.headers["etag"] == f'"{hashlib.blake2b(data, digest_size=16).hexdigest()}"'
         known = await client.get(path, headers={"If-None-Match": response.headers["etag"]})
         assert (known.status_code, known.content) == (304, b"")
         head = await client.head(path)

@@ -1,6 +1,5 @@
 """Pairs of a query and a result: re-ranking by the second stage, and measured explanations."""
 
-import asyncio
 import shutil
 import threading
 from pathlib import Path
@@ -9,7 +8,6 @@ import numpy as np
 import pytest
 import torch
 
-from app.search import pair_scoring
 from dcar_core import Encoder
 from dcar_core.model.backbone import BackboneSource, load_backbone
 from dcar_core.model.checkpoint import save_checkpoint
@@ -17,7 +15,6 @@ from dcar_core.model.dcar import DCAR, SecondStage
 from dcar_core.model.methods.registry import method
 from dcar_core.model.query_prompts import take
 from index_jobs.rebuild import rebuild
-from tests.support.images import png
 from tests.support.responses import assert_problem
 from tests.support.searches import Client, ids
 from tests.support.service import opened
@@ -32,20 +29,16 @@ async def test_reranking_adds_the_score_of_the_second_stage_to_the_cosine(
     async with opened(reranking_index, rerank_depth=8) as http:
         client, snapshot = Client(http), http.app.state.collections[None].live
         plain = await client.text(query="a red square", k=24)
-        some = {"id": [ids(plain)[place] for place in (2, 5)]}  # their features are cached afterwards
-        await client.text(query="a blue circle", filter=some, rerank=True)
-        for _ in range(2):  # computed, and from the cache
-            again = await client.text(query="a red square", k=24, rerank=True)
-            assert sorted(ids(again)[:8]) == sorted(ids(plain)[:8])
-            assert ids(again)[8:] == ids(plain)[8:]
-            rows = [snapshot.artifact.row_of(each) for each in ids(again)[:8]]
-            pixels = np.stack([snapshot.encoder.preprocess(snapshot.artifact.image_bytes(row)) for row in rows])
-            images = stage.images(stage.image_rows(model.backbone.normalized(pixels)))
-            expected = [r["score"] for r in again["results"][:8]] + stage.scores(texts, images).numpy()
-            rescored = [r["rerank_score"] for r in again["results"][:8]]
-            np.testing.assert_allclose(rescored, expected, atol=2e-3)
-            assert rescored == sorted(rescored, reverse=True)
-            assert len(snapshot.image_features) == 8
+        again = await client.text(query="a red square", k=24, rerank=True)
+        assert sorted(ids(again)[:8]) == sorted(ids(plain)[:8])
+        assert ids(again)[8:] == ids(plain)[8:]
+        rows = [snapshot.artifact.row_of(each) for each in ids(again)[:8]]
+        pixels = np.stack([snapshot.encoder.preprocess(snapshot.artifact.image_bytes(row)) for row in rows])
+        images = stage.images(stage.image_rows(model.backbone.normalized(pixels)))
+        expected = [r["score"] for r in again["results"][:8]] + stage.scores(texts, images).numpy()
+        rescored = [r["rerank_score"] for r in again["results"][:8]]
+        np.testing.assert_allclose(rescored, expected, atol=2e-3)
+        assert rescored == sorted(rescored, reverse=True)
         assert all("rerank_score" not in r for r in again["results"][8:])
         assert {r["id"]: r["score"] for r in again["results"]} == {r["id"]: r["score"] for r in plain["results"]}
         pages = [ids(await client.text(query="a red square", k=4, offset=o, rerank=True)) for o in (0, 4, 8)]
@@ -53,19 +46,6 @@ async def test_reranking_adds_the_score_of_the_second_stage_to_the_cosine(
         for offset in (0, 12):
             body = {"more_like": ["circle/red.png"], "rerank": True, "offset": offset}
             assert_problem(await http.post("/search/text", json=body), 422, "rerank")
-
-
-async def test_concurrent_reranking_works_with_a_small_feature_cache(
-    reranking_index: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """A feature that one request drops stays usable for another; images of the gallery may exceed max_pixels."""
-    monkeypatch.setattr(pair_scoring, "MAX_FEATURE_BYTES", 3 * 17 * 64 * 2)
-    async with opened(reranking_index, rerank_depth=8, cache_size=0, max_pixels=900) as http:
-        bodies = [{"query": f"a red square {i}", "k": 8, "offset": i, "rerank": True} for i in range(16)]
-        responses = await asyncio.gather(*(http.post("/search/text", json=body) for body in bodies))
-        assert {response.status_code for response in responses} == {200}, responses[0].text
-        assert_problem(await http.post("/search/image", files={"file": png(size=(31, 31))}), 422, "file")
-        assert len(http.app.state.collections[None].live.image_features) <= 3
 
 
 @pytest.mark.parametrize("method_name", ["dcar", "dcar+", "block-adapters+", "query-prompts"])

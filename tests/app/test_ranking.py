@@ -1,9 +1,7 @@
 """Ranking on vectors made for it: ties, folding, wide searches, groups, facets and sorts of many rows."""
 
 import math
-import sys
 import tracemalloc
-from concurrent.futures import ThreadPoolExecutor
 from types import SimpleNamespace
 from typing import Any
 
@@ -185,22 +183,6 @@ def test_cache_keeps_the_entries_that_were_used_last() -> None:
     with pytest.raises(ZeroDivisionError):
         cache.find(6, lambda: 1 // 0)
     assert len(cache) == 3
-
-
-def test_threads_may_fill_and_trim_a_cache_at_once() -> None:
-    cache, interval = Recent[int, int](8), sys.getswitchinterval()
-    sys.setswitchinterval(1e-6)
-
-    def fill(worker: int) -> None:
-        for number in range(20_000):
-            cache.keep(8 * number + worker, number)
-
-    try:
-        with ThreadPoolExecutor(4) as threads:
-            list(threads.map(fill, range(4)))
-    finally:
-        sys.setswitchinterval(interval)
-    assert len(cache) <= 8
 
 
 def test_a_facet_of_different_texts_needs_little_memory() -> None:

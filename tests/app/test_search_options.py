@@ -440,7 +440,6 @@ async def test_counts_of_the_best_rows_alone_are_approximate(
         ]
         for name in ("results.MAX_SCORED", "hits.MAX_SORTED"):
             monkeypatch.setattr(f"app.search.{name}", 5)
-        monkeypatch.setattr("app.search.hits.FIRST_WIDTH", 2)
         query = {"query": "red", "min_score": -1.0, "facets": ["color"]}
         for options in ({}, {"sort": "caption"}):
             body = (await http.post("/search/text", json=query | options)).json()

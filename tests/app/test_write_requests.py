@@ -165,5 +165,5 @@ def test_what_cannot_be_written_is_an_error_at_the_start(
     write_worker.require_writable(load_settings(index=index, collections_dir=tmp_path / "new" / "folder", **WRITES))
     monkeypatch.setattr(os, "access", lambda path, mode: False)  # root may write everywhere
     write_worker.require_writable(load_settings(index=index))
-    with pytest.raises(DcarError, match="cannot be written, which DCAR_WRITES needs"):
+    with pytest.raises(DcarError, match="cannot be written"):
         write_worker.require_writable(load_settings(index=index, **WRITES))
