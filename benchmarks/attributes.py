@@ -30,7 +30,7 @@ from dcar_core.model.checkpoint import load_checkpoint, read_config
 from dcar_core.model.dcar import DCAR
 from dcar_core.training.prepared_split import prepare_split
 from dcar_core.training.validation import encode_captions, encode_images, first_images
-from dcar_core.util.retrieval_metrics import first_targets
+from dcar_core.util.metrics import first_targets
 
 GENDERS = re.compile(r"\b(m[ae]n|wom[ae]n)\b")
 WITH_RERANK = " with rerank"

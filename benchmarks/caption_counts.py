@@ -25,8 +25,7 @@ from dcar_core.negatives.complete import TextFunctions
 from dcar_core.training.prepared_split import FeatureCache, prepare_split
 from dcar_core.training.train import train
 from dcar_core.training.validation import encode_captions, encode_images
-from dcar_core.util.bootstrap import Comparison, Scores
-from dcar_core.util.retrieval_metrics import compute_ranks
+from dcar_core.util.metrics import Comparison, Scores, compute_ranks
 
 SHARES = {"train": 8, "val": 1}  # of ten captions
 COUNTS = (50, 100, 200, 400, 800, 1600, 2400)

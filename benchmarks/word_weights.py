@@ -27,8 +27,7 @@ from dcar_core.training.validation import (
     encode_images,
     new_categories,
 )
-from dcar_core.util.bootstrap import Comparison, Scores
-from dcar_core.util.retrieval_metrics import Ranks, compute_ranks
+from dcar_core.util.metrics import Comparison, Ranks, Scores, compute_ranks
 
 CHUNK = 32
 Rows = dict[str, Ranks]

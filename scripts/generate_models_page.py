@@ -38,7 +38,7 @@ def _recommended() -> str:
         rows.append(f"| `{each.name}` | `{each.pretrained}` | {figures} | {each.licence} | {each.use} |")
     note = (
         "Text-to-image R@1 in percent, zero-shot, from open_clip's openclip_retrieval_results.csv; "
-        "`dcar models --recommend` prints the same."
+        "`dcar models --recommend` lists these models."
     )
     return "\n\n".join(["## Recommended", note, "\n".join(rows)])
 

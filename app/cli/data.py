@@ -78,35 +78,26 @@ def negatives(
 def models(
     name: str = option("", "Part of the names to list, in any case. Default: all."),
     *,
-    recommend: bool = option(False, "Only recommended models, with published recall."),
+    recommend: bool = option(False, "Only recommended models, with their weights and what they are for."),
 ) -> None:
     """List the built-in models: name, level, parameters in millions, image size, context length, languages,
     libraries, and tags for --pretrained.
 
-    Levels: full takes prompts in both towers, text in the text tower only, features in neither. docs/models.md
-    helps to choose.
+    Levels: full takes prompts in both towers, text in the text tower only, features in neither. docs/models.md has
+    the published recall of recommended models, and helps to choose.
     """
     from dcar_core.model.catalogue import list_catalogue
 
     entries = {entry.name: entry for entry in list_catalogue() if name.lower() in entry.name.lower()}
+    uses = {model.name: f"{model.pretrained:24}  {model.use}" for model in RECOMMENDED if model.name in entries}
     if recommend:
-        entries = {model.name: entries[model.name] for model in RECOMMENDED if model.name in entries}
+        entries = {model: entries[model] for model in uses}
     if not entries:
         raise ModelError("no built-in model matches; `dcar models` lists all")
     width = max(map(len, entries))
-    if recommend:
-        typer.echo(f"{'':{width}}  COCO, Flickr R@1  size     per image    licence     for")
-    figures = {model.name: model for model in RECOMMENDED} if recommend else {}
     for entry in entries.values():
-        if model := figures.get(entry.name):
-            cells = [
-                f"{model.coco:4} %, {model.flickr:4} %", f"{4 * (entry.parameters or 0):4} MB",
-                f"{model.gflops:5} GFLOP", f"{model.licence:10}", model.use,
-            ]  # fmt: skip
-        else:
-            cells = [
-                f"{entry.level:8}", f"{entry.parameters or '-':4} M", f"{entry.image_size:3} px",
-                f"{entry.context_length:2} tokens", f"{entry.languages:7}", f"{', '.join(entry.needs) or '-':12}",
-                ", ".join(entry.pretrained) or "-",
-            ]  # fmt: skip
-        typer.echo("  ".join([f"{entry.name:{width}}", *cells]))
+        typer.echo(
+            f"{entry.name:{width}}  {entry.level:8}  {entry.parameters or '-':4} M  {entry.image_size:3} px  "
+            f"{entry.context_length:2} tokens  {entry.languages:7}  {', '.join(entry.needs) or '-':12}  "
+            f"{uses[entry.name] if recommend else ', '.join(entry.pretrained) or '-'}"
+        )

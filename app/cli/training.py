@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import typer
 
@@ -13,16 +13,13 @@ from dcar_core.model.config import (
     Amp,
     BackboneSource,
     LossDirection,
-    PromptValues,
-    Temperature,
     TrainConfig,
 )
-from dcar_core.model.recommended import DEFAULT, recommended_weights
+from dcar_core.model.recommended import recommended_weights
 from dcar_core.util.files import require_writable
 from dcar_core.util.options import command, option, with_options
 from index_jobs.spec import BuildOptions
 
-PAPER_MODEL = "ViT-B-32-quickgelu"  # as OpenAI trained it
 UNTOUCHED_IS_AS_GOOD = 3  # exit status of `dcar train`
 
 
@@ -153,18 +150,8 @@ def evaluate(
         "query-prompts, or their variants that the model's towers can run.",
     ),
     seeds: int = option(3, "Seeds for each method.", min=1),
-    prompts: PromptValues | None = option(
-        None, "constant: prompts learn nothing; those of query-prompts ignore the query."
-    ),
-    anchor: float | None = option(None, "Weight of L_anchor. Default: the method's own.", min=0, max=100),
-    temperature: Temperature | None = option(None, "learned: the losses learn CLIP's temperature."),
     tune: bool = option(
         False, f"Choose each method's learning rate on validation with seed 0, in place of --lr: {GRID}."
-    ),
-    preset: Literal["paper"] | None = option(
-        None,
-        "paper: --data holds the paper's data sets as folders; each is evaluated in OUT/NAME with --tune, and the "
-        "paper's figures are shown next to ours. The model is ViT-B-32-quickgelu with the weights of OpenAI.",
     ),
     **training: Any,
 ) -> None:
@@ -176,36 +163,23 @@ def evaluate(
     """
     chosen = Training(**training)
     require_writable(chosen.out)
-    folders = {chosen.out: chosen.data}
     from dcar_core.encoder.encoder import pick_device
-    from dcar_core.evaluation import all_tables, compare, find_data_sets, paper_tables
+    from dcar_core.evaluation import all_tables, compare
     from dcar_core.model.backbone import load_backbone
     from dcar_core.model.methods.registry import comparable_methods, method
 
     names = list(dict.fromkeys(name.strip() for name in methods.split(",") if name.strip()))
     for name in names:
         method(name)  # refuses an unknown name before a model is loaded
-    if preset:
-        found, missing = find_data_sets(chosen.data)
-        folders = {chosen.out / name: folder for name, folder in found.items()}
-        for line in missing:
-            typer.echo(line, err=True)
-        if chosen.model == DEFAULT.name:
-            chosen.model = PAPER_MODEL
     backbone = load_backbone(chosen.source, pick_device(chosen.device))
     if not names:
         names = comparable_methods(backbone)
         typer.echo(f"comparing {', '.join(names)}: methods for a model of level {backbone.level}", err=True)
     elif "clip" not in names:
         names.insert(0, "clip")  # the untouched model, which needs no training
-    results = {}
-    for out, folder in folders.items():
-        result = results[folder.name] = compare(
-            backbone, folder, names, seeds, out, chosen.config(), grid=GRID if tune or preset else (),
-            controls={"prompts": prompts, "anchor": anchor, "temperature": temperature},
-            on_message=lambda line: typer.echo(line, err=True),
-            **chosen.pick("images", "skip_broken", "negatives", "taxonomy", "loss", "features"),
-        )  # fmt: skip
-        typer.echo(f"{all_tables(result)}\n{out / 'results.md'} has more\n{result['recommendation']}")
-    if preset:
-        typer.echo(paper_tables(results))
+    results = compare(
+        backbone, chosen.data, names, seeds, chosen.out, chosen.config(), grid=GRID if tune else (),
+        on_message=lambda line: typer.echo(line, err=True),
+        **chosen.pick("images", "skip_broken", "negatives", "taxonomy", "loss", "features"),
+    )  # fmt: skip
+    typer.echo(f"{all_tables(results)}\n{chosen.out / 'results.md'} has more\n{results['recommendation']}")

@@ -14,10 +14,9 @@ from tqdm import tqdm
 from app.search import Index
 from app.search.query import normalize
 from dcar_core.data.judgements import JudgedList
-from dcar_core.util.bootstrap import Comparison, Scores
 from dcar_core.util.errors import DataError, shorten
 from dcar_core.util.files import csv_text
-from dcar_core.util.retrieval_metrics import graded_measures
+from dcar_core.util.metrics import Comparison, Scores, graded_measures
 
 DEPTH = 10
 

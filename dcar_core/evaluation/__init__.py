@@ -5,7 +5,6 @@ The CLI imports it; it may import every other folder of `dcar_core`.
 """
 
 from dcar_core.evaluation.comparison import compare
-from dcar_core.evaluation.paper import find_data_sets, paper_tables
 from dcar_core.evaluation.tables import all_tables, summarise
 
-__all__ = ["all_tables", "compare", "find_data_sets", "paper_tables", "summarise"]
+__all__ = ["all_tables", "compare", "summarise"]

@@ -16,20 +16,18 @@ from typing import Any
 import numpy as np
 
 from dcar_core.data import SPLITS, Annotations, CleaningReport, Dataset, describe_reports, save_reports
-from dcar_core.evaluation.analysis import serving_cost
-from dcar_core.evaluation.method_runner import MethodRunner
-from dcar_core.evaluation.plot import plot_recall
-from dcar_core.evaluation.tables import Results, best_method, results_markdown, spread, summarise
+from dcar_core.evaluation.method_runner import MethodRunner, serving_cost
+from dcar_core.evaluation.tables import Results, best_method, plot_recall, results_markdown, spread, summarise
 from dcar_core.model.backbone import Backbone
 from dcar_core.model.config import LossDirection, ModelConfig, TrainConfig
 from dcar_core.model.dcar import DCAR, seeded_model
-from dcar_core.model.methods.registry import NO_BASELINES, method
+from dcar_core.model.methods.registry import method
 from dcar_core.negatives import add_negatives, backbone_functions
 from dcar_core.training.prepared_split import FeatureCache, FrozenFeatures, report_truncation
 from dcar_core.training.validation import new_categories
-from dcar_core.util.bootstrap import Comparison, Scores
 from dcar_core.util.errors import DataError, DivergedError
 from dcar_core.util.files import write_json
+from dcar_core.util.metrics import Comparison, Scores
 
 UNTOUCHED = "clip"
 WITH_RERANK = " with rerank"  # behind the name of a method: the order of its second stage
@@ -48,7 +46,6 @@ def compare(
     negatives: str = "auto",
     taxonomy: Path | None = None,
     loss: LossDirection = "both",
-    controls: Mapping[str, Any] | None = None,
     grid: Sequence[float] = (),
     features: Path | None = None,
     on_message: Callable[[str], None] = lambda line: None,
@@ -58,7 +55,6 @@ def compare(
     Args:
         negatives, taxonomy: see `negatives.add_negatives`.
         loss: directions of the contrastive loss, for every method alike.
-        controls: arguments of `ModelConfig.with_controls`, for every method alike.
         grid: learning rates to choose each method's from, on validation; without any, all use `config.lr`.
         features: directory of frozen features, shared with other runs on this data; `out`/features by default.
         on_message: called with what was found in the data, and with one line before each training.
@@ -71,8 +67,7 @@ def compare(
     Raises:
         DcarError: a method is unknown or needs other towers, the data cannot be read, or every method diverged.
     """
-    controls = {name: value for name, value in (controls or {}).items() if value is not None}
-    configs = {name: method(name).with_loss_direction(loss).with_controls(**controls) for name in methods}
+    configs = {name: method(name).with_loss_direction(loss) for name in methods}
     if not configs:
         raise DataError("no method was given; try --methods clip,coop,dcar")
     for each in configs.values():  # before hours of training
@@ -93,7 +88,6 @@ def compare(
         "backbone": Path(backbone.source.model).name,
         "training": config.to_dict(),
         "loss": loss,
-        "controls": controls,
         "grid": list(grid),
         "test_images": len(splits["test"].images),
         "methods": {},
@@ -122,19 +116,18 @@ def compare(
 
 
 def add_significance(results: Results, scores: Mapping[str, Sequence[Scores]]) -> None:
-    """Set `baseline`, each method's `intervals` and `difference` to it, as [value, low, high] in percent, and
-    `recommendation`, a sentence.
+    """Set `recommendation`, a sentence, and each method's `intervals` and `difference` to the untouched model, as
+    [value, low, high] in percent.
 
     scores: those of each seed, by method.
     """
-    baseline = results["baseline"] = best_baseline(results)
     means = {name: Scores.mean(runs) for name, runs in scores.items()}
     for name, result in results["methods"].items():
-        found = Comparison.of(means[name], means[baseline or name])
+        found = Comparison.of(means[name], means.get(UNTOUCHED, means[name]))
         result["intervals"], difference = (
             {measure: list(astuple(each)) for measure, each in side.items()} for side in (found.model, found.difference)
         )
-        result["difference"] = None if baseline in (None, name) else {**difference, "p": found.p}
+        result["difference"] = None if name == UNTOUCHED or UNTOUCHED not in means else difference
     chosen, results["recommendation"] = _recommend(results, means)
     if reranked := means.get(chosen + WITH_RERANK):
         change = Comparison.of(reranked, means[chosen]).difference["t2i_r1"]
@@ -171,12 +164,6 @@ def _cost(result: Mapping[str, Any]) -> tuple[Any, ...]:
     serving = result["serving"]
     seconds = float(np.mean([run["seconds"] for run in result["runs"]]))
     return serving["bytes"], ("unchanged", "recomputed", "encoded again").index(serving["gallery"]), seconds
-
-
-def best_baseline(results: Results) -> str | None:
-    """Return the best method on validation that is neither DCAR nor a part of it; None if there is none."""
-    names = [name for name in results["methods"] if name.removesuffix(WITH_RERANK) not in NO_BASELINES]
-    return best_method(results, names) if names else None
 
 
 def _note_copies(splits: Mapping[str, Dataset], reports: Mapping[str, CleaningReport], cache: FeatureCache) -> None:

@@ -1,4 +1,4 @@
-"""Training and test runs of methods, each kept in a directory of its own and never repeated.
+"""Training and test runs of methods, each kept in a directory of its own and never repeated, and the analysis of one.
 
     runs/<method>/seed0-lr0.002-1a2b3c4d/    trainables.safetensors, config.json, log.csv, training.json, test.json
 
@@ -8,6 +8,7 @@
 """
 
 import json
+from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
@@ -15,19 +16,33 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import torch
+
 from dcar_core.data import Dataset
-from dcar_core.evaluation.analysis import analyse
 from dcar_core.model.backbone import Backbone
 from dcar_core.model.checkpoint import load_checkpoint, save_checkpoint
 from dcar_core.model.config import ModelConfig, TrainConfig
-from dcar_core.model.dcar import seeded_model
+from dcar_core.model.dcar import DCAR, seeded_model
 from dcar_core.model.methods.registry import find_method
 from dcar_core.training.objective import resolve_amp
-from dcar_core.training.prepared_split import FeatureCache, prepare_split, split_key
+from dcar_core.training.prepared_split import FeatureCache, PreparedSplit, prepare_split, split_key
 from dcar_core.training.train import delete_state, train
-from dcar_core.training.validation import mean_r1
+from dcar_core.training.validation import encode_captions, encode_images, mean_r1, rerank
+from dcar_core.util.arrays import Floats, Rows
 from dcar_core.util.errors import DivergedError
 from dcar_core.util.files import hash_json, write_json
+from dcar_core.util.metrics import (
+    Ranks,
+    Scores,
+    compute_ranks,
+    hard_negative_accuracy,
+    ndcg,
+    recall_of_ranks,
+)
+
+_BY_VECTORS_ALONE: dict[str, Any] = {"measures": {}, "hard_negative_accuracy": None}
+_BATCH = 256  # negatives that are encoded at a time
 
 
 @dataclass(frozen=True)
@@ -118,3 +133,80 @@ class MethodRunner:
     @cached_property
     def _split_keys(self) -> list[str]:
         return [split_key(split, self.cache) for split in self.splits.values()]
+
+
+def analyse(model: DCAR, data: Dataset, split: PreparedSplit) -> dict[str, Any]:
+    """Return the results of a split, serialisable as JSON; figures are percentages.
+
+    Returns:
+        test: the recall; hard_negative_accuracy, None without negatives; categories: name -> pairs, t2i_r1, i2t_r1;
+        scores: queries and sums of `metrics.Scores`; measures: others by their headings; reranked: what differs with
+        `rerank`, of a model with a second stage.
+    """
+    model.eval()
+    text, image = encode_captions(model, split), encode_images(model, split)
+    again = rerank(model, split, text, image) if model.config.rerank.blocks else None
+    images_of, texts_of = split.right_answers()
+    return {
+        **_by_ranks(data, split, compute_ranks(text, image, split.image_of)),
+        "hard_negative_accuracy": hard_negative_accuracy(image[split.image_of], text, encode_negatives(model, data)),
+        "measures": {
+            "nDCG@10 text-to-image": ndcg(text, image, images_of),
+            "nDCG@10 image-to-text": ndcg(image, text, texts_of),
+        },
+        **({"reranked": _by_ranks(data, split, again) | _BY_VECTORS_ALONE} if again else {}),
+    }
+
+
+def _by_ranks(data: Dataset, split: PreparedSplit, ranks: Ranks) -> dict[str, Any]:
+    scores = Scores.of_ranks(ranks, split.image_of)
+    return {
+        "test": recall_of_ranks(ranks),
+        "categories": _recall_by_category(data, split.image_of, ranks),
+        "scores": [scores.queries.tolist(), scores.sums.tolist()],
+    }
+
+
+def serving_cost(model: DCAR) -> dict[str, Any]:
+    """Return the cost of one more domain.
+
+    Returns:
+        bytes: of the parameters that serving needs. backbone: "shared" with other domains or "own".
+        gallery: after a training, "unchanged", "recomputed" from its frozen features, or "encoded again".
+    """
+    own = model.changes is not None
+    weights = model.backbone.clip.state_dict().values() if own else [parameter for _, parameter in model.served()]
+    again = "unchanged" if model.image_adapter is None else "recomputed"
+    return {
+        "bytes": sum(weight.numel() * weight.element_size() for weight in weights),
+        "backbone": "own" if own else "shared",
+        "gallery": again if model.image_is_frozen else "encoded again",
+    }
+
+
+@torch.inference_mode()
+def encode_negatives(model: DCAR, data: Dataset) -> list[Floats]:
+    """Encode each pair's negatives (m, E) as queries; equal texts are encoded once."""
+    negatives = [sample.negatives for sample in data.samples]
+    unique = sorted({text for texts in negatives for text in texts}, key=len)  # similar lengths share a batch
+    row_of = {text: row for row, text in enumerate(unique)}
+    batches = (unique[i : i + _BATCH] for i in range(0, len(unique), _BATCH))
+    tokens = (model.backbone.tokenize(batch, model.prompt_tokens) for batch in batches)
+    encoded = (model.encode_query(part).float().cpu().numpy() for part in tokens)
+    vectors = np.concatenate([np.zeros((0, model.backbone.embed_dim), np.float32), *encoded])
+    return [vectors[[row_of[text] for text in texts]] for texts in negatives]
+
+
+def _recall_by_category(data: Dataset, image_of: Rows, ranks: Ranks) -> dict[str, dict[str, float]]:
+    rows_of: dict[str, list[int]] = defaultdict(list)
+    for row, sample in enumerate(data.samples):
+        rows_of[sample.category].append(row)
+    return {
+        name: {
+            "pairs": len(rows),
+            "t2i_r1": 100 * float((ranks.text[rows] < 1).mean()),
+            "i2t_r1": 100 * float((ranks.image[np.unique(image_of[rows])] < 1).mean()),
+        }
+        for name, rows in sorted(rows_of.items())
+        if name
+    }

@@ -1,15 +1,16 @@
-"""Results as tables, in Markdown for results.md and the terminal.
+"""Results as tables, in Markdown for results.md and the terminal, and as a plot.
 
 All figures are percentages. In every table, the headings come first.
 """
 
 from collections.abc import Iterable, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from dcar_core.training.validation import mean_r1
-from dcar_core.util.bootstrap import Estimate
+from dcar_core.util.metrics import Estimate
 
 COLUMNS = ("t2i_r1", "t2i_r5", "t2i_r10", "i2t_r1", "i2t_r5", "i2t_r10")
 HEADINGS = ("text-to-image R@1", "R@5", "R@10", "image-to-text R@1", "R@5", "R@10", "above swapped captions")
@@ -22,8 +23,7 @@ _RECALL_NOTE = (
 )
 _BOOTSTRAP_NOTE = (
     "Paired bootstrap over the test images with their captions, or over whole categories if training has none of them; "
-    "hits averaged over seeds; the baseline is the best one on validation. It measures the error of the test queries, "
-    "the spread above that of training."
+    "hits averaged over seeds. It measures the error of the test queries, the spread above that of training."
 )
 _MEASURES_NOTE = "nDCG@10 counts every image that a caption describes, and every caption of an image, as right."
 
@@ -43,11 +43,10 @@ def results_markdown(results: Results, plot: str) -> str:
     pairs, settings, best = results["pairs"], results["training"], best_method(results)
     tuning = ", learning rates tuned on validation with equal budgets" if results["grid"] else ""
     loss = "" if results["loss"] == "both" else f" Only the {results['loss']} contrastive loss is used."
-    controls = "".join(f" {name.capitalize()}: {value}." for name, value in results["controls"].items())
     summary = (
         f"Backbone {results['backbone']}; {pairs['train']:,} training pairs, {pairs['val']:,} validation pairs, "
         f"{pairs['test']:,} test pairs{_pool_of(results)}. {settings['epochs']} epochs, batches of "
-        f"{settings['batch_size']}{tuning}; {_spread_of(results)}, percent.{loss}{controls}"
+        f"{settings['batch_size']}{tuning}; {_spread_of(results)}, percent.{loss}"
     )
     notes = [f"{name} is left out: {reason}" for name, reason in results["diverged"].items()]
     notes = [summary, _RECALL_NOTE, *notes, *filter(None, [results.get("recommendation")])]
@@ -59,7 +58,6 @@ def results_markdown(results: Results, plot: str) -> str:
         ("Settings and cost", [], settings_rows(results)),
         ("Data", [], [["split", "cases", "finding"], *cleaned]),
         (f"Weakest categories of {best}", [], category_rows(results, best)),
-        (f"Most confused categories of {best}", [], confusion_rows(results, best)),
     ]
     parts = [f"# {results['data']}"]
     for heading, texts, rows in sections:
@@ -78,15 +76,11 @@ def recall_rows(results: Results) -> Rows:
 
 
 def significance_rows(results: Results) -> Rows:
-    """Return mean R@1 with its interval, and the difference to the best baseline with its p-value."""
-    rows = [["method", "mean R@1 (95 % interval)"]]
-    if results["baseline"] is not None:
-        rows[0] += [f"difference to {results['baseline']} (95 % interval)", "p"]
+    """Return mean R@1 with its interval, and the difference to the untouched model."""
+    rows = [["method", "mean R@1 (95 % interval)", "difference to clip (95 % interval)"]]
     for name, method in results["methods"].items():
-        row, difference = [name, f"{Estimate(*method['intervals']['mean_r1'])}"], method["difference"]
-        if difference is not None:
-            row += [f"{Estimate(*difference['mean_r1']):+}", f"{difference['p']:.4f}"]
-        rows.append(row + ["-"] * (len(rows[0]) - len(row)))
+        own, difference = Estimate(*method["intervals"]["mean_r1"]), method["difference"]
+        rows.append([name, f"{own}", f"{Estimate(*difference['mean_r1']):+}" if difference else "-"])
     return rows
 
 
@@ -100,19 +94,14 @@ def measures_rows(results: Results) -> Rows:
 
 
 def settings_rows(results: Results) -> Rows:
-    """Return, for each method, its parameters, cost of serving, seconds, and tuned learning rate."""
-    grid = [f"{lr:g}" for lr in results["grid"]]
+    """Return, for each method, its parameters, cost of serving, seconds, and learning rate."""
     rows = [["method", "trainable", "bytes per domain", "backbone", "gallery after training"]]
-    rows[0] += ["seconds per run", "learning rate", *(f"validation R@1 at {lr}" for lr in grid)]
+    rows[0] += ["seconds per run", "learning rate"]
     for name, method in results["methods"].items():
-        cost, tuning = method["serving"], method["tuning"]
-        seconds = sum(run["seconds"] for run in method["runs"]) / len(method["runs"])
-        scores = [tuning.get(lr) if tuning else None for lr in grid]
-        cells = [f"{score:.1f}" if score is not None else "diverged" if tuning else "-" for score in scores]
-        rows.append([
-            name, f"{method['trainable']:,}", f"{cost['bytes']:,}", cost["backbone"], cost["gallery"],
-            f"{seconds:.0f}", "-" if method["lr"] is None else f"{method['lr']:g}", *cells,
-        ])  # fmt: skip
+        cost, rate = method["serving"], "-" if method["lr"] is None else f"{method['lr']:g}"
+        seconds = f"{np.mean([run['seconds'] for run in method['runs']]):.0f}"
+        own = [f"{method['trainable']:,}", f"{cost['bytes']:,}", cost["backbone"], cost["gallery"], seconds, rate]
+        rows.append([name, *own])
     return rows
 
 
@@ -125,17 +114,10 @@ def category_rows(results: Results, name: str) -> Rows:
     return [["category", "pairs", "text-to-image R@1", "image-to-text R@1"], *rows] if rows else []
 
 
-def confusion_rows(results: Results, name: str) -> Rows:
-    """Return the most frequent confusions of a method's first seed; nothing if there are none."""
-    confusions = results["methods"][name]["runs"][0]["confusions"]
-    rows = [[c["category"], c["taken_for"], f"{c['count']} of {c['of']}"] for c in confusions]
-    return [["category of the caption", "category of the first image", "captions"], *rows] if rows else []
-
-
-def best_method(results: Results, names: Iterable[str] | None = None) -> str:
-    """Return the method (of `names`, or of all) with the best validation recall, as a user would choose it."""
-    methods = results["methods"]
-    return max(names or methods, key=lambda name: np.mean([mean_r1(run["val"]) for run in methods[name]["runs"]]))
+def best_method(results: Results) -> str:
+    """Return the method with the best validation recall, as a user would choose it."""
+    methods: dict[str, Any] = results["methods"]
+    return max(methods, key=lambda name: np.mean([mean_r1(run["val"]) for run in methods[name]["runs"]]))
 
 
 def mean_categories(results: Results, name: str) -> dict[str, dict[str, float]]:
@@ -179,3 +161,28 @@ def markdown(rows: Rows) -> str:
     """Return a table whose first row is its head."""
     head, *body = ([cell.replace("|", "\\|") for cell in row] for row in rows)
     return "\n".join(f"| {' | '.join(line)} |" for line in (head, ["---"] * len(head), *body)) + "\n"
+
+
+def plot_recall(results: Results, path: Path) -> str:
+    """Draw mean, standard deviation and a dot for each seed; return Markdown with the plot, or with what is missing."""
+    try:
+        import matplotlib
+        from matplotlib.figure import Figure
+    except ImportError:
+        return "Without a plot: pip install 'dcar[plots]'"
+    methods = results["methods"]
+    with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": "dcar", "axes.grid": True, "grid.alpha": 0.3}):
+        figure = Figure(figsize=(11, 1 + 0.4 * len(methods)), layout="constrained")
+        both = figure.subplots(1, 2, sharey=True)
+        both[0].set_yticks(range(len(methods)), methods)
+        both[0].set_ylim(len(methods) - 0.5, -0.5)
+        for axes, direction, title in zip(both, ("t2i", "i2t"), ("Text-to-image", "Image-to-text"), strict=True):
+            axes.set_title(f"{title} R@1, R@5, R@10")
+            axes.set_xlabel("percent")
+            for row, method in enumerate(methods.values()):
+                for column in (f"{direction}_r{k}" for k in (1, 5, 10)):
+                    mean, seeds = method["mean"][column], [run["test"][column] for run in method["runs"]]
+                    axes.errorbar(mean, row, xerr=method["std"][column], fmt="o", color=f"C{row}", capsize=3)
+                    axes.plot(seeds, [row + 0.25] * len(seeds), ".", color=f"C{row}", alpha=0.6)
+        figure.savefig(path, metadata={"Date": None})
+    return f"![Recall of each method]({path.name})"

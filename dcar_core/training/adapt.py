@@ -20,9 +20,8 @@ from dcar_core.negatives import add_negatives, backbone_functions
 from dcar_core.training.prepared_split import FeatureCache, prepare_split, report_truncation
 from dcar_core.training.train import STATE_FILE, delete_state, describe_run, different_names, train
 from dcar_core.training.validation import encode_captions, encode_images, new_categories, rerank
-from dcar_core.util.bootstrap import Comparison, Estimate, Scores
-from dcar_core.util.errors import DivergedError, TrainingError
-from dcar_core.util.retrieval_metrics import Ranks, compute_ranks
+from dcar_core.util.errors import DcarError, DivergedError
+from dcar_core.util.metrics import Comparison, Estimate, Ranks, Scores, compute_ranks
 
 FEW_PAIRS = 100  # validation pairs of fewer images get a caveat
 
@@ -176,7 +175,7 @@ def _find_finished(out: Path, identity: Mapping[str, Any]) -> FinishedTraining |
     """Return the training in `out` if it is the same; None if there is none, or one is to be resumed.
 
     Raises:
-        TrainingError: the checkpoint in `out` is of another training.
+        DcarError: the checkpoint in `out` is of another training.
     """
     if not is_checkpoint(out) or (out / STATE_FILE).is_file():
         return None
@@ -184,7 +183,7 @@ def _find_finished(out: Path, identity: Mapping[str, Any]) -> FinishedTraining |
     notes = content.get("training", {})
     if different := different_names(notes.get("identity") or {"command": ""}, identity):
         remedy = "choose another --out, or replace it with --restart"
-        raise TrainingError(f"{out} holds a checkpoint that was trained with another {different}; {remedy}")
+        raise DcarError(f"{out} holds a checkpoint that was trained with another {different}; {remedy}")
     known = {field.name: notes[field.name] for field in fields(FinishedTraining)}
     return FinishedTraining(**known | {"fingerprint": content["fingerprint"], "is_repeated": True})
 

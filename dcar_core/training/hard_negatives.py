@@ -33,7 +33,7 @@ from dcar_core.training.validation import (
     tower_features,
 )
 from dcar_core.util.arrays import Rows
-from dcar_core.util.retrieval_metrics import compute_ranks, recall_at_k, recall_of_ranks
+from dcar_core.util.metrics import compute_ranks, recall_at_k, recall_of_ranks
 
 Adapters = Sequence[nn.Module]  # of texts, and of images
 

@@ -29,7 +29,7 @@ from dcar_core.model.dcar import DCAR
 from dcar_core.model.token_weights import blend, image_features, pair_weights, token_text_features
 from dcar_core.negatives.words import fold_name
 from dcar_core.util.arrays import Mask, Pixels, Rows
-from dcar_core.util.errors import DataError, ImageError, TrainingError
+from dcar_core.util.errors import DataError, DcarError, ImageError
 from dcar_core.util.files import atomic_writer, hash_json
 from dcar_core.util.machine import available_cores
 
@@ -177,11 +177,11 @@ def report_truncation(
     The report of the training split also counts the negatives beyond `MAX_NEGATIVES`.
 
     Raises:
-        TrainingError: the prompts leave no room for a single token.
+        DcarError: the prompts leave no room for a single token.
     """
     if prompt_tokens + 3 > backbone.context_length:  # SOS, a token and EOT
         context = backbone.context_length
-        raise TrainingError(f"{prompt_tokens} prompts leave no room for words in a context of {context} tokens")
+        raise DcarError(f"{prompt_tokens} prompts leave no room for words in a context of {context} tokens")
     if "train" in splits:
         unused = sum(max(0, len(sample.negatives) - MAX_NEGATIVES) for sample in splits["train"].samples)
         reports["train"].add(f"negatives after the first {MAX_NEGATIVES} of a pair, not trained on", unused)

@@ -29,7 +29,7 @@ from dcar_core.training.prepared_split import FeatureCache, PreparedSplit, prepa
 from dcar_core.training.validation import Recall, choose_query_weights, evaluate, mean_r1
 from dcar_core.util.arrays import Rows
 from dcar_core.util.console import progress_bar
-from dcar_core.util.errors import DivergedError, TrainingError
+from dcar_core.util.errors import DcarError, DivergedError
 from dcar_core.util.files import csv_text, write_bytes
 
 LOG_FILE = "log.csv"
@@ -60,7 +60,7 @@ def train(
     Raises:
         DataError: an image cannot be read.
         DivergedError: the loss or a validation vector is not finite.
-        TrainingError: `run` holds the state of another run.
+        DcarError: `run` holds the state of another run.
     """
     torch.manual_seed(config.seed)
     cache = cache or FeatureCache(None, model.backbone)
@@ -188,15 +188,15 @@ class _TrainingLoop:
         write_bytes(run / STATE_FILE, buffer.getbuffer())
 
     def restore(self, run: Path, identity: Mapping[str, Any]) -> None:
-        """Continue from the state of a run. Raise TrainingError if it is of another run."""
+        """Continue from the state of a run. Raise DcarError if it is of another run."""
         path = run / STATE_FILE
         try:
             content = dict(torch.load(path, map_location=self.model.backbone.device, weights_only=True))
             different = different_names(content["identity"], identity)
         except Exception as error:  # torch raises many types for a file that it did not write
-            raise TrainingError(f"{path} is not a training state ({type(error).__name__}); delete it") from error
+            raise DcarError(f"{path} is not a training state ({type(error).__name__}); delete it") from error
         if different:
-            raise TrainingError(
+            raise DcarError(
                 f"{run} holds an unfinished run with another {different}; finish it with the same command, choose "
                 f"another --out, or discard it with --restart"
             )

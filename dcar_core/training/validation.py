@@ -17,7 +17,7 @@ from dcar_core.negatives.words import fold_name
 from dcar_core.training.prepared_split import PreparedSplit
 from dcar_core.util.arrays import Floats, Pixels, Rows
 from dcar_core.util.errors import DivergedError
-from dcar_core.util.retrieval_metrics import Ranks, compute_ranks, first_targets, recall_at_k
+from dcar_core.util.metrics import Ranks, compute_ranks, first_targets, recall_at_k
 
 Recall = dict[str, float]
 RERANKED = 10  # first images of a caption that the second stage sorts

@@ -69,20 +69,12 @@ class CheckpointError(DcarError):
     exit_code = 4
 
 
-class TrainingError(DcarError):
-    """A training run cannot start or cannot be resumed."""
-
-
-class DivergedError(TrainingError):
+class DivergedError(DcarError):
     """The loss of a training, or a vector, is not finite."""
 
 
 class ArtifactError(DcarError):
     """A published index is missing, incomplete or corrupted."""
-
-
-class FingerprintError(ArtifactError):
-    """The index was built by another encoder."""
 
 
 class StoreUnavailableError(ArtifactError):

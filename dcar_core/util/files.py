@@ -16,7 +16,7 @@ import os
 import re
 import shutil
 import uuid
-from collections.abc import Callable, Container, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -35,14 +35,8 @@ _HALF = re.compile(r"\\\\|\\u(?i:d[89ab][0-9a-f]{2})\\u(?i:d[c-f][0-9a-f]{2})|(?
 
 def default_cache_directory() -> Path:
     """Return DCAR_RUNTIME_CACHE, which jobs, commands and the service share; else the user's cache directory."""
-    if named := os.environ.get("DCAR_RUNTIME_CACHE"):
-        return Path(named)
-    if base := os.environ.get("XDG_CACHE_HOME"):
-        return Path(base) / "dcar"
-    try:
-        return Path.home() / ".cache" / "dcar"
-    except RuntimeError:  # the system does not know the user, as in a container
-        return Path(os.devnull) / "dcar"
+    base = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")  # noqa: PTH111  where the user is unknown
+    return Path(os.environ.get("DCAR_RUNTIME_CACHE") or f"{base}/dcar")
 
 
 def apply_umask(mode: int) -> int:
@@ -102,12 +96,10 @@ def link_or_copy(source: Path, target: Path) -> None:
         fsync_path(target)
 
 
-def fsync_tree(directory: Path, *, skip: Container[str] = ()) -> None:
-    """Flush a directory and everything below it to the disk. skip: relative names of files that are there already."""
-    for path in directory.rglob("*"):
-        if path.relative_to(directory).as_posix() not in skip:
-            fsync_path(path)
-    fsync_path(directory)
+def fsync_tree(directory: Path) -> None:
+    """Flush a directory and everything below it to the disk."""
+    for path in [*directory.rglob("*"), directory]:
+        fsync_path(path)
 
 
 @contextlib.contextmanager

@@ -34,12 +34,7 @@ def available_cores() -> int:
 
 def missing_bf16() -> str | None:
     """Return the reason why this processor cannot compute in bfloat16 natively; None if it can."""
-    try:
-        lines = CPUINFO.read_text(encoding="utf-8", errors="replace").lower().splitlines()
-    except OSError:
-        lines = []
-    flags = next((line.partition(":")[2] for line in lines if line.startswith(("flags", "features"))), "")
-    if _BF16.intersection(flags.split()):
+    if CPUINFO.is_file() and _BF16.intersection(CPUINFO.read_text(encoding="utf-8", errors="replace").split()):
         return None
     return f"this processor has no bf16 instructions ({', '.join(sorted(_BF16))})"
 

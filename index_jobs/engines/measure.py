@@ -17,7 +17,7 @@ import pyarrow as pa
 
 from dcar_core import Encoder
 from dcar_core.util.arrays import Blocks, Floats, Mask, Rows
-from dcar_core.util.retrieval_metrics import TIE_TOLERANCE
+from dcar_core.util.metrics import TIE_TOLERANCE
 from index_jobs.engines.protocol import HeldOutQueries, merge_top_k
 
 MAX_QUERIES = 1000

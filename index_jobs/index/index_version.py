@@ -27,7 +27,7 @@ import numpy as np
 import pyarrow as pa
 
 from dcar_core.util.arrays import Floats, Mask, Rows
-from dcar_core.util.errors import ArtifactError, DataError, FingerprintError, StoreUnavailableError, list_fields
+from dcar_core.util.errors import ArtifactError, DataError, StoreUnavailableError, list_fields
 from dcar_core.util.files import atomic_writer
 from index_jobs.engines.protocol import ScoredRows, VectorIndex, load_engine, merge_top_k
 from index_jobs.gallery.storage import LOCAL_SCHEMES, REMOTE_SCHEMES, WHOLE_FILE, is_url, join_location, open_image
@@ -384,10 +384,10 @@ class IndexVersion:
         return hashlib.blake2b(key.encode(errors="replace"), digest_size=16).hexdigest()
 
     def require(self, fingerprint: str) -> None:
-        """Raise FingerprintError, which names the command to run, for an encoder that did not encode this index."""
+        """Raise ArtifactError, which names the command to run, for an encoder that did not encode this index."""
         if fingerprint != self.manifest.spec.fingerprint:
             index, spec = location_of(self.index), self.manifest.spec
-            raise FingerprintError(
+            raise ArtifactError(
                 f"version {self.manifest.version} of {index} was built by encoder {spec.fingerprint[:12]}, not by "
                 f"{fingerprint[:12]}; run: python -m index_jobs.rebuild --gallery {spec.gallery} --checkpoint "
                 f"CHECKPOINT_OF_THIS_ENCODER --out {index}"

@@ -25,10 +25,9 @@ from dcar_core.data.judgements import JudgedList
 from dcar_core.images import ImageRoot
 from dcar_core.model.text.tokenizer import common_words
 from dcar_core.util.arrays import Floats, Rows
-from dcar_core.util.bootstrap import Comparison, Scores
 from dcar_core.util.errors import DataError
 from dcar_core.util.files import hash_json
-from dcar_core.util.retrieval_metrics import graded_measures
+from dcar_core.util.metrics import Comparison, Scores, graded_measures
 from index_jobs.encoding.encode import EncodedGallery
 from index_jobs.engines.protocol import VectorIndex
 from index_jobs.gallery.scan import Gallery

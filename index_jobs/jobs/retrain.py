@@ -41,7 +41,7 @@ from dcar_core.training.hard_negatives import NEAREST, interpolate, learn
 from dcar_core.util.arrays import Floats, Rows
 from dcar_core.util.errors import DataError, GateError
 from dcar_core.util.files import hash_json, write_json
-from dcar_core.util.retrieval_metrics import TIE_TOLERANCE
+from dcar_core.util.metrics import TIE_TOLERANCE
 from index_jobs.gallery.scan import Gallery
 from index_jobs.gallery.storage import WHOLE_FILE, open_location
 from index_jobs.index import versions

@@ -18,7 +18,7 @@ from app.search.hits import Hits, find_hits
 from app.search.query import Plan
 from app.search.snapshots import Snapshot, load_snapshot
 from dcar_core import Encoder
-from dcar_core.util.errors import FingerprintError, StoreUnavailableError
+from dcar_core.util.errors import ArtifactError, StoreUnavailableError
 from index_jobs.index.index_version import IndexVersion
 from index_jobs.index.versions import open_current
 from index_jobs.rebuild import rebuild
@@ -193,7 +193,7 @@ def test_an_index_of_another_encoder_is_refused(index: Path) -> None:
     manifest = open_current(index).manifest
     manifest = replace(manifest, spec=replace(manifest.spec, fingerprint="f" * 64))
     write_manifest(index, manifest)
-    with pytest.raises(FingerprintError, match="was built by encoder ffffffffffff, not by"):
+    with pytest.raises(ArtifactError, match="was built by encoder ffffffffffff, not by"):
         load_snapshot(index, Settings(index=index, device="cpu"))
 
 

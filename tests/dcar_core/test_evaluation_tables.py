@@ -9,13 +9,11 @@ import numpy as np
 import pytest
 import torch
 
-import dcar_core.evaluation.analysis as module
+import dcar_core.evaluation.method_runner as module
 from dcar_core.data import Dataset
 from dcar_core.evaluation import summarise
-from dcar_core.evaluation.analysis import analyse, serving_cost
-from dcar_core.evaluation.comparison import best_baseline
-from dcar_core.evaluation.plot import plot_recall
-from dcar_core.evaluation.tables import COLUMNS, best_method, mean_categories, results_markdown
+from dcar_core.evaluation.method_runner import analyse, serving_cost
+from dcar_core.evaluation.tables import COLUMNS, best_method, mean_categories, plot_recall, results_markdown
 from dcar_core.model.backbone import Backbone
 from dcar_core.model.config import TrainConfig
 from dcar_core.model.dcar import seeded_model
@@ -23,7 +21,7 @@ from dcar_core.model.methods.registry import method
 from dcar_core.training.adapt import Verdict, verdict_of
 from dcar_core.training.prepared_split import FeatureCache, prepare_split
 from dcar_core.util.arrays import Floats
-from dcar_core.util.bootstrap import Comparison, Scores
+from dcar_core.util.metrics import Comparison, Scores
 
 
 def example_run(seed: int, val: float, test: float, weak: float) -> dict[str, Any]:
@@ -31,7 +29,7 @@ def example_run(seed: int, val: float, test: float, weak: float) -> dict[str, An
     return {
         "seed": seed, "lr": 2e-3, "trainable": 5, "query": "none", "epoch": 1, "seconds": 1.0,
         "val": dict.fromkeys(COLUMNS, val), "test": {c: test + i for i, c in enumerate(COLUMNS)},
-        "hard_negative_accuracy": test, "confusions": [], "measures": {"nDCG@10 text-to-image": test},
+        "hard_negative_accuracy": test, "measures": {"nDCG@10 text-to-image": test},
         "categories": {
             "known": {"pairs": 3, "t2i_r1": 90.0, "i2t_r1": 80.0},
             "rare": {"pairs": 2, "t2i_r1": 0.0, "i2t_r1": 0.0},
@@ -56,7 +54,7 @@ def example_results() -> dict[str, Any]:
     }  # fmt: skip
     return {
         "data": "d", "backbone": "b", "pairs": {"train": 3, "val": 2, "test": 1}, "grid": [], "methods": methods,
-        "training": {"epochs": 1, "batch_size": 2}, "diverged": {}, "baseline": None, "loss": "both", "controls": {},
+        "training": {"epochs": 1, "batch_size": 2}, "diverged": {}, "loss": "both",
         "cleaning": {"train": {"captions are doubled": 2}},
     }  # fmt: skip
 
@@ -75,17 +73,6 @@ def test_a_plot_without_matplotlib_says_what_is_missing(monkeypatch: pytest.Monk
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     assert "pip install 'dcar[plots]'" in plot_recall(example_results(), tmp_path / "recall.svg")
     assert not list(tmp_path.iterdir())
-
-
-def test_the_baseline_is_the_best_method_besides_dcar_and_its_parts() -> None:
-    results = example_results()
-    assert best_baseline(results) == "chosen"
-    results["methods"]["dcar+"] = results["methods"].pop("chosen")
-    assert best_baseline(results) == "tempting"
-    results["methods"]["block-adapters"] = results["methods"]["dcar+"]
-    assert best_baseline(results) == "tempting"
-    results["methods"]["dual"] = results["methods"].pop("tempting")
-    assert best_baseline(results) is None
 
 
 def analysed(
@@ -112,13 +99,10 @@ def test_analysis_equals_a_hand_calculation(
     assert found["hard_negative_accuracy"] == 100  # the second pair has no negatives
     assert found["categories"]["a"] == {"pairs": 2, "t2i_r1": 50.0, "i2t_r1": 100.0}
     assert found["categories"]["b"] == {"pairs": 1, "t2i_r1": 100.0, "i2t_r1": 100.0}
-    assert found["confusions"] == [{"category": "a", "taken_for": "b", "count": 1, "of": 2}]
     found = analysed(backbone, training, "baac", np.eye(4, dtype=np.float32)[[3, 3, 3, 0]], monkeypatch)
     assert {name: (of["t2i_r1"], of["i2t_r1"]) for name, of in found["categories"].items()} == dict.fromkeys(
         "abc", (0, 0)
     )
-    pairs = [(c["category"], c["taken_for"], c["count"], c["of"]) for c in found["confusions"]]
-    assert pairs == [("a", "c", 2, 2), ("b", "c", 1, 1), ("c", "b", 1, 1)], "the most frequent first"
 
 
 @pytest.mark.parametrize("name", ["coop", "dcar"])

@@ -20,7 +20,7 @@ from dcar_core.training import prepared_split as module
 from dcar_core.training.prepared_split import FeatureCache, prepare_split, report_truncation, split_key
 from dcar_core.training.validation import encode_captions, encode_images
 from dcar_core.util.arrays import Pixels
-from dcar_core.util.errors import TrainingError
+from dcar_core.util.errors import DcarError
 from tests.support.training import batch_loss, model_and_data, move_weights
 
 
@@ -60,7 +60,7 @@ def test_frozen_towers_use_cached_features(name: str, backbone: Backbone, traini
 
 def test_prompts_that_leave_no_room_for_a_word_are_refused(backbone: Backbone) -> None:
     report_truncation({}, {}, backbone, backbone.context_length - 3)
-    with pytest.raises(TrainingError, match="30 prompts leave no room for words in a context of 32 tokens"):
+    with pytest.raises(DcarError, match="30 prompts leave no room for words in a context of 32 tokens"):
         report_truncation({}, {}, backbone, backbone.context_length - 2)
 
 

@@ -8,10 +8,11 @@ import numpy as np
 import pytest
 
 from dcar_core.data.judgements import JudgedList, read_judgements
-from dcar_core.util import retrieval_metrics
-from dcar_core.util.bootstrap import Comparison, Scores
+from dcar_core.util import metrics
 from dcar_core.util.errors import DataError
-from dcar_core.util.retrieval_metrics import (
+from dcar_core.util.metrics import (
+    Comparison,
+    Scores,
     compute_ranks,
     first_targets,
     graded_measures,
@@ -28,7 +29,7 @@ from tests.support.parts import needs
 def test_equal_vectors_tie_at_any_position_of_a_product(
     width: int, count: int, chunk: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(retrieval_metrics, "CHUNK", chunk)
+    monkeypatch.setattr(metrics, "CHUNK", chunk)
     rng = np.random.default_rng(0)
     one = rng.standard_normal((1, width)).astype(np.float32)
     one /= np.linalg.norm(one)
@@ -68,7 +69,7 @@ def test_results_do_not_depend_on_the_chunk(monkeypatch: pytest.MonkeyPatch) -> 
     text, image = rng.normal(size=(50, 6)).astype(np.float32), rng.normal(size=(20, 6)).astype(np.float32)
     of = rng.integers(0, 20, 50)
     whole = recall_at_k(text, image, of)
-    monkeypatch.setattr(retrieval_metrics, "CHUNK", 7)
+    monkeypatch.setattr(metrics, "CHUNK", 7)
     assert recall_at_k(text, image, of) == whole
     np.testing.assert_array_equal(first_targets(text, image, 3), (-text @ image.T).argsort(1)[:, :3])
 
@@ -158,34 +159,11 @@ def test_a_difference_in_words_and_against_the_other() -> None:
         "+100.0 points of R@1 (95 % interval +100.0 to +100.0; 50 pairs)"
     )
     assert -found.gain == Comparison.of(worse, better, resamples=999).gain
-    assert found.p == pytest.approx(2 / 1000)
     equal = Comparison.of(better, better, resamples=200)
-    assert ((-equal.gain).points(), equal.p) == ("+0.0 points (95 % interval +0.0 to +0.0)", 1)
+    assert (-equal.gain).points() == "+0.0 points (95 % interval +0.0 to +0.0)"
     assert equal.visible == 2, "a hit of one image of 50"
     with pytest.raises(ValueError, match="not of the same queries"):
         Comparison.of(better, scores([1, 0, 1]))
-
-
-def test_interval_of_a_proportion_equals_the_normal_approximation() -> None:
-    one = scores([1.0] * 60 + [0.0] * 40)
-    estimate = Comparison.of(one, one, resamples=4000).model["t2i_r1"]
-    half_width = 196 * np.sqrt(0.6 * 0.4 / 100)
-    assert [estimate.low, estimate.high] == pytest.approx([60 - half_width, 60 + half_width], abs=1.5)
-
-
-def test_pairing_removes_the_difficulty_of_the_queries() -> None:
-    """Both fail on the same hard queries, so a small difference is certain although each recall is not."""
-    easy = (np.arange(200) < 100).astype(float)
-    found = Comparison.of(scores([*easy]), scores([0.0] * 12 + [*easy[12:]]), resamples=2000)
-    assert found.gain.is_certain
-    assert found.model["mean_r1"].low < found.baseline["mean_r1"].high
-    assert found.p < 0.01
-
-
-def test_p_values_are_rarely_small_without_a_difference() -> None:
-    flips = np.random.default_rng(1).binomial(1, 0.5, (100, 2, 100)).tolist()
-    p = [Comparison.of(scores(one), scores(other), resamples=300).p for one, other in flips]
-    assert np.mean(np.array(p) < 0.05) < 0.15
 
 
 def write(path: Path, text: str) -> Path:

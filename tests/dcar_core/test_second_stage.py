@@ -35,7 +35,7 @@ from dcar_core.training.validation import (
 )
 from dcar_core.util.arrays import Floats
 from dcar_core.util.errors import ModelError
-from dcar_core.util.retrieval_metrics import Ranks, recall_of_ranks
+from dcar_core.util.metrics import Ranks, recall_of_ranks
 from tests.support.files import write_json
 
 

@@ -20,7 +20,7 @@ from dcar_core.model.dcar import DCAR, seeded_model
 from dcar_core.model.methods.registry import method
 from dcar_core.training.objective import accumulate_gradients
 from dcar_core.training.train import STATE_FILE, delete_state, train
-from dcar_core.util.errors import TrainingError
+from dcar_core.util.errors import DcarError
 from tests.support.commands import Command, run
 
 Pairs = tuple[Dataset, Dataset]
@@ -173,14 +173,14 @@ def test_a_state_of_another_run_is_refused_and_runs_no_code(
         "validation data": {"data": (pairs[0], pairs[0])},
     }
     for named, other in others.items():
-        with pytest.raises(TrainingError, match=f"unfinished run with another {named}; .*--restart"):
+        with pytest.raises(DcarError, match=f"unfinished run with another {named}; .*--restart"):
             run(**other)
     delete_state(tmp_path)
     run(lr=1e-3)
     (tmp_path / STATE_FILE).write_bytes(b"not a state")
-    with pytest.raises(TrainingError, match="not a training state"):
+    with pytest.raises(DcarError, match="not a training state"):
         run(lr=1e-3)
     torch.save({"identity": {}, "extra": _Payload(tmp_path / "ran")}, tmp_path / STATE_FILE)
-    with pytest.raises(TrainingError, match=r"not a training state \(UnpicklingError\); delete it"):
+    with pytest.raises(DcarError, match=r"not a training state \(UnpicklingError\); delete it"):
         run(lr=1e-3)
     assert not (tmp_path / "ran").exists()

@@ -19,7 +19,6 @@ from dcar_core.util.errors import (
     ArtifactError,
     DataError,
     DcarError,
-    FingerprintError,
     LockedError,
     MissingExtraError,
 )  # fmt: skip
@@ -81,7 +80,7 @@ def test_rows_queries_fields_and_encoders_that_do_not_fit_are_refused(
         artifact.column("colour")
     artifact.require(encoder.fingerprint)
     options = f"--gallery {tiny_gallery} --checkpoint CHECKPOINT_OF_THIS_ENCODER --out {published}"
-    with pytest.raises(FingerprintError, match=f"python -m index_jobs.rebuild {options}"):
+    with pytest.raises(ArtifactError, match=f"python -m index_jobs.rebuild {options}"):
         artifact.require("f" * 64)
 
 

@@ -17,7 +17,7 @@ from typer.testing import CliRunner
 
 from app.cli import app
 from dcar_core import Encoder
-from dcar_core.util.errors import ArtifactError, DataError, FingerprintError, LockedError
+from dcar_core.util.errors import ArtifactError, DataError, LockedError
 from index_jobs.engines.faiss import index as faiss_index
 from index_jobs.gallery.metadata import read_changes
 from index_jobs.index import versions
@@ -342,7 +342,7 @@ def test_refused_updates_change_nothing(
         remove(tmp_path / "other", ["x"])
     other = Encoder.load(other_checkpoint, device="cpu")  # the sizes in the manifest do not tell that it has changed
     monkeypatch.setattr(updates, "load_replicas", lambda *_, **__: [other])
-    with pytest.raises(FingerprintError, match="was built by encoder"):
+    with pytest.raises(ArtifactError, match="was built by encoder"):
         add(index, write_images(tmp_path / "more", "pink"), progress=False)
     assert (current_version(index), version_numbers(index)) == (1, [1])
 

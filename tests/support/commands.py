@@ -1,8 +1,7 @@
 """Commands of this project in processes of their own, forked from one that has imported everything.
 
 - Importing PyTorch and open_clip takes 5 s of CPU, most of what a command on tiny data takes. Here it is paid once.
-- A process is a real one: its streams may be closed, full or pipes, and it can be killed. Those that it starts by
-  `multiprocessing` are forked from the same server.
+- A process is a real one, and can be killed. Those that it starts by `multiprocessing` are forked from the same server.
 - Tests about imports, or about the interpreter's own start, use `subprocess` instead.
 """
 
@@ -26,7 +25,7 @@ from typing import Any
 from tests.support.paths import ROOT
 
 PRELOADED = ["tests.support.preloaded"]
-PIPE, UNREAD = "a pipe", "a pipe without a reader"
+PIPE = "a pipe"
 
 _context = multiprocessing.get_context("forkserver")
 _context.set_forkserver_preload(PRELOADED)
@@ -35,7 +34,7 @@ _context.set_forkserver_preload(PRELOADED)
 class Command:
     """A running `python -m MODULE ARGUMENTS`, `python -c CODE ARGUMENTS`, or `python SCRIPT ARGUMENTS` for a path.
 
-    stdout, stderr: PIPE, UNREAD, the path of a file to write to, or None for a closed stream.
+    stdout, stderr: PIPE, or the path of a file to write to.
     file_size: the size in bytes that no file may exceed.
     """
 
@@ -44,17 +43,14 @@ class Command:
         program: str | Path,
         *arguments: object,
         environment: Mapping[str, str] | None = None,
-        stdout: str | Path | None = PIPE,
-        stderr: str | Path | None = PIPE,
+        stdout: str | Path = PIPE,
+        stderr: str | Path = PIPE,
         file_size: int | None = None,
         directory: Path = ROOT,
     ) -> None:
-        pipes = [_context.Pipe(duplex=False) if given in (PIPE, UNREAD) else None for given in (stdout, stderr)]
-        streams = [pipe[1] if pipe else given for pipe, given in zip(pipes, (stdout, stderr), strict=True)]
+        pipes = [_context.Pipe(duplex=False) if target == PIPE else None for target in (stdout, stderr)]
+        streams = [pipe[1] if pipe else target for pipe, target in zip(pipes, (stdout, stderr), strict=True)]
         given = (str(program), list(map(str, arguments)), {**os.environ, **(environment or {})})
-        for pipe, wanted in zip(pipes, (stdout, stderr), strict=True):
-            if pipe and wanted == UNREAD:
-                pipe[0].close()
         self._process = _context.Process(target=_execute, args=(*given, streams, file_size, directory))
         self._process.start()
         self.stdout, self.stderr = map(_reader, pipes)
@@ -112,12 +108,10 @@ def dcar(*arguments: object, **options: Any) -> subprocess.CompletedProcess[str]
 
 
 def _reader(pipe: tuple[Connection, Connection] | None) -> io.TextIOWrapper | io.StringIO:
-    """Close the process's end of a pipe here, and open the other one, unless it is closed."""
+    """Close the process's end of a pipe here, and open the other one."""
     if pipe is None:
         return io.StringIO()
     pipe[1].close()
-    if pipe[0].closed:
-        return io.StringIO()
     with pipe[0]:
         return io.TextIOWrapper(io.FileIO(os.dup(pipe[0].fileno())), encoding="utf-8")
 
@@ -138,13 +132,10 @@ def _execute(
     os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
     sys.stdin = open(0, encoding="utf-8", closefd=False)  # noqa: SIM115  # open to the end
     for number, stream in ((1, streams[0]), (2, streams[1])):
-        if stream is None:
-            os.close(number)
-            continue
         opened = stream.fileno() if isinstance(stream, Connection) else os.open(stream, os.O_WRONLY)
         os.dup2(opened, number)
         stream.close() if isinstance(stream, Connection) else os.close(opened)
-    sys.stdout, sys.stderr = (None if stream is None else _stream(n) for n, stream in enumerate(streams, 1))
+    sys.stdout, sys.stderr = (_stream(number) for number in (1, 2))
     code = arguments.pop(0) if program == "-c" else None
     sys.argv = [program, *arguments]
     if file_size is not None:

@@ -18,7 +18,6 @@ ENTRY_POINTS = "dcar.methods"  # the group
 MAX_DEPTH = 128  # more blocks than any tower has
 
 METHODS: dict[str, Method] = {each.config.method: each for each in (*baselines.METHODS, *dcar.METHODS)}
-NO_BASELINES = frozenset(each.config.method for each in dcar.METHODS)  # DCAR, its parts and extensions
 
 
 def find_method(name: str) -> Method:
