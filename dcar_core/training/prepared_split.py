@@ -8,6 +8,7 @@
 """
 
 import hashlib
+import io
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -30,7 +31,7 @@ from dcar_core.model.token_weights import blend, image_features, pair_weights, t
 from dcar_core.negatives.words import fold_name
 from dcar_core.util.arrays import Mask, Pixels, Rows
 from dcar_core.util.errors import DataError, DcarError, ImageError
-from dcar_core.util.files import atomic_writer, hash_json
+from dcar_core.util.files import atomic_writer, hash_json, write_bytes
 from dcar_core.util.machine import available_cores
 
 MAX_NEGATIVES = 8  # of a pair, in training
@@ -60,8 +61,9 @@ class FeatureCache:
         path = self._directory / f"{kind}-{key}.npy"
         if not path.is_file():
             path.parent.mkdir(parents=True, exist_ok=True)
-            with atomic_writer(path, shared=True) as file:
-                np.save(file, compute().cpu().numpy())
+            stored = io.BytesIO()
+            np.save(stored, compute().cpu().numpy())  # into a file it would not notice a full disk
+            write_bytes(path, stored.getbuffer(), shared=True)
         return torch.from_numpy(np.load(path)).to(self._device)
 
     def pixels(self, key: str, shape: tuple[int, ...], decode: Callable[[], Iterator[Pixels]]) -> Pixels:
