@@ -4,7 +4,7 @@
 #
 # Build arguments:
 # - BASE: a Debian image with Python 3.11 or newer as `python`, and pip. Pin it by digest for reproducible builds.
-# - EXTRAS: extras of pyproject.toml to include: openvino (several times as fast on a CPU), otel, http, s3, ...
+# - EXTRAS: extras of pyproject.toml to include: openvino (several times as fast on a CPU), http, s3, ...
 # - LOCK, SERVE_LOCK: lock files with hashes. If one is empty, the ranges in pyproject.toml apply.
 # - PIP_EXTRA_INDEX_URL: an index of PyTorch's CPU builds; PyPI's torch for Linux is the CUDA build, several GB.
 # - PIP_INDEX_URL: a mirror. PIP_FIND_LINKS, PIP_CONSTRAINT: addresses, or paths that the build can see.

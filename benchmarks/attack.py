@@ -382,7 +382,7 @@ def main() -> None:
     created, proxy, settings = tempfile.TemporaryDirectory(), tempfile.TemporaryDirectory(), dict[str, object]()
     if given.only is None or not changes().keys().isdisjoint(given.only):
         settings = {
-            "collections": json.dumps({"hostile": str(hostile_collection(given.work))}), "max_collections": 100,
+            "collections": json.dumps({"hostile": str(hostile_collection(given.work))}),
             "collections_dir": created.name, "writes": "true", "admin_key": ADMIN_KEY, "max_jobs": 50,
             "image_hosts": "localhost,::ffff:127.0.0.1",
         }  # fmt: skip

@@ -20,11 +20,10 @@ from typing import Any
 
 from starlette.types import Scope
 
-from app.core.fair_queue import FairTurns
 from app.core.problems import Problem, field_problem
 from app.core.settings import Settings
-from app.core.threads import run_in_new_thread
-from app.http.body_limit import byte_counter
+from app.core.turns import FairTurns, run_in_new_thread
+from app.http.access import byte_counter
 from dcar_core.util.errors import MissingExtraError
 
 TIMEOUT_S = 10.0  # of one image, including the time in the queue

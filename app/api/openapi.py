@@ -1,7 +1,7 @@
 """The OpenAPI document, completed with what FastAPI cannot see.
 
 - Request bodies are read by hand (see `requests`), so their schemas are written here, with the limits of the settings.
-- Every error is a problem, or OpenAI's error, instead of FastAPI's validation error; each status has an example.
+- Every error is a problem instead of FastAPI's validation error; each status has an example.
 - The security of an operation follows from its policy.
 """
 
@@ -14,7 +14,7 @@ from pydantic_core import to_json
 from typing_extensions import TypedDict  # pydantic needs this one before Python 3.12
 
 from app.api.requests import BatchEntry, ImageForm
-from app.core.problems import MEDIA_TYPE, OPENAI_PATH, Problem
+from app.core.problems import MEDIA_TYPE, Problem
 from app.core.settings import Settings
 from app.http.access import Policy
 from app.search.query import Query
@@ -37,23 +37,8 @@ class ProblemResponse(TypedDict):
     errors: NotRequired[list[FieldError]]
 
 
-class OpenAIError(TypedDict):
-    """An error in the shape of OpenAI's API. param: the invalid field."""
-
-    message: str
-    type: str
-    param: str | None
-    code: str | None
-
-
-class OpenAIErrorResponse(TypedDict):
-    error: OpenAIError
-
-
 _REFERENCE = "#/components/schemas/{model}"
-_models: dict[str, Any] = {
-    each.__name__: each for each in (ProblemResponse, OpenAIErrorResponse)
-}  # and those of bodies
+_models: dict[str, Any] = {"ProblemResponse": ProblemResponse}  # and those of bodies
 _COLLECTION = {"name": "collection", "in": "path", "required": True, "schema": {"type": "string"}}
 _SECURITY: dict[str, list[dict[str, list[str]]]] = {
     "open": [],
@@ -95,15 +80,13 @@ def operation_options(
     return {
         "include_in_schema": not policy.is_private,
         "openapi_extra": extra,
-        "responses": {status: _problem(path, status) for status in sorted(statuses)},
+        "responses": {status: _problem(status) for status in sorted(statuses)},
     }
 
 
-def _problem(path: str, status: int) -> dict[str, Any]:
+def _problem(status: int) -> dict[str, Any]:
     problem = Problem(status, _ERRORS[status])
     content = {MEDIA_TYPE: {"schema": _reference(ProblemResponse), "example": problem.body()}}
-    if path.startswith(OPENAI_PATH):
-        content = {"application/json": {"schema": _reference(OpenAIErrorResponse), "example": problem.openai_body()}}
     return {"description": _ERRORS[status], "content": content}
 
 

@@ -49,7 +49,6 @@ _LARGE_JSON_BYTES = 64 * 2**10
 _MAX_JSON_VALUES = 50_000  # images make a body large, but not its number of values, which take time and memory
 _MAX_FIELD_BYTES = 16 * 2**10
 _MAX_CONTENT_TYPE = 300  # characters; the time to parse one grows with the square of its length
-_SUBJECTS: tuple[Any, ...] = (b'"query"', b'"more_like"')  # in the JSON of a query
 _UTF8 = re.compile(r"""; *charset *= *"?utf-8"? *(?=;|$)""", re.IGNORECASE)
 
 M = TypeVar("M", bound=BaseModel)
@@ -287,8 +286,7 @@ def validated(model: type[M], fields: dict[str, Any] | bytes, settings: Settings
             return model.model_validate_json(fields, context=settings)
         return model.model_validate(fields, context=settings)
     except ValidationError as error:
-        is_subject_missing = model is Query and not any(name in fields for name in _SUBJECTS)
-        raise from_validation(error, _field_names(model), ["query"] if is_subject_missing else []) from None
+        raise from_validation(error, _field_names(model)) from None
 
 
 @cache

@@ -15,7 +15,7 @@ from typing_extensions import TypedDict  # pydantic needs this one before Python
 from app.api.openapi import FieldError
 from app.api.routing import collection_of, state_of
 from app.core.problems import field_problem
-from app.http.body_limit import LongResponse
+from app.http.access import LongResponse
 from app.search.query import MAX_TEXT_BYTES
 from app.search.results import SearchResponse, image_url, public_metadata
 from app.search.snapshots import ResultGroup

@@ -11,6 +11,7 @@ from typing import Annotated, Any, Literal
 from fastapi import FastAPI, Request
 from fastapi import Query as QueryParam
 from fastapi.responses import Response
+from prometheus_client import CONTENT_TYPE_LATEST
 from pydantic import BeforeValidator
 
 from app.api import feedback, page, requests, responses, writing
@@ -19,26 +20,27 @@ from app.api.image_urls import decode_base64
 from app.api.requests import read_json, validated
 from app.api.responses import JsonResponse, items_path, make_response, not_modified
 from app.api.routing import ItemId, Routes, may_read, snapshot_of, state_of
-from app.core.metrics import CONTENT_TYPE
 from app.core.problems import Problem, field_problem
-from app.core.threads import run_in_new_thread
+from app.core.turns import run_in_new_thread
 from app.http.access import OPEN, PART_BYTES, Policy, out_of_scope
 from app.search.errors import BatchQueryError, UnavailableError
 from app.search.query import Query, row_of
 from app.search.results import SearchResponse
 from app.search.snapshots import ResultGroup, Snapshot, filter_rows, group_field
+from app.service.encoding import SharedTasks
 from dcar_core.images.decoding import ThumbnailFormat
 from dcar_core.util.errors import DcarError, ImageError
 from index_jobs.index.index_version import Item
 
 _READ, _CHECKED = Policy("read"), Policy("read", "checked")
-_UPLOAD = Policy("read", body=lambda settings: settings.max_upload_bytes + PART_BYTES, field="file")
+_UPLOAD = Policy("read", body=lambda settings: settings.max_upload_bytes + PART_BYTES)
 _BATCH = Policy("read", body=requests.batch_bytes)
 _EMBED = Policy("read", "checked", body=requests.batch_bytes)
 _Pixels = Annotated[
     Literal[192, 384, 1280],  # of a card on screens with one and two dots per pixel, and of the detail view
     BeforeValidator(lambda given: int(given) if given.isdecimal() else given),
 ]
+_rendering = SharedTasks[bytes]()  # of metrics, one thread for all who wait
 _RELOAD_RETRY = {"Retry-After": "30"}  # a version that fails to load now will not load a second later
 
 
@@ -254,7 +256,8 @@ async def readyz(request: Request) -> Response:
 @service.add("GET", "/metrics", Policy("monitor", "service", cost=0), "text/plain")
 async def metrics(request: Request) -> Response:
     """Return the service's metrics. If API keys are required, an API key or the admin key opens it."""
-    return Response(await run_in_new_thread(state_of(request).metrics.render), media_type=CONTENT_TYPE)
+    render = state_of(request).metrics.render
+    return Response(await _rendering.run(render, lambda: run_in_new_thread(render)), media_type=CONTENT_TYPE_LATEST)
 
 
 @service.add("POST", "/admin/reload", Policy("admin", "service"), responses.ReloadResponse, errors=(503,))

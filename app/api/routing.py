@@ -17,13 +17,12 @@ from starlette.types import Receive, Scope, Send
 
 from app.api.image_urls import ImageFetcher
 from app.api.openapi import operation_options
-from app.core.keys import ApiKey
+from app.core.callers import ApiKey
 from app.core.metrics import Metrics
 from app.core.problems import Problem, field_problem
 from app.core.settings import Settings
 from app.feedback.log import FeedbackLog
-from app.http.access import API_KEY, UNKNOWN, Access, Policy
-from app.http.body_limit import BodyLimit
+from app.http.access import API_KEY, UNKNOWN, Access, BodyLimit, Policy
 from app.search.snapshots import Snapshot
 from app.service.collections import Collections
 from app.service.retriever import Retriever

@@ -22,7 +22,7 @@ from app.api.responses import Collection, JobResponse, JobsResponse, JsonRespons
 from app.api.routing import Routes, collection_of, may_read, snapshot_of, state_of
 from app.core.problems import Problem, field_problem
 from app.core.settings import COLLECTION_NAME
-from app.core.threads import run_in_new_thread
+from app.core.turns import run_in_new_thread
 from app.http.access import Policy, out_of_scope
 from app.search.errors import CollectionNotFoundError, ItemNotFoundError
 from app.search.snapshots import Snapshot, filter_rows
@@ -142,8 +142,6 @@ async def put_collection(
             raise Problem(403, "Collections cannot be created; set DCAR_COLLECTIONS_DIR to enable it.")
         if not may_read(request, model or collections.default):
             raise out_of_scope()
-        if sum(served.is_created for _, served in collections) >= state_of(request).settings.max_collections:
-            raise Problem(409, "No more collections can be created; drop one, or raise DCAR_MAX_COLLECTIONS.")
         source = collections.open(model, "model").artifact
         async with _storing("collection", collections, model):
             await run_in_new_thread(create_collection, folder, name, source.checkpoint)

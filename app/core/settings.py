@@ -9,63 +9,47 @@ import difflib
 import os
 import re
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, Self, TypeVar
 
-from pydantic import AfterValidator, BeforeValidator, Field, SecretStr, ValidationError, ValidationInfo, field_validator
+from pydantic import AfterValidator, BeforeValidator, Field, SecretStr, ValidationError, model_validator
 from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict, SettingsError
 
-from app.core.keys import ApiKey, parse_keys
-from app.core.rate_limit import parse_rate
-from app.core.redis import connect
+from app.core.callers import ApiKey, connect, parse_keys
 from dcar_core.images.formats import WEB_FORMATS, ImageFormat
 from dcar_core.util.errors import DcarError
 from index_jobs.index.storage import index_path
 from index_jobs.spec import KEEP_WRITES
 
+T = TypeVar("T")
+
 DEFAULT_K = 10
 MAX_QUERIES = 1000  # upper bound of the setting max_queries
 COLLECTION_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
-_ORIGIN = re.compile(r"[a-z][a-z0-9+.-]*://[^/\s*?#@]+")
 # Variables with our prefix that are not settings: of other commands, of docker-compose.yml, and of Kubernetes, which
 # describes a service named dcar to every container.
 _OTHER_VARIABLES = re.compile(
     r"FEATURES|CAPTION_API_KEY|JUDGE_API_KEY|REQUIRE_ALL|DOMAIN|PORT_PUBLISHED|MEMORY|IMAGE"
     r"|SERVICE_(HOST|PORT\w*)|PORT_\d+_(TCP|UDP)\w*"
 )
-
 _SUCCESSORS = {
     "DCAR_CACHE_TTL_S": "each process caches embeddings by itself, as many as DCAR_CACHE_SIZE says",
     "DCAR_DRAIN_S": "let the proxy or the orchestrator stop sending requests first, such as by `preStop`",
     "DCAR_MAX_QUEUE_MS": "DCAR_MAX_PENDING and DCAR_DEADLINE_MS bound the searches in progress",
+    "DCAR_TRACING": "start the service with `opentelemetry-instrument dcar serve`",
 }
 
 
 def _split(value: object) -> object:
-    return tuple(each.strip() for each in value.split(",") if each.strip()) if isinstance(value, str) else value
+    return tuple(part.strip() for part in value.split(",") if part.strip()) if isinstance(value, str) else value
 
 
-def _check_formats(value: tuple[str, ...]) -> tuple[str, ...]:
-    unknown = [name for name in value if name not in set(ImageFormat)]
-    if unknown or not value:
-        raise ValueError(f"must be some of {', '.join(ImageFormat)}, not {', '.join(unknown) or 'none'}")
-    return value
+def _like(pattern: str, example: str) -> AfterValidator:
+    def check(value: str) -> str:
+        if not re.fullmatch(pattern, value):
+            raise ValueError(f"must be {example}, not {value}")
+        return value
 
-
-def _check_hosts(value: tuple[str, ...]) -> tuple[str, ...]:
-    if any("/" in host or host.count(":") == 1 for host in value):  # no URL, no port; IPv6 has more colons
-        raise ValueError("must be host names such as pictures.example.org, without ports")
-    return tuple(host.lower() for host in value)  # as in a parsed URL
-
-
-def _check_origins(value: tuple[str, ...]) -> tuple[str, ...]:
-    if not all(origin == "*" or _ORIGIN.fullmatch(origin) for origin in value):
-        raise ValueError("must be origins such as https://shop.example, without path or wildcards, or *")
-    return value
-
-
-def _check_rate(value: str) -> str:
-    parse_rate(value)
-    return value
+    return AfterValidator(check)
 
 
 def _check_redis_url(value: SecretStr) -> SecretStr:
@@ -73,31 +57,14 @@ def _check_redis_url(value: SecretStr) -> SecretStr:
     return value
 
 
-def _check_admin_key(value: SecretStr) -> SecretStr:
-    key = value.get_secret_value().strip()
-    if len(key) < 8 or not key.isascii() or not key.isprintable():  # a header cannot carry other characters
-        raise ValueError("must be at least 8 characters of ASCII")
-    name, sign, digest = key.partition(":")
-    if sign and (name == "sha256") != bool(re.fullmatch("[0-9A-Fa-f]{64}", digest)):  # as `dcar key` prints it
-        raise ValueError("must be the key itself, or sha256: and the 64 hexadecimal digits of its hash")
-    return SecretStr(key)
-
-
 IndexDir = Annotated[Path, AfterValidator(index_path)]
-Names = Annotated[tuple[str, ...], NoDecode, BeforeValidator(_split)]
-Hosts = Annotated[Names, AfterValidator(_check_hosts)]
-Origins = Annotated[
-    tuple[Annotated[str, AfterValidator(lambda origin: origin.rstrip("/"))], ...],
-    NoDecode,
-    BeforeValidator(_split),
-    AfterValidator(_check_origins),
-]
-LogLevel = Annotated[
-    Literal["debug", "info", "warning", "error"],
-    BeforeValidator(lambda given: given.lower() if isinstance(given, str) else given),
-]
+Listed = Annotated[tuple[T, ...], NoDecode, BeforeValidator(_split)]
+Host = Annotated[str, AfterValidator(str.lower), _like("[^/:]*(:[^/:]*:[^/]*)?", "names such as pictures.example.org")]
+Origin = Annotated[str, _like(r"\*|[a-z][a-z0-9+.-]*://[^/\s*?#@]+", "origins such as https://shop.example, or *")]
+Rate = Annotated[str, _like(r"[1-9]\d*/(second|minute|hour|day)", "one rate such as 20/second or 600/minute")]
+CollectionName = Annotated[str, _like(COLLECTION_NAME.pattern, "names of letters, digits, '.', '_' and '-'")]
 Keys = Annotated[
-    dict[str, ApiKey], NoDecode, BeforeValidator(lambda given: parse_keys(given) if isinstance(given, str) else given)
+    dict[str, ApiKey], NoDecode, BeforeValidator(lambda value: parse_keys(value) if isinstance(value, str) else value)
 ]
 
 
@@ -108,7 +75,7 @@ class Settings(BaseSettings):
 
     index: IndexDir
     """Directory or URL of the published index: the --out of `dcar index build`."""
-    collections: dict[str, IndexDir] = {}
+    collections: dict[CollectionName, IndexDir] = {}
     """More indexes by name, as JSON: {"openmoji": "data/index/openmoji"}."""
     host: str = "127.0.0.1"
     """Address to listen on. 0.0.0.0 opens it to a trusted network; strangers come through nginx."""
@@ -116,15 +83,13 @@ class Settings(BaseSettings):
     """Port to listen on. 0 takes a free one."""
     workers: int = Field(1, ge=1, le=256)
     """Number of processes that serve the port. Limits, caches and DCAR_THREADS count for each."""
-    allowed_hosts: Hosts = ()
-    """Names, separated by commas, by which requests may address the service on 127.0.0.1, besides localhost and
-    addresses: for a proxy on the same machine that passes on the Host header. * allows all."""
-    log_level: LogLevel = "info"
+    allowed_hosts: Listed[Host] = ()
+    """Names, separated by commas, by which requests may address a service that listens on 127.0.0.1, besides localhost:
+    for a proxy on the same machine that passes on the Host header. * allows all."""
+    log_level: Annotated[Literal["debug", "info", "warning", "error"], BeforeValidator(str.lower)] = "info"
     """Least severe level to log."""
     log_format: Literal["text", "json"] = "text"
     """Format of log lines: plain text or JSON objects."""
-    tracing: bool = False
-    """Send OpenTelemetry traces to OTEL_EXPORTER_OTLP_ENDPOINT. Needs the extra `otel`."""
 
     device: str = "auto"
     """Device of the model: auto, cpu, cuda, cuda:1, ..."""
@@ -139,31 +104,25 @@ class Settings(BaseSettings):
     batch_wait_ms: float = Field(2.0, ge=0, le=100)
     """Longest time in milliseconds that a batch waits for more queries, under load only."""
     max_pending: int = Field(512, ge=1)
-    """Largest number of searches in progress, half of them by one caller; a batch counts its queries, and images of
-    items are counted apart. Further requests get 503."""
+    """Largest number of searches, and of requests for images, in progress, half of them by one caller. More get 503."""
     deadline_ms: int = Field(10_000, ge=1)
     """Time limit of a search in milliseconds. After it the response is 503."""
 
     redis_url: Annotated[SecretStr, AfterValidator(_check_redis_url)] | None = None
     """Redis, in which processes count together for the rate limit: redis://, rediss:// or unix://. Unset: alone."""
-    redis_timeout_ms: int = Field(100, ge=1)
-    """Time limit of a Redis command in milliseconds. A slower response is treated as a failure."""
     cache_size: int = Field(10_000, ge=0)
-    """Number of query embeddings cached in the process, and of pages of results for each version (at most 1,000). 0
-    caches none."""
+    """Number of query embeddings cached in the process, and of pages of results (at most 1,000). 0 caches none."""
 
     max_upload_bytes: int = Field(20 * 2**20, ge=1024)
     """Largest image file in bytes. Larger ones get 413."""
     max_in_flight_bytes: int = Field(256 * 2**20, ge=1024)
-    """Largest number of bytes held for all requests in progress: of their bodies, of images fetched by URL, and of
-    responses over 64 KiB. Further requests get 503."""
+    """Largest number of bytes of bodies, fetched images and responses over 64 KiB in progress. More get 503."""
     upload_timeout_s: float = Field(30, gt=0)
     """Seconds for a request body to arrive. After it the response is 408."""
     max_pixels: int = Field(64_000_000, ge=1)
     """Largest number of pixels in a query image, checked before it is decoded."""
-    image_formats: Annotated[Names, AfterValidator(_check_formats)] = tuple(sorted(each.value for each in WEB_FORMATS))
-    """Formats of query images, separated by commas. tiff and bmp are accepted only if named here; heif needs the extra
-    heic."""
+    image_formats: Annotated[Listed[ImageFormat], Field(min_length=1)] = tuple(sorted(WEB_FORMATS))
+    """Formats of query images, separated by commas, of which heif needs the extra heic; also tiff and bmp."""
     max_query_chars: int = Field(1000, ge=1)
     """Largest number of characters in a text query."""
     max_k: int = Field(200, ge=DEFAULT_K)
@@ -179,25 +138,22 @@ class Settings(BaseSettings):
 
     poll_s: float = Field(2.0, ge=0)
     """Seconds between two checks for a newly published index version. 0 disables them."""
-    admin_key: Annotated[SecretStr, AfterValidator(_check_admin_key)] | None = None
+    admin_key: Annotated[SecretStr, Field(min_length=8)] | None = None
     """Key of the /admin routes, in plain text or as sha256:HASH. Unset: they are disabled."""
     api_keys: Keys = {}
     """Keys that may search, as NAME:HASH pairs separated by commas; `dcar key NAME` makes one. NAME:HASH:write may
     change items as well, and NAME:HASH:read:shoes+bags opens these collections only. Unset: everybody may search."""
     writes: bool = False
-    """Accept changes of items over HTTP, with the admin key or a key that may write. The service then needs to write to
-    the index directories."""
+    """Accept changes of items over HTTP, with the admin key or a key that may write."""
     collections_dir: Path | None = None
     """Directory of the collections that are created over HTTP, with DCAR_WRITES. Unset: none can be."""
     max_jobs: int = Field(1000, ge=1)
     """Largest number of waiting changes of a collection's items. Further requests get 503."""
     keep_writes: int = Field(KEEP_WRITES, ge=1)
     """Number of versions with changes over HTTP that are kept for rollback, besides the builds of `--keep`."""
-    max_collections: int = Field(100, ge=0)
-    """Largest number of collections that are created over HTTP."""
-    rate_limit: Annotated[str, AfterValidator(_check_rate)] | None = None
+    rate_limit: Rate | None = None
     """Rate limit of each key, or of each address where no keys are set: 20/second, 600/minute. Unset: no limit."""
-    cors_origins: Origins = ()
+    cors_origins: Listed[Origin] = ()
     """Other sites whose pages may search, separated by commas: https://shop.example. * allows all. Unset: none."""
 
     feedback: Annotated[bool | Path, Field(union_mode="left_to_right")] = False
@@ -211,18 +167,15 @@ class Settings(BaseSettings):
 
     page_hybrid: bool = True
     """Start the search page with `Words too` on, which looks up the words of a search as well."""
-    image_roots: Annotated[tuple[Path, ...], NoDecode, BeforeValidator(_split)] = ()
-    """Directories, separated by commas, from which images are served besides the gallery's own: for lists with absolute
-    paths, and for links to files outside of the gallery."""
-    image_hosts: Hosts = ()
-    """Trusted hosts, or buckets, separated by commas, whose images the service fetches by URL. Needs the extra `http`.
-    Unset: none."""
-    image_ports: Annotated[tuple[int, ...], NoDecode, BeforeValidator(_split)] = (80, 443)
+    image_roots: Listed[Path] = ()
+    """Directories, separated by commas, from which images are served besides the gallery's own."""
+    image_hosts: Listed[Host] = ()
+    """Trusted hosts or buckets, separated by commas, whose images are fetched by URL. Needs the extra `http`."""
+    image_ports: Listed[int] = (80, 443)
     """Ports that a request may name in a URL, separated by commas."""
 
     @property
     def default_collection(self) -> str:
-        """Name of the default collection, after the directory of its index."""
         return self.index.resolve().name
 
     @property
@@ -232,61 +185,40 @@ class Settings(BaseSettings):
 
     @property
     def feedback_folder(self) -> Path | None:
-        """Directory of the feedback log; None for no log."""
-        if isinstance(self.feedback, Path):
-            return self.feedback
-        return self.index / "feedback" if self.feedback else None
+        default = self.index / "feedback" if self.feedback else None
+        return self.feedback if isinstance(self.feedback, Path) else default
 
-    @field_validator("collections")
-    @classmethod
-    def _check_collection_names(cls, value: dict[str, Path], info: ValidationInfo) -> dict[str, Path]:
-        default = info.data["index"].resolve().name if "index" in info.data else None
-        for name in value:
-            if not COLLECTION_NAME.fullmatch(name):
-                raise ValueError(f"{name[:80]!r} is not a collection name; use letters, digits, '.', '_' and '-'")
-            if name == default:
-                raise ValueError(f"{name!r} is the name of the default collection, after its directory; choose another")
-        return value
-
-    @field_validator("feedback_texts")
-    @classmethod
-    def _require_log(cls, value: bool, info: ValidationInfo) -> bool:
-        if value and info.data.get("feedback") is False:
-            raise ValueError("needs DCAR_FEEDBACK, the log that holds the texts")
-        return value
-
-    @field_validator("writes")
-    @classmethod
-    def _require_writer(cls, value: bool, info: ValidationInfo) -> bool:
-        keys = info.data.get("api_keys", {})
-        if value and not info.data.get("admin_key") and not any(key.may_write for key in keys.values()):
-            raise ValueError("needs DCAR_ADMIN_KEY, or a key in DCAR_API_KEYS that may write")
-        return value
+    @model_validator(mode="after")
+    def _check_together(self) -> Self:
+        if self.default_collection in self.collections:
+            raise ValueError(f"DCAR_COLLECTIONS: {self.default_collection!r} is the default one, after its directory")
+        if self.feedback_texts and not self.feedback:
+            raise ValueError("DCAR_FEEDBACK_TEXTS: needs DCAR_FEEDBACK, the log that holds the texts")
+        if self.writes and not self.admin_key and not any(key.may_write for key in self.api_keys.values()):
+            raise ValueError("DCAR_WRITES: needs DCAR_ADMIN_KEY, or a key in DCAR_API_KEYS that may write")
+        return self
 
 
 def load_settings(**flags: Any) -> Settings:
     """Read the settings from flags (None: not set) and the environment.
 
-    Raises:
-        DcarError: a value is wrong or missing, or a variable's name is misspelt. The message is one line that names
-            the variable, never the value of a secret.
+    Raise DcarError, which names the variable in one line, if a value is wrong or missing, or a name is misspelt.
     """
-    _check_variable_names()
+    for variable in sorted(os.environ):
+        name = variable.removeprefix("DCAR_")
+        if variable in _SUCCESSORS:
+            raise DcarError(f"{variable}: this setting was removed; {_SUCCESSORS[variable]}")
+        if name != variable and name.lower() not in Settings.model_fields and not _OTHER_VARIABLES.fullmatch(name):
+            (nearest,) = difflib.get_close_matches(name.lower(), Settings.model_fields, 1, 0.0)
+            raise DcarError(f"{variable}: unknown setting; did you mean DCAR_{nearest.upper()}?")
     try:
         return Settings(**{name: value for name, value in flags.items() if value is not None})
     except ValidationError as error:
-        found = [(str(each["loc"][0]).upper(), each["msg"].removeprefix("Value error, ")) for each in error.errors()]
-        raise DcarError("; ".join(dict.fromkeys(f"DCAR_{name}: {message}" for name, message in found))) from None
+        raise DcarError("; ".join(dict.fromkeys(map(_fault, error.errors())))) from None
     except SettingsError:  # only this variable holds JSON
         raise DcarError('DCAR_COLLECTIONS: must be JSON such as {"openmoji": "data/index/openmoji"}') from None
 
 
-def _check_variable_names() -> None:
-    for variable in sorted(os.environ):
-        name = variable.removeprefix("DCAR_")
-        known = name.lower() in Settings.model_fields or _OTHER_VARIABLES.fullmatch(name)
-        if variable in _SUCCESSORS:
-            raise DcarError(f"{variable}: this setting was removed; {_SUCCESSORS[variable]}")
-        if variable.startswith("DCAR_") and not known:
-            (nearest,) = difflib.get_close_matches(name.lower(), Settings.model_fields, 1, 0.0)
-            raise DcarError(f"{variable}: unknown setting; did you mean DCAR_{nearest.upper()}?")
+def _fault(entry: Any) -> str:
+    message = entry["msg"].removeprefix("Value error, ")
+    return f"DCAR_{entry['loc'][0].upper()}: {message}" if entry["loc"] else message

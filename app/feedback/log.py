@@ -26,8 +26,7 @@ from pydantic_core import to_json
 
 from app.core.metrics import Metrics
 from app.core.settings import Settings
-from app.core.supervision import stop, supervise
-from app.core.threads import ComputeThreads
+from app.core.turns import ComputeThreads, stop, supervise
 from app.feedback import store
 from app.feedback.store import EventRow, Fault
 from app.search.errors import UnavailableError

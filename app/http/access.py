@@ -1,54 +1,54 @@
-"""Policies of routes, and the checks that run before any body is read: keys, scopes and rates.
+"""Policies of routes, and their checks: of keys, scopes and rates before a body is read, and of what requests hold.
 
 - A policy is declared where its route is (see `app.api.routing`), which applies it.
 - A key for some collections opens their routes, and the few routes that check the collection themselves.
 - Admin routes do not need an API key. The client address proves nothing: behind a proxy it is loopback.
+- All requests together may hold `max_in_flight_bytes`: of their bodies, and what `byte_counter` counts beside them. The
+  first UNCOUNTED_BYTES of each are free, so text searches never compete with uploads.
 """
 
+import asyncio
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, cast
 
 from starlette.datastructures import Headers
-from starlette.types import Scope
+from starlette.responses import Response
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from app.core.keys import ApiKey, find_key_name, is_key, key_in
+from app.core.callers import ApiKey, RateLimiter, current_caller, is_key, key_hash, key_in
 from app.core.problems import Problem, field_problem
-from app.core.rate_limit import RateLimiter, current_caller
 from app.core.settings import Settings
 
 CALLER = "dcar.caller"  # scope key: the name of the request's API key
 API_KEY = "dcar.api_key"  # scope key: the request's API key
-_JSON_BYTES_PER_CHAR = 12  # most bytes that one character takes in JSON: a surrogate pair of \uXXXX escapes
+_COUNT_BYTES = "dcar.count_bytes"  # scope key
 PART_BYTES = 64 * 2**10  # of a body beside its images: fields, boundaries, part headers
+UNCOUNTED_BYTES = 64 * 2**10
 
 
 def query_bytes(settings: Settings) -> int:
-    """Return the largest size of a query in JSON: two texts, and options."""
-    return max(PART_BYTES, 2 * settings.max_query_chars * _JSON_BYTES_PER_CHAR + 1024)
+    """Return the largest size of a query in JSON: two texts, whose characters take up to 12 bytes, and options."""
+    return max(PART_BYTES, 24 * settings.max_query_chars + 1024)
 
 
 @dataclass(frozen=True, slots=True)
 class Policy:
     """What a route needs.
 
-    Attributes:
-        access: who may use it. open: everybody; read: any API key, if the service has keys; monitor: also the admin
-            key; write: the admin key, or a key that may write; admin: the admin key.
-        scope: what a key must open. collection: the one in the path, or the default one; checked: the endpoint checks
-            the collection; service: all collections.
-        cost: 1 if a request counts against the rate limit, else 0; an endpoint may charge more, see `Access.charge`.
-        body: returns the largest size of a body in bytes.
-        field: the field to name if a body is too large.
-        is_private: True for routes of the search page, which are not documented.
+    access: who may use it. read: any API key, if the service has keys; monitor: also the admin key; write: the admin
+        key, or a key that may write.
+    scope: what a key must open. collection: the one in the path, or the default one; checked: the endpoint checks it.
+    cost: 1 if a request counts against the rate limit; an endpoint may charge more, see `Access.charge`.
+    body: largest size in bytes.
+    is_private: True for routes of the search page, which are not documented.
     """
 
     access: Literal["open", "read", "monitor", "write", "admin"]
     scope: Literal["collection", "checked", "service"] = "collection"
     cost: Literal[0, 1] = 1
     body: Callable[[Settings], int] = query_bytes
-    field: str = "body"
     is_private: bool = False
 
 
@@ -66,26 +66,27 @@ class Access:
 
     async def check(self, scope: Scope, policy: Policy) -> None:
         """Write the caller and its key into the scope. Raise Problem if the policy refuses the request."""
-        needs_key = bool(self._settings.api_keys) or policy.access in ("write", "admin")
-        if policy.access == "open" or scope["method"] == "OPTIONS" or not (needs_key or self._rates is not None):
+        if policy.access == "open" or scope["method"] == "OPTIONS":
             return
         headers, key = Headers(scope=scope), None
         if self._settings.api_keys and policy.access != "admin":
-            found = self._find_key(headers, accepts_admin=policy.access in ("monitor", "write"))
-            if found is None:
+            key = self._find_key(headers, accepts_admin=policy.access in ("monitor", "write"))
+            if key is None:
                 raise _unauthorized("a known API key")
-            name, key = found
             collection = scope.get("path_params", {}).get("collection", self._default_collection)
             if policy.scope != "checked" and not key.opens(collection if policy.scope == "collection" else ""):
                 raise out_of_scope()
-            scope[CALLER], scope[API_KEY] = name, key
-            current_caller.set(name)
+            scope[CALLER], scope[API_KEY] = key.name, key
+            current_caller.set(key.name)
         if policy.cost:
             await self.charge()
         if policy.access == "write" and not self._settings.writes:
             raise Problem(403, "Writing is disabled; set DCAR_WRITES=true to enable it.")
         if policy.access == "admin" or (policy.access == "write" and key is None):
-            self._require_admin(headers)
+            if self._settings.admin_key is None:
+                raise Problem(403, "Admin routes are disabled; set DCAR_ADMIN_KEY to enable them.")
+            if not self._is_admin(key_in(headers)):
+                raise _unauthorized("the admin key")
         elif policy.access == "write" and key is not None and not key.may_write:
             raise out_of_scope()
 
@@ -93,30 +94,24 @@ class Access:
         """Count the request, or `extra` beside it. Raise Problem if the caller exceeds the rate limit."""
         caller = current_caller.get()
         if self._rates is not None and (wait := await self._rates.charge(caller, extra)):
-            seconds = max(1, math.ceil(wait))
+            seconds = math.ceil(wait)
             detail = f"Too many requests from {caller}. Try again in {seconds} s."
             raise Problem(429, detail, headers={"Retry-After": str(seconds)}, refused="rate")
 
-    def _require_admin(self, headers: Headers) -> None:
-        secret, key = self._settings.admin_key, key_in(headers)
-        if secret is None:
-            raise Problem(403, "Admin routes are disabled; set DCAR_ADMIN_KEY to enable them.")
-        if key is None or not is_key(key, secret.get_secret_value()):
-            raise _unauthorized("the admin key")
-
     def opens_everything(self, headers: Headers) -> bool:
         """Return True if no key is needed, or if a request has the admin key or a key that opens all collections."""
-        found = self._find_key(headers, accepts_admin=True)
-        return not self._settings.api_keys or (found is not None and found[1].collections is None)
+        key = self._find_key(headers, accepts_admin=True)
+        return not self._settings.api_keys or (key is not None and key.collections is None)
 
-    def _find_key(self, headers: Headers, *, accepts_admin: bool) -> tuple[str, ApiKey] | None:
-        key, admin = key_in(headers), self._settings.admin_key
-        if key is None:
-            return None
-        if accepts_admin and admin is not None and is_key(key, admin.get_secret_value()):
-            return "admin", ApiKey("", may_write=True)
-        name = find_key_name(self._settings.api_keys, key)
-        return None if name is None else (name, self._settings.api_keys[name])
+    def _is_admin(self, key: str) -> bool:
+        secret = self._settings.admin_key
+        return secret is not None and is_key(key, secret.get_secret_value().strip())
+
+    def _find_key(self, headers: Headers, *, accepts_admin: bool) -> ApiKey | None:
+        key = key_in(headers)
+        if accepts_admin and self._is_admin(key):
+            return ApiKey("admin", may_write=True)
+        return self._settings.api_keys.get(key_hash(key))
 
 
 def _unauthorized(wanted: str) -> Problem:
@@ -127,3 +122,74 @@ def _unauthorized(wanted: str) -> Problem:
 def out_of_scope() -> Problem:
     """Return a 403 for a key whose scope lacks a collection, or the right to write."""
     return field_problem("Authorization", "the scope of this key does not allow this", status=403, refused="scope")
+
+
+def byte_counter(scope: Scope) -> Callable[[int], None]:
+    """Return what counts bytes that a request holds beside its body. It raises Problem if there are too many."""
+    return cast(Callable[[int], None], scope[_COUNT_BYTES])
+
+
+class LongResponse(Response):
+    """A response of about `size` bytes that a thread makes."""
+
+    def __init__(self, make: Callable[[], Response], size: int) -> None:
+        super().__init__()
+        self._make, self._size = make, size
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        byte_counter(scope)(self._size)
+        await (await asyncio.to_thread(self._make))(scope, receive, send)
+
+
+class BodyLimit:
+    """Limit the size and the time of bodies, and what all requests hold. held: bytes of all that count."""
+
+    def __init__(self, settings: Settings) -> None:
+        self._settings = settings
+        self.held = 0
+
+    async def run(self, app: ASGIApp, policy: Policy, scope: Scope, receive: Receive, send: Send) -> None:
+        """Call an application with a limited body. Raise Problem if the body is refused: an announced one unread."""
+        limit, seconds = policy.body(self._settings), self._settings.upload_timeout_s
+        if int(Headers(scope=scope).get("content-length", 0)) > limit:
+            raise _too_large(limit)
+        deadline = asyncio.get_running_loop().time() + seconds
+        received = held = 0
+        is_complete = False
+
+        def count(size: int) -> None:
+            nonlocal received, held
+            received += size
+            more = max(0, received - UNCOUNTED_BYTES) - held
+            is_alone = self.held == held  # then it has room
+            if more and not is_alone and self.held + more > self._settings.max_in_flight_bytes:
+                detail = "Too many large requests are in progress. Try again in 1 s."
+                raise Problem(503, detail, headers={"Retry-After": "1"}, refused="uploads")
+            held += more
+            self.held += more
+
+        async def limited_receive() -> Message:
+            nonlocal is_complete
+            if is_complete:
+                return await receive()
+            try:
+                async with asyncio.timeout_at(deadline):
+                    message = await receive()
+            except TimeoutError:
+                detail = f"The body did not arrive within {seconds:g} seconds."
+                raise Problem(408, detail, refused="slow_body") from None
+            size, is_complete = len(message.get("body", b"")), not message.get("more_body", False)
+            if received + size > limit:
+                raise _too_large(limit)
+            count(size)
+            return message
+
+        scope[_COUNT_BYTES] = count
+        try:
+            await app(scope, limited_receive, send)
+        finally:
+            self.held -= held
+
+
+def _too_large(limit: int) -> Problem:
+    return field_problem("body", f"at most {limit // 2**10:,} KiB", status=413, refused="body_size")

@@ -1,30 +1,25 @@
 """Outermost ASGI middleware: what every request and every response gets, whichever route it is for.
 
-- Its id, its line in the log, and its metrics.
-- Its Host must be known over loopback: otherwise any web page could read the service of its visitor's machine, by a
-  name that it leads there.
-- HEAD is GET without the body, on every route that has GET.
-- Every response has safe headers, unless it has its own. One that needed a key is not stored by shared caches.
-- A request that is unfinished when the service shuts down (uvicorn cancels it) is answered 503.
+- Its id (the caller's X-Request-ID if it is well-formed, else a new one), its line in the log, and its metrics.
+- Its Host must be known while the service listens on loopback: otherwise any web page could read the service of its
+  visitor's machine, by a name that it leads there.
+- HEAD is GET; uvicorn leaves the body out. Safe headers, and private caching of what needed a key, are the default.
 - An unexpected exception is logged once, with the request id, and answered 500 without details.
 """
 
-import asyncio
 import logging
+import random
 import re
 import time
-from collections.abc import Collection
-from functools import lru_cache
-from ipaddress import ip_address
 from urllib.parse import quote
 
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from app.core.logs import choose_id, request_id
+from app.core.callers import current_caller, network_of, request_id
 from app.core.metrics import Metrics
 from app.core.problems import Problem, field_problem
-from app.core.rate_limit import current_caller, network_of
+from app.core.settings import Settings
 from app.http.access import CALLER
 
 logger = logging.getLogger(__name__)
@@ -34,32 +29,32 @@ _SAFE_HEADERS = {
     "Referrer-Policy": "no-referrer",
     "Content-Security-Policy": "default-src 'none'; frame-ancestors 'none'",
 }
-_CLIENT_CLOSED = 499  # logged if the client disconnected before the response
 _PROBES = frozenset({"/healthz", "/readyz", "/metrics"})
+_LOOPBACK = {"localhost", "127.0.0.1", "::1"}
 _MAX_PATH = 300  # characters of a logged path
-_PORT = re.compile(r":\d*$")
+_WELL_FORMED_ID = re.compile(r"[A-Za-z0-9._:/+=-]{1,128}")
 
 
 class Envelope:
-    """Wrap each request and its response. allowed_hosts: further names of the service over loopback; "*" allows all."""
+    """Wrap each request and its response."""
 
-    def __init__(self, app: ASGIApp, metrics: Metrics, allowed_hosts: Collection[str]) -> None:
-        self._app = app
-        self._metrics = metrics
-        self._allowed_hosts = frozenset(allowed_hosts)
+    def __init__(self, app: ASGIApp, metrics: Metrics, settings: Settings) -> None:
+        self._app, self._metrics = app, metrics
+        is_open = settings.host not in _LOOPBACK or "*" in settings.allowed_hosts
+        self._hosts = None if is_open else {*_LOOPBACK, *settings.allowed_hosts}
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
-        began = time.perf_counter()
-        method = scope["method"]
+        began, method, headers, status = time.perf_counter(), scope["method"], Headers(scope=scope), 0
         inner = {**scope, "method": "GET"} if method == "HEAD" else scope
-        identifier = choose_id(Headers(scope=scope).get("x-request-id"))
-        token = request_id.set(identifier)
-        client = scope.get("client")
-        current_caller.set(network_of(client[0]) if client else "unknown")
-        status = 0
+        identifier = headers.get("x-request-id", "")
+        if not _WELL_FORMED_ID.fullmatch(identifier):
+            identifier = f"{random.getrandbits(128):032x}"  # a UUID reads the system's random numbers, which takes long
+        request_id.set(identifier)
+        client, path = (scope.get("client") or [None])[0], quote(scope["path"][:_MAX_PATH])  # raw, it may have newlines
+        current_caller.set(network_of(client or "unknown"))
 
         async def observed(message: Message) -> None:
             nonlocal status
@@ -73,75 +68,26 @@ class Envelope:
                     headers.setdefault("Cache-Control", "private")
                     headers.add_vary_header("Authorization, X-API-Key")
                 message = {**message, "headers": headers.raw}
-            elif method == "HEAD":
-                if message.get("more_body", False):
-                    return
-                message = {**message, "body": b""}
             await send(message)
 
         try:
-            if self._is_known_host(scope):
+            host = re.sub(r":\d*$", "", headers.get("host", "localhost")).strip("[]").lower()
+            if self._hosts is None or host in self._hosts:
                 await self._app(inner, receive, observed)
             else:
-                message = "must be localhost or an address; DCAR_ALLOWED_HOSTS adds the names of this service"
+                message = "must be localhost; DCAR_ALLOWED_HOSTS adds the names of this service"
                 await field_problem("Host", message, status=421).response(scope)(inner, receive, observed)
-        except asyncio.CancelledError as error:
-            if status or "shutdown" not in str(error):
-                raise
-            detail = "The service is shutting down, and the request took too long."
-            await Problem(503, detail, headers={"Retry-After": "2"}).response(scope)(inner, receive, observed)
-        except (GeneratorExit, KeyboardInterrupt, SystemExit):
-            raise
-        except BaseException:  # a panic of a library in Rust is no Exception
+        except Exception:
             self._metrics.errors.inc()
-            logger.exception("unexpected error in %s %s", method, _quoted_path(scope))
+            logger.exception("unexpected error in %s %s", method, path)
             if status == 0:
                 problem = Problem(500, "Unexpected error. The log of the service has the details.")
                 await problem.response(scope)(inner, receive, observed)
         finally:
-            self._log(inner, method, status or _CLIENT_CLOSED, time.perf_counter() - began)
-            request_id.reset(token)
-
-    def _is_known_host(self, scope: Scope) -> bool:
-        server = scope.get("server")
-        if "*" in self._allowed_hosts or server is None or not _is_loopback(server[0]):
-            return True
-        name = _PORT.sub("", Headers(scope=scope).get("host", "localhost")).strip("[]").lower()
-        return name in self._allowed_hosts or _is_localhost_or_address(name)
-
-    def _log(self, scope: Scope, method: str, status: int, seconds: float) -> None:
-        template: str = getattr(scope.get("route"), "path", None) or "none"
-        self._metrics.requests.labels(template, str(status)).observe(seconds)
-        if (status == 200 and scope["path"] in _PROBES) or not logger.isEnabledFor(logging.INFO):
-            return  # probes arrive every few seconds
-        client, path = scope.get("client"), _quoted_path(scope)
-        extra = {
-            "method": method,
-            "path": path,
-            "status": status,
-            "ms": round(seconds * 1000, 2),
-            "client": client[0] if client else None,
-            "caller": scope.get(CALLER),
-        }
-        logger.info("%s %s %d in %.1f ms", method, path, status, seconds * 1000, extra=extra)
-
-
-def _quoted_path(scope: Scope) -> str:
-    return quote(scope["path"][:_MAX_PATH])  # a raw one may contain line breaks
-
-
-@lru_cache(maxsize=256)
-def _is_loopback(address: str) -> bool:
-    try:
-        ip = ip_address(address)
-    except ValueError:  # a Unix socket
-        return False
-    return (getattr(ip, "ipv4_mapped", None) or ip).is_loopback
-
-
-@lru_cache(maxsize=256)
-def _is_localhost_or_address(name: str) -> bool:
-    try:
-        return name == "localhost" or ("%" not in name and bool(ip_address(name)))  # a zone can be any text
-    except ValueError:
-        return False
+            seconds, status = time.perf_counter() - began, status or 500
+            template = getattr(inner.get("route"), "path", None) or "none"
+            self._metrics.requests.labels(template, str(status)).observe(seconds)
+            if status != 200 or path not in _PROBES:  # which arrive every few seconds
+                extra = {"method": method, "path": path, "status": status, "ms": round(seconds * 1000, 2)}
+                extra |= {"client": client, "caller": inner.get(CALLER)}
+                logger.info("%s %s %d in %.1f ms", method, path, status, seconds * 1000, extra=extra)

@@ -12,13 +12,13 @@ import contextlib
 import gc
 import logging
 import time
+import traceback
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from app.core.metrics import Metrics
 from app.core.settings import Settings
-from app.core.supervision import ENDS, stop, supervise
-from app.core.threads import ComputeThreads, run_in_new_thread
+from app.core.turns import ENDS, ComputeThreads, run_in_new_thread, stop, supervise
 from app.search.errors import CollectionNotFoundError, UnavailableError, without_directories
 from app.search.snapshots import Snapshot, is_published, load_snapshot
 from dcar_core.util.errors import ArtifactError, DcarError
@@ -91,6 +91,7 @@ class ServedIndex:
             except ENDS:
                 raise
             except BaseException as error:
+                traceback.clear_frames(error.__traceback__)  # they refer to snapshots until a full garbage collection
                 failure = self._record_failure(lost or error)
                 raise failure from (None if failure is error else error)
             finally:

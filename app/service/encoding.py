@@ -18,17 +18,14 @@ from typing import Any, Generic, TypeVar
 
 import numpy as np
 
-from app.core.decoders import Decoders
-from app.core.fair_queue import FairQueue, FairTurns, Turn
 from app.core.metrics import Metrics
 from app.core.settings import Settings
-from app.core.supervision import supervise
-from app.core.threads import ComputeThreads
+from app.core.turns import ComputeThreads, Decoders, FairQueue, FairTurns, Turn, supervise
 from app.search.errors import UnavailableError
 from app.search.query import Crop
 from app.search.snapshots import Recent, Snapshot
 from dcar_core.encoder.encoder import ImageRow, TextRow, encode_image_rows, encode_text_rows
-from dcar_core.images import ALL_FORMATS, MAX_PIXELS, ImageFormat
+from dcar_core.images import ALL_FORMATS, MAX_PIXELS
 from dcar_core.images.workers import Convert
 from dcar_core.model.preprocess import Preprocess
 from dcar_core.util.arrays import Floats, Pixels
@@ -74,6 +71,10 @@ class Batcher:
       a few milliseconds for the callers of the last batch to return.
     - A batch that raises is halved until the faulty query is alone, so one bad query fails by itself.
     - Callers, and then their requests, take turns in a batch: one query of each, and then a second one of each.
+
+    Args:
+        max_batch: queries in one forward pass.
+        max_wait_s: longest wait for more queries, under load only.
     """
 
     def __init__(self, *, max_batch: int, max_wait_s: float, metrics: Metrics | None = None) -> None:
@@ -202,11 +203,7 @@ class QueryEncoder:
         )  # hash files, and resize for PyTorch
         self._chunk_turn = FairTurns(1, 1).turn  # held while one chunk of many images is in the model's queue
         self._decoders = Decoders(settings.max_pixels)
-        self._query_limits = settings.max_pixels, frozenset(map(ImageFormat, settings.image_formats))
-
-    def start(self) -> None:
-        self.batcher.start()
-        self._decoders.start()
+        self._query_limits = settings.max_pixels, frozenset(settings.image_formats)
 
     async def close(self) -> None:
         """Finish the accepted work of the model, then release threads. Images are given up."""

@@ -13,12 +13,12 @@ from collections.abc import AsyncIterator, Callable, Coroutine, Sequence
 from contextlib import asynccontextmanager, suppress
 from contextvars import copy_context
 from functools import partial
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal, TypeVar, get_args
 
-from app.core.metrics import Metrics, PendingKind
-from app.core.rate_limit import current_caller
+from app.core.callers import current_caller
+from app.core.metrics import Metrics
 from app.core.settings import Settings
-from app.core.threads import FairThreads, run_in_new_thread
+from app.core.turns import FairThreads, run_in_new_thread
 from app.search.errors import BatchQueryError, ImageUnavailableError, SearchError, UnavailableError
 from app.search.pair_scoring import Compute
 from app.search.query import MAX_TEXT_BYTES, Query, make_plan, query_vector, require_sortable, row_of
@@ -34,6 +34,7 @@ from index_jobs.index.index_version import Item
 
 T = TypeVar("T")
 Place = Literal["search", "filter"]  # kinds of blocking work
+PendingKind = Literal["searches", "pictures"]
 
 _THUMBNAILS = 1000  # in memory, of some 20 kB
 
@@ -51,19 +52,23 @@ class Retriever:
         }
         self._thumbnails = Recent[str, bytes](_THUMBNAILS)
         self._pending = Counter[tuple[PendingKind, str]]()  # of each caller
-        self.start = self.encoder.start
+        self.start = self.encoder.batcher.start
 
     async def close(self) -> None:
         await self.encoder.close()
         self._threads["search"].shutdown()
         self._threads["filter"].shutdown(wait=False, cancel_futures=True)
 
+    def pending(self) -> list[tuple[PendingKind, int]]:
+        """Return how much of each kind is in progress."""
+        counts = self._pending.items()
+        return [(kind, sum(count for (other, _), count in counts if other == kind)) for kind in get_args(PendingKind)]
+
     def require_room(self, count: int = 1, kind: PendingKind = "searches") -> None:
         """Raise UnavailableError unless the caller may have so much more work in progress."""
         most, own = self._settings.max_pending, self._pending[kind, current_caller.get()]
         share = max(most // 2, min(most, self._settings.max_queries))  # of one caller
-        total = sum(pending for (other, _), pending in self._pending.items() if other == kind)
-        if total + count > most or own + count > share:
+        if dict(self.pending())[kind] + count > most or own + count > share:
             self._metrics.refused.labels("queue_full").inc()
             raise UnavailableError("The service is busy.", retry_after_s=1)
 
@@ -73,7 +78,6 @@ class Retriever:
         self.require_room(count, kind)
         own = kind, current_caller.get()
         self._pending[own] += count
-        self._metrics.pending[kind].inc(count)
         deadline = asyncio.timeout(self._settings.deadline_ms / 1000)
         try:
             async with deadline:
@@ -86,7 +90,6 @@ class Retriever:
         finally:
             self._pending[own] -= count
             self._pending += Counter()  # forgets who has none
-            self._metrics.pending[kind].dec(count)
 
     async def run(self, place: Place, call: Callable[..., T], *args: Any) -> T:
         """Return what a call returns that blocks."""
@@ -156,7 +159,12 @@ class Retriever:
     async def items(
         self, snapshot: Snapshot, filter: dict[str, Any] | None, offset: int, count: int, sort: str, group_by: str
     ) -> tuple[int, list[Item]]:
-        """Return the number of items that fulfil a filter, the first one of each group, and a page of them."""
+        """Return the number of items that fulfil a filter, the first one of each group, and a page of them.
+
+        Args:
+            sort: as of a query; "" for the order of the index.
+            group_by: "" for every item.
+        """
         if not snapshot.artifact.rows:
             return 0, []
         if sort:

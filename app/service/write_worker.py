@@ -18,8 +18,7 @@ from typing import Any
 
 from app.core.metrics import Metrics
 from app.core.settings import Settings
-from app.core.supervision import stop, supervise
-from app.core.threads import ComputeThreads, run_in_new_thread
+from app.core.turns import ComputeThreads, run_in_new_thread, stop, supervise
 from app.search.errors import UnavailableError, without_directories
 from app.service.collections import Collections, ServedIndex
 from dcar_core.util import files
@@ -32,6 +31,7 @@ logger = logging.getLogger(__name__)
 
 RETRY_S = 5.0
 _POLL_S = 30.0  # between looks for jobs that another process has stored
+_STOP_S = 5.0
 _PRIORITY = 5  # as of nice; at 10, jobs hardly progress beside other busy processes
 
 
@@ -185,7 +185,10 @@ class WriteWorker:
         try:
             _, errors = await process.communicate()
         finally:
-            with contextlib.suppress(ProcessLookupError):  # it has ended
+            with contextlib.suppress(ProcessLookupError, TimeoutError):  # unless it has ended
+                process.terminate()
+                await asyncio.wait_for(process.wait(), _STOP_S)
+            with contextlib.suppress(ProcessLookupError):
                 process.kill()
         assert process.returncode is not None
         return process.returncode, errors.decode(errors="replace")

@@ -207,6 +207,7 @@ def _summary(runs: list[dict[str, Any]]) -> dict[str, Any]:
     accuracy = [run["hard_negative_accuracy"] for run in runs if run["hard_negative_accuracy"] is not None]
     return {
         "hard_negative_accuracy": spread(accuracy) if accuracy else None,
+        "measures": {name: spread([run["measures"][name] for run in runs]) for name in runs[0]["measures"]},
         **summarise([run["test"] for run in runs]),
         "runs": runs,
     }

@@ -44,9 +44,10 @@ def with_options(options: type, *names: str) -> Callable[[Function], Function]:
     return declare
 
 
-def command(group: "typer.Typer", name: str, *examples: str) -> Callable[[Function], Function]:
+def command(group: "typer.Typer", name: str, *examples: str, epilog: str = "") -> Callable[[Function], Function]:
     """Return a decorator that adds a function to a group of commands. examples: command lines below the help."""
-    epilog = "\n  ".join([f"\b\nExample{'s' * (len(examples) > 1)}:", *examples]) if examples else ""
+    if examples:
+        epilog = "\n  ".join([f"\b\nExample{'s' * (len(examples) > 1)}:", *examples]) + epilog
 
     def add(function: Function) -> Function:
         group.command(name, help=inspect.getdoc(function), epilog=epilog)(for_typer(function))

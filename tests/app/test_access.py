@@ -5,8 +5,7 @@ from pathlib import Path
 import httpx
 import pytest
 
-from app.core.keys import ApiKey, find_key_name, is_key, key_hash, key_in, new_key, parse_keys
-from app.core.rate_limit import RateLimiter, network_of, parse_rate, seconds_until_room
+from app.core.callers import RateLimiter, is_key, key_hash, key_in, network_of, new_key, parse_keys
 from tests.support.redis_server import RedisServer
 from tests.support.service import ADMIN, ALICE, BOB, KEYS, WORDS, bearer, opened
 
@@ -76,21 +75,13 @@ async def test_caller_over_its_rate_is_refused_429(built_index: Path) -> None:
 
 
 @pytest.mark.redis
-async def test_rates_are_shared_in_redis_and_local_without_it(redis_server: RedisServer) -> None:
-    first, second = (RateLimiter("4/minute", redis_url=redis_server.url, timeout_s=1) for _ in range(2))
+async def test_rates_are_shared_in_redis_and_none_without_it(redis_server: RedisServer) -> None:
+    first, second = (RateLimiter("4/minute", redis_server.url) for _ in range(2))
     waits = [await rates.charge("alice") for rates in (first, second, first, second, first, second)]
     assert [wait == 0 for wait in waits] == [True] * 4 + [False] * 2
-    assert all(0 < wait <= 60.1 for wait in waits[4:])
-    for _ in range(2):
-        async with first.breaker.attempt(1):
-            raise OSError("lost")
-    await first.charge("bob")
-    async with first.breaker.attempt(1):
-        raise OSError("lost")
-    assert not first.breaker.is_open, "a success between failures counts"
+    assert all(0 < wait <= 60 for wait in waits[4:])
     redis_server.stop()
-    assert [await first.charge("alice") == 0 for _ in range(6)] == [True] * 4 + [False] * 2
-    assert first.breaker.is_open
+    assert [await first.charge("alice") for _ in range(2)] == [0, 0]
     await first.close()
     await second.close()
 
@@ -150,65 +141,37 @@ def test_ipv6_addresses_are_counted_by_network(address: str, network: str) -> No
 
 
 def test_keys_are_known_by_their_hashes() -> None:
-    keys = {name: ApiKey(key_hash(name)) for name in ("first", "second", "third")}
-    assert [find_key_name(keys, key) for key in ("first", "third", "other")] == ["first", "third", None]
     assert is_key("secret", "secret")
     assert not is_key(f"sha256:{key_hash('secret')}", f"sha256:{key_hash('secret')}"), "the hash itself is not a key"
 
 
 def test_a_scope_follows_the_hash() -> None:
-    digest = key_hash("secret")
-    keys = parse_keys(
-        f"a:{digest}, b:{digest}:read c:{digest}:write\nd:{digest}:read:shoes+bags e:{digest}:write:shoes"
-    )
-    assert [each.may_write for each in keys.values()] == [False, False, True, False, True]
-    assert [each.opens("bags") for each in keys.values()] == [True, True, True, True, False]
-    assert keys["d"].collections == frozenset({"shoes", "bags"})
-    assert {each.digest for each in keys.values()} == {digest}
-    assert not ApiKey(digest).may_write
+    a, b, c, d, e = (key_hash(name) for name in "abcde")
+    keys = parse_keys(f"a:{a.upper()}, b:{b}:read c:{c}:write\nd:{d}:read:shoes+bags e:{e}:write:shoes")
+    assert [*keys] == [a, b, c, d, e]
+    assert [key.may_write for key in keys.values()] == [False, False, True, False, True]
+    assert [key.opens("bags") for key in keys.values()] == [True, True, True, True, False]
     for scope in (":", ":all", ":read:", ":write:shoes:", ":read+write", ":write:a b", ":read:a/b", "::a"):
-        with pytest.raises(
-            ValueError, match=r"has a scope of a that is not read or write, as in a:HASH:write|NAME:HASH"
-        ) as caught:
-            parse_keys(f"a:{digest}{scope}")
-        assert digest not in str(caught.value)
+        with pytest.raises(ValueError, match="NAME:HASH:write") as caught:
+            parse_keys(f"a:{a}{scope}")
+        assert a not in str(caught.value)
     with pytest.raises(ValueError, match="has no key; leave it unset"):
         parse_keys(" , ")
-    for wrong in (f"{65 * 'a'}:{digest}", "alice", "alice:00", f":{digest}"):
+    for wrong in (f"{65 * 'a'}:{a}", "alice", "alice:00", f":{a}"):
         with pytest.raises(ValueError, match="must be NAME:HASH pairs"):
             parse_keys(wrong)
-    with pytest.raises(ValueError, match="two keys named a") as caught:
-        parse_keys(f"a:{digest},a:{digest.upper()}")
-    assert digest not in str(caught.value)
 
 
 def test_a_key_is_read_from_two_headers() -> None:
     for headers, key in (
         ({"authorization": "Bearer secret"}, "secret"),
         ({"authorization": "bearer  secret "}, "secret"),
-        ({"authorization": "Basic secret"}, None),
-        ({"authorization": "secret"}, None),
+        ({"authorization": "Basic secret"}, ""),
+        ({"authorization": "secret"}, ""),
         ({"authorization": "Bearer ", "x-api-key": "other"}, "other"),
         ({"authorization": "Bearer secret", "x-api-key": "other"}, "secret"),
-        ({"x-api-key": ""}, None),
-        ({}, None),
+        ({"x-api-key": ""}, ""),
+        ({}, ""),
     ):
         assert key_in(headers) == key, headers
     assert (new_key()[:5], len(new_key())) == ("dcar_", 48)
-
-
-@pytest.mark.parametrize(
-    ("count", "window", "seconds"),
-    [  # window: earlier count, seconds to its end, current count, seconds to its end; the rate is 10 in 20 s
-        (1, (0, 0, 9, 5), 0),
-        (1, (0, 0, 10, 25), 5),  # this window ends in 5 s, and counts in full until then
-        (1, (0, 0, 10, 40), 20),
-        (1, (0, 0, 20, 25), 5 + 10),  # half of its 20 must fall out of the next
-        (3, (0, 0, 10, 25), 5 + 4),
-        (1, (10, 15, 4, 35), 15 - 12),  # room for six of the earlier ten: 12 s
-        (4, (10, 15, 4, 35), 15 - 6),
-        (1, (5, 4, 4, 24), 0),
-    ],
-)
-def test_the_announced_wait_is_exact(count: int, window: tuple[int, float, int, float], seconds: float) -> None:
-    assert seconds_until_room(parse_rate("10 per 20 seconds"), count, *window) == pytest.approx(seconds)

@@ -45,11 +45,11 @@ TEXTS: list[tuple[int, str, list[bytes]]] = [
 
 async def test_a_misspelt_field_is_told_with_the_name_that_was_meant(started: ServiceClient) -> None:
     for path, body, faults in (
-        ("search/text", {"q": "cat"}, {"q": "unknown field; did you mean query?", "query": "is missing"}),
+        ("search/text", {"q": "cat"}, {"q": "unknown field; did you mean query?"}),
         ("search/text", {"query": "cat", "filters": {}}, {"filters": "unknown field; did you mean filter?"}),
         ("search/batch", {"queries": [{"querry": "cat"}]}, {"queries.0.querry": "unknown field; did you mean query?"}),
         ("search/text", {"query": "cat", "zzz": 1}, {"zzz": "unknown field"}),
-        ("search/batch", {"queries": [{"query": "cat"}], "k": 2}, {"k": "belongs to another part of the body"}),
+        ("search/batch", {"queries": [{"query": "cat"}], "k": 2}, {"k": "unknown field"}),
     ):
         problem = assert_problem(await started.post(f"/{path}", json=body), 422)
         assert {each["field"]: each["message"] for each in problem["errors"]} == faults

@@ -14,8 +14,8 @@ import pytest
 
 from app.api import image_urls
 from app.api.image_urls import ImageFetcher, is_public
+from app.core.callers import current_caller
 from app.core.problems import Problem
-from app.core.rate_limit import current_caller
 from app.core.settings import Settings
 from app.main import create_app
 from dcar_core.util.errors import MissingExtraError

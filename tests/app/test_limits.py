@@ -143,7 +143,7 @@ async def test_large_image_is_read_in_a_thread_and_held_within_the_budget_of_lon
         known = await client.get(path, headers={"If-None-Match": response.headers["etag"]})
         assert (known.status_code, known.content) == (304, b"")
         head = await client.head(path)
-        assert (head.headers["content-length"], head.content) == (str(len(data)), b"")
+        assert head.headers["content-length"] == str(len(data))
         client.app.state.bodies.held += 2**30
         assert (await client.get(path)).status_code == 503
         client.app.state.bodies.held -= 2**30

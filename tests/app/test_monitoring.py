@@ -17,7 +17,6 @@ from prometheus_client.parser import text_string_to_metric_families
 from app.core.settings import Settings
 from tests.support.parts import needs
 from tests.support.paths import ROOT
-from tests.support.processes import free_port
 from tests.support.service import serving
 
 DASHBOARD = json.loads((ROOT / "monitoring" / "dashboard.json").read_text())
@@ -37,8 +36,8 @@ Series = dict[str, dict[str, set[str]]]
 def live(built_index: Path, tmp_path_factory: pytest.TempPathFactory) -> Series:
     """Labels and their values of every metric that a running service shows after a few requests."""
     found: Series = defaultdict(lambda: defaultdict(set))
-    redis, feedback = f"redis://127.0.0.1:{free_port()}", tmp_path_factory.mktemp("feedback")
-    with serving(built_index, redis_url=redis, rate_limit="2/minute", feedback=feedback) as (app, port):
+    feedback = tmp_path_factory.mktemp("feedback")
+    with serving(built_index, rate_limit="2/minute", feedback=feedback) as (app, port):
         for counter in (app.state.metrics.task_failures, app.state.feedback.lost):
             counter.labels("none yet")
         with httpx.Client(base_url=f"http://127.0.0.1:{port}") as client:
@@ -112,7 +111,6 @@ VALUE = '%s{job="dcar",instance="%s",collection="index"}'
 UP = {'up{job="dcar",instance="a"}': "1x200", VALUE % ("dcar_index_version", "a"): "1x200"}
 START = 'process_start_time_seconds{job="dcar",instance="a"}'
 QUIET = {REQUESTS % ("a", "/search/text", 200): "50x200", REQUESTS % ("a", "/readyz", 200): "0+6x200"}
-BREAKER = 'dcar_redis_breaker_open{job="dcar",instance="a",use="read"}'
 TASK = 'dcar_task_failures_total{job="dcar",instance="a",task="writer"}'
 CASES: dict[str, tuple[dict[str, str], set[str]]] = {  # two samples a minute, from a service that is up
     "a service without requests": (QUIET, set()),
@@ -135,8 +133,6 @@ CASES: dict[str, tuple[dict[str, str], set[str]]] = {  # two samples a minute, f
         {"DcarFailing"},
     ),
     "writes that wait for a disk": ({TASK: "0x180 0+6x20"}, {"DcarTasks"}),
-    "Redis lost, one worker of two sees it": ({BREAKER: "0x150 " + "1 0 " * 25}, {"DcarRedis"}),
-    "Redis lost before the last request": ({BREAKER: "0x150 1 0x49"}, set()),
 }
 
 

@@ -12,7 +12,7 @@ import httpx
 import pytest
 
 from tests.support.images import png
-from tests.support.responses import assert_problem, scrape
+from tests.support.responses import scrape
 from tests.support.service import SERVE, ServiceClient, before_encoding, opened, restore, serving_process
 
 REQUEST_LOG = "app.http.envelope"
@@ -39,10 +39,6 @@ async def test_metrics_count_stages_cache_lookups_and_requests(reranking_index: 
         assert found["dcar_index_version", (("collection", "reranking"),)] == 1
         assert found["dcar_index_items", (("collection", "reranking"),)] == 24
         assert found["dcar_index_degraded", (("collection", "reranking"),)] == 0
-        created = found["dcar_index_created_timestamp_seconds", (("collection", "reranking"),)]
-        assert created == pytest.approx(time.time(), abs=3600)
-        measured = client.app.state.collections[None].live.artifact.manifest.measured
-        assert found["dcar_index_recall_at_10", (("collection", "reranking"),)] == measured["recall_at_10"] > 0.9
         assert found["dcar_errors_total", ()] == 0
         assert found["dcar_request_seconds_count", (("route", "/search/text"), ("status", "200"))] == 3
         assert found["dcar_request_seconds_count", (("route", "none"), ("status", "404"))] == 20
@@ -76,26 +72,6 @@ async def test_a_well_formed_request_id_is_kept_and_logged(
     assert lines[0].startswith("POST /search/text 200 in ")
     assert lines[2].startswith("GET /items/nothing%0Aat%20all 404 in ")
     assert "secret wish" not in caplog.text
-
-
-@pytest.mark.slow
-def test_a_request_that_outlasts_the_shutdown_gets_503(built_index: Path) -> None:
-    """uvicorn cancels requests after ten seconds, one second here."""
-    script = f"import app.server as s; s.FINISH_S = 1; {SERVE}"
-    with serving_process(built_index, script) as (process, client, log):
-
-        def dripping() -> Any:
-            yield b'--b\r\nContent-Disposition: form-data; name="file"; filename="x.png"\r\n\r\n'
-            assert httpx.get(client.base_url.join("/healthz")).status_code == 200  # it has read the beginning
-            process.send_signal(signal.SIGTERM)
-            for _ in range(100):
-                yield b"x"
-                time.sleep(0.05)
-
-        kind = {"Content-Type": "multipart/form-data; boundary=b"}
-        assert_problem(response := client.post("/search/image", content=dripping(), headers=kind), 503)
-        assert "shutting down" in response.json()["detail"]
-    assert "Traceback" not in "".join(log)
 
 
 @pytest.mark.slow

@@ -36,13 +36,9 @@ def test_every_operation_documents_its_errors_with_examples(document: dict[str, 
         if path not in ("/healthz", "/readyz"):
             assert {"401", "429"} <= errors.keys(), path
         for status, each in errors.items():
-            if path.startswith("/v1/"):
-                problem = each["content"]["application/json"]
-                assert problem["schema"] == {"$ref": "#/components/schemas/OpenAIErrorResponse"}, (path, status)
-            else:
-                problem = each["content"]["application/problem+json"]
-                assert problem["schema"] == {"$ref": "#/components/schemas/ProblemResponse"}, (path, status)
-                assert problem["example"]["status"] == int(status), (path, status)
+            problem = each["content"]["application/problem+json"]
+            assert problem["schema"] == {"$ref": "#/components/schemas/ProblemResponse"}, (path, status)
+            assert problem["example"]["status"] == int(status), (path, status)
             assert each["description"], (path, status)
         if method == "post" and "requestBody" in operation:
             (body,) = operation["requestBody"]["content"].values()

@@ -65,18 +65,6 @@ def test_an_offer_to_upgrade_is_refused_400(connection: socket.socket) -> None:
     assert read_until(connection).startswith(b"HTTP/1.1 400")
 
 
-@pytest.mark.parametrize("opening", [b"", HEALTH], ids=["first", "later"])
-def test_a_head_that_does_not_end_ends_the_connection(
-    connection: socket.socket, opening: bytes, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr("app.http.protocol.HEAD_S", 0.3)
-    with socket.create_connection(connection.getpeername(), timeout=5) as late:
-        late.sendall(opening)
-        assert not opening or read_until(late, b"}").startswith(b"HTTP/1.1 200")
-        late.sendall(HEALTH[:20])
-        assert read_until(late) == b""
-
-
 def test_a_connection_is_used_again_and_pipelined_requests_are_answered_in_order(connection: socket.socket) -> None:
     search = SEARCH + b'Content-Length: 16\r\n\r\n{"query": "red"}'
     for _ in range(2):

@@ -5,46 +5,31 @@ import signal
 import subprocess
 from contextlib import suppress
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 
-from app.core.rate_limit import RateLimiter
-from app.core.redis import CircuitBreaker, connect
+from app.core.callers import RateLimiter, connect
 from tests.support.parts import needs
 from tests.support.redis_server import RedisServer
-from tests.support.responses import scrape
 from tests.support.service import opened
 
 pytestmark = pytest.mark.redis
 
 
+@pytest.fixture(autouse=True)
+def _patient(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("app.core.callers.TIMEOUT_S", 2)
+
+
 async def assert_shared(url: str) -> None:
     """Assert that two processes count together through this URL."""
-    limiters = [RateLimiter("2/minute", redis_url=url, timeout_s=2) for _ in range(2)]
+    limiters = [RateLimiter("2/minute", redis_url=url) for _ in range(2)]
     try:
         waits = [await limiter.charge("alice") for limiter in (*limiters, *limiters)]
         assert [wait > 0 for wait in waits] == [False, False, True, True]
     finally:
         for limiter in limiters:
             await limiter.close()
-
-
-async def test_the_circuit_breaker_opens_after_failures_and_allows_one_trial(monkeypatch: pytest.MonkeyPatch) -> None:
-    now = 0.0
-    monkeypatch.setattr("app.core.redis.time", SimpleNamespace(monotonic=lambda: now))
-    breaker = CircuitBreaker("the cache")
-    for _ in range(3):
-        assert breaker.allows()
-        async with breaker.attempt(1):
-            raise OSError("x")
-    assert not breaker.allows()
-    now = 5.1
-    assert breaker.allows(), "one trial"
-    assert not breaker.allows(), "and no stampede"
-    async with breaker.attempt(1):
-        pass
-    assert breaker.allows()
 
 
 @pytest.mark.parametrize("fault", ["missing", "hanging"])
@@ -57,9 +42,9 @@ async def test_a_faulty_redis_fails_no_search_and_costs_little(
         if server is not None:
             server.send_signal(signal.SIGSTOP)
         try:
-            for _ in range(6):
-                assert (await client.post("/search/text", json={"query": "red"})).status_code == 200
-            assert (await scrape(client))["dcar_redis_breaker_open", (("use", "count"),)] == 1
+            async with asyncio.timeout(5):
+                for _ in range(6):
+                    assert (await client.post("/search/text", json={"query": "red"})).status_code == 200
         finally:
             if server is not None:
                 server.send_signal(signal.SIGCONT)
@@ -81,7 +66,7 @@ async def test_an_invalid_or_no_redis_reply_fails_no_count(reply: bytes) -> None
     server = await asyncio.start_server(talk, "127.0.0.1", 0)
     port = server.sockets[0].getsockname()[1]
     for options in ("", "?protocol=2", "?socket_timeout=60&socket_connect_timeout=60"):  # the service has its own
-        rates = RateLimiter("2/minute", redis_url=f"redis://127.0.0.1:{port}/0{options}", timeout_s=0.1)
+        rates = RateLimiter("2/minute", redis_url=f"redis://127.0.0.1:{port}/0{options}")
         async with asyncio.timeout(20):
             assert min([await rates.charge("alice") for _ in range(3)]) >= 0
             await rates.close()
@@ -115,20 +100,18 @@ async def test_a_password_a_database_and_a_socket_are_used(tmp_path: Path) -> No
 
 
 @pytest.mark.parametrize(
-    ("url", "hint"),
+    "url",
     [
-        ("http://:secretword@localhost", "must be redis://"),
-        ("redis+cluster://:secretword@localhost", "must be redis://"),
-        ("redis://:secretword@localhost:many", "must be redis://"),
-        ("redis://:half/secretword@localhost", "%2F"),
-        ("redis://:secretword@localhost?socket_timeout=soon", "must be redis://"),
-        ("redis://:secretword@localhost?colour=red", "an option that redis-py does not know"),
-        ("rediss://:secretword@localhost?ssl_ca_certs=/nowhere.pem", r"/nowhere\.pem as ssl_ca_certs"),
-        ("rediss://:secretword@localhost?ssl_cert_reqs=maybe", "invalid option: Invalid SSL .* maybe"),
+        "http://:secretword@localhost",
+        "redis://:secretword@localhost:many",
+        "redis://:half/secretword@localhost",
+        "redis://:secretword@localhost?socket_timeout=soon",
+        "redis://:secretword@localhost?colour=red",
+        "rediss://:secretword@localhost?ssl_cert_reqs=maybe",
     ],
 )
-def test_an_invalid_url_is_refused_without_showing_its_password(url: str, hint: str) -> None:
-    with pytest.raises(ValueError, match=hint) as caught:
+def test_an_invalid_url_is_refused_without_showing_its_password(url: str) -> None:
+    with pytest.raises(ValueError, match=r"must be redis://.* %2F") as caught:
         connect(url)
     assert "half" not in str(caught.value)
     assert "secretword" not in str(caught.value)

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from app.core.metrics import Metrics
-from app.core.supervision import stop, supervise
+from app.core.turns import stop, supervise
 from index_jobs.index.manifest import Current
 from index_jobs.index.versions import current_version
 from tests.support.responses import scrape
@@ -16,7 +16,7 @@ from tests.support.versions import point
 
 @pytest.fixture(autouse=True)
 def _restart_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("app.core.supervision.RESTART_S", 0.01)
+    monkeypatch.setattr("app.core.turns.RESTART_S", 0.01)
 
 
 async def test_a_failing_task_is_counted_and_restarted_until_it_returns() -> None:

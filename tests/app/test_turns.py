@@ -10,11 +10,8 @@ from collections.abc import AsyncIterator
 import pytest
 from PIL import Image
 
-from app.core.decoders import Decoders
-from app.core.fair_queue import FairQueue, FairTurns
-from app.core.logs import request_id
-from app.core.rate_limit import current_caller
-from app.core.threads import ComputeThreads, FairThreads
+from app.core.callers import current_caller, request_id
+from app.core.turns import ComputeThreads, Decoders, FairQueue, FairThreads, FairTurns
 from dcar_core.images import ALL_FORMATS, MAX_PIXELS
 from dcar_core.images.workers import Convert, DecodeWorker, Limits
 from dcar_core.util.errors import ImageError
@@ -109,7 +106,7 @@ async def test_the_event_loop_has_a_processor_before_the_threads() -> None:
 
 @pytest.fixture
 async def decoders(monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[Decoders]:
-    monkeypatch.setattr("app.core.decoders.available_cores", lambda: 2)
+    monkeypatch.setattr("app.core.turns.available_cores", lambda: 2)
     decoders = Decoders(MAX_PIXELS)
     yield decoders
     decoders.close()
@@ -175,7 +172,7 @@ async def test_an_image_that_is_given_up_is_not_decoded(decoders: Decoders, larg
 async def test_large_images_take_turns(
     decoders: Decoders, large_at_once: list[int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("app.core.decoders.MEMORY", 1)
+    monkeypatch.setattr("app.core.turns.MEMORY", 1)
     callers = Callers(decoders)
     names = ["one", "one", "one", "two", "three"]
     await asyncio.gather(*(callers.send(name, f"{name} {number}", 2) for number, name in enumerate(names)))

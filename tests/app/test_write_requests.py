@@ -11,7 +11,7 @@ import pytest
 from PIL import Image
 
 from app.api import writing
-from app.core.keys import key_hash, new_key
+from app.core.callers import key_hash, new_key
 from app.core.settings import load_settings
 from app.service import write_worker
 from dcar_core.util.errors import DcarError

@@ -17,6 +17,7 @@ from dcar_core.util.metrics import (
     first_targets,
     graded_measures,
     hard_negative_accuracy,
+    ndcg,
     recall_at_k,
     recall_of_ranks,
 )
@@ -92,6 +93,16 @@ def test_hard_negative_accuracy_and_scores_that_differ_in_the_last_bit() -> None
     assert hard_negative_accuracy(image, image, negatives) == 50  # the second is a tie
     both = [np.array([[0.5, 0], [1, 0]], np.float32), np.array([[0, 0.5], [0, 0.6]], np.float32)]
     assert hard_negative_accuracy(image, image, both) == 50  # above one of its negatives is not above all
+
+
+def test_ndcg_counts_every_right_target() -> None:
+    target = np.eye(4, dtype=np.float32)
+    query = np.array([[0.9, 0.8, 0.7, 0.1], [0.9, 0.8, 0.7, 0.1], [0.5, 0.5, 0.1, 0.0]], np.float32)
+    right = [np.array([0, 2]), np.array([3]), np.array([1])]  # the last has the score of a wrong target
+    gains = [(1 + 1 / np.log2(4)) / (1 + 1 / np.log2(3)), 1 / np.log2(5), 1 / np.log2(3)]
+    assert ndcg(query, target, right) == pytest.approx(100 * np.mean(gains))
+    assert ndcg(query, target, right, k=1) == pytest.approx(100 / 3)
+    assert ndcg(np.full_like(query, np.nan), target, right, k=3) < 100 / 3
 
 
 def scores(*rows: list[float]) -> Scores:

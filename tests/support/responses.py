@@ -3,7 +3,7 @@
 from typing import Any
 
 import httpx
-from dcar_client.models import OpenAIErrorResponse, ProblemResponse
+from dcar_client.models import ProblemResponse
 from prometheus_client.parser import text_string_to_metric_families
 
 
@@ -19,15 +19,6 @@ def assert_problem(answer: httpx.Response, status: int, field: str | None = None
     if field is not None:
         assert field in [each["field"] for each in body["errors"]]
     return body
-
-
-def assert_openai_error(answer: httpx.Response, status: int, field: str | None = None) -> dict[str, Any]:
-    """Assert that the response is an error in OpenAI's shape that names this field; return the error."""
-    assert (answer.status_code, answer.headers["content-type"]) == (status, "application/json"), answer.text
-    error = OpenAIErrorResponse.model_validate(answer.json(), strict=True).error
-    assert error.message
-    assert field is None or error.param == field
-    return error.model_dump()
 
 
 async def scrape(client: httpx.AsyncClient) -> dict[tuple[str, tuple[tuple[str, str], ...]], float]:

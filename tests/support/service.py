@@ -18,7 +18,7 @@ import httpx
 import uvicorn
 from fastapi import FastAPI
 
-from app.core.keys import key_hash, new_key
+from app.core.callers import key_hash, new_key
 from app.core.settings import Settings
 from app.main import create_app
 from app.server import server_config
@@ -119,7 +119,7 @@ async def opened(
     transport = _Transport(app, raise_app_exceptions=False)
     async with (
         app.router.lifespan_context(app),
-        ServiceClient(transport=transport, base_url="http://testserver") as client,
+        ServiceClient(transport=transport, base_url="http://localhost") as client,
     ):
         client.app, client.transport = app, transport
         if ready:

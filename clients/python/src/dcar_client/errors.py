@@ -11,10 +11,9 @@ import contextlib
 from functools import partial
 
 import httpx
-from pydantic import ValidationError
 
 from dcar_client.limits import clean, json_of, secrets_of
-from dcar_client.models import FieldError, OpenAIErrorResponse, ProblemResponse
+from dcar_client.models import FieldError, ProblemResponse
 
 
 class ServiceError(Exception):
@@ -39,7 +38,7 @@ def error_from(response: httpx.Response) -> ServiceError:
     plain = partial(clean, secrets=secrets_of(response.request.headers))
     problem = None
     with contextlib.suppress(ValueError):
-        given = _problem(response)
+        given = ProblemResponse.model_validate(json_of(response))
         texts = {name: plain(getattr(given, name)) for name in ("type", "title", "detail")}
         faults = given.errors and [
             FieldError(field=plain(each.field), message=plain(each.message)) for each in given.errors[:20]
@@ -47,14 +46,3 @@ def error_from(response: httpx.Response) -> ServiceError:
         problem = given.model_copy(update={**texts, "errors": faults})
     request_id = plain(response.headers.get("x-request-id", "")) or None
     return ServiceError(response.status_code, problem, request_id)
-
-
-def _problem(response: httpx.Response) -> ProblemResponse:
-    """Return the problem of a response, or that of an error in OpenAI's shape. Raise ValueError if it has neither."""
-    body = json_of(response)
-    with contextlib.suppress(ValidationError):
-        error = OpenAIErrorResponse.model_validate(body).error
-        faults = [FieldError(field=error.param, message=error.message)] if error.param else None
-        title, status = response.reason_phrase, response.status_code
-        return ProblemResponse(type="about:blank", title=title, status=status, detail=error.message, errors=faults)
-    return ProblemResponse.model_validate(body)

@@ -25,8 +25,6 @@ __all__ = [
     "JobProgress",
     "JobResponse",
     "JobsResponse",
-    "OpenAIError",
-    "OpenAIErrorResponse",
     "ProblemResponse",
     "ReadinessResponse",
     "ReloadResponse",
@@ -159,19 +157,6 @@ class ProblemResponse(Model):
     status: int
     detail: str
     errors: List[FieldError] | None = None
-
-
-class OpenAIError(Model):
-    """An error in the shape of OpenAI's API. param: the invalid field."""
-
-    message: str
-    type: str
-    param: str | None
-    code: str | None
-
-
-class OpenAIErrorResponse(Model):
-    error: OpenAIError
 
 
 class BatchResponse(Model):

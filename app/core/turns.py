@@ -1,0 +1,246 @@
+"""Work beside the event loop, shared out between callers: turns, threads, decoding processes, background tasks.
+
+- The next turn is the caller's that has had the least time (or turns), and then the request's. A new caller begins with
+  the least that another one has had, so nobody is passed over for ever.
+- Images are decoded in processes within limits, see `dcar_core.images.workers`. Most share `MEMORY` each. A larger one
+  gets the memory of the largest image; each caller can have one of these at a time, and all callers `_LARGE`.
+"""
+
+import asyncio
+import logging
+import os
+import sys
+from collections import Counter
+from collections.abc import AsyncIterator, Awaitable, Callable, Set
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import asynccontextmanager, suppress
+from dataclasses import dataclass, field, replace
+from time import monotonic
+from typing import Any, TypeVar
+
+from app.core.callers import current_caller, request_id
+from app.core.metrics import Metrics
+from dcar_core.images import ImageFormat
+from dcar_core.images.workers import Convert, DecodeWorker, LargeImageError, Limits
+from dcar_core.util.machine import available_cores
+
+T = TypeVar("T")
+logger = logging.getLogger(__name__)
+
+RESTART_S = 1.0  # before a background task that failed begins again
+ENDS = (asyncio.CancelledError, GeneratorExit, KeyboardInterrupt, SystemExit)
+MEMORY = 96 * 2**20  # of an image that shares the memory with others: a photo of 12 megapixels takes 48 MB
+_LARGE_MEMORY = 64 * 2**20  # of a large one, beside four bytes for each of the most pixels
+_LARGE = 2  # large images at a time
+_SPARE = 2  # decoding processes that one caller leaves to the others
+_NICE = 5
+
+
+@dataclass(eq=False, slots=True)
+class Turn:
+    """A place in a queue. It is given up by cancelling its future."""
+
+    item: Any
+    future: asyncio.Future[Any]
+    keys: tuple[tuple[str, ...], ...]  # of its caller, and of the caller's request
+    arrived: float = field(default_factory=monotonic)
+    started: float = 0.0
+
+
+class FairQueue:
+    """A queue of the turns that wait, and of those that have begun. For one event loop."""
+
+    def __init__(self) -> None:
+        self._had: dict[tuple[str, ...], float] = {}  # by a caller, and by a caller's request
+        self._left = Counter[tuple[str, ...]]()  # turns that have not ended
+        self.waiting: list[Turn] = []
+        self.running: list[Turn] = []
+
+    def put(self, item: Any, future: asyncio.Future[Any]) -> Turn:
+        """Queue an item of the current caller and request."""
+        caller, request = current_caller.get(), request_id.get()
+        turn = Turn(item, future, ((caller,), (caller, request)))
+        for key in turn.keys:
+            if not self._left[key]:
+                peers = (had for other, had in self._had.items() if len(other) == len(key) and other[:-1] == key[:-1])
+                self._had[key] = min(peers, default=0.0)
+            self._left[key] += 1
+        self.waiting.append(turn)
+        return turn
+
+    def take(self, may_start: Callable[[Turn], bool] = lambda _: True) -> Turn | None:
+        """Begin the next turn of those that may start; None if there is none."""
+        for turn in [turn for turn in self.waiting if turn.future.cancelled()]:
+            self.waiting.remove(turn)
+            self._leave(turn, 0.0)
+        ready = filter(may_start, self.waiting)
+        following = min(ready, key=lambda turn: [self._had[key] for key in turn.keys], default=None)
+        if following is not None:
+            self.waiting.remove(following)
+            self.running.append(following)
+            following.started = monotonic()
+        return following
+
+    def end(self, turn: Turn, cost: float | None = None) -> None:
+        """End a turn that has begun. cost: what it counts; the seconds since its beginning by default."""
+        self.running.remove(turn)
+        self._leave(turn, monotonic() - turn.started if cost is None else cost)
+
+    def _leave(self, turn: Turn, cost: float) -> None:
+        for key in turn.keys:
+            self._had[key] += cost
+            self._left[key] -= 1
+            if not self._left[key]:
+                del self._left[key], self._had[key]
+
+
+class FairTurns(FairQueue):
+    """Turns of asynchronous work. slots: turns at a time; each: of one caller."""
+
+    def __init__(self, slots: int, each: int) -> None:
+        super().__init__()
+        self._slots, self._each = slots, each
+
+    async def begin(self) -> Turn:
+        """Wait for a turn, which the caller has to end."""
+        turn = self.put(None, asyncio.get_running_loop().create_future())
+        self._start()
+        try:
+            await turn.future
+        except asyncio.CancelledError:
+            if not turn.future.cancelled():  # it has begun
+                self.end(turn)
+            raise
+        return turn
+
+    @asynccontextmanager
+    async def turn(self) -> AsyncIterator[None]:
+        """Wait for a turn and hold it."""
+        turn = await self.begin()
+        try:
+            yield
+        finally:
+            self.end(turn)
+
+    def end(self, turn: Turn, cost: float | None = None) -> None:
+        super().end(turn, cost)
+        self._start()
+
+    def _start(self) -> None:
+        while len(self.running) < self._slots and (turn := self.take(self._may_start)) is not None:
+            turn.future.set_result(None)
+
+    def _may_start(self, turn: Turn) -> bool:
+        return sum(other.keys[0] == turn.keys[0] for other in self.running) < self._each
+
+
+class ComputeThreads(ThreadPoolExecutor):
+    """Threads of one kind of work, which give way to the event loop. `run` waits for a call in one of them."""
+
+    def __init__(self, count: int, name: str) -> None:
+        super().__init__(count, name, _give_way)
+
+    async def run(self, call: Callable[..., T], *args: object) -> T:
+        return await asyncio.get_running_loop().run_in_executor(self, call, *args)
+
+
+def _give_way() -> None:
+    if sys.platform == "linux":  # elsewhere it would be the whole process
+        os.nice(_NICE)
+
+
+class FairThreads(ComputeThreads):
+    """Threads that callers, and then their requests, use in turns.
+
+    Args:
+        each: turns of one caller at a time; all by default.
+        ahead: turns that begin before a thread is free, so that no thread waits for the event loop between two calls.
+    """
+
+    def __init__(self, count: int, name: str, *, each: int | None = None, ahead: int = 0) -> None:
+        super().__init__(count, name)
+        self._turns = FairTurns(count + ahead, each or count + ahead)
+
+    async def run(self, call: Callable[..., T], *args: object) -> T:
+        loop, turn = asyncio.get_running_loop(), await self._turns.begin()
+
+        def end(_: Future[T]) -> None:  # not when the caller gives up, which stops no call that has begun
+            with suppress(RuntimeError):  # the loop is closed
+                loop.call_soon_threadsafe(self._turns.end, turn)
+
+        done = self.submit(call, *args)
+        done.add_done_callback(end)
+        return await asyncio.wrap_future(done)
+
+
+async def run_in_new_thread(call: Callable[..., T], *args: object) -> T:
+    """Run rare heavy work, such as loading a model, in a thread that ends with it.
+
+    OpenMP keeps workers for each thread that ever computed, and idle ones slowed PyTorch by a fifth.
+    """
+    thread = ComputeThreads(1, "dcar-once")
+    try:
+        return await thread.run(call, *args)
+    finally:
+        thread.shutdown(wait=False)
+
+
+class Decoders:
+    """Decode images in processes, in turns; each starts when it is first needed. max_pixels: of the largest image."""
+
+    def __init__(self, max_pixels: int) -> None:
+        share = min(4, available_cores())
+        self._workers = [DecodeWorker() for _ in range(share + _SPARE)]
+        self._idle = [*self._workers]
+        self._threads = FairThreads(len(self._workers), "dcar-decode", each=share)
+        self._large_memory, self._large_turns = _LARGE_MEMORY + 4 * max_pixels, FairTurns(_LARGE, 1)
+
+    def close(self) -> None:
+        """End all workers, whatever they do."""
+        self._threads.shutdown(wait=False, cancel_futures=True)
+        for worker in self._workers:
+            worker.close()
+
+    async def run(self, convert: Convert, data: bytes, max_pixels: int, formats: Set[ImageFormat]) -> Any:
+        """Return what `convert` makes of an image file, when its turn has come. Raise ImageError if it has none."""
+        limits = Limits(MEMORY, max_pixels=max_pixels, formats=formats, expected=MEMORY)
+        try:
+            return await self._threads.run(self._decode, convert, data, limits)
+        except LargeImageError:
+            limits = replace(limits, memory=self._large_memory, expected=None)
+            async with self._large_turns.turn():
+                return await self._threads.run(self._decode, convert, data, limits)
+
+    def _decode(self, convert: Convert, data: bytes, limits: Limits) -> Any:
+        worker = self._idle.pop()
+        try:
+            return worker.run(convert, data, limits).result
+        finally:
+            self._idle.append(worker)
+
+
+async def supervise(
+    name: str,
+    run: Callable[[], Awaitable[None]],
+    metrics: Metrics,
+    *,
+    on_failure: Callable[[BaseException], None] = lambda _: None,
+) -> None:
+    """Run a background loop until it returns. Log and count its failures, and restart it after `RESTART_S`."""
+    while True:
+        try:
+            return await run()
+        except ENDS:
+            raise
+        except BaseException as error:  # a panic of a library in Rust is no Exception
+            logger.exception("the %s failed; restarting it in %g s", name, RESTART_S)
+            metrics.task_failures.labels(name).inc()
+            on_failure(error)
+            await asyncio.sleep(RESTART_S)
+
+
+async def stop(task: asyncio.Task[None] | None) -> None:
+    """Cancel a background task, if there is one, and wait for its end."""
+    if task is not None:
+        task.cancel()
+        await asyncio.gather(task, return_exceptions=True)
