@@ -3,7 +3,7 @@
     python examples/emoji/evaluate_queries.py --queries test [--split test]
     python examples/emoji/evaluate_queries.py --base examples/emoji/build/base --domains twemoji --zero-shot
     python examples/emoji/evaluate_queries.py --zero-shot --captions [--encoder MODEL_FOLDER]
-    python examples/emoji/evaluate_queries.py --domains twemoji --checkpoints results/twemoji/runs/dcar+/*
+    python examples/emoji/evaluate_queries.py --domains twemoji --checkpoints results/twemoji/runs/query-prompts/*
 
 - queries/test.tsv is for the model card alone; choose on queries/validation.tsv.
 - Every image of the style is in the gallery, with all skin tones, and vectors alone rank it. Half of them trained the

@@ -106,7 +106,7 @@ def main() -> None:
     """Adapt the given domains, update results.json and print the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--domains", nargs="+", choices=DOMAINS, default=DOMAINS, help="default: both")
-    parser.add_argument("--method", default="dcar+", help="default: %(default)s")
+    parser.add_argument("--method", default="query-prompts", help="default: %(default)s")
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--epochs", type=int, default=5)
     parser.add_argument("--batch-size", type=int, default=64)
