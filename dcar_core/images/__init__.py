@@ -9,16 +9,9 @@ Every folder above `util` may import it; it imports `util` alone.
 
 from dcar_core.images.decoding import MAX_PIXELS, ImageSource, OpenedImage, open_image
 from dcar_core.images.files import ImageRoot, TarSpan, index_tar
-from dcar_core.images.formats import (
-    ALL_FORMATS,
-    IMAGE_SUFFIXES,
-    WEB_FORMATS,
-    ImageFormat,
-    has_image_suffix,
-    sniff_format,
-)
+from dcar_core.images.formats import ALL_FORMATS, IMAGE_SUFFIXES, ImageFormat, has_image_suffix, sniff_format
 
 __all__ = [
-    "ALL_FORMATS", "IMAGE_SUFFIXES", "MAX_PIXELS", "WEB_FORMATS", "ImageFormat", "ImageRoot", "ImageSource",
-    "OpenedImage", "TarSpan", "has_image_suffix", "index_tar", "open_image", "sniff_format",
+    "ALL_FORMATS", "IMAGE_SUFFIXES", "MAX_PIXELS", "ImageFormat", "ImageRoot", "ImageSource", "OpenedImage",
+    "TarSpan", "has_image_suffix", "index_tar", "open_image", "sniff_format",
 ]  # fmt: skip

@@ -1,17 +1,15 @@
-"""Decoding of image files and Pillow images to RGB, and thumbnails.
+"""Decoding of image files and Pillow images to RGB, and thumbnails. Those of strangers are decoded by `workers`.
 
 - Pillow's own limit stays on for the process. Ours apply to one call: the decoder of the announced format is called
   directly, as `Image.open` applies it, and the size is checked between the header and the pixels.
 - Orientation is applied, and transparency is blended with white, as people see images on a page.
-- A JPEG that is much larger than needed is decoded at 1/2, 1/4 or 1/8 of its size, which skips most of the work.
 - Colours are converted tile by tile: Pillow holds the interpreter lock while NumPy converts, so other threads wait for
   one tile at most, and memory holds the image and the result, not the steps between them.
-- Files of strangers are decoded in processes with limits: see `workers`.
 """
 
 import io
 from collections.abc import Callable, Iterator, Set
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
@@ -56,11 +54,9 @@ _TURNS = {
     7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_90,
 }
-_SIDEWAYS = 5  # orientations from which on width and height change places
 _TURNED_BY_DECODER = frozenset({ImageFormat.HEIF, ImageFormat.TIFF})
 
 ThumbnailFormat = Literal["webp", "jpeg"]
-
 _OPTIONS: dict[ThumbnailFormat, dict[str, Any]] = {
     "webp": {"quality": 78, "method": 4},
     "jpeg": {"quality": 82, "optimize": True, "progressive": True},
@@ -70,10 +66,7 @@ _UNCHANGED = frozenset({ImageFormat.PNG, ImageFormat.WEBP})  # every browser sho
 
 
 class OpenedImage:
-    """An image file whose header has been read. `open_image` decodes its pixels once.
-
-    width, height: pixels as they are stored, before the orientation is applied.
-    """
+    """An image file whose header has been read: width and height as they are stored. `open_image` decodes it once."""
 
     def __init__(self, data: bytes, formats: Set[ImageFormat] = ALL_FORMATS) -> None:
         """Read the header of a file of one of these formats. Raise ImageError for another one, and without a header."""
@@ -91,18 +84,16 @@ class OpenedImage:
         """EXIF orientation, 1 to 8, that is still to be applied; of some files it is known after decoding alone."""
         if self.format in _TURNED_BY_DECODER:
             return 1
-        exif = Image.Exif()
-        try:
+        exif, orientation = Image.Exif(), 1
+        with suppress(Exception):  # damaged
             exif.load(self.image.info.get("exif", b""))
             orientation = exif.get(ExifTags.Base.Orientation, 1)
-        except Exception:  # damaged
-            return 1
         return orientation if orientation in _TURNS else 1
 
     @property
     def upright_size(self) -> tuple[int, int]:
         """Width and height when it is upright."""
-        return (self.height, self.width) if self.orientation >= _SIDEWAYS else (self.width, self.height)
+        return (self.height, self.width) if self.orientation > 4 else (self.width, self.height)
 
     @property
     def memory(self) -> int:
@@ -165,21 +156,17 @@ def _broken() -> Iterator[None]:
 
 
 def _bytes_of(source: Path | str | bytes) -> bytes:
-    if isinstance(source, bytes):
-        return source
     try:
-        return Path(source).read_bytes()
-    except FileNotFoundError:
-        raise ImageError("no such file", ImageFault.MISSING) from None
+        return source if isinstance(source, bytes) else Path(source).read_bytes()
     except OSError as error:
-        raise ImageError(error.strerror or str(error), ImageFault.UNREADABLE) from error
+        fault = ImageFault.MISSING if isinstance(error, FileNotFoundError) else ImageFault.UNREADABLE
+        raise ImageError((error.strerror or str(error)).lower(), fault) from error
 
 
 def _accepted_format(data: bytes, formats: Set[ImageFormat]) -> ImageFormat:
     if not data:
         raise ImageError("the file is empty", ImageFault.EMPTY)
-    image_format = sniff_format(data)
-    if image_format is None:
+    if (image_format := sniff_format(data)) is None:
         raise ImageError("not an image, or of a format that cannot be read", ImageFault.NOT_AN_IMAGE)
     if image_format not in formats:
         accepted = ", ".join(sorted(name.upper() for name in formats))
@@ -199,7 +186,6 @@ def _webp_size(data: bytes) -> tuple[int, int]:
 
 
 def require_size(image: Image.Image | OpenedImage, max_pixels: int) -> None:
-    """Raise ImageError for an image of more pixels."""
     if image.width * image.height > max_pixels:
         reason = f"{image.width} x {image.height} pixels; at most {max_pixels:,} are accepted"
         raise ImageError(reason, ImageFault.TOO_LARGE)
@@ -216,12 +202,7 @@ def _open_heif(file: io.BytesIO) -> ImageFile:
 
 
 def _to_rgb(image: Image.Image, at_least: int | None = None, *, is_turned: bool = False) -> Image.Image:
-    """Return the image in mode RGB.
-
-    Args:
-        at_least: pixels that the shorter side must keep when a large image is averaged; None keeps all pixels.
-        is_turned: whether the caller rotates the result; a plain RGB image is then averaged as well.
-    """
+    """Return the image in mode RGB; `at_least` as in `open_image`. is_turned: the caller rotates the result."""
     width, height = image.size
     is_large = at_least is not None and width * height > LARGE_PIXELS
     factor = max(1, min(width, height) // at_least) if is_large and at_least else 1
@@ -232,10 +213,6 @@ def _to_rgb(image: Image.Image, at_least: int | None = None, *, is_turned: bool 
         return _convert_tiles(image, factor, lambda tile: tile.reduce(factor))
     if image.mode.startswith("I;16") or image.mode == "I":
         return _convert_tiles(image, factor, lambda tile: _from_16_bits(tile).reduce(factor))
-    if image.mode == "F":
-        maxima = (np.nanmax(np.asarray(image.crop(box)), initial=0.0) for box in _tiles(image.size, 1))
-        top = max(1.0, *map(float, maxima))
-        return _convert_tiles(image, factor, lambda tile: _from_floats(tile, top).reduce(factor))
     if image.mode in {"RGBA", "LA", "PA", "RGBa", "La"} or "transparency" in image.info:
         return _convert_tiles(image, factor, lambda tile: _over_white(tile.convert("RGBA"), factor))
     return _convert_tiles(image, factor, lambda tile: tile.convert("RGB").reduce(factor))
@@ -265,11 +242,6 @@ def _from_16_bits(tile: Image.Image) -> Image.Image:
     if (key := tile.info.get("transparency")) is not None:
         gray[values == key] = 255
     return Image.fromarray(gray)
-
-
-def _from_floats(tile: Image.Image, top: float) -> Image.Image:
-    gray = np.nan_to_num(np.clip(np.asarray(tile, np.float64) / top, 0, 1)) * 255
-    return Image.fromarray(gray.round().astype(np.uint8))
 
 
 def _over_white(tile: Image.Image, factor: int) -> Image.Image:

@@ -1,6 +1,5 @@
 """Image files by name: in folders, and in uncompressed tars that are indexed once and then read by offset."""
 
-import logging
 import tarfile
 from collections import Counter
 from collections.abc import Mapping
@@ -12,10 +11,7 @@ from typing import BinaryIO
 from dcar_core.images.formats import has_image_suffix
 from dcar_core.util.errors import DataError, ImageError, ImageFault
 
-logger = logging.getLogger(__name__)
-
 BLOCK_BYTES = 2**20
-REPORTED = 100_000  # members of a tar, which take about five seconds
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,17 +28,14 @@ def index_tar(path: Path | str, file: BinaryIO | None = None) -> Mapping[str, Ta
     Raises:
         DataError: not a tar, a compressed tar, one with sparse files, or one with more data behind its last member.
     """
-    members: dict[str, TarSpan] = {}
-    last, end = "", 0
+    members, last, end = dict[str, TarSpan](), "its start", 0
     try:
         with tarfile.open(path, "r:", fileobj=file) as tar:
-            for count, member in enumerate(tar, 1):
+            for member in tar:
                 tar.members.clear()  # type: ignore[attr-defined]  # tarfile would keep all, at a kilobyte each
-                if count % REPORTED == 0:
-                    logger.info("listing %s: %s members so far", path, f"{count:,}")
                 last, end = member.name, tar.offset
                 if member.issparse():
-                    raise DataError(f"{path} has {last} as a sparse file; create it again without tar's option -S")
+                    raise tarfile.ReadError("it is a sparse file, as tar's option -S makes them")
                 if member.isreg():
                     members[last.removeprefix("./")] = TarSpan(member.offset_data, member.size)
                 elif member.islnk() and (target := members.get(member.linkname.removeprefix("./"))):
@@ -50,17 +43,11 @@ def index_tar(path: Path | str, file: BinaryIO | None = None) -> Mapping[str, Ta
             assert tar.fileobj is not None
             tar.fileobj.seek(end)  # tarfile takes a damaged header for the end
             if any(block.strip(b"\0") for block in iter(partial(tar.fileobj.read, BLOCK_BYTES), b"")):
-                raise DataError(
-                    f"{path} has data after {last or 'its start'}, the last that can be read (up to byte {end:,}): "
-                    f"it is damaged, or two tars were concatenated; create it again"
-                )
+                raise tarfile.ReadError(f"more data after byte {end:,}: it is damaged, or two tars were concatenated")
             return members
-    except tarfile.TarError as error:
-        if last:
-            raise DataError(f"{path} is cut short or damaged after {last} ({error}); create it again") from error
-        raise DataError(f"{path} is not an uncompressed tar ({error}); decompress it first") from error
-    except (ValueError, OverflowError) as error:  # tarfile does not check the numbers of extended headers
-        raise DataError(f"{path} has an odd header after {last or 'its start'} ({error}); create it again") from error
+    except (tarfile.TarError, ValueError, OverflowError) as error:  # tarfile does not check all numbers
+        reason = f"{path} is not a whole uncompressed tar, at {last}: {error}"
+        raise DataError(f"{reason}; decompress it, or create it again") from error
 
 
 class ImageRoot:
@@ -74,24 +61,15 @@ class ImageRoot:
             raise DataError(f"the image root {path} does not exist")
         self.path = path
         tars = [path] if path.is_file() else sorted(path.glob("*.tar"))
-        self.shards = {tar.name: (tar, index_tar(tar)) for tar in tars}
-        shards = Counter(name for _, members in self.shards.values() for name in members)
-        self._members = {
-            name if shards[name] == 1 else f"{tar.name}/{name}": (tar, span)
-            for tar, members in self.shards.values()
-            for name, span in members.items()
-        }
-
-    def _member(self, name: str) -> tuple[Path, TarSpan] | None:
-        if name in self._members:
-            return self._members[name]
-        shard, _, member = name.partition("/")
-        tar, members = self.shards.get(shard, (None, {}))
-        return (tar, members[member]) if tar is not None and member in members else None
+        members = [(tar, name, span) for tar in tars for name, span in index_tar(tar).items()]
+        shards = Counter(name for _, name, _ in members)
+        self._names = [name if shards[name] == 1 else f"{tar.name}/{name}" for tar, name, _ in members]
+        self._members = {f"{tar.name}/{name}": (tar, span) for tar, name, span in members}
+        self._members |= {name: (tar, span) for tar, name, span in members if shards[name] == 1}
 
     def __contains__(self, name: str) -> bool:
         try:
-            return self._member(name) is not None or (self.path / name).is_file()
+            return name in self._members or (self.path / name).is_file()
         except (OSError, ValueError):  # a name that is too long or contains NUL
             return False
 
@@ -99,18 +77,17 @@ class ImageRoot:
         """Return every image, sorted: files at any depth, then tar members."""
         paths = self.path.rglob("*") if self.path.is_dir() else ()
         files = sorted(p.relative_to(self.path).as_posix() for p in paths if has_image_suffix(p.name) and p.is_file())
-        return files + sorted(name for name in self._members if has_image_suffix(name))
+        return files + sorted(filter(has_image_suffix, self._names))
 
     def locate(self, name: str) -> tuple[Path, int | None]:
         """Return the file that holds an image, and its offset in a tar; None for a file of its own, even if missing."""
-        member = self._member(name)
+        member = self._members.get(name)
         return (self.path / name, None) if member is None else (member[0], member[1].offset)
 
     def read(self, name: str) -> bytes:
         """Return the bytes of an image. Raise ImageError if there is no such file or member."""
-        member = self._member(name)
-        if member is not None:
-            tar, span = member
+        if name in self._members:
+            tar, span = self._members[name]
             with tar.open("rb") as file:
                 file.seek(span.offset)
                 return file.read(span.size)

@@ -1,8 +1,8 @@
 """Decoding of strangers' files in processes with limits on memory and processor seconds.
 
 - A small file can take gigabytes or minutes in a decoder, or crash it. Beyond a limit this image alone fails: the
-  worker refuses the memory (RLIMIT_DATA), or is ended by a timer of its processor time (ITIMER_PROF) and replaced.
-- A worker that hangs is ended after `WALL` times the seconds.
+  worker refuses the memory (RLIMIT_DATA), or is ended by a timer of its processor time (ITIMER_PROF) or, after `WALL`
+  times the seconds, by one of the clock (ITIMER_REAL), and replaced.
 - Only the header of a file decides how much it may take, and it is read within the same limits.
 - A worker imports Pillow and NumPy, takes 0.15 s to start, and ends with this process: its input is at an end then.
 - Images go through pipes, beside JSON: the name of a function with its options, and what it says. Nothing is pickled.
@@ -17,10 +17,9 @@ import struct
 import subprocess
 import sys
 import threading
-import time
 from collections.abc import Callable, Set
 from dataclasses import asdict, dataclass
-from functools import cache, partial
+from functools import partial
 from importlib import import_module
 from typing import IO, Any, NamedTuple
 
@@ -32,9 +31,7 @@ from dcar_core.images.formats import ALL_FORMATS, ImageFormat
 from dcar_core.util.errors import ImageError, ImageFault
 
 WALL = 5  # a worker may wait for a core this many times as long as it may compute
-START_S = 10.0  # and this long while it starts
 _LENGTHS = struct.Struct("<QQ")
-_CHECK_S = 0.5  # between two looks at the clock
 _EXIT_S = 5.0
 _ENVIRONMENT = {
     "OPENBLAS_NUM_THREADS": "1",
@@ -77,7 +74,7 @@ class Decoded(NamedTuple):
 
 
 class LargeImageError(Exception):
-    """The image is expected to take more memory than allowed for one that shares it with others."""
+    """The image is expected to take more memory than `Limits.expected`."""
 
 
 class DecodeWorker:
@@ -87,7 +84,6 @@ class DecodeWorker:
         self.process: subprocess.Popen[bytes] | None = None
         self._in_use = threading.Lock()
         self._is_closed = False
-        _start_clock()
 
     def start(self) -> None:
         """Start the process, unless it runs. It is ready a little later."""
@@ -95,6 +91,8 @@ class DecodeWorker:
             self._start()
 
     def _start(self) -> None:
+        if self.process is not None and self.process.poll() is not None:  # killed from outside while it was idle
+            self._stop()
         if self.process is None and not self._is_closed:
             self.process = subprocess.Popen(
                 [sys.executable, "-c", f"import sys; sys.path[:] = {sys.path!r}\nfrom {__name__} import work; work()"],
@@ -120,60 +118,41 @@ class DecodeWorker:
         takes more than its limits; LargeImageError: see `Limits`.
         """
         job = _to_json(convert, limits)
-        head = _LENGTHS.pack(len(job), len(data)) + job
+        status: int | None = -signal.SIGKILL
         with self._in_use:
-            for is_last in (False, True):  # a process that ends meanwhile may have been killed from outside
-                self._start()
-                process = self.process
-                if process is None:
-                    break
-                _deadlines[process] = deadline = time.monotonic() + START_S + WALL * limits.of(limits.max_pixels)
-                try:
-                    _write(process.stdin, head, data)
+            self._start()
+            process = self.process
+            try:
+                if process is not None:
+                    _write(process.stdin, _LENGTHS.pack(len(job), len(data)) + job, data)
                     return _answer(process.stdout)
-                except (ImageError, LargeImageError):
-                    raise
-                except (OSError, EOFError):
-                    status = self._stop()
-                    self._start()  # the next image need not wait
-                    if time.monotonic() > deadline or status == -signal.SIGPROF:
-                        raise ImageError("refused: decoding it takes too long", ImageFault.HOSTILE) from None
-                    if is_last and status != -signal.SIGKILL:
-                        raise ImageError("refused: it ends its decoder", ImageFault.HOSTILE) from None
-                except BaseException:  # half of an answer may be left, which the next image must not get
+            except (ImageError, LargeImageError):
+                raise
+            except (OSError, EOFError):
+                status = self._stop()
+                self._start()  # the next image need not wait
+            except BaseException:  # half of an answer may be left, which the next image must not get
+                if process is not None:
                     process.kill()
-                    self._stop()
-                    raise
-                finally:
-                    del _deadlines[process]
+                self._stop()
+                raise
+        if status in (-signal.SIGPROF, -signal.SIGALRM):
+            raise ImageError("refused: decoding it takes too long", ImageFault.HOSTILE)
+        if status != -signal.SIGKILL:
+            raise ImageError("refused: it ends its decoder", ImageFault.HOSTILE)
         raise ImageError("its decoder was killed, perhaps out of memory; try again", ImageFault.UNREADABLE)
 
-    def _stop(self) -> int:
-        """Wait for the end of a process that was killed, or whose output has ended, and return its status."""
+    def _stop(self) -> int | None:
+        """End the process, unless it ends by itself, and return its status."""
         process, self.process = self.process, None
         if process is None:
-            return 0
+            return None
         with contextlib.suppress(OSError), process:  # closes its pipes, into one of which nothing more can be written
             try:
                 process.wait(_EXIT_S)
             except subprocess.TimeoutExpired:
                 process.kill()
         return process.returncode
-
-
-_deadlines: dict[subprocess.Popen[bytes], float] = {}  # of the processes at work
-
-
-@cache
-def _start_clock() -> None:
-    def end_late_processes() -> None:
-        while True:
-            time.sleep(_CHECK_S)
-            for process, deadline in list(_deadlines.items()):
-                if time.monotonic() > deadline:
-                    process.kill()
-
-    threading.Thread(target=end_late_processes, name="decode-watch", daemon=True).start()
 
 
 def _to_json(convert: Convert, limits: Limits) -> bytes:
@@ -204,20 +183,17 @@ def read_exactly(pipe: IO[bytes] | None, size: int) -> bytearray:
 def _answer(pipe: IO[bytes] | None) -> Decoded:
     head, size = _LENGTHS.unpack(read_exactly(pipe, _LENGTHS.size))
     answer = json.loads(read_exactly(pipe, head))
+    if not answer:
+        raise LargeImageError
     if "reason" in answer:
         raise ImageError(answer["reason"], ImageFault(answer["fault"]))
-    if "size" not in answer:
-        raise LargeImageError
     content, shape = read_exactly(pipe, size), answer["shape"]
     result = bytes(content) if shape is None else np.frombuffer(content, np.uint8).reshape(shape)
     return Decoded(result, *answer["size"])
 
 
-# In the worker
-
-
 def work() -> None:
-    """Decode images from standard input to standard output, until the input ends."""
+    """Decode images from standard input to standard output, until the input ends; this and below run in the worker."""
     import warnings
 
     from PIL import AvifImagePlugin
@@ -245,6 +221,7 @@ def _decode(convert: Convert, data: bytes, limits: Limits) -> tuple[dict[str, An
         hard = resource.getrlimit(resource.RLIMIT_DATA)[1]
         resource.setrlimit(resource.RLIMIT_DATA, (_IDLE_BYTES + limits.memory, hard))
     signal.setitimer(signal.ITIMER_PROF, limits.seconds)
+    signal.setitimer(signal.ITIMER_REAL, WALL * limits.of(limits.max_pixels))
     try:
         opened = OpenedImage(data, limits.formats)
         require_size(opened, limits.max_pixels)
@@ -255,15 +232,15 @@ def _decode(convert: Convert, data: bytes, limits: Limits) -> tuple[dict[str, An
         if isinstance(result, bytes):
             return {"shape": None, "size": opened.upright_size}, memoryview(result)
         return {"shape": result.shape, "size": opened.upright_size}, result.data.cast("B")
-    except ImageError as error:
-        if error.fault != ImageFault.BROKEN or opened is None or opened.memory <= limits.memory:
-            return {"reason": str(error), "fault": error.fault}, nothing
-        reason = f"{opened.width} x {opened.height} pixels as {opened.format.upper()} take more than"
-        return {"reason": f"{reason} {limits.memory >> 20} MiB to decode", "fault": ImageFault.TOO_LARGE}, nothing
-    except MemoryError:
-        reason = f"refused: decoding it takes more than {limits.memory >> 20} MiB"
-        return {"reason": reason, "fault": ImageFault.HOSTILE}, nothing
+    except (ImageError, MemoryError) as error:
+        fault = error.fault if isinstance(error, ImageError) else ImageFault.HOSTILE
+        if fault == ImageFault.BROKEN and opened is not None and opened.memory > limits.memory:
+            fault = ImageFault.TOO_LARGE  # the decoder does not say that it was refused the memory
+        elif isinstance(error, ImageError):
+            return {"reason": str(error), "fault": fault}, nothing
+        return {"reason": f"refused: decoding it takes more than {limits.memory >> 20} MiB", "fault": fault}, nothing
     except Exception as error:
         return {"reason": f"{type(error).__name__}: {error}", "fault": ImageFault.BROKEN}, nothing
     finally:
-        signal.setitimer(signal.ITIMER_PROF, 0)
+        for timer in (signal.ITIMER_PROF, signal.ITIMER_REAL):
+            signal.setitimer(timer, 0)

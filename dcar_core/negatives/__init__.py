@@ -1,6 +1,6 @@
 """Hard negative captions, generated for pairs that have none (section 3 of the method).
 
-    samples --taxonomy--> categories, most similar first --generate--> negatives --complete--> samples with negatives
+    samples --rank_categories--> similar categories --generate--> negatives --> samples with negatives
 
 In: samples with captions and categories. Out: the same samples with negative captions.
 `training`, `evaluation` and the CLI import it; it imports `data`, `model` and `util`.

@@ -1,11 +1,9 @@
 """Names and attributes in captions: found as whole words, and replaced with correct article, number and spelling.
 
-- Case, underscores, hyphens and typographic signs are folded: "A morning_glory" contains "Morning glory"; "catalogue"
-  and "cat-like" do not contain "cat".
+- Case, underscores, hyphens and typographic signs are folded: "A morning_glory" contains "Morning glory".
 - Scripts without spaces between words, such as Chinese and Thai, show no whole words; names are found anywhere in them.
 - Singular and plural forms are found too, and replaced by the same number of the new name.
-- An attribute word (colour, count, material, position, size) is replaced by one that is no near-synonym. Ambiguous
-  words appear in phrases only: "on the left", not "left", which may be a verb. [ours]
+- An attribute word (colour, count, material, position, size) is replaced by one that is no near-synonym. [ours]
 - A preceding "a" or "an" follows the sound of the new word, as far as its spelling shows it.
 """
 
@@ -33,38 +31,27 @@ _PREPOSITION = re.compile(r"\s(?:of|in|on|with|at|de|du|la|over|under)\s", re.IG
 _IRREGULAR = {
     "man": "men", "woman": "women", "child": "children", "person": "people", "foot": "feet", "tooth": "teeth",
     "goose": "geese", "mouse": "mice", "ox": "oxen", "leaf": "leaves", "loaf": "loaves", "knife": "knives",
-    "wolf": "wolves", "calf": "calves", "shelf": "shelves", "half": "halves", "scarf": "scarves", "wife": "wives",
-    "life": "lives", "thief": "thieves", "hoof": "hooves", "elf": "elves", "potato": "potatoes", "tomato": "tomatoes",
-    "hero": "heroes", "mango": "mangoes", "volcano": "volcanoes", "buffalo": "buffaloes", "mosquito": "mosquitoes",
-    "fungus": "fungi", "cactus": "cacti", "quiz": "quizzes", "cookie": "cookies", "zombie": "zombies",
-    "genie": "genies", "selfie": "selfies", "movie": "movies", "hoodie": "hoodies", "brownie": "brownies",
-    "smoothie": "smoothies", "magpie": "magpies", "collie": "collies", "headache": "headaches",
-    "moustache": "moustaches", "mustache": "mustaches", "avalanche": "avalanches", "cache": "caches", "niche": "niches",
-    "axe": "axes", "ache": "aches", "porsche": "porsches", "lens": "lenses", "gas": "gases",
-    "bus": "buses", "canvas": "canvases", "emu": "emus", "menu": "menus", "gnu": "gnus", "zebu": "zebus",
-    "rhinoceros": "rhinoceroses", "fireman": "firemen", "policeman": "policemen", "policewoman": "policewomen",
-    "snowman": "snowmen", "fisherman": "fishermen", "businessman": "businessmen", "grandchild": "grandchildren",
-    "werewolf": "werewolves", "bookshelf": "bookshelves", "housewife": "housewives", "dormouse": "dormice",
+    "wolf": "wolves", "calf": "calves", "shelf": "shelves", "half": "halves", "scarf": "scarves", "life": "lives",
+    "hoof": "hooves", "potato": "potatoes", "tomato": "tomatoes", "hero": "heroes", "mango": "mangoes",
+    "cactus": "cacti", "cookie": "cookies", "zombie": "zombies", "selfie": "selfies", "movie": "movies",
+    "hoodie": "hoodies", "magpie": "magpies", "collie": "collies", "moustache": "moustaches", "axe": "axes",
+    "porsche": "porsches", "lens": "lenses", "gas": "gases", "bus": "buses", "emu": "emus", "menu": "menus",
+    "fireman": "firemen", "policeman": "policemen", "snowman": "snowmen", "fisherman": "fishermen",
+    "rhinoceros": "rhinoceroses",
 }  # fmt: skip
 _SINGULAR_OF = {plural: singular for singular, plural in _IRREGULAR.items()}
 _PLURAL_IN_OS = re.compile(r"[bcdeghiklmnoprstvz]os$")
 _UNCHANGED = frozenset({
-    "aircraft", "asbestos", "binoculars", "bison", "clothes", "corn", "cosmos", "deer", "ethos", "fish", "glasses",
-    "goggles", "jeans", "kudos", "mercedes", "moose", "mythos", "news", "offspring", "pants", "pathos", "pliers",
-    "salmon", "scissors", "series", "sheep", "shorts", "shrimp", "spacecraft", "species", "sunglasses", "swine",
-    "thermos", "tongs", "trousers", "trout",
+    "aircraft", "binoculars", "bison", "clothes", "corn", "cosmos", "deer", "fish", "glasses", "goggles", "jeans",
+    "mercedes", "moose", "news", "offspring", "pants", "pliers", "salmon", "scissors", "series", "sheep", "shorts",
+    "shrimp", "spacecraft", "species", "sunglasses", "swine", "thermos", "trousers", "trout",
 })  # fmt: skip
 # Words whose first sound differs from their first letter: vowel spoken as consonant, and the reverse.
-_A = re.compile(
-    r"(uni(?!n|m|dent|ron)|unanim|use|usu|usa|ut[aei]|ouija|eu|ewe|one(?!i)|once|uk|u[.-]|ubiq|ufo|ur[aiu])",
-    re.IGNORECASE,
-)
-_AN = re.compile(r"(hour|honest|honou?r|heir|mp\d)", re.IGNORECASE)
-# Abbreviations with vowels that are spoken letter by letter.
-_SPELLED = frozenset({"FBI", "HDMI", "LED", "MRI", "NBA", "OLED", "RAF", "SOS", "SUV", "UAV", "USB"})
+_A = re.compile(r"uni(?!n|m|dent|ron)|us[aeu]|ut[aei]|eu|ewe|one(?!i)|once|uk|u[.-]|ubiq|ufo|ur[aiu]", re.IGNORECASE)
+_AN = re.compile(r"hour|honest|honou?r|heir|8|1[18]$", re.IGNORECASE)
 _VOWELS, _SPOKEN_WITH_A_VOWEL = frozenset("aeiou"), frozenset("AEFHILMNORSX")
 
-# Bars separate groups of near-synonyms.
+# Bars separate groups of near-synonyms. Ambiguous words stand in phrases only: "left" may be a verb.
 LEXICON = (
     "red crimson scarlet maroon|blue navy azure|green olive|yellow golden|orange|purple violet lavender|pink magenta|"
     "brown tan beige|black|white cream|gray grey silver",
@@ -87,7 +74,7 @@ def fold_name(name: str) -> str:
 
 
 def find_mentions(caption: str, name: str) -> list[tuple[int, int]]:
-    """Return (start, end) of every mention of `name` in a caption."""
+    """Return start and end of every mention."""
     return [match.span() for match in _pattern(name).finditer(caption)] if fold_name(name) else []
 
 
@@ -95,13 +82,13 @@ def upper_first(text: str) -> str:
     return text[:1].upper() + text[1:]
 
 
-def replace_name(caption: str, places: Sequence[tuple[int, int]], name: str, new: str) -> str:
+def replace_name(caption: str, spans: Sequence[tuple[int, int]], name: str, new: str) -> str:
     """Replace the mentions of `name` by `new`, in the number and the writing of each."""
-    given, many = fold_name(name), fold_name(plural(name))
-    for start, end in sorted(places, reverse=True):
+    folded, many = fold_name(name), fold_name(plural(name))
+    for start, end in sorted(spans, reverse=True):
         found = caption[start:end]
         same = fold_name(found)
-        numbered = new if same == given else plural(new) if same == many else singular(new)
+        numbered = new if same == folded else plural(new) if same == many else singular(new)
         caption = splice_phrase(caption, start, end, _written_like(found, name, numbered))
     return caption
 
@@ -125,14 +112,11 @@ def article(phrase: str) -> str:
     if first is None:
         return "a"
     word = first[1]
-    if word[0].isdigit():
-        eighteen = word.startswith(("11", "18")) and len(re.match(r"\d*", word)[0]) in {2, 4, 5}  # type: ignore[index]
-        return "an" if word[0] == "8" or eighteen else "a"
-    spelled = word.isupper() and (len(word) < 3 or word in _SPELLED or not _VOWELS & set(word.casefold()[1:]))
-    if (spelled and len(phrase) > 1) or re.match(r"[A-Z]\d", word):
-        return "an" if word[0] in _SPOKEN_WITH_A_VOWEL else "a"
     if _AN.match(word):
         return "an"
+    is_short = word.isupper() and (len(word) < 3 or not _VOWELS & set(word.casefold()[1:]))
+    if (is_short and len(phrase) > 1) or re.match(r"[A-Z]\d", word):  # spoken letter by letter
+        return "an" if word[0] in _SPOKEN_WITH_A_VOWEL else "a"
     sound = unicodedata.normalize("NFD", word[0])[0].casefold()  # without accent
     return "an" if sound in _VOWELS and not _A.match(word + first[2]) else "a"
 
@@ -158,10 +142,8 @@ def _with_head(name: str, change: Callable[[str], str]) -> str:
 
 def _plural_word(word: str) -> str:
     low = word.casefold()
-    if low in _UNCHANGED:
-        return word
-    if low in _IRREGULAR:
-        return word[0] + _IRREGULAR[low][1:]
+    if low in _UNCHANGED or low in _IRREGULAR:
+        return word[0] + _IRREGULAR.get(low, word)[1:]
     if re.search(r"(s|x|z|ch|sh)$", low):
         return word + "es"
     if re.search(r"[^aeiou\d]y$", low) and word[0].islower():  # proper names keep it: two Camrys
@@ -197,33 +179,24 @@ def _pattern(name: str) -> re.Pattern[str]:
 
 def _written_like(found: str, name: str, new: str) -> str:
     """Write `new` with the capitals and separators of the old name in the caption."""
-    spaced = " ".join(re.split(r"[\s_]+", found))
-    if spaced[: len(name)] != " ".join(name.split())[: len(spaced)]:
-        if found.islower():
-            new = new.lower()
-        elif found.isupper() and len(found) > 1:
-            new = new.upper()
-        elif all(word[:1].isupper() for word in spaced.split()) and len(spaced.split()) > 1:
-            new = " ".join(map(upper_first, new.split()))
+    words = re.split(r"[\s_]+", found)
+    if " ".join(words)[: len(name)] != " ".join(name.split())[: len(" ".join(words))]:
+        if found.islower() or (found.isupper() and len(found) > 1):
+            new = new.lower() if found.islower() else new.upper()
         elif found[:1].isupper():
-            new = upper_first(new)
+            is_title = len(words) > 1 and all(word[:1].isupper() for word in words)
+            new = " ".join(map(upper_first, new.split())) if is_title else upper_first(new)
     if "_" in found:
         return "_".join(new.split())
-    if "-" in found and " " not in found and " " in name.strip() and "-" not in name:
-        return "-".join(new.split())
-    return new
+    is_hyphenated = "-" in found and " " not in found and " " in name.strip() and "-" not in name
+    return "-".join(new.split()) if is_hyphenated else new
 
 
-def _choices() -> dict[str, list[str]]:
-    kinds = [[group.split() for group in kind.split("|")] for kind in LEXICON]
-    found = {word: [other[0] for other in kind if other is not row] for kind in kinds for row in kind for word in row}
-    pairs = [pair.split("|") for pair in OPPOSITES]
-    for one, other in (*pairs, *(pair[::-1] for pair in pairs)):
-        found.setdefault(one, []).append(other)
-    return found
-
-
-CHOICES = _choices()
+_KINDS = [[group.split() for group in kind.split("|")] for kind in LEXICON]
+CHOICES = {word: [other[0] for other in kind if other is not row] for kind in _KINDS for row in kind for word in row}
+for _one, _other in (pair.split("|") for pair in OPPOSITES):
+    CHOICES.setdefault(_one, []).append(_other)
+    CHOICES.setdefault(_other, []).append(_one)
 _EITHER = "|".join(sorted(map(re.escape, CHOICES), key=lambda word: (-len(word), word)))
 _WORDS = re.compile(rf"(?<![\w-])(?:{_EITHER})(?![\w-])", re.IGNORECASE)
 

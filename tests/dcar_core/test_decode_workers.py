@@ -8,6 +8,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import closing
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -16,8 +17,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from dcar_core.images import WEB_FORMATS, open_image, workers
+from dcar_core.images import open_image, workers
 from dcar_core.images.decoding import OpenedImage, make_thumbnail
+from dcar_core.images.formats import WEB_FORMATS
 from dcar_core.images.workers import DecodeWorker, LargeImageError, Limits
 from dcar_core.model.preprocess import Preprocess
 from dcar_core.util.errors import ImageError, ImageFault
@@ -152,13 +154,11 @@ def test_half_an_answer_is_never_that_of_the_next_image(worker: DecodeWorker, mo
     np.testing.assert_array_equal(worker.run(FAST.decoder(), blue, LIMITS).result, FAST(blue))
 
 
-def test_a_process_that_hangs_is_ended_by_the_clock(worker: DecodeWorker, monkeypatch: pytest.MonkeyPatch) -> None:
-    """So are all that take long on a system without limits; one that was killed is replaced."""
-    with monkeypatch.context() as patch:
-        patch.setattr(workers, "WALL", 0)
-        patch.setattr(workers, "START_S", 1.0)
-        assert refusal(worker, conversions.wait) == (ImageFault.HOSTILE, "refused: decoding it takes too long")
+def test_a_process_that_hangs_is_ended_by_the_clock_and_one_that_was_killed_replaced(worker: DecodeWorker) -> None:
+    with pytest.raises(ImageError, match="refused: decoding it takes too long"):
+        worker.run(conversions.wait, PNG, replace(LIMITS, seconds=0.1))
     os.kill(process_of(worker), signal.SIGKILL)
+    time.sleep(0.1)
     assert worker.run(FAST.decoder(), PNG, LIMITS)[1:] == (5, 3)
 
 

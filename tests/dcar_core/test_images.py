@@ -17,7 +17,7 @@ from PIL import Image, ImageOps
 
 from dcar_core import Encoder
 from dcar_core.data.image_lookup import ImageFinder
-from dcar_core.images import ImageFormat, ImageRoot, OpenedImage, decoding, files, index_tar, open_image, sniff_format
+from dcar_core.images import ImageFormat, ImageRoot, OpenedImage, decoding, index_tar, open_image, sniff_format
 from dcar_core.model import preprocess
 from dcar_core.model.preprocess import Preprocess
 from dcar_core.util.errors import DataError, ImageError, ImageFault
@@ -33,10 +33,9 @@ HALF = (0.5,) * 3
 
 def whole(image: Image.Image) -> np.ndarray:
     """Convert a transparent or deep image to RGB in one piece."""
-    if image.mode in {"I;16", "I;16B", "I", "F"}:
+    if image.mode in {"I;16", "I;16B", "I"}:
         values = np.asarray(image, np.float64)
-        top = 65535.0 if image.mode != "F" else max(1.0, float(np.nanmax(values)))
-        gray = np.nan_to_num(np.clip(values / top, 0, 1)) * 255
+        gray = np.clip(values / 65535, 0, 1) * 255
         return np.repeat(gray.round()[:, :, None], 3, axis=2).astype(int)
     rgba = image.convert("RGBA")
     return np.asarray(Image.alpha_composite(Image.new("RGBA", rgba.size, "white"), rgba).convert("RGB")).astype(int)
@@ -52,10 +51,6 @@ def deep_or_clear(mode: str, width: int, height: int) -> Image.Image:
         return Image.frombytes("I;16B", (width, height), deep.astype(">u2").tobytes())
     if mode == "I":
         return Image.fromarray(deep.astype(np.int32) * 2 - 30_000)
-    if mode == "F":
-        values = deep.astype(np.float32) / 20_000
-        values[0, 0] = np.nan
-        return Image.fromarray(values)
     if mode == "RGB":
         keyed = rgba.convert(mode)
         keyed.paste((1, 2, 3), (0, 0, width // 2, height))
@@ -127,7 +122,7 @@ def test_members_that_several_tars_have_are_known_by_their_tar_alone(tmp_path: P
     assert [finder.find(name) for name in names] == [None, None, "a.png", "b.tar/1.png"]
 
 
-@pytest.mark.parametrize("mode", ["RGBA", "LA", "P", "RGB", "I;16", "I;16B", "I", "F"])
+@pytest.mark.parametrize("mode", ["RGBA", "LA", "P", "RGB", "I;16", "I;16B", "I"])
 @pytest.mark.parametrize("tile", [2**18, 1000, 50])
 def test_image_in_tiles_equals_the_one_in_one_piece(mode: str, tile: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(decoding, "TILE_PIXELS", tile)
@@ -136,7 +131,7 @@ def test_image_in_tiles_equals_the_one_in_one_piece(mode: str, tile: int, monkey
         np.testing.assert_array_equal(np.asarray(open_image(image)), whole(image))
 
 
-@pytest.mark.parametrize("mode", ["RGBA", "LA", "P", "RGB", "I;16", "F"])
+@pytest.mark.parametrize("mode", ["RGBA", "LA", "P", "RGB", "I;16"])
 def test_large_image_is_averaged_when_reduced(mode: str, monkeypatch: pytest.MonkeyPatch) -> None:
     image = deep_or_clear(mode, 131, 97)
     assert open_image(image, at_least=10).size == (131, 97)  # not large
@@ -186,12 +181,12 @@ def odd(prefix: str = "GNU.sparse.", **headers: str) -> bytes:
 @pytest.mark.parametrize(
     ("data", "says"),
     [
-        (TAR[:3082] + b"?" + TAR[3083:], r"t\.tar has data after pic1\.p, .* byte 3,072"),
-        (TAR[: 3072 + 300], r"t\.tar has data after pic1\.p, .* byte 3,072"),
-        (TAR[:3072] + bytes(512) + TAR[3584:], r"t\.tar has data after pic1\.p, .* byte 3,072"),
-        (TAR + tar_bytes("more.p"), r"t\.tar has data after pic4\.p, .* byte 7,680.* two tars were concatenated"),
+        (TAR[:3082] + b"?" + TAR[3083:], r"at pic1\.p: more data after byte 3,072"),
+        (TAR[: 3072 + 300], r"at pic1\.p: more data after byte 3,072"),
+        (TAR[:3072] + bytes(512) + TAR[3584:], r"at pic1\.p: more data after byte 3,072"),
+        (TAR + tar_bytes("more.p"), r"at pic4\.p: more data after byte 7,680.* two tars were concatenated"),
         (TAR[:4000], "unexpected end of data"),
-        (odd(map="0,3", size="4096"), r"t\.tar has a\.png as a sparse file; create it again without tar's option -S"),
+        (odd(map="0,3", size="4096"), r"at a\.png: it is a sparse file"),
         (odd(size="zz"), r"t\.tar "),
         (odd(map="1,abc", size="3"), r"t\.tar "),
         (odd(major="1", minor="0"), r"t\.tar "),
@@ -207,23 +202,17 @@ def test_damaged_and_odd_tars_are_refused(data: bytes, says: str, tmp_path: Path
             index_tar(tmp_path / "t.tar", file)
 
 
-def test_many_members_are_listed_with_a_line_now_and_then_and_any_number_of_zeros_after_them(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_many_members_take_little_memory_and_any_number_of_zeros_may_follow(tmp_path: Path) -> None:
     tar = tmp_path / "t.tar"
     for end in (0, 512, 1024, 10_240, 3_000_000):
         tar.write_bytes(TAR[:7680] + bytes(end))
         assert list(index_tar(tar)) == [f"pic{i}.p" for i in range(5)]
-    monkeypatch.setattr(files, "REPORTED", 1_000)
-    monkeypatch.setattr(files, "BLOCK_BYTES", 512)
     tar.write_bytes(b"".join(tarfile.TarInfo(f"{number}.jpg").tobuf() for number in range(3_000)) + bytes(1024))
-    with caplog.at_level("INFO"):
-        tracemalloc.start()
-        assert len(index_tar(tar)) == 3_000
-        peak = tracemalloc.get_traced_memory()[1]
-        tracemalloc.stop()
+    tracemalloc.start()
+    assert len(index_tar(tar)) == 3_000
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
     assert peak < 2_000_000
-    assert caplog.messages == [f"listing {tar}: {number},000 members so far" for number in (1, 2, 3)]
 
 
 def noise(mode: str, side: int = 33) -> Image.Image:
