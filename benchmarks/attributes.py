@@ -104,7 +104,7 @@ def grades_of(model: DCAR, asked: Protocol) -> dict[str, np.ndarray]:
     found = {"": asked.grades(first_targets(text[asked.queries], image, 1)[:, 0])}
     if model.config.rerank.blocks:
         first = first_images(model, split, text, image)
-        best = first.scores(model.config.rerank.weight)[asked.queries].argmax(1)
+        best = first.scores(model.rerank_weight)[asked.queries].argmax(1)
         found[WITH_RERANK] = asked.grades(first.rows[asked.queries, best])
     return found
 

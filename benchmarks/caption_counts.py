@@ -19,7 +19,7 @@ from dcar_core.data import SPLITS, Annotations, CleaningReport, Dataset
 from dcar_core.model.backbone import BackboneSource, load_backbone
 from dcar_core.model.config import TrainConfig
 from dcar_core.model.dcar import DCAR, seeded_model
-from dcar_core.model.methods.registry import method
+from dcar_core.model.methods import find_method
 from dcar_core.negatives import add_negatives, backbone_functions
 from dcar_core.negatives.complete import TextFunctions
 from dcar_core.training.prepared_split import FeatureCache, prepare_split
@@ -57,7 +57,7 @@ def main() -> None:
             ranks = compute_ranks(encode_captions(model, split), encode_images(model, split), split.image_of)
             return Scores.of_ranks(ranks, split.image_of)
 
-        untouched = hits(seeded_model(backbone, method("clip"), 0))
+        untouched = hits(seeded_model(backbone, find_method("clip").config, 0))
         own = Comparison.of(untouched, untouched).model
         row = ["0", "clip", f"{own['t2i_r1'].value:.1f}", f"{own['i2t_r1'].value:.1f}", "-"]
         print("| " + " | ".join(HEADINGS) + " |\n|" + " --- |" * len(HEADINGS))
@@ -66,7 +66,7 @@ def main() -> None:
             for name in args.methods.split(","):
                 runs = []
                 for seed in range(args.seeds):
-                    model = seeded_model(backbone, method(name), seed)
+                    model = seeded_model(backbone, find_method(name).config, seed)
                     parts = written(splits, count, seed, functions)
                     config = TrainConfig(patience=5, seed=seed)
                     train(model, parts["train"], parts["val"], config, cache=cache)

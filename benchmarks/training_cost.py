@@ -24,7 +24,7 @@ from dcar_core.data import Annotations
 from dcar_core.encoder.encoder import pick_device
 from dcar_core.model.backbone import BackboneSource, load_backbone
 from dcar_core.model.dcar import DCAR, seeded_model
-from dcar_core.model.methods.registry import method
+from dcar_core.model.methods import find_method
 from dcar_core.training.objective import MixedPrecision, accumulate_gradients
 from dcar_core.training.prepared_split import FeatureCache, PreparedSplit, prepare_split
 from dcar_core.util.processes import in_own_process
@@ -75,7 +75,7 @@ def measure(name: str, folder: Path, args: argparse.Namespace) -> dict[str, floa
     """Measure one method in this process."""
     prepare_process(args)
     backbone = load_backbone(BackboneSource(args.model, args.pretrained), pick_device(args.device))
-    model = seeded_model(backbone, method(name), 0).train()
+    model = seeded_model(backbone, find_method(name).config, 0).train()
     training = Annotations(folder).load("train")[0]
     data = prepare_split(training, model, for_training=True, cache=FeatureCache(None, backbone))
     batch = seconds_per_batch(model, data, args)

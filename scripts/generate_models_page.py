@@ -19,8 +19,11 @@ ROOT = Path(__file__).resolve().parents[1]
 PAGE = ROOT / "docs" / "models.md"
 sys.path.insert(0, str(ROOT))
 
-from dcar_core.model.catalogue import PARAMETERS, list_catalogue  # noqa: E402
-from dcar_core.model.recommended import RECOMMENDED  # noqa: E402
+from dcar_core.model.catalogue import (  # noqa: E402
+    PARAMETERS,
+    RECOMMENDED,
+    list_catalogue,
+)
 
 MARK = "<!-- Generated below by scripts/generate_models_page.py. Run `make reference` after an update of open_clip. -->"
 

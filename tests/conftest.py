@@ -25,7 +25,7 @@ from dcar_core.model.backbone import BackboneSource, load_backbone
 from dcar_core.model.checkpoint import save_checkpoint
 from dcar_core.model.config import MODEL_CONFIG
 from dcar_core.model.dcar import DCAR
-from dcar_core.model.methods.registry import method
+from dcar_core.model.methods import find_method
 from index_jobs.jobs.build import RebuildSummary
 from index_jobs.rebuild import rebuild
 from tests.support import parts
@@ -120,7 +120,7 @@ def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def _checkpoint(model: Path, path: Path, seed: int, name: str = "dcar", noise: float = 0.02) -> Path:
     torch.manual_seed(seed)
-    dcar = DCAR(load_backbone(BackboneSource(str(model))), method(name))
+    dcar = DCAR(load_backbone(BackboneSource(str(model))), find_method(name).config)
     with torch.no_grad():
         for _, parameter in dcar.trainables():
             parameter.add_(noise * torch.randn_like(parameter))

@@ -20,7 +20,7 @@ from dcar_core.data import Annotations
 from dcar_core.model.backbone import BackboneSource, load_backbone
 from dcar_core.model.checkpoint import save_checkpoint
 from dcar_core.model.dcar import seeded_model
-from dcar_core.model.methods.registry import method
+from dcar_core.model.methods import find_method
 from dcar_core.negatives import LETTER_FUNCTIONS
 from tests.support import commands
 from tests.support.files import write_json, write_jsonl
@@ -142,7 +142,7 @@ def test_weights_of_words_are_compared_with_shuffled_ones(
     assert not torch.equal(moved[0], weights[0])
     torch.testing.assert_close(moved.sort().values, weights.sort().values)
     torch.testing.assert_close(moved * ~mask[:, None], weights * ~mask[:, None])
-    model = seeded_model(backbone, method("dcar"), 0).eval()
+    model = seeded_model(backbone, find_method("dcar").config, 0).eval()
     save_checkpoint(model, tmp_path / "dcar")
     printed = main("word_weights", tiny_data, tmp_path / "dcar", "--model", tiny_model)
     names = ("no weights", "predicted", "predicted, shuffled", "predicted, inverted", "exact", "exact, shuffled")

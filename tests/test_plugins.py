@@ -10,7 +10,7 @@ from typer.testing import CliRunner
 
 from app.cli import app
 from dcar_core.model.checkpoint import load_checkpoint
-from dcar_core.model.methods.registry import method
+from dcar_core.model.methods import find_method
 from dcar_core.util.errors import DcarError
 from tests.support.paths import ROOT
 
@@ -105,10 +105,10 @@ def test_a_method_of_another_distribution_trains_and_its_checkpoint_loads_withou
         given += ["--seeds", "1", "--out", str(tmp_path / "results")]
         done = CliRunner().invoke(app, ["evaluate", *given, "--methods", "bitfit"])
         assert "\n| bitfit |" in done.output
-        with pytest.raises(DcarError, match=r"bitfit:partial is a type, not a Method; update or uninstall it"):
-            method("partial")
-        with pytest.raises(DcarError, match=r"bitfit:OTHER cannot be loaded .*OTHER.*; update or uninstall it"):
-            method("missing")
+        with pytest.raises(DcarError, match=r"bitfit:partial is no method .*; update or uninstall it"):
+            find_method("partial")
+        with pytest.raises(DcarError, match=r"bitfit:OTHER is no method .*OTHER.*; update or uninstall it"):
+            find_method("missing")
     model, _ = load_checkpoint(tmp_path / "out")
     assert model.config.method == "bitfit"
     with pytest.raises(DcarError, match="no method is named 'bitfit'; there are: clip, coop, "):

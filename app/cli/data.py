@@ -6,7 +6,7 @@ import typer
 
 from app.cli import options
 from app.cli.options import app, group
-from dcar_core.model.recommended import RECOMMENDED
+from dcar_core.model.catalogue import RECOMMENDED
 from dcar_core.util.errors import ModelError
 from dcar_core.util.options import command, option
 
@@ -83,7 +83,7 @@ def models(
     """List the built-in models: name, level, parameters in millions, image size, context length, languages,
     libraries, and tags for --pretrained.
 
-    Levels: full takes prompts in both towers, text in the text tower only, features in neither. docs/models.md has
+    Levels: full takes prompts in both towers, text in the text tower only. docs/models.md has
     the published recall of recommended models, and helps to choose.
     """
     from dcar_core.model.catalogue import list_catalogue

@@ -7,7 +7,7 @@ from typing import Any
 
 import typer
 
-from dcar_core.model.recommended import DEFAULT
+from dcar_core.model.catalogue import DEFAULT
 from dcar_core.util.options import for_typer, option
 
 EXAMPLES = Path(__file__).resolve().parents[2] / "examples" / "emoji"

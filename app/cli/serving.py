@@ -12,7 +12,7 @@ import typer
 
 from app.cli import options
 from app.cli.options import EXAMPLES, app
-from dcar_core.model.recommended import recommended_weights
+from dcar_core.model.catalogue import recommended_weights
 from dcar_core.util.console import show_progress
 from dcar_core.util.errors import DataError, DcarError, HubUnavailableError, ImageError, ImageFault
 from dcar_core.util.files import require_writable

@@ -8,6 +8,7 @@ import typer
 
 from app.cli import options
 from app.cli.options import app
+from dcar_core.model.catalogue import recommended_weights
 from dcar_core.model.config import (
     GRID,
     Amp,
@@ -15,7 +16,6 @@ from dcar_core.model.config import (
     LossDirection,
     TrainConfig,
 )
-from dcar_core.model.recommended import recommended_weights
 from dcar_core.util.files import require_writable
 from dcar_core.util.options import command, option, with_options
 from index_jobs.spec import BuildOptions
@@ -65,8 +65,7 @@ def train(
     method: str | None = option(
         None,
         "query-prompts, dcar+, dcar, ... (an unknown name lists all). Default, by the level of `dcar models`: "
-        "query-prompts for full (block-adapters+ for image towers unlike CLIP's), dcar+-text for text, clip-adapter "
-        "for features.",
+        "query-prompts for full (block-adapters+ for image towers unlike CLIP's), dcar+-text for text.",
     ),
     seed: int = option(0, "Seed of the run.", min=0),
     restart: bool = option(False, "Train from the start: discard an interrupted or a finished run."),
@@ -81,9 +80,9 @@ def train(
     chosen = Training(**training)
     require_writable(chosen.out)
     if method is not None:
-        from dcar_core.model.methods.registry import method as config_of
+        from dcar_core.model.methods import find_method
 
-        config_of(method)  # refuses an unknown name
+        find_method(method)  # refuses an unknown name
     from dcar_core.training.adapt import adapt
 
     done = adapt(
@@ -166,11 +165,11 @@ def evaluate(
     from dcar_core.encoder.encoder import pick_device
     from dcar_core.evaluation import all_tables, compare
     from dcar_core.model.backbone import load_backbone
-    from dcar_core.model.methods.registry import comparable_methods, method
+    from dcar_core.model.methods import comparable_methods, find_method
 
     names = list(dict.fromkeys(name.strip() for name in methods.split(",") if name.strip()))
     for name in names:
-        method(name)  # refuses an unknown name before a model is loaded
+        find_method(name)  # refuses an unknown name before a model is loaded
     backbone = load_backbone(chosen.source, pick_device(chosen.device))
     if not names:
         names = comparable_methods(backbone)

@@ -16,7 +16,7 @@ from app.search.errors import InvalidQueryError
 from app.search.query import Crop, Plan, Query, make_plan, query_vector, row_of
 from app.search.results import SearchResponse, answer
 from app.search.snapshots import Snapshot, load_snapshot
-from dcar_core.encoder import export_cache
+from dcar_core.encoder import exports
 from dcar_core.encoder.encoder import ImageRow, TextRow, encode_image_rows, encode_text_rows
 from dcar_core.images import OpenedImage
 from dcar_core.util.arrays import Floats
@@ -54,7 +54,7 @@ class Index:
         index = published_index(path, version)
         if not runtime:
             artifact = open_current(index) if version is None else open_version(index, version)
-            is_cached = export_cache.has_entry(artifact.checkpoint, artifact.manifest.spec.fingerprint, device)
+            is_cached = exports.has_entry(artifact.checkpoint, artifact.manifest.spec.fingerprint, device)
             runtime = "auto" if is_cached else "torch"
         settings = Settings.model_construct(index=index, device=device, runtime=runtime)  # not of the environment
         return cls(load_snapshot(settings.index, settings, version=version, warm_up=False), settings)

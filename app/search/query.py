@@ -20,7 +20,6 @@ from pydantic_core import from_json, to_json
 from app.core.settings import DEFAULT_K, Settings
 from app.search.errors import InvalidQueryError, ItemNotFoundError, UnsupportedQueryError
 from app.search.snapshots import Snapshot, filter_rows, row_vectors
-from dcar_core.model.text.cleaning import strip_control_tokens
 from dcar_core.util.arrays import Floats
 from dcar_core.util.errors import list_fields
 from index_jobs.row_filter import RowFilter
@@ -59,7 +58,7 @@ _JOINERS = frozenset({0x200C, 0x200D, *range(0xE0020, 0xE0080)})  # invisible, b
 
 
 def normalize(text: str) -> str:
-    """Return the form in which a text is encoded and cached: NFC, single spaces, no invisible or control tokens."""
+    """Return the form in which a text is encoded and cached: NFC, single spaces, no invisible characters."""
     if not text.isascii() or not text.isprintable():
         text = "".join(
             " " if char.isspace() else char
@@ -67,7 +66,7 @@ def normalize(text: str) -> str:
             if char.isspace() or ord(char) in _JOINERS or unicodedata.category(char) not in ("Cc", "Cf", "Cs")
         )
         text = unicodedata.normalize("NFC", text)  # last: a letter and its mark may only now be neighbours
-    return " ".join(strip_control_tokens(text).split())
+    return " ".join(text.split())
 
 
 def check_text(text: str, info: ValidationInfo) -> str:

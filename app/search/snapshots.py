@@ -24,7 +24,8 @@ from typing_extensions import TypedDict  # pydantic needs this one before Python
 from app.core.settings import Settings
 from app.search.errors import InvalidQueryError, UnsupportedQueryError
 from dcar_core import Encoder
-from dcar_core.model.checkpoint import languages_of, read_config
+from dcar_core.model.catalogue import languages_of
+from dcar_core.model.checkpoint import read_config
 from dcar_core.util.arrays import Floats, Rows
 from dcar_core.util.errors import ArtifactError, DataError, DcarError, StoreUnavailableError, requires_pytorch
 from index_jobs.index import filters
@@ -81,7 +82,7 @@ class Snapshot:
     Attributes:
         preprocess: the encoder's, with the pixel limit of this service.
         backbone: SHA-256 of the backbone.
-        model_note: what users should know about the model, "" for nothing. languages: see `checkpoint.languages_of`.
+        model_note: what users should know about the model, "" for nothing. languages: see `catalogue.languages_of`.
         pages: cached pages of results, by `Plan.page_key`.
         masks: cached rows of filters, by `mask_key`.
         columns: cached groups and orders of all rows, by their fields.
@@ -113,7 +114,7 @@ class Snapshot:
     def second_stage(self) -> Any:
         """The model's `SecondStage`. The first look may load the model for seconds: not in the event loop."""
         with requires_pytorch("re-ranking"):  # importing it takes seconds; the health check need not wait
-            from dcar_core.model.dcar import SecondStage
+            from dcar_core.model.query_prompts import SecondStage
 
             return SecondStage(self.encoder.model)
 

@@ -186,7 +186,7 @@ def check_dataset(
         report.add("splits with one category only: no category can be swapped for another", len(data.categories) == 1)
         report.add("pairs without a category", sum(not sample.category for sample in data.samples))
         if context:
-            from dcar_core.model.text.tokenizer import count_clip_tokens
+            from dcar_core.model.tokenizer import count_clip_tokens
 
             lengths = count_clip_tokens([sample.caption for sample in data.samples])
             report.add(f"captions longer than the context's {context} tokens, cut", sum(n > context for n in lengths))

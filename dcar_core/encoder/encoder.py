@@ -13,17 +13,15 @@ import shutil
 import threading
 from collections.abc import Callable, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 from PIL import Image
 
-from dcar_core.encoder import export_cache
-from dcar_core.encoder.openvino_runtime import OpenVinoRuntime, ensure_export
-from dcar_core.encoder.runtimes import check_runtime, load_runtime
+from dcar_core.encoder import exports
+from dcar_core.encoder.runtimes import OpenVinoRuntime, check_runtime, load_runtime
 from dcar_core.encoder.state import EncoderState, Runtime, encode_pixels, encode_texts, normalize
 from dcar_core.images import ImageSource
 from dcar_core.model.checkpoint import PORTABLE, compute_fingerprint, is_checkpoint, load_checkpoint, read_config
@@ -96,8 +94,7 @@ class Encoder:
         """Load a checkpoint directory, a model directory, or an open_clip model by name.
 
         Args:
-            source: a directory with config.json (DCAR checkpoint) or open_clip_config.json (plain CLIP), or a name
-                such as ViT-B-32.
+            source: a directory with config.json (DCAR checkpoint) or open_clip_config.json (plain CLIP), or a name.
             pretrained: weights for a name: a tag (openai, laion2b_s34b_b79k, ..) or a .safetensors / .pt file.
             device: "auto" takes a GPU when there is one; or cpu, cuda, cuda:1, mps.
             exact: preprocess images bit for bit as open_clip does, instead of the fast mode of `Preprocess`.
@@ -124,15 +121,15 @@ class Encoder:
             else:
                 from dcar_core.model.backbone import BackboneSource, load_backbone
                 from dcar_core.model.dcar import DCAR
-                from dcar_core.model.methods.registry import method
+                from dcar_core.model.methods import UNTOUCHED
 
                 named = load_backbone(BackboneSource(str(source), pretrained), pick_device(device))
-                model, backbone_hash = DCAR(named, method("clip")), named.content_hash()
+                model, backbone_hash = DCAR(named, UNTOUCHED), named.content_hash()
                 fingerprint = compute_fingerprint(backbone_hash, model.config, {})
             return model.eval(), backbone_hash, fingerprint
 
-        uses_export = is_checkpoint(path) and export_cache.may_use_export(device, runtime)
-        if uses_export and (cached := export_cache.restore(path, runtime, threads, cache)) is not None:
+        uses_export = is_checkpoint(path) and exports.may_use_export(device, runtime)
+        if uses_export and (cached := exports.restore(path, runtime, threads, cache)) is not None:
             encoder = cls(cached[0], None, cached[1], exact=exact, load_model=lambda path: load_model(path)[0])
             encoder.add_checkpoint_path(path)
             return encoder
@@ -142,25 +139,21 @@ class Encoder:
 
             model, backbone_hash, fingerprint = load_model(path)
         state = extract_state(model, fingerprint, backbone_hash)
-        opened = load_runtime(runtime, state, model, partial(ensure_export, model, backbone_hash, cache))
+        opened = load_runtime(runtime, state, model, partial(exports.ensure_export, model, backbone_hash, cache))
         if uses_export and isinstance(opened, OpenVinoRuntime):
-            export_cache.store(opened.directory, state, model)
+            exports.store(opened.directory, state, model)
         return cls(state, model, opened, exact=exact)
 
     def encode_text(self, texts: Sequence[str], batch_size: int = 64) -> Floats:
         """Encode texts -> float32 (n, E), L2-normalized. Texts beyond the context are cut."""
-        is_list = isinstance(texts, Sequence) and not isinstance(texts, str)
-        if not is_list or not all(isinstance(each, str) for each in texts):
+        if isinstance(texts, str):
             raise TypeError("encode_text takes a list of texts, such as [text]")
         if not texts:
             return np.empty((0, self.dim), np.float32)
         return encode_texts(self.runtime, [self.state] * len(texts), texts, batch_size)
 
     def encode_images(self, images: Sequence[ImageSource], batch_size: int = 32) -> Floats:
-        """Encode images (PIL, path or bytes) -> float32 (n, E), L2-normalized.
-
-        Raise ImageError if one cannot be read, with its name if it was given by its path.
-        """
+        """Encode images (PIL, path or bytes) -> float32 (n, E), L2-normalized. Raise ImageError for a broken one."""
         if isinstance(images, str | bytes | Path | Image.Image):
             raise TypeError("encode_images takes a list of images, such as [image]")
         out = np.empty((len(images), self.dim), np.float32)
@@ -170,8 +163,6 @@ class Encoder:
         return out
 
     def _read(self, image: ImageSource) -> Pixels:
-        if not isinstance(image, Image.Image | str | bytes | Path):
-            raise TypeError(f"encode_images takes PIL images, paths or bytes, not {type(image).__name__}")
         try:
             return self.preprocess(image)
         except ImageError as error:
@@ -179,36 +170,27 @@ class Encoder:
 
     def encode_pixels(self, pixels: Pixels) -> Floats:
         """uint8 (n, 3, S, S), from `preprocess` -> float32 (n, E), L2-normalized, in one forward pass."""
-        return self.adapt_images(self.image_features(pixels))
+        return self.state.adapt_images(self.image_features(pixels))
 
     def image_features(self, pixels: Pixels) -> Floats:
         """Encode as `encode_pixels`, before the adapter of image features; `image_key` names what decides on these."""
         return normalize(self.runtime.image(pixels, self.state.image_inputs))
 
-    def adapt_images(self, features: Floats) -> Floats:
-        """Turn `image_features` (n, E) into vectors (n, E)."""
-        return self.state.adapt_images(features)
-
     def release(self) -> None:
         """Release memory that only loading needed and that can be read again from its file; see `util.machine`."""
-        places = [self.runtime.directory] if isinstance(self.runtime, OpenVinoRuntime) else []
-        if self.backbone is not None:
-            source = self.backbone.source
-            places += [Path(source.model), Path(source.pretrained or source.model)]
-        release_pages(places)
+        paths = [self.runtime.directory] if isinstance(self.runtime, OpenVinoRuntime) else []
+        release_pages([*paths, self.backbone.source.weights_file] if self.backbone is not None else paths)
         trim_heap()
 
 
-@dataclass(frozen=True, slots=True, eq=False)
-class TextRow:
+class TextRow(NamedTuple):
     """A text for one encoder."""
 
     encoder: Encoder
     text: str
 
 
-@dataclass(frozen=True, slots=True, eq=False)
-class ImageRow:
+class ImageRow(NamedTuple):
     """An image for one encoder: uint8 (3, S, S), from its `preprocess`."""
 
     encoder: Encoder
@@ -239,18 +221,18 @@ def add_portable_export(checkpoint: Path, backbone: "Backbone | None") -> None:
         encoder = Encoder.load(checkpoint, device="cpu", runtime="openvino", backbone=shared)
         assert isinstance(encoder.runtime, OpenVinoRuntime)
         export = encoder.runtime.directory
-        entry = export / export_cache.entry_name(encoder.fingerprint)
+        entry = export / exports.entry_name(encoder.fingerprint)
         if not entry.is_file():
             raise RuntimeUnavailableError(f"{export} cannot be written")
-        export_cache.copy_export(export, portable)
-        link_or_copy(entry, portable / export_cache.ENTRY)
+        exports.copy_export(export, portable)
+        link_or_copy(entry, portable / exports.ENTRY)
     except (RuntimeUnavailableError, MissingExtraError) as error:
         logger.warning("services of this model will need PyTorch: %s", error)
 
 
 def load_exact(checkpoint: Path, device: str) -> Encoder:
     """Load a checkpoint on a runtime in float32: its portable export's, which starts soonest, or else PyTorch's."""
-    if export_cache.may_use_export(device, "openvino") and export_cache.has_portable(checkpoint):
+    if exports.may_use_export(device, "openvino") and exports.has_portable(checkpoint):
         with suppress(MissingExtraError, RuntimeUnavailableError):
             return Encoder.load(checkpoint, device=device, runtime="openvino")
     return Encoder.load(checkpoint, device=device)
@@ -258,8 +240,8 @@ def load_exact(checkpoint: Path, device: str) -> Encoder:
 
 def has_started_portable(encoder: Encoder, checkpoint: Path) -> bool:
     """Return whether an encoder runs the portable export of a checkpoint."""
-    portable = (checkpoint / PORTABLE).resolve()
-    return isinstance(encoder.runtime, OpenVinoRuntime) and encoder.runtime.directory.resolve() == portable
+    portable, runtime = (checkpoint / PORTABLE).resolve(), encoder.runtime
+    return isinstance(runtime, OpenVinoRuntime) and runtime.directory.resolve() == portable
 
 
 def pick_device(device: str) -> str:

@@ -1,10 +1,6 @@
 """Both towers as functions of tensors for PyTorch and OpenVINO, the arrays they take, and PyTorch as a runtime.
 
-- The arrays of an encoder are inputs, so one export serves every encoder on a backbone whose prompts have one depth.
-- `PrefixTextGraph`: under a causal mask start tokens and prompts never see the caption, so their keys and values in
-  every block are computed once for an encoder and enter as an input. One graph serves prompts of any number and depth,
-  and rows of several encoders share a batch. Only the end token's row runs through the last block.
-- `PromptTextGraph`: every other tower; prompts enter as rows, so the depth of prompts belongs to an export.
+The arrays of an encoder are inputs: one export serves every encoder on a backbone, and their rows may share a batch.
 
 Letters: B batch, n tokens, p rows of a prefix, k prompt vectors, r width of an adapter, R = 1 or B, D blocks, H heads,
 d width of a head, L context length, W, W_t and W_v widths, E joint space, S side in pixels.
@@ -23,7 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from dcar_core.encoder.state import EncoderState, FeatureAdapterArrays, Runtime, TextPrompts
+from dcar_core.encoder.state import EncoderState, FeatureAdapterArrays, Runtime
 from dcar_core.model.backbone import Backbone
 from dcar_core.model.dcar import DCAR, FeatureAdapter
 from dcar_core.model.towers.text import NativeText, project_by
@@ -99,10 +95,13 @@ class ImageGraph(nn.Module):
 
 
 class PrefixTextGraph(nn.Module):
-    """(tokens, weights, keys, values) -> text features (B, E), not normalized. skipped: its start tokens."""
+    """(tokens, weights, keys, values) -> text features (B, E), not normalized.
+
+    Under a causal mask start tokens and prompts never see the caption, so their keys and values in every block are
+    computed once for an encoder. Only the end token's row runs through the last block. skipped: its start tokens.
+    """
 
     mask: Tensor  # causal, (L, L)
-    has_weights = True
     depth = 0  # one export serves prompts of every depth
 
     def __init__(self, backbone: Backbone) -> None:
@@ -164,7 +163,7 @@ class PrefixTextGraph(nn.Module):
 
 
 class PromptTextGraph(nn.Module):
-    """(tokens, weights, prompts) -> text features (B, E), not normalized; of tokens alone for a tower without prompts.
+    """(tokens, weights, prompts) -> text features (B, E), not normalized: every other tower.
 
     depth: of the prompts in an export; without one, any prompts are accepted.
     """
@@ -175,13 +174,12 @@ class PromptTextGraph(nn.Module):
         super().__init__()
         self.tower, self.depth = backbone.text_tower, depth
         self.encoder: nn.Module = self.tower.module  # registered, to be converted with it
-        self.has_weights = self.tower.width > 0
 
     def prompt_inputs(self, prompts: Tensor | None) -> tuple[Tensor, ...]:
         """Prompts (depth, k, W_t) -> (depth, 1, k, W_t), or nothing."""
         return () if prompts is None else (prompts.unsqueeze(1),)
 
-    def forward(self, tokens: Tensor, weights: Tensor | None = None, prompts: Tensor | None = None) -> Tensor:
+    def forward(self, tokens: Tensor, weights: Tensor, prompts: Tensor | None = None) -> Tensor:
         """tokens, weights of their embeddings: (B, n). prompts: (depth, R, k, W_t)."""
         return self.tower.encode(tokens, prompts, weights)
 
@@ -190,8 +188,6 @@ class PromptTextGraph(nn.Module):
         length = layout.padded_length(k) or layout.start + 6
         ids = [*layout.start_ids, 5, 6, 7, layout.end_id]
         tokens = torch.tensor([ids + [layout.pad_id] * (length - len(ids))]).repeat(2, 1)
-        if not self.has_weights:
-            return (tokens,), [[-1, length]]
         inputs, shapes = (tokens, torch.ones(tokens.shape)), [[-1, -1], [-1, -1]]
         if not self.depth:
             return inputs, shapes
@@ -245,8 +241,8 @@ class TorchRuntime(Runtime):
 @torch.inference_mode()
 def _run(graph: nn.Module, device: torch.device, dtype: torch.dtype, inputs: tuple[Any, ...]) -> Floats:
     """inputs: token ids or pixels, then whatever takes the type of the weights."""
-    first, *rest = (torch.from_numpy(each).to(device, non_blocking=True) for each in inputs)
-    features: Floats = graph(first, *(each.to(dtype) for each in rest)).float().cpu().numpy()
+    first, *rest = (torch.from_numpy(values).to(device, non_blocking=True) for values in inputs)
+    features: Floats = graph(first, *(values.to(dtype) for values in rest)).float().cpu().numpy()
     return features
 
 
@@ -256,20 +252,20 @@ def extract_state(model: DCAR, fingerprint: str, backbone_hash: str) -> EncoderS
     backbone, prompts, (graph, _) = model.backbone, model.prompts, graphs_of(model)
     text, image = (None, None) if prompts is None else (prompts.text_prompts(), prompts.image_prompts())
     adapters = () if model.block_adapters is None else model.block_adapters.matrices()
-    image_inputs = tuple(_to_numpy(each.unsqueeze(1)) for each in (image, *adapters) if each is not None)
-    image_key = hashlib.sha256(backbone_hash.encode() + b"".join(each.tobytes() for each in image_inputs))
-    inputs = tuple(_to_numpy(each) for each in graph.prompt_inputs(text))
+    image_inputs = tuple(_to_numpy(values.unsqueeze(1)) for values in (image, *adapters) if values is not None)
+    image_key = hashlib.sha256(backbone_hash.encode() + b"".join(values.tobytes() for values in image_inputs))
     return EncoderState(
         fingerprint=fingerprint,
         image_key=image_key.hexdigest(),
         dim=backbone.embed_dim,
         scale=float(backbone.scale),
-        patch_grid=backbone.patch_grid,
-        reranks=model.config.reranks,
+        patch_grid=backbone.image_tower.patch_grid,
+        reranks=model.config.rerank.blocks > 0 and model.rerank_weight > 0,
         preprocess=backbone.preprocess,
         tokenizer=backbone.text_tokenizer(model.prompt_tokens),
         layout=backbone.layout,
-        text_prompts=TextPrompts(inputs, graph.skipped, graph.has_weights),
+        text_inputs=tuple(map(_to_numpy, graph.prompt_inputs(text))),
+        skipped=graph.skipped,
         image_inputs=image_inputs,
         token_factors=_token_factors(model),
         text_adapter=adapter_arrays(model.text_adapter),
@@ -279,7 +275,7 @@ def extract_state(model: DCAR, fingerprint: str, backbone_hash: str) -> EncoderS
 
 def _token_factors(model: DCAR) -> Floats | None:
     """Tabulate the head over the vocabulary: it reads a token's embedding alone."""
-    if model.head is None or model.config.reweight.query != "predicted":
+    if model.head is None or model.query_weights != "predicted":
         return None
     count = len(model.backbone.text_tower.table.weight)
     parts = []

@@ -7,19 +7,21 @@
 
 import logging
 import sys
+import threading
 import weakref
 from collections.abc import Callable, Hashable
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from itertools import pairwise
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from dcar_core.encoder.openvino_runtime import OpenVinoRuntime
 from dcar_core.encoder.state import EncoderState, Runtime, encode_pixels, encode_texts
 from dcar_core.util import machine
 from dcar_core.util.arrays import Floats, Pixels
-from dcar_core.util.errors import DcarError, RuntimeUnavailableError
+from dcar_core.util.errors import DcarError, MissingExtraError, RuntimeUnavailableError
 
 if TYPE_CHECKING:
     from dcar_core.model.dcar import DCAR
@@ -29,6 +31,7 @@ logger = logging.getLogger(__name__)
 AUTO = "auto"
 EXPORTED = {"openvino-bf16": "bf16", "openvino": "f32"}  # runtimes on an export, and OpenVINO's name of the precision
 RUNTIMES = ("torch", "cuda", *EXPORTED)
+TEXT, IMAGE = "text.xml", "image.xml"  # the graphs of an export
 LEAST_COSINE = 0.999
 PROBE_TEXTS = (
     "a red sports car seen from behind",
@@ -43,6 +46,40 @@ PROBE_TEXTS = (
 
 Vectors = tuple[Floats, Floats]  # of the probe's texts (n, E) and images (m, E)
 _open: "weakref.WeakValueDictionary[Hashable, Runtime]" = weakref.WeakValueDictionary()
+
+
+def library() -> Any:
+    """Import OpenVINO, without telemetry that would take the cores; or raise MissingExtraError."""
+    sys.modules.setdefault("openvino_telemetry", None)  # type: ignore[arg-type] # as if it were not installed
+    try:
+        import openvino
+    except ImportError:
+        raise MissingExtraError("the runtime openvino", "openvino") from None
+    return openvino
+
+
+class OpenVinoRuntime(Runtime):
+    """Both graphs of an export, compiled; needs neither the model nor PyTorch. hint: "f32" or "bf16"."""
+
+    def __init__(self, name: str, directory: Path, *, hint: str, threads: int) -> None:
+        core = library().Core()
+        self.directory = directory
+        config = {"INFERENCE_PRECISION_HINT": hint, "INFERENCE_NUM_THREADS": str(threads)}
+        config |= {"PERFORMANCE_HINT": "LATENCY", "NUM_STREAMS": "1"}
+        try:
+            with ThreadPoolExecutor(2) as pool:  # each takes one core for half a second
+                graphs = list(pool.map(lambda n: core.compile_model(directory / n, "CPU", config), (TEXT, IMAGE)))
+        except RuntimeError as error:
+            reason = str(error).strip().splitlines()[-1]
+            raise RuntimeUnavailableError(f"OpenVINO cannot compile the export in {directory}: {reason}") from error
+        turn = threading.Lock()
+        super().__init__(name, *(partial(_run, graph, turn) for graph in graphs))
+
+
+def _run(graph: Any, turn: threading.Lock, inputs: tuple[Any, ...]) -> Floats:
+    with turn:
+        result: Floats = graph(list(inputs))[0]
+        return result.copy()  # the library writes into this memory again at the next call
 
 
 def check_runtime(name: str) -> None:
@@ -70,9 +107,9 @@ def load_runtime(name: str, state: EncoderState, model: "DCAR", export: Callable
     if name != AUTO:
         return _open_and_check(name, state, model, export)
     names = auto_runtimes(model.backbone.device.type)
-    for each, following in pairwise(names):
+    for current, following in pairwise(names):
         try:
-            return _open_and_check(each, state, model, export)
+            return _open_and_check(current, state, model, export)
         except DcarError as error:
             logger.warning("%s; using the runtime %s instead", error, following)
     return open_runtime(names[-1], model, export)
@@ -94,9 +131,8 @@ def _open_and_check(name: str, state: EncoderState, model: "DCAR", export: Calla
 
 
 def open_runtime(name: str, model: "DCAR", export: Callable[[], Path]) -> Runtime:
-    """Open a runtime by name, or return the one that is open for this backbone.
+    """Open a runtime by name, or return the one that is open for this backbone. export: see `exports.ensure_export`.
 
-    export: returns the directory of the model's checked export.
     Raise RuntimeUnavailableError or MissingExtraError if the runtime cannot be used here.
     """
     from dcar_core.encoder.graphs import TorchRuntime
@@ -148,8 +184,8 @@ def check_vectors(state: EncoderState, runtime: Runtime, expected: Vectors) -> N
     """Raise RuntimeUnavailableError unless a runtime gives the vectors of `reference_vectors`."""
     images = probe_images(state.preprocess.size)
     texts = encode_texts(runtime, [state] * len(PROBE_TEXTS), PROBE_TEXTS, 64)
-    found = texts, encode_pixels(runtime, [state] * len(images), [*images])
-    text, image = (np.einsum("ne,ne->n", *pair).min() for pair in zip(found, expected, strict=True))
+    vectors = texts, encode_pixels(runtime, [state] * len(images), [*images])
+    text, image = (np.einsum("ne,ne->n", *pair).min() for pair in zip(vectors, expected, strict=True))
     if not (text >= LEAST_COSINE and image >= LEAST_COSINE):  # true for NaN, too
         raise RuntimeUnavailableError(
             f"the runtime {runtime.name} cannot be used: its vectors are not float32's here: cosine {text:.5f} (text), "

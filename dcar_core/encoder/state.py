@@ -3,16 +3,14 @@
 texts -> tokens and weights ----> runtime.text  --> normalize --> text adapter  --> vectors
 pixels -------------------------> runtime.image --> normalize --> image adapter --> vectors
 
-- A runtime belongs to a backbone and knows no encoder: prompts, adapters of blocks and token weights are inputs. So
-  rows of several encoders share a pass where these have one shape, and get the vectors that each encoder gives alone.
-- Feature adapters are applied here, outside of any export, in one thread of NumPy's BLAS: further threads would wait
-  busily for the next product and take the cores from the towers.
+A runtime belongs to a backbone and knows no encoder: rows of several encoders share a pass where their inputs have one
+shape, and get the vectors that each encoder gives alone.
 
 Letters: V tokens of the vocabulary, A an adapter's inner width, S side in pixels; others as in `encoder.graphs`.
 """
 
 from collections.abc import Callable, Hashable, Iterable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
 
@@ -20,29 +18,13 @@ import numpy as np
 from threadpoolctl import ThreadpoolController
 
 from dcar_core.model.preprocess import Preprocess
-from dcar_core.model.text.tokenizer import TextLayout, TextTokenizer
+from dcar_core.model.tokenizer import TextLayout, TextTokenizer
 from dcar_core.util.arrays import Floats, Pixels, Rows, TokenIds
 
-# Cost of a forward pass before its first token, in tokens. On a ViT-B/32 with AMX, 128 is up to a fifth faster than 32;
-# without it, 16 to 64 made hardly a difference.
-PASS_COST = 128
+PASS_COST = 128  # of a forward pass before its first token, in tokens; on a ViT-B/32 with AMX a fifth faster than 32
 _NUMPY_THREADS = ThreadpoolController()  # found now, since later it would search more libraries
 
 RunGraph = Callable[[tuple[Any, ...]], Floats]
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class TextPrompts:
-    """Start tokens and prompts before a caption, as inputs of a text graph; axis 1 of each is R.
-
-    inputs: keys and values (D, R, H, p, d) of a causal tower, or prompts (depth, R, k, W_t), or nothing.
-    skipped: start tokens that the inputs stand for; the graph gets captions without them.
-    has_weights: False where the tower takes no token weights.
-    """
-
-    inputs: tuple[Floats, ...]
-    skipped: int
-    has_weights: bool
 
 
 class Runtime:
@@ -52,12 +34,12 @@ class Runtime:
         self.name = name
         self._run_text, self._run_image = run_text, run_image
 
-    def text(self, tokens: TokenIds, weights: Floats, prompts: TextPrompts) -> Floats:
-        """tokens (B, n) without the skipped ones, weights (B, n) -> text features (B, E), not normalized."""
-        return self._run_text((tokens, weights, *prompts.inputs) if prompts.has_weights else (tokens,))
+    def text(self, tokens: TokenIds, weights: Floats, inputs: tuple[Floats, ...]) -> Floats:
+        """tokens (B, n) without the skipped ones, weights (B, n), `text_inputs` -> (B, E), not normalized."""
+        return self._run_text((tokens, weights, *inputs))
 
     def image(self, pixels: Pixels, inputs: tuple[Floats, ...]) -> Floats:
-        """pixels (B, 3, S, S), `image_inputs` of one or of B encoders -> features (B, E), not normalized."""
+        """pixels (B, 3, S, S), `image_inputs` of one or of B encoders -> (B, E), not normalized."""
         return self._run_image((pixels, *inputs))
 
 
@@ -71,7 +53,7 @@ class FeatureAdapterArrays:
     up_bias: Floats
 
     def __call__(self, features: Floats) -> Floats:
-        """(n, E) -> (n, E), normalized."""
+        """(n, E) -> (n, E), normalized; in one thread, since others would wait busily and take the towers' cores."""
         with _NUMPY_THREADS.limit(limits=1, user_api="blas"):
             inner = np.maximum(features @ self.down.T + self.down_bias, 0)
             return normalize(features + inner @ self.up.T + self.up_bias)
@@ -85,6 +67,8 @@ class EncoderState:
     dim: E. scale: 1 / tau of the backbone. patch_grid: of the image tower, patches per side.
     reranks: True if the model has a second stage, which scores first results again.
     tokenizer: its limit leaves room for the prompts.
+    text_inputs: of the text graph after the weights: keys and values (D, 1, H, p, d) of start tokens and prompts, or
+        prompts (depth, 1, k, W_t), or nothing. skipped: start tokens that they stand for; captions come without them.
     image_inputs: of the image graph after the pixels, as far as there are any: prompts (depth, 1, k, W_v), and the
         matrices of the blocks' adapters, two of (D, 1, r, W_v).
     token_factors: (V,), a query's weight of each token; None where all are 1.
@@ -99,7 +83,8 @@ class EncoderState:
     preprocess: Preprocess
     tokenizer: TextTokenizer
     layout: TextLayout
-    text_prompts: TextPrompts
+    text_inputs: tuple[Floats, ...]
+    skipped: int
     image_inputs: tuple[Floats, ...]
     token_factors: Floats | None
     text_adapter: FeatureAdapterArrays | None
@@ -129,8 +114,8 @@ class EncoderState:
 def encode_texts(runtime: Runtime, states: Sequence[EncoderState], texts: Sequence[str], batch_size: int) -> Floats:
     """Encode each text with its own state -> (n, E), L2-normalized; at most `batch_size` in a pass, by length."""
     out = np.empty((len(texts), states[0].dim), np.float32)
-    for rows in _grouped(states, lambda state: _shapes(state.text_prompts.inputs)):
-        state, prompts = states[rows[0]], [states[row].text_prompts for row in rows]
+    for rows in _grouped(states, lambda state: tuple(values.shape for values in state.text_inputs)):
+        state = states[rows[0]]
         tokens = state.tokens([texts[row] for row in rows])  # [m, n]; prompts of one shape leave the same room
         weights, lengths = np.empty(tokens.shape, np.float32), state.layout.lengths(tokens)
         for same in _grouped([states[row] for row in rows], id):
@@ -138,10 +123,10 @@ def encode_texts(runtime: Runtime, states: Sequence[EncoderState], texts: Sequen
         if state.layout.reads_padding:
             lengths[:] = tokens.shape[1]
         for part in group_by_length(lengths, batch_size):
-            inputs = _join([prompts[place].inputs for place in part])
-            seen = slice(prompts[0].skipped, int(lengths[part[-1]]))
-            features = runtime.text(tokens[part, seen], weights[part, seen], replace(prompts[0], inputs=inputs))
-            out[[rows[place] for place in part]] = normalize(features)
+            chosen = [rows[i] for i in part]
+            inputs = _join([states[row].text_inputs for row in chosen])
+            seen = slice(state.skipped, int(lengths[part[-1]]))
+            out[chosen] = normalize(runtime.text(tokens[part, seen], weights[part, seen], inputs))
     for rows in _grouped(states, id):
         out[rows] = states[rows[0]].adapt_texts(out[rows])
     return out
@@ -150,7 +135,7 @@ def encode_texts(runtime: Runtime, states: Sequence[EncoderState], texts: Sequen
 def encode_pixels(runtime: Runtime, states: Sequence[EncoderState], pixels: Sequence[Pixels]) -> Floats:
     """Encode images, uint8 (3, S, S), each with its own state -> (n, E), L2-normalized."""
     out = np.empty((len(states), states[0].dim), np.float32)
-    for rows in _grouped(states, lambda state: _shapes(state.image_inputs)):
+    for rows in _grouped(states, lambda state: tuple(values.shape for values in state.image_inputs)):
         inputs = _join([states[row].image_inputs for row in rows])
         out[rows] = normalize(runtime.image(np.stack([pixels[row] for row in rows]), inputs))
     for rows in _grouped(states, id):
@@ -159,20 +144,15 @@ def encode_pixels(runtime: Runtime, states: Sequence[EncoderState], pixels: Sequ
 
 
 def _grouped(states: Sequence[EncoderState], key: Callable[[EncoderState], Hashable]) -> Iterable[list[int]]:
-    """Return the rows of the states that have the same key."""
     rows: dict[Hashable, list[int]] = {}
     for row, state in enumerate(states):
         rows.setdefault(key(state), []).append(row)
     return rows.values()
 
 
-def _shapes(inputs: tuple[Floats, ...]) -> Hashable:
-    return tuple(each.shape for each in inputs)
-
-
 def _join(rows: Sequence[tuple[Floats, ...]]) -> tuple[Floats, ...]:
     """Join the inputs of each row of a batch along axis 1, unless all rows have the same."""
-    is_shared = all(each is rows[0] for each in rows)
+    is_shared = all(row is rows[0] for row in rows)
     return rows[0] if is_shared else tuple(np.concatenate(parts, 1) for parts in zip(*rows, strict=True))
 
 

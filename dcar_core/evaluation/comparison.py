@@ -21,7 +21,7 @@ from dcar_core.evaluation.tables import Results, best_method, plot_recall, resul
 from dcar_core.model.backbone import Backbone
 from dcar_core.model.config import LossDirection, ModelConfig, TrainConfig
 from dcar_core.model.dcar import DCAR, seeded_model
-from dcar_core.model.methods.registry import method
+from dcar_core.model.methods import find_method
 from dcar_core.negatives import add_negatives, backbone_functions
 from dcar_core.training.prepared_split import FeatureCache, FrozenFeatures, report_truncation
 from dcar_core.training.validation import new_categories
@@ -67,7 +67,7 @@ def compare(
     Raises:
         DcarError: a method is unknown or needs other towers, the data cannot be read, or every method diverged.
     """
-    configs = {name: method(name).with_loss_direction(loss) for name in methods}
+    configs = {name: find_method(name).config.with_loss_direction(loss) for name in methods}
     if not configs:
         raise DataError("no method was given; try --methods clip,coop,dcar")
     for each in configs.values():  # before hours of training

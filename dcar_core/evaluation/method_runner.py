@@ -24,7 +24,7 @@ from dcar_core.model.backbone import Backbone
 from dcar_core.model.checkpoint import load_checkpoint, save_checkpoint
 from dcar_core.model.config import ModelConfig, TrainConfig
 from dcar_core.model.dcar import DCAR, seeded_model
-from dcar_core.model.methods.registry import find_method
+from dcar_core.model.methods import find_method
 from dcar_core.training.objective import resolve_amp
 from dcar_core.training.prepared_split import FeatureCache, PreparedSplit, prepare_split, split_key
 from dcar_core.training.train import delete_state, train
@@ -84,7 +84,7 @@ class MethodRunner:
                     "trainable": sum(p.numel() for _, p in model.trainables() if p.requires_grad),
                     "epoch": result.epoch,
                     "seconds": round(result.seconds, 1),
-                    "query": model.config.reweight.query,
+                    "query": model.query_weights,
                     "val": result.best,
                 }
             write_json(record_file, record)

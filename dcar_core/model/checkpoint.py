@@ -7,18 +7,17 @@ model's vectors (shards, index, cached queries) carries it, so a retrained model
 import hashlib
 import json
 import os
-import re
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
 from safetensors import SafetensorError
 from safetensors.numpy import load_file, save
 
-from dcar_core.model.config import MODEL_CONFIG, ModelConfig
+from dcar_core.model.config import ModelConfig
 from dcar_core.util.errors import CheckpointError, ModelError
 from dcar_core.util.files import link_or_copy, parse_json, write_bytes, write_json
 
@@ -31,7 +30,6 @@ Trainables = dict[str, NDArray[np.float32]]
 CONFIG, WEIGHTS = "config.json", "trainables.safetensors"
 PORTABLE = "portable"  # folder with what runs the model without PyTorch; see `encoder.encoder`
 FORMAT = 1
-_MULTILINGUAL = re.compile("nllb|SigLIP2|i18n|worldwide|xlm|mt5")  # as their publishers state
 
 
 def is_checkpoint(path: Path) -> bool:
@@ -60,15 +58,14 @@ def save_checkpoint(model: "DCAR", path: Path, *, training: dict[str, Any] | Non
 
     Changed weights of a backbone are merged into a model directory, `model-<hash>` in the checkpoint.
     """
-    path.mkdir(parents=True, exist_ok=True)
     if model.changes is not None:
-        from dcar_core.model.methods.weight_changes import merge
+        from dcar_core.model.weight_changes import merge
 
-        model = type(model)(merge(model.backbone, model.changes, path), model.config).eval()
+        model = type(model)(merge(model.backbone, model.changes, path), model.served_config).eval()
     trainables = {name: p.detach().cpu().contiguous().numpy() for name, p in model.served()}
     source, backbone_hash = model.backbone.source, model.backbone.content_hash()
-    places = {"model": _relative(source.model, path), "pretrained": _relative(source.pretrained, path)}
-    return write_checkpoint(path, {**places, "sha256": backbone_hash}, model.config, trainables, training or {})
+    paths = {"model": _relative(source.model, path), "pretrained": _relative(source.pretrained, path)}
+    return write_checkpoint(path, {**paths, "sha256": backbone_hash}, model.served_config, trainables, training or {})
 
 
 def write_checkpoint(
@@ -86,21 +83,20 @@ def write_checkpoint(
 def read_config(path: Path) -> dict[str, Any]:
     """Read the checkpoint's config.json, or raise CheckpointError."""
     if not is_checkpoint(path):
-        message = f"{path} is not a checkpoint: it needs {CONFIG} and {WEIGHTS}, as `dcar train --out` writes them"
-        if (path / MODEL_CONFIG).is_file():
-            message += f"; it is a model: `dcar zero-shot --model {path} --out DIR` makes a checkpoint of it"
-        raise CheckpointError(message)
+        raise CheckpointError(
+            f"{path} is not a checkpoint: it needs {CONFIG} and {WEIGHTS}, as `dcar train` and `dcar zero-shot` write"
+        )
     try:
         content = parse_json((path / CONFIG).read_text(encoding="utf-8"))
     except ValueError as error:
         raise CheckpointError(f"{path / CONFIG} is not JSON: {error}") from error
-    if not isinstance(content, dict) or content.get("format") != FORMAT:
-        raise CheckpointError(f"{path / CONFIG} is not format {FORMAT}; train again, or use the version that wrote it")
-    kinds = {"model": dict, "backbone": dict, "fingerprint": str, "training": dict}
-    of_backbone = {"model": str, "sha256": str, "pretrained": str | None}
-    if not (_has({"training": {}, **content}, kinds) and _has(content["backbone"], of_backbone)):
-        raise CheckpointError(f"{path / CONFIG} has no valid model, backbone, fingerprint or training; copy it again")
-    return content
+    match content:
+        case {
+            "format": 1, "fingerprint": str(), "model": dict(), "training": dict(),
+            "backbone": {"model": str(), "sha256": str(), "pretrained": str() | None},
+        }:  # fmt: skip
+            return dict(content)
+    raise CheckpointError(f"{path / CONFIG} is not complete, or not of format {FORMAT}; copy it again, or train again")
 
 
 def read_trainables(path: Path) -> Trainables:
@@ -109,8 +105,6 @@ def read_trainables(path: Path) -> Trainables:
         trainables: Trainables = load_file(str(path / WEIGHTS))
     except (SafetensorError, OSError, ValueError, KeyError, TypeError) as error:
         raise CheckpointError(f"{path} cannot be read: {error}") from error
-    if broken := sorted(name for name, value in trainables.items() if not np.isfinite(value).all()):
-        raise CheckpointError(f"{path / WEIGHTS} has values that are not finite, in {', '.join(broken)}; train again")
     return trainables
 
 
@@ -129,30 +123,25 @@ def load_checkpoint(path: Path, *, device: str = "cpu", backbone: "Backbone | No
     content = read_config(path)
     described = content["backbone"]
     if backbone is None:
-        places = {key: _absolute(described[key], path) for key in ("model", "pretrained")}
-        if missing := missing_places(places):
+        source = {key: _absolute(described[key], path) for key in ("model", "pretrained")}
+        if missing := missing_places(source):
             raise ModelError(
-                f"{places[missing[0]]}, the backbone of {path}, does not exist; if it was moved, name its new place: "
+                f"{source[missing[0]]}, the backbone of {path}, does not exist; if it was moved, name its new place: "
                 f"for an index by `dcar index build --model PLACE`, else as backbone.{missing[0]} in {path / CONFIG}"
             )
-        backbone = load_backbone(BackboneSource(str(places["model"]), places["pretrained"]), device)
-    backbone_hash = backbone.content_hash()
-    if backbone_hash != described["sha256"]:
+        backbone = load_backbone(BackboneSource(str(source["model"]), source["pretrained"]), device)
+    if (backbone_hash := backbone.content_hash()) != described["sha256"]:
         raise CheckpointError(
-            f"{path} was trained on another backbone ({described['sha256'][:12]}) than {backbone.source.model} is "
-            f"({backbone_hash[:12]}), by its weights, tokenizer or preprocessing; train again on it, or point "
-            f"config.json to the right one"
+            f"{path} was trained on another backbone than {backbone.source.model} is now, by its weights, tokenizer or "
+            f"preprocessing; train again on it, or point config.json to the right one"
         )
     weights = read_trainables(path)
     try:
         model = DCAR(backbone, ModelConfig.from_dict(content["model"]))
     except (ModelError, ValueError, KeyError, TypeError) as error:
         raise CheckpointError(f"{path} cannot be read: {error}") from error
-    expected = {name: tuple(p.shape) for name, p in model.served()}
-    found = {name: tuple(t.shape) for name, t in weights.items()}
-    if expected != found:
-        odd = sorted(k for k in expected.keys() | found.keys() if expected.get(k) != found.get(k))
-        raise CheckpointError(f"{path / WEIGHTS} does not fit its config.json: {', '.join(odd)}")
+    if {name: p.shape for name, p in model.served()} != {name: value.shape for name, value in weights.items()}:
+        raise CheckpointError(f"{path / WEIGHTS} does not fit its config.json; copy both, or train again")
     model.load_state_dict({name: torch.from_numpy(value) for name, value in weights.items()}, strict=False)
     fingerprint = compute_fingerprint(backbone_hash, model.config, weights)
     if content["fingerprint"] != fingerprint:
@@ -162,19 +151,14 @@ def load_checkpoint(path: Path, *, device: str = "cpu", backbone: "Backbone | No
 
 def missing_places(backbone: dict[str, Any]) -> list[str]:
     """Return the keys of a backbone, `model` or `pretrained`, that name a path where nothing is."""
-    places = [(key, backbone[key]) for key in ("model", "pretrained")]
-    return [key for key, place in places if place and Path(place).is_absolute() and not Path(place).exists()]
+    paths = {key: Path(backbone[key] or "") for key in ("model", "pretrained")}
+    return [key for key, path in paths.items() if path.is_absolute() and not path.exists()]
 
 
 def read_portable_config(path: Path, model: Path | None = None) -> dict[str, Any]:
     """Return the configuration with absolute paths of the backbone, so that a copy loads from any directory.
 
-    Args:
-        model: the new directory or file of a backbone that was moved.
-
-    Raises:
-        CheckpointError: see `read_config`.
-        ModelError: the backbone comes from a hub.
+    model: the new directory or file of a backbone that was moved; ModelError if it comes from a hub.
     """
     content = read_config(path)
     backbone = content["backbone"]
@@ -205,33 +189,19 @@ def require_own_config(path: Path) -> None:
         raise CheckpointError(f"{path / CONFIG} is not of a checkpoint and would be replaced; name another --out")
 
 
-def languages_of(model: str) -> Literal["English", "many", ""]:
-    """Return the languages of the texts that a built-in model learned from; "" for a model of a directory or a hub."""
-    if "/" in model or os.sep in model:
-        return ""
-    return "many" if _MULTILINGUAL.search(model) else "English"
-
-
 def save_zero_shot(backbone: "Backbone", out: Path, note: str = "") -> str:
     """Write a checkpoint that adds nothing to a model, and return its fingerprint. An older one is replaced.
 
-    Args:
-        note: what users of a service with this model should know about it.
-
-    Raises:
-        CheckpointError: `out` holds a trained checkpoint, or a `config.json` of something else.
+    note: what users of a service with this model should know about it.
+    Raise CheckpointError if `out` holds a trained checkpoint, or a `config.json` of something else.
     """
     from dcar_core.model.dcar import DCAR
-    from dcar_core.model.methods.registry import method
+    from dcar_core.model.methods import UNTOUCHED
 
     require_own_config(out)
-    if is_checkpoint(out) and (found := read_config(out)["model"].get("method")) != "clip":
-        raise CheckpointError(f"{out} holds a trained checkpoint of {found}; name another --out")
-    return save_checkpoint(DCAR(backbone, method("clip")), out, training={"note": note} if note else None)
-
-
-def _has(values: Mapping[str, Any], kinds: Mapping[str, Any]) -> bool:
-    return all(name in values and isinstance(values[name], kind) for name, kind in kinds.items())
+    if is_checkpoint(out) and read_config(out)["model"] != UNTOUCHED.to_dict():
+        raise CheckpointError(f"{out} holds a trained checkpoint; name another --out")
+    return save_checkpoint(DCAR(backbone, UNTOUCHED), out, training={"note": note} if note else None)
 
 
 def _relative(value: str | None, base: Path) -> str | None:

@@ -39,7 +39,7 @@ class _Config:
         try:
             return cls(**values)
         except ValidationError as error:
-            faults = [f"{'.'.join(map(str, each['loc']))}: {each['msg']}" for each in error.errors()]
+            faults = [f"{'.'.join(map(str, fault['loc']))}: {fault['msg']}" for fault in error.errors()]
             raise ValueError(f"{cls.__name__}: {'; '.join(faults)}") from None
 
 
@@ -54,7 +54,7 @@ class PromptConfig(_Config):
     """
 
     length: Annotated[int, Field(ge=0)] = 4
-    depth: _Positive = 1
+    depth: Annotated[int, Field(ge=1, le=128)] = 1  # more blocks than any tower has would fill the memory
     text: bool = True
     image: bool = True
     values: PromptValues = "learned"
@@ -103,7 +103,7 @@ class AdapterConfig(_Config):
 
 @dataclass(frozen=True, kw_only=True, config=_CONFIG)
 class RerankConfig(_Config):
-    """The second stage of a search [ours]: see `model.query_prompts`.
+    """The second stage of a search [ours]: see `model.dcar.SecondStage`.
 
     blocks: the last blocks of the image tower, before which a prompt made from the query is added; 0 for no such stage.
     weight: of the second score, as the validation split prefers; 0 turns the stage off.
@@ -168,10 +168,6 @@ class ModelConfig(_Config):
     loss: LossConfig = field(default_factory=LossConfig)
     rerank: RerankConfig = field(default_factory=RerankConfig)
 
-    @property
-    def reranks(self) -> bool:
-        return self.rerank.blocks > 0 and self.rerank.weight > 0
-
     def with_loss_direction(self, direction: LossDirection) -> Self:
         return replace(self, loss=replace(self.loss, direction=direction))
 
@@ -181,12 +177,6 @@ class ModelConfig(_Config):
         """Return a control of the method. anchor: None keeps the method's own."""
         loss = replace(self.loss, anchor=self.loss.anchor if anchor is None else anchor, temperature=temperature)
         return replace(self, prompt=replace(self.prompt, values=prompts), loss=loss)
-
-    def with_query_weights(self, query: QueryWeights) -> Self:
-        return replace(self, reweight=replace(self.reweight, query=query))
-
-    def with_rerank_weight(self, weight: float) -> Self:
-        return replace(self, rerank=replace(self.rerank, weight=weight))
 
 
 @dataclass(frozen=True)

@@ -1,29 +1,32 @@
 """The learned parts around the frozen CLIP, and the two encoders that use them.
 
 One class holds DCAR, its ablations and the baselines (`methods`), since they differ only in which parts exist.
-A text vector never depends on an image and an image vector never on a text, so a gallery is encoded once.
+A text vector never depends on an image and an image vector never on a text, so a gallery is encoded once. What reads
+both is the second stage of a search.
+
+Letters: B images, N texts, M pairs, n tokens, P patches, E joint space, W_t and W_v widths, D' last blocks.
 """
 
 from collections.abc import Iterator
-from typing import cast
+from dataclasses import replace
+from typing import NamedTuple, TypeVar, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dcar_core.model.backbone import AdapterMatrices, Backbone
-from dcar_core.model.config import ModelConfig, PromptConfig
-from dcar_core.model.methods.method import Method
-from dcar_core.model.methods.registry import find_method, has_second_stage, require_runnable
-from dcar_core.model.methods.weight_changes import WeightChanges
-from dcar_core.model.query_prompts import LATE, PROMPTED, QueryParts, QueryPrompts, take
+from dcar_core.model.config import ModelConfig, PromptConfig, PromptValues
+from dcar_core.model.methods import Method, find_method, require_runnable
 from dcar_core.model.token_weights import TokenWeightHead
 from dcar_core.model.towers.image import ClassRowInputs, NativeImage
 from dcar_core.model.towers.text import PROMPT_STD
+from dcar_core.model.weight_changes import WeightChanges
 from dcar_core.util.arrays import Floats, Pixels
-from dcar_core.util.errors import ModelError
 
 INITIAL_TEXT = "a photo of a"
+PROMPTED, LATE = 0.25, 0.1  # weights of the two parts of the second score
+_INNER = 64
 
 
 class DualPrompts(nn.Module):
@@ -101,10 +104,59 @@ class BlockAdapters(nn.Module):
         return self.down, self.up
 
 
+class QueryParts(NamedTuple):
+    """Texts as the second stage reads them. vectors: (N, E). words: (N, n, E), normalized. mask: bool (N, n)."""
+
+    vectors: Tensor
+    words: Tensor
+    mask: Tensor
+
+
+Parts = TypeVar("Parts", QueryParts, ClassRowInputs)
+
+
+def take(parts: Parts, rows: Tensor | slice) -> Parts:
+    """Return these rows of each part."""
+    return type(parts)(*(part[rows] for part in parts))
+
+
+class QueryPrompts(nn.Module):
+    """The learned layers of the second stage [ours]. The prompts are zero at the start.
+
+    blocks: D'. values: "constant" makes the prompts of no text, as a control.
+    """
+
+    def __init__(self, backbone: Backbone, blocks: int, values: PromptValues = "learned") -> None:
+        super().__init__()
+        dim, width = backbone.embed_dim, backbone.vision_width
+        self.blocks, self.reads_query = blocks, values == "learned"
+        self.down, self.up = nn.Linear(dim, _INNER), nn.Linear(_INNER, blocks * width)
+        nn.init.zeros_(self.up.weight)
+        nn.init.zeros_(self.up.bias)
+        self.word, self.patch = nn.Linear(dim, _INNER, bias=False), nn.Linear(width, _INNER, bias=False)
+        self.late_scale = nn.Parameter(torch.tensor(3.0))  # log of 1 / temperature of late interaction in the loss
+
+    def prompts(self, vectors: Tensor) -> Tensor:
+        """(M, E), normalized -> (M, D', W_v)."""
+        prompts: Tensor = self.up(F.gelu(self.down(self.reads_query * vectors * vectors.shape[-1] ** 0.5)))
+        return prompts.reshape(len(prompts), self.blocks, -1)
+
+    def late(self, texts: QueryParts, patches: Tensor) -> Tensor:
+        """Late interaction (M,) of texts with the patches (M, P, W_v) of images."""
+        return (self.best_patches(texts, patches) * texts.mask).sum(1) / texts.mask.sum(1).clamp(min=1)
+
+    def best_patches(self, texts: QueryParts, patches: Tensor) -> Tensor:
+        """The cosine of each word with its most similar patch: (M, n)."""
+        words = F.normalize(self.word(texts.words.float()), dim=-1)
+        keys = F.normalize(self.patch(F.layer_norm(patches.float(), patches.shape[-1:])), dim=-1)
+        return (words @ keys.transpose(1, 2)).amax(-1)
+
+
 class DCAR(nn.Module):
     """A frozen backbone with its trainables. `encode_text` and `encode_image` return normalized features (B, E).
 
     changes: of the backbone's own weights, in a training; a checkpoint holds a merged model.
+    query_weights, rerank_weight: as in the configuration, or as validation prefers.
 
     Raises:
         ModelError: the backbone's towers cannot run the method; the message names one that they can.
@@ -112,12 +164,9 @@ class DCAR(nn.Module):
 
     def __init__(self, backbone: Backbone, config: ModelConfig, changes: WeightChanges | None = None) -> None:
         super().__init__()
-        require_runnable(config, backbone.level, backbone.source.model, backbone.context_length - backbone.layout.start)
-        if config.rerank.blocks and not has_second_stage(backbone, config):
-            needed = "prompts made from the query, which need an image tower of CLIP's own kind"
-            raise ModelError(f"{config.method} has {needed}; {backbone.source.model} has another: use block-adapters+")
-        self.backbone = backbone
-        self.config = config
+        require_runnable(config, backbone)
+        self.backbone, self.config = backbone, config
+        self.query_weights, self.rerank_weight = config.reweight.query, config.rerank.weight
         prompt, rerank = config.prompt, config.rerank
         self.prompts = DualPrompts(backbone, prompt) if any(prompt.depths) else None
         self.head = TokenWeightHead(backbone.text_width, config.reweight) if config.reweight.train != "none" else None
@@ -137,6 +186,12 @@ class DCAR(nn.Module):
     def method(self) -> Method:
         """The method, which training needs. Raise DcarError if its plug-in is missing."""
         return find_method(self.config.method)
+
+    @property
+    def served_config(self) -> ModelConfig:
+        """The configuration with what validation prefers."""
+        reweight = replace(self.config.reweight, query=self.query_weights)
+        return replace(self.config, reweight=reweight, rerank=replace(self.config.rerank, weight=self.rerank_weight))
 
     @property
     def scale(self) -> Tensor:
@@ -181,8 +236,7 @@ class DCAR(nn.Module):
 
     def query_features(self, tokens: Tensor) -> Tensor:
         """Features of queries before the text adapter: with the head's factors if validation preferred them."""
-        use = self.config.reweight.query == "predicted"
-        return self.text_features(tokens, self.predicted_weights(tokens) if use else None)
+        return self.text_features(tokens, self.predicted_weights(tokens) if self.query_weights == "predicted" else None)
 
     def encode_image(self, pixels: Tensor, *, rows: bool = False) -> Tensor:
         """float32 (B, 3, S, S), normalized -> (B, E), or with the patches (B, 1 + P, E)."""
@@ -226,7 +280,15 @@ class DCAR(nn.Module):
 
 
 class SecondStage:
-    """The second stage of a model, whose configuration has one."""
+    """The second stage of a search [ours]: a query scored with each of its first images, by prompts made of the query.
+
+        second score = 0.25 x cosine of the text and the image, read with the query's prompts + 0.1 x late interaction
+
+    - A bottleneck turns the text vector into a prompt for each of the last blocks of the image tower. As in ELIP (Zhan
+      et al., arXiv 2502.15682), prompts depend on the query; they are added to the class row, which reads the patches.
+    - Late interaction (FILIP): the cosine of each word with its most similar patch in a small space, mean over words.
+    - Patches never see the query, so a pair costs one row of these blocks.
+    """
 
     def __init__(self, model: DCAR) -> None:
         assert model.query_prompts is not None
@@ -255,7 +317,7 @@ class SecondStage:
     @torch.no_grad()
     def texts(self, tokens: Tensor) -> QueryParts:
         """int64 (N, n) -> parts."""
-        words = F.normalize(self.model.backbone.text_tower.token_features(tokens), dim=-1)
+        words = F.normalize(self.model.backbone.encode_text(tokens, rows=True)[:, 1:], dim=-1)
         return QueryParts(self.model.encode_query(tokens), words, self.model.backbone.layout.caption_mask(tokens))
 
     def prompted(self, texts: QueryParts, images: ClassRowInputs) -> Tensor:
@@ -276,12 +338,12 @@ class SecondStage:
     @torch.inference_mode()
     def query_scores(self, text: str, image_features: Floats) -> Floats:
         """Return the second scores (C,) of a query with each image, times their weight."""
-        backbone, config = self.model.backbone, self.model.config.rerank
+        backbone = self.model.backbone
         texts = self.texts(backbone.tokenize([text], self.model.prompt_tokens))
         images = self.images(torch.from_numpy(image_features).to(backbone.device).float())
         pairs = take(texts, torch.zeros(len(image_features), dtype=torch.long))
         scores: Floats = self.scores(pairs, images).float().cpu().numpy()
-        return scores * config.weight
+        return scores * self.model.rerank_weight
 
 
 def seeded_model(backbone: Backbone, config: ModelConfig, seed: int) -> DCAR:

@@ -4,14 +4,15 @@
   file outside its directory, and no setting that makes a library fetch or run something else.
 - Weights must be present and fit exactly; random weights must be requested. open_clip would resize tables of positions:
   that is left to published weights, which are named by a tag or a repository.
-- Every failure is one `ModelError` that says what to do.
+- Files of the Hugging Face hub that are cached are used without asking it, so a service starts without it.
 """
 
-import difflib
+import gzip
 import hashlib
 import json
-import logging
 import re
+import urllib.error
+import urllib.request
 import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -20,26 +21,25 @@ from pathlib import Path
 from typing import Any
 
 import open_clip
-import torch
 from open_clip.coca_model import MultimodalCfg
 from open_clip.model import CLIPTextCfg, CLIPVisionCfg
-from open_clip.utils import to_2tuple
 from torch import nn
 
 from dcar_core.model.config import MODEL_CONFIG, RANDOM, BackboneSource
-from dcar_core.model.hub import cache_only, fetch
-from dcar_core.model.text.cleaning import NORMALIZERS
-from dcar_core.model.text.tokenizer import (
+from dcar_core.model.tokenizer import (
+    NORMALIZERS,
+    SETTINGS,
+    TOKENIZER,
     TextTokenizer,
     clip_vocabulary,
     load_byte_pairs,
     load_hub_tokenizer,
-    read_vocabulary,
 )
-from dcar_core.util.errors import DcarError, MissingExtraError, ModelError, is_panic
+from dcar_core.util.errors import DcarError, HubUnavailableError, MissingExtraError, ModelError
 from dcar_core.util.machine import WEIGHTS_FILE, map_weights, read_shapes
 
 HUB = "hf-hub:"
+TIMEOUT_S = 5.0  # of the hub
 
 _MODEL_FIELDS = {
     "embed_dim", "vision_cfg", "text_cfg", "multimodal_cfg", "quick_gelu", "custom_text", "init_logit_scale",
@@ -60,7 +60,66 @@ _WITHOUT_EFFECT = {
     "hf_tokenizer_name", "tokenizer_kwargs", "output_tokens",
 }  # fmt: skip
 _HUB_NAME = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?")
-_LARGEST = 1 << 20  # of any number in a configuration; real ones stay below 300,000
+
+
+def fetch(repository: str, *names: str) -> Path | None:
+    """Return the first of these files that a repository has, from the cache or downloaded; None if it has none.
+
+    Raises:
+        HubUnavailableError: it is not cached, and the hub cannot be reached.
+        ModelError: the hub refuses, the connection breaks, or the disk is full.
+    """
+    from huggingface_hub import hf_hub_download, try_to_load_from_cache
+    from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
+
+    cached = [try_to_load_from_cache(repository, name) for name in names]
+    if file := next((path for path in cached if isinstance(path, str)), None):
+        return Path(file)
+    if None not in cached:  # all are known to be missing
+        return None
+    if not hub_is_reachable():
+        raise HubUnavailableError(
+            f"{names[0]} of {repository} is not cached, and the model hub cannot be reached: connect this machine, "
+            f"name a mirror by HF_ENDPOINT, or give a model's directory, such as --model examples/emoji/base"
+        )
+    for name in names:
+        try:
+            return Path(hf_hub_download(repository, name))
+        except Exception as error:  # of the HTTP library in use
+            if isinstance(error, EntryNotFoundError) and not isinstance(error, LocalEntryNotFoundError):
+                continue
+            reason = " ".join(str(error.__cause__ or error).split())
+            raise ModelError(
+                f"{name} of {repository} cannot be downloaded ({reason}): correct the name, set HF_TOKEN to a token "
+                f"that may read it, or run the same command again"
+            ) from error
+    return None
+
+
+@contextmanager
+def cache_only() -> Iterator[None]:
+    """Let libraries find fetched files without asking the hub, which takes a minute where it is out of reach."""
+    from huggingface_hub import constants
+
+    before, constants.HF_HUB_OFFLINE = constants.HF_HUB_OFFLINE, True
+    try:
+        yield
+    finally:
+        constants.HF_HUB_OFFLINE = before
+
+
+def hub_is_reachable() -> bool:
+    """Return whether the model hub responds; its own client would try for half a minute."""
+    from huggingface_hub import constants
+
+    try:
+        if not constants.HF_HUB_OFFLINE:
+            urllib.request.urlopen(urllib.request.Request(constants.ENDPOINT, method="HEAD"), timeout=TIMEOUT_S).close()
+    except urllib.error.HTTPError as error:
+        error.close()
+    except (OSError, ValueError):
+        return False
+    return not constants.HF_HUB_OFFLINE
 
 
 def builtin_models() -> dict[str, tuple[dict[str, Any], list[str]]]:
@@ -81,16 +140,16 @@ def load_open_clip(source: BackboneSource, device: str) -> tuple[nn.Module, Text
     try:
         config = read_config(source)
         tokenizer, identity = load_tokenizer(config, source.directory)
-        _require_positions(source, config)
         _fetch_weights(source, config)
         clip = _create(source, config, device).eval()
-        _require_finite(source, clip)
+        _require_positions(source, clip)
     except DcarError:
         raise
-    except BaseException as error:  # open_clip, torch, safetensors, timm and the hub client each raise their own
-        if not (isinstance(error, Exception) or is_panic(error)):
-            raise
-        raise _explained(source, error) from error
+    except Exception as error:  # open_clip, torch, safetensors, timm and the hub client each raise their own
+        reason = " ".join(str(error).split())[:500] or type(error).__name__
+        if "install transformers" in reason:
+            raise MissingExtraError(f"the text tower of {source.model}", "hf") from error
+        raise ModelError(f"{source.model} with weights {source.pretrained!r} could not be loaded: {reason}") from error
     if device == "cpu":
         map_weights(clip, source.weights_file)
     return clip, tokenizer, int(config["embed_dim"]), vector_settings(clip, config, identity)
@@ -104,40 +163,40 @@ def read_config(source: BackboneSource) -> dict[str, Any]:
         raise ModelError(f"{source.model} has no {MODEL_CONFIG}; name a model in open_clip's form")
     if file is not None:
         content = json.loads(file.read_text(encoding="utf-8"))
-        if not isinstance(content, dict) or not isinstance(content.get("model_cfg"), dict):
-            raise ModelError(f"{file} has no model_cfg; copy the file from the model's source")
-    config = content["model_cfg"] if content else open_clip.get_model_config(source.model)
+    config = content["model_cfg"] if file is not None else open_clip.get_model_config(source.model)
     for fault in _faults(config, content.get("preprocess_cfg", {}), directory):
         raise ModelError(f"the configuration of {source.model} {fault}")
-    text = config["text_cfg"]
-    if directory is not None and (name := text.get("hf_model_name")) and (directory / name / "config.json").is_file():
-        text["hf_model_name"] = str(directory / name)
     return dict(config)
 
 
 def load_tokenizer(config: Mapping[str, Any], directory: Path | None) -> tuple[TextTokenizer, str]:
     """Load the tokenizer of a checked configuration, with its identity for the content hash."""
     text = config["text_cfg"]
-    settings = text.get("tokenizer_kwargs") or {}
-    limit = int(text.get("context_length", 77))
+    settings, limit = text.get("tokenizer_kwargs") or {}, int(text.get("context_length", 77))
     if name := text.get("hf_tokenizer_name"):
-        normalizer = settings.get("clean", "whitespace")
-        strip_end = bool(settings.get("strip_sep_token"))
-        tokenizer = load_hub_tokenizer(name, directory, limit, normalizer=normalizer, strip_end=strip_end)
-        return tokenizer, tokenizer.identity()
+        normalizer, strip_end = settings.get("clean", "whitespace"), bool(settings.get("strip_sep_token"))
+        file, settings_file = _find(name, directory, TOKENIZER), _find(name, directory, SETTINGS)
+        if file is None:
+            raise ModelError(f"{directory or name} has no {TOKENIZER}, and no other tokenizer is supported")
+        tokenizer = load_hub_tokenizer(file, settings_file, limit, normalizer=normalizer, strip_end=strip_end)
+        decisive = normalizer, tokenizer.start_ids, tokenizer.end_id, tokenizer.pad_id
+        return tokenizer, f"{hashlib.sha256(file.read_bytes()).hexdigest()} {decisive}"
     normalizer, own = settings.get("clean", "lower"), settings.get("bpe_path")
     file = directory / own if own and directory is not None else clip_vocabulary()
-    tokenizer = load_byte_pairs(file) if own else TextTokenizer.for_clip()
-    identity = f"{hashlib.sha256(read_vocabulary(file).encode()).hexdigest()} {normalizer}"
-    return replace(tokenizer, limit=limit, normalizer=normalizer), identity
+    tokenizer = replace(load_byte_pairs(file) if own else TextTokenizer.for_clip(), limit=limit, normalizer=normalizer)
+    return tokenizer, f"{hashlib.sha256(gzip.decompress(file.read_bytes())).hexdigest()} {normalizer}"
+
+
+def _find(repository: str, directory: Path | None, name: str) -> Path | None:
+    if directory is None:
+        return fetch(repository, name)
+    return directory / name if (directory / name).is_file() else None
 
 
 def vector_settings(clip: Any, config: Mapping[str, Any], tokenizer: str) -> bytes:
     """What decides on vectors beside weights and preprocessing, as bytes for the content hash.
 
-    Args:
-        clip: the model. config: its `model_cfg`; settings that equal open_clip's defaults are left out.
-        tokenizer: its identity.
+    Settings that equal open_clip's defaults are left out. tokenizer: its identity.
     """
     usual = {
         part: {field.name: field.default for field in fields(kind)}
@@ -159,20 +218,15 @@ def vector_settings(clip: Any, config: Mapping[str, Any], tokenizer: str) -> byt
 
 def _require_known(source: BackboneSource) -> None:
     name, pretrained, directory = source.model, source.pretrained, source.directory
-    is_builtin = directory is None and not name.startswith(HUB)
     if directory is not None and not (directory / MODEL_CONFIG).is_file():
         raise ModelError(f"{directory} is not a model directory: it has no {MODEL_CONFIG}")
-    if is_builtin and (Path(name).is_absolute() or name.startswith(".")):
-        raise ModelError(f"there is no model directory {name}: restore it, or give its new path")
-    if is_builtin and name not in open_clip.list_models():
-        near = difflib.get_close_matches(name, open_clip.list_models(), 3, 0.5)
-        hint = f"; near it are {', '.join(near)}" if near else ""
-        raise ModelError(f"no model is named {name!r}{hint}; `dcar models` lists them, or give a model's directory")
-    if pretrained and pretrained != RANDOM and not is_builtin:
-        raise ModelError(f"{name} has weights of its own; leave out --pretrained {pretrained}")
-    if pretrained and Path(pretrained).suffix in {".pkl", ".pickle"}:
-        raise ModelError(f"{pretrained} is a pickle, which can run code; use .safetensors or a .pt state dict")
-    if is_builtin and not pretrained:
+    if directory is not None or name.startswith(HUB):
+        if pretrained and pretrained != RANDOM:
+            raise ModelError(f"{name} has weights of its own; leave out --pretrained {pretrained}")
+        return
+    if name not in open_clip.list_models():
+        raise ModelError(f"there is no model {name!r}, built in or as a directory; `dcar models` lists the names")
+    if not pretrained:
         tags = ", ".join(open_clip.list_pretrained_tags_by_model(name)) or "none is known"
         raise ModelError(
             f"{name} alone is an architecture with random weights; give --pretrained a tag ({tags}) or a "
@@ -180,37 +234,23 @@ def _require_known(source: BackboneSource) -> None:
         )
 
 
-def _require_positions(source: BackboneSource, config: Mapping[str, Any]) -> None:
-    """Require tables of positions of the configured lengths and widths in local weights."""
-    file = source.weights_file
-    if file.suffix not in {".safetensors", ".pt", ".pth", ".bin"} or not file.is_file():
+def _require_positions(source: BackboneSource, clip: nn.Module) -> None:
+    """Refuse local weights whose tables of positions open_clip has resized."""
+    if not source.weights_file.is_file():
         return
-    text, vision = CLIPTextCfg(**config["text_cfg"]), CLIPVisionCfg(**config["vision_cfg"])
-    wanted = {"positional_embedding": (text.context_length + text.embed_cls, text.width)}
-    wanted["text.positional_embedding"] = wanted["positional_embedding"]
-    if isinstance(vision.layers, int):  # a list: ResNet
-        height, width = (side // vision.patch_size for side in to_2tuple(vision.image_size))
-        wanted["visual.positional_embedding"] = (1 + height * width, vision.width)
-    for name, shape in read_shapes(file).items():
-        if shape != wanted.get(name, shape):
-            sizes = (" x ".join(map(str, each)) for each in (shape, wanted[name]))
-            raise _of_another_architecture(source, " ({} is {}, not {})".format(name, *sizes))
-
-
-def _of_another_architecture(source: BackboneSource, detail: str = "") -> ModelError:
-    return ModelError(
-        f"the weights of {source.pretrained or source.model} are of another architecture than {source.model}{detail}; "
-        f"name the model that they belong to"
-    )
+    loaded = clip.state_dict()
+    for name, shape in read_shapes(source.weights_file).items():
+        if name.endswith("positional_embedding") and name in loaded and shape != loaded[name].shape:
+            raise ModelError(f"the weights of {source.weights_file} do not fit {source.model}: {name} is {shape}")
 
 
 def _fetch_weights(source: BackboneSource, config: Mapping[str, Any]) -> None:
     """Bring the files that open_clip will ask the hub for into its cache."""
-    place = source.model.removeprefix(HUB) + "/" if source.model.startswith(HUB) else ""
+    path = source.model.removeprefix(HUB) + "/" if source.model.startswith(HUB) else ""
     if source.pretrained and source.pretrained != RANDOM:
         known = open_clip.get_pretrained_cfg(source.model, source.pretrained)
-        place = known.get("hf_hub", "") if known else ""
-    repository, _, name = place.rpartition("/")
+        path = known.get("hf_hub", "") if known else ""
+    repository, _, name = path.rpartition("/")
     if repository and fetch(repository, WEIGHTS_FILE, name or "open_clip_pytorch_model.bin") is None:
         raise ModelError(f"{repository} has no weights in open_clip's form; name another model")
     if (encoder := config["text_cfg"].get("hf_model_name")) and source.directory is None:
@@ -219,73 +259,44 @@ def _fetch_weights(source: BackboneSource, config: Mapping[str, Any]) -> None:
 
 def _create(source: BackboneSource, config: Mapping[str, Any], device: str) -> nn.Module:
     """Create the model from the checked configuration, even if its source has changed since."""
-    is_random = source.pretrained == RANDOM
+    is_random, directory = source.pretrained == RANDOM, source.directory
     towers = {name: dict(config[name]) for name in ("vision_cfg", "text_cfg", "multimodal_cfg") if name in config}
     if "timm_model_name" in towers["vision_cfg"]:
         towers["vision_cfg"]["timm_model_pretrained"] = False
-    if "hf_model_name" in towers["text_cfg"]:
+    if encoder := towers["text_cfg"].get("hf_model_name"):
         towers["text_cfg"]["hf_model_pretrained"] = False
-    with cache_only(), _errors_raised_only(), warnings.catch_warnings():
+        if directory is not None and (directory / encoder / "config.json").is_file():
+            towers["text_cfg"]["hf_model_name"] = str(directory / encoder)
+    with cache_only(), warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=".*QuickGELU mismatch.*")
         warnings.filterwarnings("ignore", category=FutureWarning)
         return open_clip.create_model(  # type: ignore[no-any-return]
-            f"local-dir:{source.directory}" if source.directory else source.model,
+            f"local-dir:{directory}" if directory else source.model,
             pretrained=None if is_random else source.pretrained or None,
             load_weights=not is_random,
             require_pretrained=not is_random,
             device=device,
-            weights_only=True,
+            weights_only=True,  # a pickle could run code
             **towers,
         )
 
 
-@contextmanager
-def _errors_raised_only() -> Iterator[None]:
-    """Drop what open_clip logs as an error: it goes to the root logger, and the exception says the same."""
-
-    def is_no_error(record: logging.LogRecord) -> bool:
-        return record.levelno < logging.ERROR
-
-    logging.getLogger().addFilter(is_no_error)  # records of other loggers do not pass it
-    try:
-        yield
-    finally:
-        logging.getLogger().removeFilter(is_no_error)
-
-
-def _require_finite(source: BackboneSource, clip: nn.Module) -> None:
-    for name, weight in clip.named_parameters():
-        if not weight.detach().sum(dtype=torch.float32).isfinite():  # without a copy of the weight
-            place = source.weights_file if source.weights_file.is_file() else source.model
-            raise ModelError(f"the weights of {place} are not finite, in {name}; copy them again, or train again")
-
-
-def _explained(source: BackboneSource, error: BaseException) -> ModelError | MissingExtraError:
-    reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-    if "install transformers" in reason:
-        return MissingExtraError(f"the text tower of {source.model}", "hf")
-    if "Error(s) in loading state_dict" in reason or "state_dict" in reason:
-        return _of_another_architecture(source)
-    return ModelError(f"{source.model} with weights {source.pretrained!r} could not be loaded: {reason}")
-
-
 def _faults(config: Any, preprocess: Any, directory: Path | None) -> Iterator[str]:
     """Yield what a configuration may not have, as the end of a sentence."""
-    if not isinstance(config, dict) or not all(isinstance(config.get(t), dict) for t in ("vision_cfg", "text_cfg")):
-        yield "has no vision_cfg and text_cfg; copy it from the model's source"
     text, vision = config["text_cfg"], config["vision_cfg"]
     settings = text.get("tokenizer_kwargs") or {}
-    yield from _faults_of("preprocess_cfg", preprocess, dict.fromkeys(_PREPROCESS_FIELDS))
-    yield from _faults_of("model_cfg", config, dict.fromkeys(_MODEL_FIELDS))
-    for part, kind in (("vision_cfg", CLIPVisionCfg), ("text_cfg", CLIPTextCfg), ("multimodal_cfg", MultimodalCfg)):
-        yield from _faults_of(part, config.get(part, {}), {field.name: field.default for field in fields(kind)})
-    yield from _faults_of("tokenizer_kwargs", settings, dict.fromkeys(_TOKENIZER_FIELDS))
-    if type(width := config.get("embed_dim")) is not int or width < 1:
-        yield f"has embed_dim {width!r:.80}; it must be a whole number above 0"
+    for part, values, allowed in (
+        ("preprocess_cfg", preprocess, _PREPROCESS_FIELDS),
+        ("model_cfg", config, _MODEL_FIELDS),
+        ("vision_cfg", vision, {field.name for field in fields(CLIPVisionCfg)}),
+        ("text_cfg", text, {field.name for field in fields(CLIPTextCfg)} - {"tokenizer_mode"}),
+        ("multimodal_cfg", config.get("multimodal_cfg", {}), {field.name for field in fields(MultimodalCfg)}),
+        ("tokenizer_kwargs", settings, _TOKENIZER_FIELDS),
+    ):
+        if unknown := sorted(values.keys() - allowed):
+            yield f"sets {', '.join(unknown)} in {part}, which a model may not set; remove it"
     if settings.get("clean", "lower") not in NORMALIZERS:
         yield f"sets clean {settings['clean']!r}; known are {list(NORMALIZERS)}"
-    if text.get("tokenizer_mode"):
-        yield "sets tokenizer_mode, which is not supported"
     for part, key, slashes in (
         (text, "hf_tokenizer_name", 1),
         (text, "hf_model_name", 1),
@@ -297,18 +308,3 @@ def _faults(config: Any, preprocess: Any, directory: Path | None) -> Iterator[st
     path = settings.get("bpe_path")
     if path is not None and (directory is None or Path(path).name != path):
         yield f"has bpe_path {path!r}; it must be a file in the model directory"
-
-
-def _faults_of(part: str, values: Any, usual: Mapping[str, Any]) -> Iterator[str]:
-    """Yield faults of one part. usual: the allowed fields with their defaults."""
-    if not isinstance(values, dict):
-        yield f"has a {part} that is not an object"
-    if unknown := sorted(values.keys() - usual.keys()):
-        yield f"sets {', '.join(unknown)} in {part}, which a model may not set; remove it"
-    for key, value in values.items():
-        numbers = [each for each in (value if isinstance(value, list) else [value]) if isinstance(each, int | float)]
-        if not all(-_LARGEST < number < _LARGEST for number in numbers):
-            yield f"has {key} {value!r:.80} in {part}, which is too large"
-        kind, is_list = type(usual[key]), isinstance(value, list | tuple) and key in {"layers", "image_size"}
-        if value is not None and kind in {int, str} and type(value) is not kind and not is_list:
-            yield f"has {key} {value!r:.80} in {part}; it must be of the type {kind.__name__}"

@@ -16,14 +16,15 @@ from dcar_core.model.config import ReweightConfig
 
 def token_text_features(backbone: Backbone, tokens: Tensor, config: ReweightConfig) -> Tensor:
     """(B, n) -> (B, n, E), not normalized, of the frozen text encoder without prompts."""
-    features = backbone.lone_token_features if config.token_feature == "alone" else backbone.text_tower.token_features
-    return features(tokens)
+    if config.token_feature == "alone":
+        return backbone.lone_token_features(tokens)
+    return backbone.encode_text(tokens, rows=True)[:, 1:]
 
 
 def image_features(backbone: Backbone, pixels: Tensor, config: ReweightConfig) -> Tensor:
     """(B, 3, S, S), normalized -> (B, E), or (B, P, E) by patches; not normalized, of the frozen image encoder."""
     by_patches = config.image_feature == "patches"
-    return backbone.image_tower.patch_features(pixels) if by_patches else backbone.encode_image(pixels)
+    return backbone.encode_image(pixels, rows=True)[:, 1:] if by_patches else backbone.encode_image(pixels)
 
 
 def pair_weights(token_features: Tensor, image: Tensor, blank: Tensor) -> Tensor:

@@ -23,7 +23,7 @@ from numpy.typing import NDArray
 
 from dcar_core.data import CleaningReport, Dataset, Sample
 from dcar_core.data.clean import fold_text
-from dcar_core.model.text.tokenizer import TextTokenizer
+from dcar_core.model.tokenizer import TextTokenizer
 from dcar_core.negatives.words import find_mentions, fold_name, replace_name, swap_attributes
 from dcar_core.util.errors import DataError
 from dcar_core.util.files import parse_json
@@ -62,7 +62,7 @@ def letter_features(names: Sequence[str]) -> NameVectors:
 
 def _clip_tokens(texts: Sequence[str]) -> list[list[int]]:
     clip = TextTokenizer.for_clip()
-    return clip.with_limit(clip.limit - _PROMPT_TOKENS).encode(texts)
+    return replace(clip, limit=clip.limit - _PROMPT_TOKENS).encode(texts)
 
 
 LETTER_FUNCTIONS = TextFunctions(letter_features, _clip_tokens)

@@ -14,8 +14,7 @@ from dcar_core.model.backbone import load_backbone
 from dcar_core.model.checkpoint import is_checkpoint, read_config, require_own_config, save_checkpoint
 from dcar_core.model.config import BackboneSource, LossDirection, TrainConfig
 from dcar_core.model.dcar import DCAR, seeded_model
-from dcar_core.model.methods.registry import DEFAULT, default_method
-from dcar_core.model.methods.registry import method as config_of
+from dcar_core.model.methods import DEFAULT, UNTOUCHED, default_method, find_method
 from dcar_core.negatives import add_negatives, backbone_functions
 from dcar_core.training.prepared_split import FeatureCache, prepare_split, report_truncation
 from dcar_core.training.train import STATE_FILE, delete_state, describe_run, different_names, train
@@ -78,7 +77,7 @@ class Verdict:
             parts.append(f"With `rerank`: {gain if change.value > 0 else 'no gain on these pairs.'}")
         if not self.is_worth_it:
             # "clip-adapter" runs on every model, but learned less than block adapters from any number of captions.
-            own = config_of(self.method)
+            own = find_method(self.method).config
             other = "" if own.adapter.text and own.prompt.length == 0 else "--method clip-adapter, "
             next_steps = f"{other}--lr {self.config.lr / 4:g}, --epochs {2 * self.config.epochs} --patience 0"
             parts.append(
@@ -126,7 +125,7 @@ def adapt(
     """Adapt a model to a data set, and write its checkpoint to `out`; return it if it is there already.
 
     Args:
-        method: a name of `methods.registry`; default: by the model's level.
+        method: a name of `model.methods`; default: by the model's level.
         images: directory of the images, if not that of the data. skip_broken: leave out images that cannot be read.
         negatives, taxonomy: as `add_negatives` takes them.
         features: directory of cached features; default: in `out`.
@@ -141,7 +140,7 @@ def adapt(
     splits, reports = Annotations(data, images).load_all(("train", "val"), "skip" if skip_broken else "require")
     backbone = load_backbone(source, pick_device(device))
     default = default_method(backbone)
-    model = seeded_model(backbone, config_of(method or default).with_loss_direction(loss), config.seed)
+    model = seeded_model(backbone, find_method(method or default).config.with_loss_direction(loss), config.seed)
     splits = add_negatives(splits, reports, backbone_functions(backbone), mode=negatives, taxonomy=taxonomy)
     cache = FeatureCache(features or out / "features", backbone)
     identity = json.loads(json.dumps(describe_run(model, splits["train"], splits["val"], config, cache)))
@@ -161,7 +160,7 @@ def adapt(
         raise
     verdict = None
     if result.history:  # else there was nothing to learn
-        verdict = verdict_of(model, seeded_model(backbone, config_of("clip"), config.seed), splits, cache, config)
+        verdict = verdict_of(model, seeded_model(backbone, UNTOUCHED, config.seed), splits, cache, config)
     is_worth_it = verdict is None or verdict.is_worth_it
     done = FinishedTraining(result.epoch, round(result.seconds, 1), "", str(verdict or ""), is_worth_it)
     notes = {**config.to_dict(), "validation": result.best, **asdict(done), "identity": identity}

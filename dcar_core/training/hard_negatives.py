@@ -4,7 +4,7 @@ The towers with their prompts and block adapters stay as they are, so each capti
 
 - The adapters of the features learn to order the images, in seconds. The validation split then chooses a point between
   the adapters before and after it (WiSE-FT, Wortsman et al. 2022), so recall there never falls.
-- The second stage (`model.query_prompts`) takes about a minute for thousands of pairs. The validation split then
+- The second stage (`model.dcar.SecondStage`) takes about a minute for thousands of pairs. The validation split then
   chooses the weight of its score; 0 is one.
 """
 
@@ -18,8 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from dcar_core.model.dcar import DCAR, SecondStage
-from dcar_core.model.query_prompts import take
+from dcar_core.model.dcar import DCAR, SecondStage, take
 from dcar_core.model.towers.image import ClassRowInputs
 from dcar_core.training.prepared_split import PreparedSplit
 from dcar_core.training.validation import (
@@ -150,7 +149,7 @@ def train_second_stage(model: DCAR, training: PreparedSplit, validation: Prepare
         for weight in WEIGHTS
     }
     best = max(WEIGHTS, key=lambda weight: mean_r1(recalls[weight]))
-    model.config = model.config.with_rerank_weight(best)
+    model.rerank_weight = best
 
 
 def _learn(model: DCAR, split: PreparedSplit, seed: int) -> None:

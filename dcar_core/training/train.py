@@ -92,7 +92,7 @@ def describe_run(
     """Return everything that determines a run, by names that a message can use. Raise DataError for a missing image."""
     return {
         "backbone": cache.backbone_hash,
-        "method": model.config.with_query_weights("none").to_dict(),
+        "method": model.config.to_dict(),
         "training data": split_key(training, cache),
         "validation data": split_key(validation, cache),
         **replace(config, amp=resolve_amp(config.amp, model.backbone.device)).to_dict(),
@@ -160,7 +160,7 @@ class _TrainingLoop:
         model = self.model.eval()
         best, finish = self.history[self.best_epoch - 1], model.method.finish
         model.load_state_dict(self.best_weights, strict=False)
-        model.config = model.config.with_query_weights(best["query"])
+        model.query_weights = best["query"]
         recall = {name: value for name, value in best.items() if "_r" in name}
         if finish is not None and model.changes is not None:
             finish(model.changes, lambda: mean_r1(evaluate(model, self.val_split)))

@@ -1,6 +1,6 @@
 """Encode a split as the service does: queries without their image, images without text. Recall on the result.
 
-Recall is that of the vectors; with a second stage (`model.query_prompts`), `rerank` gives that of its order too.
+Recall is that of the vectors; with a second stage (`model.dcar.SecondStage`), `rerank` gives that of its order too.
 """
 
 from dataclasses import dataclass
@@ -11,8 +11,7 @@ from torch import Tensor
 
 from dcar_core.data import Dataset
 from dcar_core.model.config import QueryWeights
-from dcar_core.model.dcar import DCAR, SecondStage
-from dcar_core.model.query_prompts import QueryParts, take
+from dcar_core.model.dcar import DCAR, QueryParts, SecondStage, take
 from dcar_core.negatives.words import fold_name
 from dcar_core.training.prepared_split import PreparedSplit
 from dcar_core.util.arrays import Floats, Pixels, Rows
@@ -49,7 +48,7 @@ def rerank(model: DCAR, split: PreparedSplit, text: Floats, image: Floats) -> Ra
     text, image: vectors of the captions (N, E) and of the images (I, E).
     """
     first, ranks = first_images(model, split, text, image), compute_ranks(text, image, split.image_of)
-    return ranks.reordered(first.rows, first.scores(model.config.rerank.weight), split.image_of)
+    return ranks.reordered(first.rows, first.scores(model.rerank_weight), split.image_of)
 
 
 @torch.inference_mode()
@@ -132,7 +131,7 @@ def _image_features(model: DCAR, split: PreparedSplit) -> Tensor:
 def choose_query_weights(model: DCAR, split: PreparedSplit) -> tuple[QueryWeights, Recall]:
     """Choose between plain queries and predicted token weights by validation recall; plain queries win a tie.
 
-    The model's configuration is set to the choice.
+    The model is set to the choice.
 
     Raises:
         DivergedError: an encoded vector is not finite. The last step can cause this after a finite loss.
@@ -142,11 +141,11 @@ def choose_query_weights(model: DCAR, split: PreparedSplit) -> tuple[QueryWeight
     images = encode_images(model, split)
     recalls: dict[QueryWeights, Recall] = {}
     for query in options:
-        model.config = model.config.with_query_weights(query)
+        model.query_weights = query
         captions = encode_captions(model, split)
         if not (np.isfinite(captions).all() and np.isfinite(images).all()):
             raise DivergedError(f"{model.config.method} diverged: its vectors are not finite; use a lower --lr")
         recalls[query] = recall_at_k(captions, images, split.image_of)
     best = max(options, key=lambda query: mean_r1(recalls[query]))
-    model.config = model.config.with_query_weights(best)
+    model.query_weights = best
     return best, recalls[best]

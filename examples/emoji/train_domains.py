@@ -26,7 +26,7 @@ from dcar_core.model.backbone import BackboneSource, load_backbone
 from dcar_core.model.checkpoint import load_checkpoint
 from dcar_core.model.config import TrainConfig
 from dcar_core.model.dcar import DCAR, seeded_model
-from dcar_core.model.methods.registry import method
+from dcar_core.model.methods import find_method
 from dcar_core.training.prepared_split import FeatureCache, prepare_split
 from dcar_core.training.validation import evaluate
 
@@ -45,13 +45,13 @@ def adapt(domain: str, args: argparse.Namespace) -> dict[str, object]:
     runs = []
     for name, seeds in (("clip", 1), (args.method, args.seeds)):
         for seed in range(seeds):
-            run = runner.train(method(name), seed, args.lr)
-            model, _ = load_checkpoint(runner.directory(method(name), seed, args.lr), backbone=backbone)
+            run = runner.train(find_method(name).config, seed, args.lr)
+            model, _ = load_checkpoint(runner.directory(find_method(name).config, seed, args.lr), backbone=backbone)
             run |= {"method": name, "test": test_recall(model, domain, splits)}
             runs.append(run)
     adapted = [run for run in runs if run["method"] == args.method]
     best = max(adapted, key=lambda run: run["val"]["t2i_r1"] + run["val"]["i2t_r1"])
-    bundle(runner.directory(method(args.method), best["seed"], args.lr), HERE / domain / "checkpoint")
+    bundle(runner.directory(find_method(args.method).config, best["seed"], args.lr), HERE / domain / "checkpoint")
     return {
         "runs": runs,
         "bundled_seed": best["seed"],
@@ -74,7 +74,7 @@ def measure(domain: str) -> None:
     backbone = load_backbone(BackboneSource(str(HERE / "base")))
     splits, _ = Annotations(HERE / domain).load_all(SPLITS)
     adapted, _ = load_checkpoint(HERE / domain / "checkpoint", backbone=backbone)
-    for name, model in {"zero-shot": seeded_model(backbone, method("clip"), 0), "bundled": adapted}.items():
+    for name, model in {"zero-shot": seeded_model(backbone, find_method("clip").config, 0), "bundled": adapted}.items():
         for part, recall in test_recall(model, domain, splits).items():
             print(f"| {domain}, {PARTS[part]} | {name} | {recall['t2i_r1']:.1f} | {recall['i2t_r1']:.1f} |")
 

@@ -108,7 +108,7 @@ class EncodedGallery:
 
     def __init__(self, gallery: Gallery, encoder: Encoder, work: Path, options: BuildOptions) -> None:
         self.store = ShardStore(gallery, encoder, work, options)
-        self.gallery, self._options, self._adapt = gallery, options, encoder.adapt_images
+        self.gallery, self._options, self._adapt = gallery, options, encoder.state.adapt_images
         self.shards = [self.store.load(number) for number in range(len(self.store))]
         reusable = ReusableVectors(self.store.other_folders())
         for number in self._unfinished() if len(reusable) else ():

@@ -24,7 +24,7 @@ import pyarrow.compute as pc
 from dcar_core import Encoder
 from dcar_core.data.judgements import JudgedList, read_judgements
 from dcar_core.encoder.encoder import add_portable_export
-from dcar_core.encoder.export_cache import has_portable
+from dcar_core.encoder.exports import has_portable
 from dcar_core.encoder.runtimes import AUTO, EXPORTED
 from dcar_core.model.checkpoint import PORTABLE, copy_checkpoint, missing_places, read_config, read_portable_config
 from dcar_core.util.errors import (

@@ -23,7 +23,7 @@ from dcar_core import Encoder
 from dcar_core.data import MISSING_IMAGES, Annotations
 from dcar_core.data.judgements import JudgedList
 from dcar_core.images import ImageRoot
-from dcar_core.model.text.tokenizer import common_words
+from dcar_core.model.tokenizer import common_words
 from dcar_core.util.arrays import Floats, Rows
 from dcar_core.util.errors import DataError
 from dcar_core.util.files import hash_json

@@ -31,7 +31,7 @@ from dcar_core.data.clean import fold_text
 from dcar_core.data.judgements import JudgedList, read_judgements
 from dcar_core.data.records import IMAGE_COLUMNS, RECORD_SUFFIXES, label_text, read_records, required_text, texts_of
 from dcar_core.encoder.encoder import Encoder, add_portable_export, has_started_portable, load_exact
-from dcar_core.encoder.export_cache import copy_portable
+from dcar_core.encoder.exports import copy_portable
 from dcar_core.encoder.graphs import adapter_arrays
 from dcar_core.encoder.runtimes import PROBE_TEXTS
 from dcar_core.model.checkpoint import PORTABLE, Trainables, read_config, read_trainables, write_checkpoint
@@ -405,8 +405,7 @@ class Retraining:
         served, adapter, made = self.served, self.after.adapter, new.folder / CHECKPOINT
         content = read_config(served.checkpoint)
         config = ModelConfig.from_dict(content["model"])
-        method = "clip-adapter" if config.method == "clip" else config.method
-        config = replace(config, method=method, adapter=replace(config.adapter, text=True))
+        config = replace(config, adapter=replace(config.adapter, text=True))
         trainables = self.trainables | {f"{_ADAPTER}{name}": p.numpy() for name, p in adapter.state_dict().items()}
         fingerprint = write_checkpoint(made, content["backbone"], config, trainables, self.notes)
         if has_started_portable(self.encoder, served.checkpoint):

@@ -14,7 +14,8 @@ from PIL import Image
 from app.core.callers import key_hash
 from dcar_core.images.workers import Convert, Decoded, DecodeWorker, Limits
 from dcar_core.model.backbone import BackboneSource, load_backbone
-from dcar_core.model.checkpoint import languages_of, save_zero_shot
+from dcar_core.model.catalogue import languages_of
+from dcar_core.model.checkpoint import save_zero_shot
 from index_jobs.index.index_version import IndexVersion
 from index_jobs.rebuild import rebuild
 from tests.support.files import write_jsonl

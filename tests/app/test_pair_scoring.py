@@ -11,9 +11,8 @@ import torch
 from dcar_core import Encoder
 from dcar_core.model.backbone import BackboneSource, load_backbone
 from dcar_core.model.checkpoint import save_checkpoint
-from dcar_core.model.dcar import DCAR, SecondStage
-from dcar_core.model.methods.registry import method
-from dcar_core.model.query_prompts import take
+from dcar_core.model.dcar import DCAR, SecondStage, take
+from dcar_core.model.methods import find_method
 from index_jobs.rebuild import rebuild
 from tests.support.responses import assert_problem
 from tests.support.searches import Client, ids
@@ -53,8 +52,9 @@ async def test_a_model_without_a_second_stage_does_not_rerank(
     method_name: str, tmp_path: Path, gallery: Path, tiny_model: Path
 ) -> None:
     """Nor does one whose second stage validation turned off."""
-    config = method(method_name).with_rerank_weight(0)
-    save_checkpoint(DCAR(load_backbone(BackboneSource(str(tiny_model))), config), tmp_path / "checkpoint")
+    model = DCAR(load_backbone(BackboneSource(str(tiny_model))), find_method(method_name).config)
+    model.rerank_weight = 0
+    save_checkpoint(model, tmp_path / "checkpoint")
     rebuild(gallery, tmp_path / "checkpoint", tmp_path / "index", workers=0, progress=False)
     async with opened(tmp_path / "index") as http:
         body = {"query": "red", "rerank": True}

@@ -14,9 +14,9 @@ from typer.testing import CliRunner, Result
 from app.cli import app
 from dcar_core.encoder.encoder import Encoder
 from dcar_core.model.backbone import BackboneSource, load_backbone
+from dcar_core.model.catalogue import DEFAULT, recommended_weights
 from dcar_core.model.checkpoint import read_config
 from dcar_core.model.config import MODEL_CONFIG
-from dcar_core.model.recommended import DEFAULT, recommended_weights
 from dcar_core.util.errors import DataError, HubUnavailableError, ModelError
 from dcar_core.util.machine import WEIGHTS_FILE
 from index_jobs.index.versions import open_current

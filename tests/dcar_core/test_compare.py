@@ -19,7 +19,7 @@ from dcar_core.model.backbone import Backbone
 from dcar_core.model.checkpoint import load_checkpoint
 from dcar_core.model.config import PromptConfig, TrainConfig
 from dcar_core.model.dcar import DCAR
-from dcar_core.model.methods.registry import method
+from dcar_core.model.methods import find_method
 from dcar_core.training.prepared_split import FeatureCache, prepare_split
 from dcar_core.training.train import TrainResult, train
 from dcar_core.training.validation import evaluate, new_categories
@@ -151,12 +151,13 @@ def test_a_finished_run_is_not_repeated(
 def test_another_configuration_of_a_method_is_another_run(backbone: Backbone, tiny_data: Path, tmp_path: Path) -> None:
     splits = {split: Annotations(tiny_data).load(split)[0] for split in ("train", "val", "test")}
     runs = MethodRunner(backbone, splits, tmp_path, QUICK, FeatureCache(None, backbone))
-    shorter = replace(method("coop"), prompt=PromptConfig(length=2, image=False))
-    one_way, held = method("coop").with_loss_direction("image-to-text"), method("coop").with_controls(anchor=0.5)
-    assert len({runs.directory(config, 0, 1e-3) for config in (method("coop"), shorter, one_way, held)}) == 4
+    coop = find_method("coop").config
+    shorter = replace(coop, prompt=PromptConfig(length=2, image=False))
+    one_way, held = coop.with_loss_direction("image-to-text"), coop.with_controls(anchor=0.5)
+    assert len({runs.directory(config, 0, 1e-3) for config in (coop, shorter, one_way, held)}) == 4
     automatic, exact, half = (replace(runs, config=replace(QUICK, amp=amp)) for amp in ("auto", "off", "bfloat16"))
-    assert automatic.directory(method("coop"), 0, 1e-3) == exact.directory(method("coop"), 0, 1e-3)  # on a CPU
-    assert automatic.directory(method("coop"), 0, 1e-3) != half.directory(method("coop"), 0, 1e-3)
+    assert automatic.directory(coop, 0, 1e-3) == exact.directory(coop, 0, 1e-3)  # on a CPU
+    assert automatic.directory(coop, 0, 1e-3) != half.directory(coop, 0, 1e-3)
 
 
 @pytest.mark.slow

@@ -11,10 +11,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 from PIL import Image
-from safetensors.torch import load_file, save_file
-from typer.testing import CliRunner
+from safetensors.torch import load_file
 
-from app.cli import app
 from dcar_core import Encoder
 from dcar_core.encoder.encoder import ImageRow, TextRow, encode_image_rows, encode_text_rows
 from dcar_core.model.backbone import Backbone, BackboneSource, load_backbone
@@ -96,7 +94,7 @@ def test_broken_checkpoints_are_refused_with_the_reason(
     assert all(not name.startswith("backbone") for name in load_file(tmp_path / WEIGHTS))
     good = (tmp_path / CONFIG).read_text()
     content = json.loads(good)
-    incomplete, model = "has no valid model, backbone, fingerprint or training", content["model"]
+    incomplete, model = "is not complete, or not of format 1; copy it again", content["model"]
 
     def part(name: str, **values: object) -> dict[str, object]:
         return {"model": {**model, name: {**model[name], **values}}}
@@ -105,23 +103,15 @@ def test_broken_checkpoints_are_refused_with_the_reason(
         (good.replace('"depth": 1', '"depth": 2'), "does not fit"),
         (good.replace('"sha256": "', '"sha256": "0'), "trained on another backbone"),
         (good.replace('"query": "none"', '"query": "predicted"'), "are of different trainings"),
-        (good.replace('"format": 1', '"format": 2'), "is not format 1; train again"),
+        (good.replace('"format": 1', '"format": 2'), incomplete),
         ('{"format": 1}', incomplete),
-        ({"fingerprint": None}, incomplete),
-        ({"training": [1]}, incomplete),
         (f'{{"format": 1, "model": {"[" * 200_000}{"]" * 200_000}}}', "is not JSON: nested too deeply"),
         ({"backbone": {**content["backbone"], "model": 5}}, incomplete),
         ({"model": {**model, "fine_tune": {"rank": 10**15}}}, "fine_tune: Unexpected keyword argument"),
-        ({"model": {**model, "loss": None}}, "loss: Input should be a dictionary or an instance of LossConfig"),
-        ({"model": {**model, "rerank": {"blocks": -1}}}, "rerank"),
         (part("prompt", length="four"), "prompt.length: Input should be a valid integer"),
-        (part("prompt", size=1), "prompt.size: Unexpected keyword argument"),
-        (part("prompt", text=2), "prompt.text: Input should be a valid boolean"),
         (part("adapter", blocks=5000), "adapter.blocks: Input should be less than or equal to 4096"),
-        (part("reweight", strength=[0.5]), "reweight.strength.float: Input should be a valid number"),
-        (part("reweight", query=["none"]), "reweight.query: Input should be 'none' or 'predicted'"),
+        (part("prompt", depth=2_000_000), "prompt.depth: Input should be less than or equal to 128"),
         (part("prompt", length=31), "31 prompts do not fit into the 31 tokens"),
-        (part("prompt", depth=2_000_000), "prompts for 2000000 blocks"),
     ]
     for changed, message in cases:
         (tmp_path / CONFIG).write_text(changed if isinstance(changed, str) else json.dumps(content | changed))
@@ -131,28 +121,15 @@ def test_broken_checkpoints_are_refused_with_the_reason(
     (tmp_path / WEIGHTS).write_bytes(b"half")
     with pytest.raises(CheckpointError, match="cannot be read"):
         load_checkpoint(tmp_path)
-    with pytest.raises(CheckpointError, match=r"it is a model: `dcar zero-shot --model \S+ --out DIR` makes a checkp"):
+    with pytest.raises(CheckpointError, match=r"as `dcar train` and `dcar zero-shot` write$"):
         read_config(tiny_model)
-    with pytest.raises(CheckpointError, match=r"as `dcar train --out` writes them$"):
-        read_config(tiny_model.parent)
-    with pytest.raises(CheckpointError, match=r"holds a trained checkpoint of dcar; name another --out"):
+    with pytest.raises(CheckpointError, match=r"holds a trained checkpoint; name another --out"):
         save_zero_shot(backbone, tmp_path)
     assert (tmp_path / CONFIG).read_text() == good
 
 
-def test_weights_that_are_not_finite_are_reported_as_such(model: Path, tiny_checkpoint: Path, tmp_path: Path) -> None:
-    copy_checkpoint(tiny_checkpoint, tmp_path / "trained")
-    for file, error in ((model / WEIGHTS_FILE, ModelError), (tmp_path / "trained" / WEIGHTS, CheckpointError)):
-        weights = load_file(file)
-        name = max(weights, key=lambda each: weights[each].numel())
-        weights[name].view(-1)[0] = float("nan")
-        save_file(weights, file)
-        with pytest.raises(error, match=f"{file.name} .*not finite, in {name}"):
-            Encoder.load(file.parent, device="cpu", runtime="auto")
-
-
 def test_query_weights_come_from_the_text_alone(backbone: Backbone) -> None:
-    model = DCAR(backbone, ModelConfig().with_query_weights("predicted"))
+    model = DCAR(backbone, ModelConfig(reweight=ReweightConfig(query="predicted")))
     assert model.head is not None
     tokens = backbone.tokenize(["a red square"], model.prompt_tokens)
     with torch.no_grad():
@@ -167,11 +144,8 @@ def test_query_weights_come_from_the_text_alone(backbone: Backbone) -> None:
 
 
 def test_input_that_is_no_list_of_texts_or_images_is_refused(encoder: Encoder, tmp_path: Path) -> None:
-    for texts in ("crying cat", (each for each in ["crying cat"]), [None], ["crying cat", 3]):
-        with pytest.raises(TypeError, match="list of texts"):
-            encoder.encode_text(texts)  # type: ignore[arg-type]
-    with pytest.raises(TypeError, match="not ndarray"):
-        encoder.encode_images([np.zeros((8, 8, 3), np.uint8)])  # type: ignore[list-item]
+    with pytest.raises(TypeError, match="list of texts"):
+        encoder.encode_text("crying cat")
     for picture in ("a.png", Path("a.png"), b"bytes", Image.new("RGB", (8, 8))):
         with pytest.raises(TypeError, match="list of images"):
             encoder.encode_images(picture)  # type: ignore[arg-type]
@@ -182,12 +156,9 @@ def test_input_that_is_no_list_of_texts_or_images_is_refused(encoder: Encoder, t
 
 
 def test_zero_shot_checkpoint_gives_the_models_vectors(tiny_model: Path, backbone: Backbone, tmp_path: Path) -> None:
-    given = ["zero-shot", "--model", str(tiny_model), "--out", str(tmp_path / "clip")]
-    done, again = (CliRunner().invoke(app, given, catch_exceptions=False) for _ in range(2))
-    assert done.output.startswith(f"{tmp_path / 'clip'}: {tiny_model} unadapted, fingerprint ")
-    assert again.output == done.output, "the same once more"
+    first, again = (save_zero_shot(backbone, tmp_path / "clip") for _ in range(2))
     encoder = Encoder.load(tmp_path / "clip")
-    assert encoder.fingerprint.startswith(done.output.split()[-1])
+    assert first == again == encoder.fingerprint == Encoder.load(tiny_model).fingerprint
     texts = ["a red circle", "a blue square"]
     plain = F.normalize(backbone.encode_text(backbone.tokenize(texts)), dim=-1)
     np.testing.assert_allclose(encoder.encode_text(texts), plain.detach().numpy(), atol=1e-5)
@@ -196,7 +167,7 @@ def test_zero_shot_checkpoint_gives_the_models_vectors(tiny_model: Path, backbon
 TEXTS = ("a red square", "circle", "a rather long caption, with a comma in it", "x", "a blue cross on white")
 MIXED = {
     "a": ModelConfig(),
-    "b": ModelConfig().with_query_weights("predicted"),
+    "b": ModelConfig(reweight=ReweightConfig(query="predicted")),
     "c": ModelConfig(adapter=AdapterConfig(text=True, image=True)),
     "deep": ModelConfig(prompt=PromptConfig(depth=2)),
     "short": ModelConfig(prompt=PromptConfig(length=2)),
@@ -224,22 +195,10 @@ def encoders(backbone: Backbone, tmp_path_factory: pytest.TempPathFactory) -> di
 
 @pytest.mark.parametrize(
     ("names", "text_passes", "image_passes"),
-    [
-        ("a", 1, 1),
-        ("ab", 1, 1),
-        ("abc", 1, 1),
-        ("de", 1, 1),
-        ("ade", 1, 2),
-        (["a", "b", *SHAPES], 3, 4),
-        (["a", "c", *SHAPES], 3, 4),
-    ],
+    [("abc", 1, 1), ("ade", 1, 2), (["a", "b", *SHAPES], 3, 4)],
 )
 def test_mixed_rows_equal_each_encoder_alone(
-    encoders: dict[str, Encoder],
-    names: list[str],
-    text_passes: int,
-    image_passes: int,
-    monkeypatch: pytest.MonkeyPatch,
+    encoders: dict[str, Encoder], names: list[str], text_passes: int, image_passes: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("dcar_core.encoder.state.PASS_COST", 10_000)  # so length alone does not split a batch
     pixels = np.random.default_rng(0).integers(0, 256, (4, 3, 32, 32), np.uint8)
@@ -255,11 +214,6 @@ def test_mixed_rows_equal_each_encoder_alone(
         np.testing.assert_allclose(vector, row.encoder.encode_text([row.text])[0], atol=2e-6)
     for each, vector in zip(images, mixed_images, strict=True):
         np.testing.assert_allclose(vector, each.encoder.encode_pixels(each.pixels[None])[0], atol=2e-6)
-
-
-def test_encoders_differ_enough_to_reveal_a_mix_up(encoders: dict[str, Encoder]) -> None:
-    vectors = np.concatenate([encoder.encode_text(["a red square"]) for encoder in encoders.values()])
-    assert (vectors @ vectors.T - np.eye(len(vectors))).max() < 0.999
 
 
 linux = pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
@@ -289,12 +243,3 @@ def test_weights_are_mapped_from_their_file_and_released(model: Path, tmp_path: 
     weights["logit_scale"].fill_(3.0)
     release_pages([model])
     assert weights["logit_scale"].item() == 3.0, "written pages are kept"
-
-
-@linux
-def test_half_precision_weights_are_not_mapped(model: Path) -> None:
-    file = model / WEIGHTS_FILE
-    save_file({name: weight.half() for name, weight in load_file(file).items()}, file)
-    backbone = load_backbone(BackboneSource(str(model)))
-    assert mapped(file) == 0
-    assert {weight.dtype for weight in backbone.parameters()} == {torch.float32}

@@ -17,7 +17,7 @@ from dcar_core.evaluation.tables import COLUMNS, best_method, mean_categories, p
 from dcar_core.model.backbone import Backbone
 from dcar_core.model.config import TrainConfig
 from dcar_core.model.dcar import seeded_model
-from dcar_core.model.methods.registry import method
+from dcar_core.model.methods import find_method
 from dcar_core.training.adapt import Verdict, verdict_of
 from dcar_core.training.prepared_split import FeatureCache, prepare_split
 from dcar_core.util.arrays import Floats
@@ -81,7 +81,7 @@ def analysed(
     """Analyse the first pairs of a split: one image for each letter of `categories`, with unit vectors of their own."""
     image = np.eye(len(categories), dtype=np.float32)
     samples = [replace(s, category=c) for s, c in zip(data.samples, categories, strict=False)]
-    model, data = seeded_model(backbone, method("clip"), 0), replace(data, samples=samples)
+    model, data = seeded_model(backbone, find_method("clip").config, 0), replace(data, samples=samples)
     negatives = [image[-1:], image[:0], *([image[:1]] if categories == "aab" else [image[:0]] * 2)]
     monkeypatch.setattr(module, "encode_captions", lambda *_: text)
     monkeypatch.setattr(module, "encode_images", lambda *_: image)
@@ -107,7 +107,8 @@ def test_analysis_equals_a_hand_calculation(
 
 @pytest.mark.parametrize("name", ["coop", "dcar"])
 def test_hard_negatives_are_encoded_as_queries(name: str, backbone: Backbone, training: Dataset) -> None:
-    model = seeded_model(backbone, method(name).with_query_weights("predicted"), 0)
+    model = seeded_model(backbone, find_method(name).config, 0)
+    model.query_weights = "predicted"
     if model.head is not None:
         torch.nn.init.normal_(model.head.linear.weight)
     prepared = prepare_split(training, model, for_training=False)
@@ -141,7 +142,7 @@ def test_hard_negatives_are_encoded_as_queries(name: str, backbone: Backbone, tr
     ],
 )
 def test_the_cost_of_serving(name: str, expected: tuple[str, str], backbone: Backbone) -> None:
-    cost = serving_cost(seeded_model(backbone, method(name), 0))
+    cost = serving_cost(seeded_model(backbone, find_method(name).config, 0))
     assert (cost["backbone"], cost["gallery"]) == expected
     weights = sum(4 * p.numel() for p in backbone.clip.parameters())
     assert (cost["bytes"] == 0) == (name == "clip")
@@ -195,7 +196,7 @@ def test_the_second_stage_has_a_line_of_its_own(found: int, line: str) -> None:
 
 def test_new_categories_are_resampled_whole(backbone: Backbone, pairs: tuple[Dataset, Dataset]) -> None:
     new = [replace(sample, category=f"new {row // 3}") for row, sample in enumerate(pairs[1].samples)]
-    adapted, untouched = (seeded_model(backbone, method(name), 0) for name in ("clip-adapter", "clip"))
+    adapted, untouched = (seeded_model(backbone, find_method(name).config, 0) for name in ("clip-adapter", "clip"))
     for val, categories in ((pairs[1], None), (replace(pairs[1], samples=new), len(new) // 3)):
         splits, cache = {"train": pairs[0], "val": val}, FeatureCache(None, backbone)
         found = verdict_of(adapted, untouched, splits, cache, TrainConfig())

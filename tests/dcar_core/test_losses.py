@@ -1,6 +1,7 @@
 """The loss terms and token weights against hand calculations, and one step in parts and in mixed precision."""
 
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -11,10 +12,10 @@ from torch import Tensor
 
 from dcar_core.data import Dataset
 from dcar_core.model.backbone import Backbone
-from dcar_core.model.config import Amp, LossConfig, ModelConfig, ReweightConfig, TrainWeights
+from dcar_core.model.config import Amp, LossConfig, ReweightConfig, TrainWeights
 from dcar_core.model.dcar import DCAR, seeded_model
-from dcar_core.model.methods.registry import METHODS, method
-from dcar_core.model.token_weights import TokenWeightHead, blend, pair_weights
+from dcar_core.model.methods import METHODS, find_method
+from dcar_core.model.token_weights import blend, pair_weights
 from dcar_core.training import objective
 from dcar_core.training.objective import (
     MixedPrecision,
@@ -48,13 +49,6 @@ def test_contrastive_loss_equals_a_hand_calculation(positives: str) -> None:
     to_text = F.cross_entropy(logits.T, own.T / own.T.sum(1, keepdim=True))
     torch.testing.assert_close(contrastive_loss(text, image, own, SCALE), (to_image + to_text) / 2)
     torch.testing.assert_close(contrastive_loss(text, image, own, SCALE, "image-to-text"), to_text)
-
-
-def test_equal_captions_are_positives_never_negatives() -> None:
-    text = features(1, 1).repeat(2, 1).requires_grad_()  # a perfect model, two pairs that read the same
-    loss = contrastive_loss(text, text.detach(), torch.ones(2, 2, dtype=torch.bool), SCALE)
-    assert loss.item() == pytest.approx(np.log(2)), "the floor when the target is spread"
-    assert torch.autograd.grad(loss, text)[0].abs().max() < 1e-5
 
 
 def test_category_loss_equals_a_hand_calculation_and_ignores_padding() -> None:
@@ -92,16 +86,6 @@ def test_anchor_and_head_loss_equal_a_hand_calculation() -> None:
     torch.testing.assert_close(anchor_loss(-frozen, frozen), torch.tensor(2.0))
     weights = torch.tensor([[9.0, 1.0, 2.0, 9.0]])
     assert head_loss(weights, torch.tensor([[0.0, 1.0, 0.0, 0.0]]), real).item() == 2.0
-    assert head_loss(weights, weights + 1, torch.zeros_like(real)) == 0  # no words at all
-
-
-def test_a_configuration_becomes_a_dict_and_back() -> None:
-    for name in ("dcar", "dcar-alone", "dcar-patches", "dcar+"):
-        assert ModelConfig.from_dict(method(name).to_dict()) == method(name)
-    one = ModelConfig().with_loss_direction("image-to-text")
-    assert ModelConfig.from_dict(one.to_dict()) == one
-    with pytest.raises(ValueError, match=r"loss\.direction: Input should be 'both' or 'image-to-text'"):
-        ModelConfig.from_dict({"loss": {"direction": "text"}})
 
 
 def test_pair_weights_and_their_blend_equal_a_hand_calculation() -> None:
@@ -115,7 +99,6 @@ def test_pair_weights_and_their_blend_equal_a_hand_calculation() -> None:
     torch.testing.assert_close(weights[0, 1:3], torch.tensor([1.2, 0.8]))  # 1.207 and 0.793, clipped
     gentle = blend(raw, real, ReweightConfig(strength=0.1))[0, 1:3]
     torch.testing.assert_close(gentle, 1 + 0.1 * torch.tensor([2 * half - 1, 1 - 2 * half]))
-    torch.testing.assert_close(pair_weights(3 * words, torch.tensor([[0.0, 2.0]]), torch.tensor([1.0, 1.0])), raw)
     assert blend(torch.zeros(1, 4), real, ReweightConfig()).isfinite().all()  # a white image
 
 
@@ -123,22 +106,7 @@ def test_pair_weights_can_use_the_most_similar_patch() -> None:
     words = torch.tensor([[[1.0, 0.0], [0.0, 1.0]]])
     patches = torch.tensor([[[3.0, 4.0], [0.0, -1.0]]])
     white = torch.tensor([[1.0, 0.0], [5.0, 12.0]])
-    found = pair_weights(words, patches, white)
-    torch.testing.assert_close(found, torch.tensor([[1 - 0.6, 12 / 13 - 0.8]]))
-    same = pair_weights(words, patches[:, :1], white[:1])
-    torch.testing.assert_close(same, pair_weights(words, patches[:, 0], white[0]))
-
-
-def test_predicted_weights_follow_the_direction_of_an_embedding_and_stay_in_bounds() -> None:
-    head, real = TokenWeightHead(8, ReweightConfig(low=0.8, high=1.2)), torch.ones(1, 6, dtype=torch.bool)
-    torch.nn.init.normal_(head.linear.weight, generator=torch.Generator().manual_seed(0))
-    embeddings = torch.nn.functional.normalize(torch.randn(1, 6, 8, generator=torch.Generator().manual_seed(2)), dim=-1)
-    factors = head(embeddings, real).detach()
-    assert [float(factors.min()), float(factors.max())] == pytest.approx([0.8, 1.2])
-    with torch.no_grad():
-        head.linear.weight.mul_(0.02)
-    torch.testing.assert_close(head(embeddings, real), head(50 * embeddings, real), rtol=1e-3, atol=1e-4)
-    assert head(embeddings, real).std() > 0.01
+    torch.testing.assert_close(pair_weights(words, patches, white), torch.tensor([[1 - 0.6, 12 / 13 - 0.8]]))
 
 
 def gradients(model: DCAR) -> dict[str, Tensor]:
@@ -173,7 +141,7 @@ def check_parts(model: DCAR, data: PreparedSplit, rows: Rows) -> dict[str, Tenso
 
 def test_a_learned_temperature_has_the_gradient_of_the_whole_batch(backbone: Backbone, training: Dataset) -> None:
     """It is that of L_con and L_cate, and starts at CLIP's."""
-    model = seeded_model(backbone, method("dcar").with_controls(temperature="learned"), 0)
+    model = seeded_model(backbone, find_method("dcar").config.with_controls(temperature="learned"), 0)
     torch.testing.assert_close(model.scale, backbone.scale)
     model, data = move_weights(model, training)
     rows = np.arange(len(data))
@@ -188,7 +156,7 @@ def test_a_learned_temperature_has_the_gradient_of_the_whole_batch(backbone: Bac
 def test_loss_equals_the_pairs_one_by_one(weights: TrainWeights, backbone: Backbone, described_twice: Dataset) -> None:
     """Compute the loss with every caption and image encoded alone, from its four weighted terms."""
     terms = LossConfig(category=0.3, head=0.7, anchor=0.2, alpha=0.4)
-    config = replace(method("dcar+"), reweight=ReweightConfig(train=weights), loss=terms)
+    config = replace(find_method("dcar+").config, reweight=ReweightConfig(train=weights), loss=terms)
     torch.manual_seed(0)
     model, data = move_weights(DCAR(backbone, config), described_twice)
     used, adapter, candidates = data.pair_weights, model.category_adapter(), data.candidate_weights
@@ -232,22 +200,22 @@ def test_mixed_precision_is_close_to_full(amp: Amp, backbone: Backbone, training
         assert similar > 0.9, key
 
 
-@pytest.mark.parametrize("loss", ["category_loss", "head_loss", "anchor_loss", "contrastive_loss"])
 def test_losses_are_full_precision_in_a_mixed_pass(
-    loss: str, backbone: Backbone, training: Dataset, monkeypatch: pytest.MonkeyPatch
+    backbone: Backbone, training: Dataset, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    whole, seen = getattr(objective, loss), []
+    names, seen = ("category_loss", "head_loss", "anchor_loss", "contrastive_loss"), []
 
-    def spy(*given: Any) -> Tensor:
+    def spy(name: str, whole: Any, *given: Any) -> Tensor:
         dtypes = {each.dtype for each in given if isinstance(each, Tensor) and each.is_floating_point()}
-        seen.append((torch.is_autocast_enabled("cpu"), dtypes))
+        seen.append((name, torch.is_autocast_enabled("cpu"), dtypes))
         return whole(*given)
 
-    monkeypatch.setattr(objective, loss, spy)
+    for name in names:
+        monkeypatch.setattr(objective, name, partial(spy, name, getattr(objective, name)))
     model, data = model_and_data(backbone, training, "dcar+")
     accumulate_gradients(model, data, np.arange(len(data)), precision=MixedPrecision("bfloat16", torch.device("cpu")))
-    assert seen
-    assert all(each == (False, {torch.float32}) for each in seen)
+    assert {name for name, *_ in seen} == {*names}
+    assert all(precision == [False, {torch.float32}] for _, *precision in seen)
 
 
 def test_automatic_precision_takes_no_emulated_bfloat16(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -14,7 +14,7 @@ from dcar_core.data import CleaningReport, Dataset
 from dcar_core.model.backbone import Backbone
 from dcar_core.model.config import PromptConfig
 from dcar_core.model.dcar import DCAR, seeded_model
-from dcar_core.model.methods.registry import method
+from dcar_core.model.methods import find_method
 from dcar_core.model.token_weights import blend, pair_weights
 from dcar_core.training import prepared_split as module
 from dcar_core.training.prepared_split import FeatureCache, prepare_split, report_truncation, split_key
@@ -31,14 +31,17 @@ def test_token_weights_are_of_each_caption_with_its_own_image(
     """Compute weights from the texts and images that the options name, relative to a white image."""
     monkeypatch.setattr(module, "TEXT_BATCH", 4)
     model, data = model_and_data(backbone, described_twice, name)
-    words = backbone.lone_token_features if name == "dcar-alone" else backbone.text_tower.token_features
-    pictures = backbone.image_tower.patch_features if name == "dcar-patches" else backbone.encode_image
     size = backbone.preprocess.size
     pixels = [backbone.preprocess(described_twice.read(sample.image)) for sample in described_twice.samples]
     seen = np.stack([*pixels, np.full((3, size, size), 255, np.uint8)])
     with torch.no_grad():
-        found = pictures(torch.from_numpy(backbone.preprocess.normalize(seen)))
-        raw = pair_weights(words(data.tokens), found[:-1], found[-1])
+        found = backbone.encode_image(
+            torch.from_numpy(backbone.preprocess.normalize(seen)), rows=name == "dcar-patches"
+        )
+        found = found[:, 1:] if name == "dcar-patches" else found
+        words = backbone.encode_text(data.tokens, rows=True)[:, 1:]
+        words = backbone.lone_token_features(data.tokens) if name == "dcar-alone" else words
+        raw = pair_weights(words, found[:-1], found[-1])
     assert data.pair_weights is not None
     wanted = blend(raw, model.backbone.layout.caption_mask(data.tokens), model.config.reweight)
     torch.testing.assert_close(data.pair_weights, wanted, rtol=1e-3, atol=1e-3)
@@ -76,7 +79,9 @@ def test_category_names_are_case_folded_and_eight_negatives_are_used(backbone: B
     assert prepared.candidate_weights is not None
     assert prepared.candidate_weights[0].tolist() == [1.0] + [1.0, 1.5] * 4
     unknown = replace(training.samples[0], category="", negatives=("one", "two"), negative_categories=("", "face"))
-    prepared = prepare_split(replace(training, samples=[unknown]), DCAR(backbone, method("dcar")), for_training=True)
+    prepared = prepare_split(
+        replace(training, samples=[unknown]), DCAR(backbone, find_method("dcar").config), for_training=True
+    )
     assert prepared.candidate_weights is not None
     assert prepared.candidate_weights[0].tolist() == [1.0, 1.0, 1.5], (
         "an unknown category is not known to be another one"
@@ -99,7 +104,9 @@ def test_true_caption_is_no_negative_of_its_image(backbone: Backbone, training: 
         replace(other, caption="birthday  party"),
         replace(other, caption="loud"),
     ]
-    data = prepare_split(replace(training, samples=samples), DCAR(backbone, method("coop")), for_training=True)
+    data = prepare_split(
+        replace(training, samples=samples), DCAR(backbone, find_method("coop").config), for_training=True
+    )
     found = data.positives(np.arange(6))
     wanted = np.array(
         [  # of the image of:  gift gift popper cat other other
@@ -118,8 +125,11 @@ def test_true_caption_is_no_negative_of_its_image(backbone: Backbone, training: 
 
 
 def test_feature_cache_returns_the_computed_features(backbone: Backbone, training: Dataset, tmp_path: Path) -> None:
-    shorter = replace(method("dcar"), prompt=PromptConfig(length=2))
-    for config in (shorter, *map(method, ("dcar", "clip-adapter", "dcar-alone", "dcar-patches"))):
+    shorter = replace(find_method("dcar").config, prompt=PromptConfig(length=2))
+    for config in (
+        shorter,
+        *(find_method(name).config for name in ("dcar", "clip-adapter", "dcar-alone", "dcar-patches")),
+    ):
         model, plain = move_weights(DCAR(backbone, config), training)
         for _ in range(2):  # the second time from the disk
             cached = prepare_split(training, model, for_training=True, cache=FeatureCache(tmp_path, backbone))
@@ -134,7 +144,7 @@ def test_feature_cache_misses_for_other_images_texts_and_weights(
     backbone: Backbone, training: Dataset, tiny_gallery: Path, retrained: Backbone, tmp_path: Path
 ) -> None:
     def entries(backbone: Backbone, data: Dataset) -> int:
-        model = seeded_model(backbone, method("clip-adapter"), 0)
+        model = seeded_model(backbone, find_method("clip-adapter").config, 0)
         prepare_split(data, model, for_training=True, cache=FeatureCache(tmp_path, backbone))
         return len([path for path in tmp_path.rglob("*") if path.is_file()])
 

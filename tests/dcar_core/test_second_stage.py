@@ -17,8 +17,8 @@ from dcar_core.model.backbone import Backbone, BackboneSource
 from dcar_core.model.checkpoint import load_checkpoint, save_checkpoint
 from dcar_core.model.config import MODEL_CONFIG, RerankConfig, TrainConfig
 from dcar_core.model.dcar import DCAR, SecondStage, seeded_model
-from dcar_core.model.methods.registry import method
-from dcar_core.model.towers.prompt_rows import PromptRows
+from dcar_core.model.methods import find_method
+from dcar_core.model.towers.text import PromptRows
 from dcar_core.training import hard_negatives
 from dcar_core.training.adapt import adapt
 from dcar_core.training.hard_negatives import train_second_stage, tune_on_hard_negatives
@@ -50,7 +50,7 @@ def model(backbone: Backbone) -> DCAR:
 
 
 def untrained(backbone: Backbone, name: str = "query-prompts") -> DCAR:
-    return seeded_model(backbone, method(name), 0).eval()
+    return seeded_model(backbone, find_method(name).config, 0).eval()
 
 
 def weights(model: DCAR) -> dict[str, torch.Tensor]:
@@ -84,7 +84,7 @@ def test_hard_negatives_move_the_feature_adapters_alone_and_cost_no_validation_r
 
 
 def test_images_that_a_caption_describes_are_no_negatives(backbone: Backbone, described_twice: Dataset) -> None:
-    model = seeded_model(backbone, method("block-adapters+"), 0)
+    model = seeded_model(backbone, find_method("block-adapters+").config, 0)
     split = prepare_split(described_twice, model, for_training=True)
     texts, images = (torch.from_numpy(encode(model, split)) for encode in (encode_captions, encode_images))
     nearest = hard_negatives.nearest_wrong_images(texts, images, split.right_answers()[0])
@@ -117,7 +117,7 @@ def test_a_pair_costs_one_row_and_equals_whole_passes_over_unprompted_patches(mo
 
 @torch.no_grad()
 def test_constant_prompts_are_those_of_no_query(model: DCAR) -> None:
-    config = method("query-prompts").with_controls(prompts="constant")
+    config = find_method("query-prompts").config.with_controls(prompts="constant")
     control = seeded_model(model.backbone, config, 0)
     control.load_state_dict(dict(model.trainables()), strict=False)
     first, second = F.normalize(torch.randn(2, 1, model.backbone.embed_dim), dim=-1)
@@ -183,7 +183,7 @@ def test_training_learns_the_second_stage_alone_and_costs_no_validation_recall(
 def test_the_vectors_are_those_of_block_adapters_plus(backbone: Backbone, pairs: tuple[Dataset, Dataset]) -> None:
     vectors, results = [], []
     for name in ("block-adapters+", "query-prompts"):
-        model = seeded_model(backbone, method(name), 0)
+        model = seeded_model(backbone, find_method(name).config, 0)
         result = train(model, *pairs, TrainConfig(epochs=2, batch_size=6))
         assert result.seconds > result.history[-1]["seconds"], "what follows the epochs takes time too"
         results.append(result.best)
@@ -209,14 +209,14 @@ def test_a_stage_that_costs_or_gains_no_validation_recall_is_turned_off(
     before = evaluate(model, split)
     assert before["t2i_r5"] > 0
     train_second_stage(model, split, split, 0)
-    assert not model.config.reranks
+    assert model.rerank_weight == 0
     assert reranked_recall(model, split) == before
 
 
 def test_images_beyond_the_memory_limit_are_left_out(
     backbone: Backbone, training: Dataset, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    model = seeded_model(backbone, method("query-prompts"), 0).eval()
+    model = seeded_model(backbone, find_method("query-prompts").config, 0).eval()
     split = prepare_split(training, model, for_training=True)
     stage, random = SecondStage(model), np.random.default_rng
     _, whole = hard_negatives.image_parts(stage, split, random(0))
@@ -230,11 +230,11 @@ def test_images_beyond_the_memory_limit_are_left_out(
 def test_a_checkpoint_keeps_the_stage_and_its_weight(model: DCAR, training: Dataset, tmp_path: Path) -> None:
     fingerprints = []
     for weight in (1.0, 0.5):
-        model.config = model.config.with_rerank_weight(weight)
+        model.rerank_weight = weight
         fingerprints.append(save_checkpoint(model, tmp_path))
     loaded, fingerprint = load_checkpoint(tmp_path)
     assert fingerprint == fingerprints[1] != fingerprints[0]
-    assert loaded.config == model.config
+    assert loaded.config == model.served_config
     split = prepare_split(training, model, for_training=False)
     vectors = encode_captions(model, split), encode_images(model, split)
     expected = first_images(model, split, *vectors).second
@@ -253,10 +253,10 @@ def test_the_stage_orders_the_first_images_alone() -> None:
 def test_an_image_tower_of_another_kind_is_refused(backbone: Backbone, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(backbone.image_tower, "pools_class_row", False)
     with pytest.raises(ModelError, match=r"query-prompts has prompts made .* use block-adapters\+$"):
-        DCAR(backbone, method("query-prompts"))
+        DCAR(backbone, find_method("query-prompts").config)
     monkeypatch.undo()
     with pytest.raises(ModelError, match="query-prompts has prompts"):
-        DCAR(backbone, replace(method("query-prompts"), rerank=RerankConfig(blocks=9)))
+        DCAR(backbone, replace(find_method("query-prompts").config, rerank=RerankConfig(blocks=9)))
 
 
 def test_a_tower_without_a_class_row_is_trained_without_the_stage(

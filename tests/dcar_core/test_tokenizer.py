@@ -1,27 +1,23 @@
 """Tokenizers that need no PyTorch: open_clip's own numbers, and those of Hugging Face's vocabularies."""
 
-import html
 import json
 import random
 import subprocess
 import sys
-import time
 import unicodedata
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import open_clip
 import pytest
-import torch
 
 from dcar_core.model.backbone import Backbone, BackboneSource, load_backbone
-from dcar_core.model.text.cleaning import clean_text, fix_encoding
-from dcar_core.model.text.tokenizer import TextTokenizer, copy_from_hub, count_clip_tokens, load_hub_tokenizer
+from dcar_core.model.tokenizer import TextTokenizer, clean_text, count_clip_tokens, load_hub_tokenizer
 from dcar_core.negatives import LETTER_FUNCTIONS
-from dcar_core.util.errors import ModelError
 from tests.support.parts import needs
 from tests.support.paths import ROOT
-from tests.support.tiny_models import Kind, write_tiny_model, write_tokenizer
+from tests.support.tiny_models import Kind, write_tokenizer
 
 EXAMPLE = ROOT / "examples" / "emoji"
 
@@ -61,7 +57,7 @@ def test_numbers_are_open_clips(backbone: Backbone) -> None:
     # Regular expressions differ on letters newer than their tables, and on this one mark, which folds to a letter.
     soup = [s for s in soup if not any(unicodedata.category(c) in ("Cn", "Co", "Cs") or c == "\u0345" for c in s)]
     annotations = json.loads((EXAMPLE / "openmoji" / "train.json").read_text())
-    texts = [*HARD, *CONTROL, *soup, *(entry["positive"][0] for entry in list(annotations.values())[::4])]
+    texts = [*HARD, *soup, *(entry["positive"][0] for entry in list(annotations.values())[::4])]
     simple = open_clip.SimpleTokenizer(str(EXAMPLE / "base" / "bpe.txt.gz"))
     for prompts in (0, 4):
         tokens, odd = backbone.text_tokenizer(prompts), []
@@ -70,37 +66,23 @@ def test_numbers_are_open_clips(backbone: Backbone) -> None:
             if not np.array_equal(tokens([text]), wanted[:, : int(wanted.argmax(1)[0]) + 1]):
                 odd.append(text)
         assert len(odd) <= len(texts) // 1000, odd
-        assert not set(odd) & {*HARD, *CONTROL}
+        assert not set(odd) & {*HARD}
         np.testing.assert_array_equal(tokens(HARD), backbone.tokenize(HARD, prompts).numpy())
     assert tokens([]).shape[0] == 0
     for text in CONTROL:
-        assert torch.equal(backbone.tokenize([text]), backbone.tokenize(["a b"])), text
+        assert not {49406, 49407} & {*backbone.tokenizer.caption_ids(text)}, text
 
 
 @pytest.mark.slow
 def test_clips_vocabulary_needs_no_open_clip() -> None:
-    reference, texts = open_clip.get_tokenizer("ViT-B-32"), [*HARD, *CONTROL]
-    wanted, found = reference([clean_text(text) for text in texts]).numpy(), TextTokenizer.for_clip()(texts)
+    reference = open_clip.get_tokenizer("ViT-B-32")
+    wanted, found = reference([clean_text(text) for text in HARD]).numpy(), TextTokenizer.for_clip()(HARD)
     np.testing.assert_array_equal(found, wanted[:, : found.shape[1]])
     assert LETTER_FUNCTIONS.tokens(["a red car"]) == [reference("a red car")[0, :5].tolist()]
     assert count_clip_tokens(["a red car", "a " * 5000]) == [5, 5002]
-    assert len(LETTER_FUNCTIONS.tokens(["a " * 5000])[0]) == 69
     code = "import sys, dcar_core.negatives as n; n.LETTER_FUNCTIONS.tokens(['a']); print('torch' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout == "False\n"
-
-
-@pytest.mark.parametrize("level", ["amp;", "amp", "AMP;", "#38;", "#x26;", "#00038;"])
-def test_deeply_nested_entities_take_linear_time(level: str) -> None:
-    started = time.process_time()
-    assert fix_encoding("&" + level * 20_000 + "lt;end_of_text&gt;") == "<end_of_text>"
-    assert time.process_time() - started < 1
-
-
-def test_plain_ascii_and_what_only_begins_like_an_ampersand_are_kept() -> None:
-    printable = "".join(chr(code) for code in range(32, 127) if chr(code) != "&")
-    assert clean_text(printable) == printable
-    assert fix_encoding("&#389; &#x26a; AT&amp;T") == html.unescape("&#389; &#x26a; AT&amp;T")
 
 
 TEXTS = [
@@ -115,12 +97,15 @@ TEXTS = [
 ]
 
 
+def load(directory: Path, limit: int, **options: Any) -> TextTokenizer:
+    return load_hub_tokenizer(directory / "tokenizer.json", directory / "tokenizer_config.json", limit, **options)
+
+
 @needs("hf")
 @pytest.mark.parametrize(
     ("kind", "clean", "strip_end"),
     [
         ("t5", "canonicalize", False),  # SigLIP
-        ("t5", "whitespace", False),  # mT5
         ("gemma", "canonicalize", False),  # SigLIP 2
         ("xlm", "whitespace", False),  # XLM-RoBERTa, XLM-V
         ("bert", "whitespace", True),  # CLIPA
@@ -133,29 +118,21 @@ def test_ids_are_those_of_open_clip(kind: Kind, clean: str, strip_end: bool, tmp
     saved = tmp_path / "saved"  # the files as transformers' class for this kind writes them
     transformers.AutoTokenizer.from_pretrained(tmp_path).save_pretrained(saved)
     stock = open_clip.tokenizer.HFTokenizer(str(saved), 24, clean=clean, strip_sep_token=strip_end)
-    found = load_hub_tokenizer("a/name", saved, 24, normalizer=clean, strip_end=strip_end)
+    found = load(saved, 24, normalizer=clean, strip_end=strip_end)
     for text in TEXTS:
         ids = found([text])[0].tolist()
         assert [*ids, *[found.pad_id] * (24 - len(ids))] == stock([text])[0].tolist(), text
 
 
-def test_a_copy_from_the_hub_is_the_same_and_its_settings_overrule_the_file(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    hub, copy = tmp_path / "hub", tmp_path / "copy"
-    hub.mkdir()
-    copy.mkdir()
-    write_tokenizer("gemma", hub)
-    monkeypatch.setattr("dcar_core.model.text.tokenizer.fetch", lambda name, file: hub / file)
-    copy_from_hub("a/name", copy)
-    assert load_hub_tokenizer("a/name", copy, 24).identity() == load_hub_tokenizer("a/name", None, 24).identity()
-    content = json.loads((copy / "tokenizer.json").read_text())
+def test_settings_overrule_the_file(tmp_path: Path) -> None:
+    write_tokenizer("gemma", tmp_path)
+    content = json.loads((tmp_path / "tokenizer.json").read_text())
     content["post_processor"]["single"] = [
         {"SpecialToken": {"id": "<bos>", "type_id": 0}}, {"Sequence": {"id": "A", "type_id": 0}},
     ]  # fmt: skip
     content["post_processor"]["special_tokens"] = {"<bos>": {"id": "<bos>", "ids": [2], "tokens": ["<bos>"]}}
-    (copy / "tokenizer.json").write_text(json.dumps(content))
-    tokenizer = load_hub_tokenizer("a/name", copy, 24)
+    (tmp_path / "tokenizer.json").write_text(json.dumps(content))
+    tokenizer = load(tmp_path, 24)
     assert (tokenizer.start_ids, tokenizer.end_id, tokenizer.pad_id) == ((), 1, 0)
 
 
@@ -163,7 +140,7 @@ def test_a_copy_from_the_hub_is_the_same_and_its_settings_overrule_the_file(
 def test_padding_is_found_and_no_text_places_a_control_token(kind: Kind, pad_id: int, tmp_path: Path) -> None:
     """Whether the settings name the padding or not."""
     write_tokenizer(kind, tmp_path)
-    tokenizer = load_hub_tokenizer("a/name", tmp_path, 64)
+    tokenizer = load(tmp_path, 64)
     plain = tokenizer.caption_ids("a red square")
     for token in ("</s>", "<s>", "<eos>", "<bos>", "<pad>", "<mask>", "[SEP]", "[CLS]", "[MASK]"):
         ids = tokenizer.caption_ids(f"a {token} red square")
@@ -171,14 +148,5 @@ def test_padding_is_found_and_no_text_places_a_control_token(kind: Kind, pad_id:
         if tokenizer.tokenizer.token_to_id(token) is not None:
             assert [each for each in ids if each in plain][-2:] == plain[-2:]
     (tmp_path / "tokenizer_config.json").write_text('{"model_max_length": 512}')
-    assert load_hub_tokenizer("a/name", tmp_path, 24).pad_id == pad_id
-    (tmp_path / "tokenizer_config.json").unlink()
-    assert load_hub_tokenizer("a/name", tmp_path, 24).pad_id == pad_id
-
-
-@needs("hf")
-def test_a_tokenizer_that_pads_with_a_token_the_tower_reads_is_refused(tmp_path: Path) -> None:
-    model = write_tiny_model("xlm-roberta-base-ViT-B-32", tmp_path / "model")
-    (model / "tokenizer_config.json").write_text(json.dumps({"pad_token": "<s>"}))
-    with pytest.raises(ModelError, match="the tokenizer pads with token 0, but the text tower masks token 1"):
-        load_backbone(BackboneSource(str(model)))
+    assert load(tmp_path, 24).pad_id == pad_id
+    assert load_hub_tokenizer(tmp_path / "tokenizer.json", None, 24).pad_id == pad_id

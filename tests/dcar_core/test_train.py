@@ -13,9 +13,9 @@ import dcar_core.training.train as module
 from dcar_core.data import Annotations, Dataset
 from dcar_core.model.backbone import Backbone
 from dcar_core.model.checkpoint import load_checkpoint, save_checkpoint
-from dcar_core.model.config import Amp, ModelConfig, QueryWeights, TrainConfig
+from dcar_core.model.config import Amp, ModelConfig, QueryWeights, ReweightConfig, TrainConfig
 from dcar_core.model.dcar import DCAR, seeded_model
-from dcar_core.model.methods.registry import METHODS, method
+from dcar_core.model.methods import METHODS, find_method
 from dcar_core.training import validation
 from dcar_core.training.objective import accumulate_gradients
 from dcar_core.training.prepared_split import PreparedSplit, prepare_split
@@ -29,7 +29,7 @@ QUICK = TrainConfig(epochs=2, batch_size=6)
 
 
 def new_model(backbone: Backbone, name: str) -> DCAR:
-    return seeded_model(backbone, method(name), seed=0)
+    return seeded_model(backbone, find_method(name).config, seed=0)
 
 
 def prepared(data: Dataset, model: DCAR, *, for_training: bool = False) -> PreparedSplit:
@@ -54,9 +54,9 @@ def test_controls_keep_their_prompts_and_their_temperature_to_themselves(
     backbone: Backbone, pairs: Pairs, tmp_path: Path
 ) -> None:
     """Constant prompts leave `dual` nothing to learn, and `dcar+` its adapters; temperatures are not served."""
-    fixed = method("dual").with_controls(prompts="constant", temperature="learned")
+    fixed = find_method("dual").config.with_controls(prompts="constant", temperature="learned")
     assert train(seeded_model(backbone, fixed, 0), *pairs, QUICK).history == []
-    config = method("dcar+").with_controls(prompts="constant", anchor=0.5, temperature="learned")
+    config = find_method("dcar+").config.with_controls(prompts="constant", anchor=0.5, temperature="learned")
     model = seeded_model(backbone, config, 0)
     start = {name: p.detach().clone() for name, p in model.trainables()}
     assert len(train(model, *pairs, QUICK).history) == 2
@@ -65,7 +65,7 @@ def test_controls_keep_their_prompts_and_their_temperature_to_themselves(
     assert {"log_scale", "block_adapters.up"} < moved
     save_checkpoint(model, tmp_path)
     loaded, _ = load_checkpoint(tmp_path, backbone=backbone)
-    assert loaded.config == config.with_query_weights(loaded.config.reweight.query)
+    assert replace(loaded.config, reweight=config.reweight) == config
     data = prepared(pairs[1], model)
     np.testing.assert_array_equal(encode_captions(loaded, data), encode_captions(model, data))
 
@@ -112,12 +112,12 @@ def test_result_is_the_best_validation_epoch(backbone: Backbone, pairs: Pairs, m
         assert data.pair_weights is None
         seen.append({name: p.detach().clone() for name, p in model.trainables()})
         score, query = said[len(seen) - 1]
-        model.config = model.config.with_query_weights(query)
+        model.query_weights = query
         return query, {"t2i_r1": score, "i2t_r1": score}
 
     monkeypatch.setattr(module, "choose_query_weights", chosen)
     found = train(model, *pairs, TrainConfig(epochs=3, batch_size=6))
-    assert (found.epoch, found.best["t2i_r1"], model.config.reweight.query) == (2, 50, "predicted")
+    assert (found.epoch, found.best["t2i_r1"], model.query_weights) == (2, 50, "predicted")
     assert all(torch.equal(seen[1][name], p) for name, p in model.trainables())
     assert any(not torch.equal(seen[2][name], p) for name, p in model.trainables())
 
@@ -171,12 +171,12 @@ def test_query_weights_are_chosen_by_validation(
     pictures = np.eye(len(data), dtype=np.float32)
 
     def captions(model: DCAR, data: PreparedSplit) -> np.ndarray:
-        return pictures if better in ("neither", model.config.reweight.query) else pictures[::-1]
+        return pictures if better in ("neither", model.query_weights) else pictures[::-1]
 
     monkeypatch.setattr(validation, "encode_captions", captions)
     monkeypatch.setattr(validation, "encode_images", lambda *_: pictures)
     query, recall = choose_query_weights(model, data)
-    assert query == model.config.reweight.query == wanted
+    assert query == model.query_weights == wanted
     assert recall["t2i_r1"] == recall["i2t_r1"] == 100
     monkeypatch.setattr(validation, "encode_images", lambda *_: pictures * np.float32("nan"))
     with pytest.raises(DivergedError, match="dcar diverged: its vectors are not finite"):
@@ -190,7 +190,7 @@ def test_split_is_encoded_like_its_queries_and_images_one_by_one(
     monkeypatch.setattr(validation, "BATCH", 5)
     model = new_model(backbone, name)
     if model.head is not None:
-        model.config = model.config.with_query_weights("predicted")
+        model.query_weights = "predicted"
     with torch.no_grad():
         for _, parameter in model.trainables():
             parameter.add_(0.1 * torch.randn_like(parameter))
@@ -207,7 +207,7 @@ def test_split_is_encoded_like_its_queries_and_images_one_by_one(
 
 def test_evaluation_does_not_use_the_paired_image(backbone: Backbone, pairs: Pairs) -> None:
     """Shuffling the images of the split changes no caption's vector."""
-    model = seeded_model(backbone, ModelConfig().with_query_weights("predicted"), seed=0)
+    model = seeded_model(backbone, ModelConfig(reweight=ReweightConfig(query="predicted")), seed=0)
     data = prepared(pairs[1], model)
     assert data.pixels is not None
     other = replace(data, pixels=data.pixels[::-1].copy())

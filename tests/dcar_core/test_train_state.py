@@ -17,7 +17,7 @@ from dcar_core.data import Dataset
 from dcar_core.model.backbone import Backbone
 from dcar_core.model.config import Amp, TrainConfig
 from dcar_core.model.dcar import DCAR, seeded_model
-from dcar_core.model.methods.registry import method
+from dcar_core.model.methods import find_method
 from dcar_core.training.objective import accumulate_gradients
 from dcar_core.training.train import STATE_FILE, delete_state, train
 from dcar_core.util.errors import DcarError
@@ -34,12 +34,12 @@ from dcar_core.model.backbone import BackboneSource, load_backbone
 from dcar_core.model.checkpoint import save_checkpoint
 from dcar_core.model.config import TrainConfig
 from dcar_core.model.dcar import seeded_model
-from dcar_core.model.methods.registry import method
+from dcar_core.model.methods import find_method
 from dcar_core.training.prepared_split import FeatureCache
 from dcar_core.training.train import train, write_csv
 
 data, out = map(Path, sys.argv[2:4])
-model = seeded_model(load_backbone(BackboneSource(sys.argv[1])), method("dcar"), 0)
+model = seeded_model(load_backbone(BackboneSource(sys.argv[1])), find_method("dcar").config, 0)
 
 def tell(directory, history):
     write_csv(directory, history)
@@ -113,13 +113,13 @@ def test_an_interruption_changes_nothing(
 ) -> None:
     """Stopped in the middle of the first, the second and the third epoch."""
     config = TrainConfig(epochs=3, batch_size=5, lr=5e-3, amp=amp)  # of three batches
-    straight = seeded_model(backbone, method("dcar"), 0)
+    straight = seeded_model(backbone, find_method("dcar").config, 0)
     train(straight, *pairs, config)
     interrupt(monkeypatch, 2, 7, 12)
     for _ in range(3):
         with pytest.raises(KeyboardInterrupt):
-            train(seeded_model(backbone, method("dcar"), 0), *pairs, config, run=tmp_path)
-    model = seeded_model(backbone, method("dcar"), 0)
+            train(seeded_model(backbone, find_method("dcar").config, 0), *pairs, config, run=tmp_path)
+    model = seeded_model(backbone, find_method("dcar").config, 0)
     found = train(model, *pairs, config, run=tmp_path)
     assert [line["epoch"] for line in found.history] == [1, 2, 3]
     expected = dict(straight.trainables())
@@ -140,8 +140,8 @@ def test_resumed_run_keeps_its_best_epoch(
     interrupt(monkeypatch, 5)
     config = TrainConfig(epochs=3, batch_size=6)
     with pytest.raises(KeyboardInterrupt):
-        train(seeded_model(backbone, method("coop"), 0), *pairs, config, run=tmp_path)
-    model = seeded_model(backbone, method("coop"), 0)
+        train(seeded_model(backbone, find_method("coop").config, 0), *pairs, config, run=tmp_path)
+    model = seeded_model(backbone, find_method("coop").config, 0)
     found = train(model, *pairs, config, run=tmp_path)
     assert (found.epoch, len(found.history), found.best["t2i_r1"]) == (1, 3, 50)
     assert all(torch.equal(seen[0][name], p) for name, p in model.trainables())
@@ -162,7 +162,7 @@ def test_a_state_of_another_run_is_refused_and_runs_no_code(
 ) -> None:
     def run(name: str = "coop", data: Pairs = pairs, backbone: Backbone = backbone, **settings: float) -> None:
         config = TrainConfig.from_dict({"epochs": 1, "batch_size": 6, **settings})
-        train(seeded_model(backbone, method(name), 0), *data, config, run=tmp_path)
+        train(seeded_model(backbone, find_method(name).config, 0), *data, config, run=tmp_path)
 
     run()
     others: dict[str, dict[str, Any]] = {

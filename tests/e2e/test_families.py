@@ -9,13 +9,13 @@ import pytest
 
 from dcar_core import Encoder
 from dcar_core.data import Annotations
-from dcar_core.encoder.openvino_runtime import ensure_export
+from dcar_core.encoder.exports import ensure_export
 from dcar_core.encoder.runtimes import PROBE_TEXTS, open_runtime, probe_images
 from dcar_core.model.backbone import BackboneSource, load_backbone
 from dcar_core.model.checkpoint import save_checkpoint
 from dcar_core.model.config import TrainConfig
 from dcar_core.model.dcar import seeded_model
-from dcar_core.model.methods.registry import default_method, method
+from dcar_core.model.methods import default_method, find_method
 from dcar_core.training.train import train
 from dcar_core.util import machine
 from index_jobs.rebuild import rebuild
@@ -46,7 +46,9 @@ def trained(family: str, data: Path, path: Path) -> Path:
     """A checkpoint of the family's shrunk model after two steps, by the method that has every part its towers take."""
     name = FAMILIES[family]
     backbone = load_backbone(BackboneSource(str(write_tiny_model(name, path / "model"))))
-    model = seeded_model(backbone, method("dcar+" if backbone.level == "full" else default_method(backbone)), 0)
+    model = seeded_model(
+        backbone, find_method("dcar+" if backbone.level == "full" else default_method(backbone)).config, 0
+    )
     training, validation = Annotations(data).load("train")[0], Annotations(data).load("val")[0]
     found = train(model, training, validation, TrainConfig(epochs=1, batch_size=6))
     assert len(found.history) == 1

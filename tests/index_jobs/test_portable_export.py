@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from dcar_core import Encoder
-from dcar_core.encoder import export_cache
+from dcar_core.encoder import exports
 from dcar_core.model.checkpoint import PORTABLE
 from dcar_core.util.errors import DcarError, RuntimeUnavailableError
 from index_jobs.index.versions import open_current, open_version
@@ -86,7 +86,7 @@ def test_a_retrained_version_carries_an_export_of_its_own(
     if fault == "damaged":
         damage(weights(index, 1))
     elif fault == "of another release":
-        monkeypatch.setattr(export_cache, "FORMAT", export_cache.FORMAT + 1)
+        monkeypatch.setattr(exports, "FORMAT", exports.FORMAT + 1)
     else:
         load = Encoder.load
 
@@ -111,7 +111,7 @@ def test_an_export_that_cannot_be_used_is_passed_over_with_a_reason(
         return Encoder.load(published.checkpoint, device="cpu", runtime="auto", cache=tmp_path / "cache")
 
     assert start().backbone is None
-    monkeypatch.setattr(export_cache, "FORMAT", -1)
+    monkeypatch.setattr(exports, "FORMAT", -1)
     assert start().backbone is not None
     assert "cannot be used: another release made it; build the index again" in caplog.text
     monkeypatch.undo()

@@ -16,7 +16,7 @@ import pytest
 
 from dcar_core import Encoder
 from dcar_core.data import Annotations
-from dcar_core.model.text.tokenizer import common_words
+from dcar_core.model.tokenizer import common_words
 from dcar_core.util.arrays import Floats
 from dcar_core.util.errors import DataError, GateError
 from index_jobs.engines.faiss.index import FaissIndex

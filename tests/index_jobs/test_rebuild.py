@@ -18,7 +18,7 @@ from dcar_core import Encoder
 from dcar_core.model.backbone import BackboneSource, load_backbone
 from dcar_core.model.checkpoint import save_checkpoint
 from dcar_core.model.dcar import seeded_model
-from dcar_core.model.methods.registry import method
+from dcar_core.model.methods import find_method
 from dcar_core.util.errors import DataError, DcarError
 from index_jobs.encoding.shards import ShardStore
 from index_jobs.gallery.scan import scan
@@ -306,7 +306,7 @@ def test_training_behind_the_image_tower_needs_no_encoding(
     backbone, encoded = load_backbone(BackboneSource(str(tiny_model))), list[int]()
     images = [gallery / place for place in scan(gallery).table["name"].to_pylist()[:3]]
     for name in ("clip", "clip-adapter", "coop", "dual"):
-        model = seeded_model(backbone, method(name), 0)
+        model = seeded_model(backbone, find_method(name).config, 0)
         with torch.no_grad():
             for _, parameter in model.trainables():
                 parameter.add_(0.1 * torch.randn_like(parameter))

@@ -13,7 +13,7 @@ import app
 import dcar_core
 import index_jobs
 import tests.support.commands  # noqa: F401
-from dcar_core.model.text.tokenizer import TextTokenizer
+from dcar_core.model.tokenizer import TextTokenizer
 
 for package in (app, index_jobs, dcar_core):
     for module in pkgutil.walk_packages(package.__path__, f"{package.__name__}."):

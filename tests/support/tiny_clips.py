@@ -11,14 +11,12 @@ from typing import Any
 from unittest import mock
 
 import open_clip
-import pytest
 import timm
 import torch
 from timm.models.vision_transformer_hybrid import ConvStem
 from timm.models.vitamin import VitCfg, VitConvCfg
 
-from dcar_core.model.text.tokenizer import TextLayout
-from tests.support.parts import needs
+from dcar_core.model.tokenizer import TextLayout
 
 WIDTH, HEADS, LAYERS, VOCABULARY = 32, 2, 3, 120
 
@@ -43,11 +41,10 @@ _ENCODER = {
 
 @dataclass(frozen=True)
 class TinyClip:
-    """A shrunk model in eval mode; layout and caption ids as its tokenizer would give them; size: S."""
+    """A shrunk model in eval mode; layout as its tokenizer would give it; size: S."""
 
     clip: Any
     layout: TextLayout
-    caption: list[int]
     size: int
 
     def tokens(self, *lengths: int) -> torch.Tensor:
@@ -75,7 +72,7 @@ def tiny_clip(name: str, directory: Path) -> TinyClip:
         warnings.simplefilter("ignore")
         clip = open_clip.create_model(name, load_weights=False, **config)
     shake(clip)
-    return TinyClip(clip.eval().requires_grad_(False), layout_of(name, config), list(range(7, 17)), image_size(config))
+    return TinyClip(clip.eval().requires_grad_(False), layout_of(name, config), image_size(config))
 
 
 def shake(clip: torch.nn.Module) -> None:
@@ -175,17 +172,3 @@ def _write_hf_config(name: str, directory: Path) -> Path:
     content = {"vocab_size": VOCABULARY} | (_ENCODER if "roberta" in kind else {}) | _HF_CONFIGS[kind]
     (path / "config.json").write_text(json.dumps(content))
     return path
-
-
-def every_model(quick: set[str]) -> list[Any]:
-    """Parameters of a test: all names of open_clip; those that are not quick are marked slow."""
-    return [
-        pytest.param(
-            name,
-            marks=[
-                *([] if name in quick else [pytest.mark.slow]),
-                *([needs("hf")] if "hf_model_name" in open_clip.get_model_config(name)["text_cfg"] else []),
-            ],
-        )
-        for name in sorted(open_clip.list_models())
-    ]

@@ -6,7 +6,7 @@ from torch import Tensor
 from dcar_core.data import Dataset
 from dcar_core.model.backbone import Backbone
 from dcar_core.model.dcar import DCAR, seeded_model
-from dcar_core.model.methods.registry import method
+from dcar_core.model.methods import find_method
 from dcar_core.training.objective import MixedPrecision, objective
 from dcar_core.training.prepared_split import PreparedSplit, prepare_split
 from dcar_core.util.arrays import Rows
@@ -14,7 +14,7 @@ from dcar_core.util.arrays import Rows
 
 def model_and_data(backbone: Backbone, data: Dataset, name: str) -> tuple[DCAR, PreparedSplit]:
     """Return a model with changed weights and its data; at the first weights some gradients are zero."""
-    return move_weights(seeded_model(backbone, method(name), 0), data)
+    return move_weights(seeded_model(backbone, find_method(name).config, 0), data)
 
 
 def move_weights(model: DCAR, data: Dataset) -> tuple[DCAR, PreparedSplit]:

@@ -1,5 +1,4 @@
-"""Towers: the text and image encoders of every CLIP family behind one protocol that takes prompts.
+"""The two encoders of every family, whose sequences have room for prompts and adapters.
 
-In: open_clip's model and its tokenizer. Out: towers that encode tokens and pixels, with or without prompt rows.
-`model.backbone`, `model.catalogue`, `encoder` and the CLI import it; nothing else does.
+In: open_clip's model, tokens or pixels. Out: features. `model` alone imports it, and `encoder.graphs`.
 """

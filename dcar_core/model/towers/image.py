@@ -6,6 +6,7 @@
 Letters: B batch, P patches, k prompt vectors, S side in pixels, W_v width, E joint space.
 """
 
+from collections.abc import Callable
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -13,8 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from dcar_core.model.towers.prompt_rows import AdapterMatrices, PromptRows
-from dcar_core.model.towers.text import project_by
+from dcar_core.model.towers.text import AdapterMatrices, PromptRows, project_by
 
 _SQUARE = 32  # side in pixels of the squares of a relevance map, for an encoder without patches
 
@@ -28,6 +28,11 @@ class ImageTower:
     module: open_clip's module that it runs.
     entry_norm: between embedding and first block; prompts pass it too.
     pools_class_row: True for CLIP's own kind, with plain attention and a feature from the class row alone.
+
+    Each family defines five steps:
+    embed: (B, 3, S, S) -> (B, class rows + P, W_v), ready for the first block.
+    run: all blocks over (B, n + k, W_v) -> (B, n, W_v); prompts leave.
+    pool: (B, n, W_v) -> (B, W). project: (.., W) -> (.., E). project_patches: (B, n, W_v) -> (B, P, E).
     """
 
     width: int
@@ -36,62 +41,37 @@ class ImageTower:
     module: Any
     entry_norm: nn.Module = nn.Identity()
     pools_class_row = False
+    embed: Callable[[Tensor], Tensor]
+    run: Callable[[Tensor, PromptRows], Tensor]
+    pool: Callable[[Tensor], Tensor]
+    project: Callable[[Tensor], Tensor]
+    project_patches: Callable[[Tensor], Tensor]
 
-    def encode(self, pixels: Tensor, prompts: Tensor | None = None, adapters: AdapterMatrices | None = None) -> Tensor:
-        """Image features (B, E), not normalized.
+    def encode(
+        self, pixels: Tensor, prompts: Tensor | None = None, adapters: AdapterMatrices | None = None, rows: bool = False
+    ) -> Tensor:
+        """Image features (B, E), or with `rows` those of each patch behind them (B, 1 + P, E), not normalized.
 
         Args:
             pixels: float32 (B, 3, S, S), normalized as `Preprocess.normalize` does.
             prompts: (depth, k, W_v) for all rows or (depth, B, k, W_v) row by row.
             adapters: behind each block; see `PromptRows`.
         """
-        return self.project(self.pool(self._states(pixels, prompts, adapters)))
-
-    def encode_rows(
-        self, pixels: Tensor, prompts: Tensor | None = None, adapters: AdapterMatrices | None = None
-    ) -> Tensor:
-        """Features of the image and of each patch (B, 1 + P, E), not normalized; arguments as in `encode`."""
-        x = self._states(pixels, prompts, adapters)
-        return torch.cat([self.project(self.pool(x))[:, None], self.project_patches(x)], 1)
-
-    def patch_features(self, pixels: Tensor) -> Tensor:
-        """Each patch's feature in the joint space (B, P, E), not normalized, without prompts."""
-        return self.encode_rows(pixels)[:, 1:]
-
-    def _states(self, pixels: Tensor, prompts: Tensor | None, adapters: AdapterMatrices | None) -> Tensor:
         x = self.embed(pixels)
-        rows = PromptRows(prompts, x.shape[1], adapters)
-        return self.run(rows.enter(x, self.entry_norm), rows)
-
-    def embed(self, pixels: Tensor) -> Tensor:
-        """(B, 3, S, S) -> (B, class rows + P, W_v), ready for the first block."""
-        raise NotImplementedError
-
-    def run(self, x: Tensor, rows: PromptRows) -> Tensor:
-        """All blocks over (B, n + k, W_v) -> (B, n, W_v); prompts leave."""
-        raise NotImplementedError
-
-    def pool(self, x: Tensor) -> Tensor:
-        """(B, n, W_v) -> (B, W)."""
-        raise NotImplementedError
-
-    def project(self, x: Tensor) -> Tensor:
-        """(.., W) -> (.., E)."""
-        raise NotImplementedError
-
-    def project_patches(self, x: Tensor) -> Tensor:
-        """(B, n, W_v) -> (B, P, E)."""
-        raise NotImplementedError
+        added = PromptRows(prompts, x.shape[1], adapters)
+        x = self.run(added.enter(x, self.entry_norm), added)
+        features = self.project(self.pool(x))
+        return torch.cat([features[:, None], self.project_patches(x)], 1) if rows else features
 
     def blank_rows(self, blank: Tensor, depth: int) -> Tensor:
         """Return the mean patch of a blank image (1, 3, S, S) before each of the first blocks: (depth, W_v)."""
-        rows = _RecordedRows()
-        self.run(self.embed(blank), rows)
-        inputs = [*rows.inputs[:depth], *rows.inputs[-1:] * (depth - len(rows.inputs))]
-        found = torch.stack([x[0, -(self.patch_grid**2) :].mean(0) for x in inputs])
+        recorded = _RecordedRows()
+        self.run(self.embed(blank), recorded)
+        inputs = [*recorded.inputs[:depth], *recorded.inputs[-1:] * (depth - len(recorded.inputs))]
+        rows = torch.stack([x[0, -(self.patch_grid**2) :].mean(0) for x in inputs])
         if isinstance(self.entry_norm, nn.LayerNorm) and self.entry_norm.weight is not None:
-            found[0] = (found[0] - self.entry_norm.bias) / self.entry_norm.weight  # which the norm undoes
-        return found
+            rows[0] = (rows[0] - self.entry_norm.bias) / self.entry_norm.weight  # which the norm undoes
+        return rows
 
 
 class ClassRowInputs(NamedTuple):
@@ -146,15 +126,14 @@ class NativeImage(ImageTower):
 
     def class_row_inputs(self, x: Tensor, block: int, adapters: AdapterMatrices | None = None) -> ClassRowInputs:
         """Run the blocks from `block` on over `rows_before` (B, 1 + P, W_v), for `class_row_features`."""
-        first, rows, width, found = x[:, 0], PromptRows(None, 0, adapters), self.width, list[Tensor]()
+        first, rows, width, keys_values = x[:, 0], PromptRows(None, 0, adapters), self.width, list[Tensor]()
         for i, layer in enumerate(self.module.transformer.resblocks[block:], block):
             attention = layer.attn
             both = F.linear(layer.ln_1(x[:, 1:]), attention.in_proj_weight[width:], attention.in_proj_bias[width:])
-            found.append(
-                both.reshape(*both.shape[:2], 2, attention.num_heads, -1).permute(0, 2, 3, 1, 4)
-            )  # [B, 2, H, P, d]
+            both = both.reshape(*both.shape[:2], 2, attention.num_heads, -1)
+            keys_values.append(both.permute(0, 2, 3, 1, 4))  # [B, 2, H, P, d]
             x = rows.adapt(layer(x), i)
-        return ClassRowInputs(first, torch.stack(found, 1), x[:, 1:])
+        return ClassRowInputs(first, torch.stack(keys_values, 1), x[:, 1:])
 
     def class_row_features(
         self, images: ClassRowInputs, prompts: Tensor, block: int, adapters: AdapterMatrices | None = None
@@ -167,9 +146,8 @@ class NativeImage(ImageTower):
         for i, layer in enumerate(self.module.transformer.resblocks[block:], block):
             x, attention = x + prompts[:, i - block, None], layer.attn
             own = F.linear(layer.ln_1(x), attention.in_proj_weight, attention.in_proj_bias)
-            query, key, value = own.reshape(len(x), 1, 3, attention.num_heads, -1).permute(
-                2, 0, 3, 1, 4
-            )  # [B, H, 1, d]
+            own = own.reshape(len(x), 1, 3, attention.num_heads, -1)
+            query, key, value = own.permute(2, 0, 3, 1, 4)  # [B, H, 1, d]
             keys, values = images.keys_values[:, i - block].to(x.dtype).unbind(1)
             keys, values = torch.cat([key, keys], 2), torch.cat([value, values], 2)
             read = F.scaled_dot_product_attention(query, keys, values).transpose(1, 2).flatten(2)
@@ -240,7 +218,9 @@ class WholeImage(ImageTower):
         self.module = clip
         self.patch_grid = max(1, size // _SQUARE)
 
-    def encode(self, pixels: Tensor, prompts: Tensor | None = None, adapters: AdapterMatrices | None = None) -> Tensor:
-        if prompts is not None or adapters is not None:
-            raise ValueError("this image tower has no rows that prompts could join, and no blocks for adapters")
+    def encode(
+        self, pixels: Tensor, prompts: Tensor | None = None, adapters: AdapterMatrices | None = None, rows: bool = False
+    ) -> Tensor:
+        if prompts is not None or adapters is not None or rows:
+            raise ValueError("this image tower has neither patches, which prompts could join, nor blocks for adapters")
         return self.module.encode_image(pixels, normalize=False)  # type: ignore[no-any-return]

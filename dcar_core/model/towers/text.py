@@ -1,25 +1,82 @@
-"""Text towers: tokens -> embed -> (token weights) -> run with prompts -> pool -> project.
+"""Text towers: tokens -> embed -> (token weights) -> run with prompts -> pool -> project; and the rows of prompts.
 
 - `NativeText` covers open_clip's transformer in every variant, `CocaText` its class row, `HfText` encoders of
-  transformers, `WholeText` any encoder.
+  transformers.
 - Towers that attend to padding get it back inside `encode`, so callers may always trim a batch to its longest text.
 
 Letters: B batch, n tokens, k prompt vectors, L context length, W_t width, E joint space.
 """
 
+from collections.abc import Callable, Iterable
 from contextvars import ContextVar
 from dataclasses import replace
 from functools import partial
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
-from dcar_core.model.text.tokenizer import TextLayout
-from dcar_core.model.towers.prompt_rows import PromptRows
+from dcar_core.model.tokenizer import TextLayout
 from dcar_core.util.errors import ModelError
 
 PROMPT_STD = 0.02  # of CLIP's token embeddings
+AdapterMatrices = tuple[Tensor, Tensor]
+
+
+class PromptRows:
+    """Additions to a tower's sequence: prompts before its blocks, adapters behind them.
+
+    Prompts are the rows [start, start + k); the first `depth` blocks see prompts of their own.
+
+    prompts: (depth, k, W) for all rows of a batch or (depth, B, k, W) row by row; None without prompts.
+    adapters: the lower and the upper matrices of a bottleneck behind each block, each (D, r, W) or (D, B, r, W).
+    """
+
+    def __init__(self, prompts: Tensor | None, start: int, adapters: AdapterMatrices | None = None) -> None:
+        self.prompts, self.start, self.adapters = prompts, start, adapters
+        self.count = 0 if prompts is None else prompts.shape[-2]
+
+    def enter(self, x: Tensor, prepare: Callable[[Tensor], Tensor] = lambda prompts: prompts) -> Tensor:
+        """(B, n, W) -> (B, n + k, W). prepare: applied to the prompts, such as the norm before the first block."""
+        if self.prompts is None:
+            return x
+        prompts = prepare(self.prompts[0]).expand(x.shape[0], -1, -1)
+        return torch.cat([x[:, : self.start], prompts, x[:, self.start :]], 1)
+
+    def run(self, x: Tensor, blocks: Iterable[Callable[[Tensor], Tensor]]) -> Tensor:
+        """Run the blocks over (B, n + k, W), with fresh prompts before each of the first `depth`."""
+        for i, block in enumerate(blocks):
+            x = self.adapt(block(self.renew(x, i)), i)
+        return x
+
+    def adapt(self, x: Tensor, block: int) -> Tensor:
+        """Apply the adapter behind this block, a residual bottleneck on normalized rows."""
+        if self.adapters is None:
+            return x
+        down, up = self.adapters[0][block], self.adapters[1][block]  # [r, W] or [B, r, W]
+        width = int(x.shape[-1])  # a constant in exports
+        return x + F.relu(F.layer_norm(x, (width,)) @ down.transpose(-2, -1)) @ up
+
+    def renew(self, x: Tensor, block: int) -> Tensor:
+        """Replace the prompts' rows before this block, if it has prompts of its own."""
+        if self.prompts is None or not 0 < block < self.prompts.shape[0]:
+            return x
+        after = x[:, self.start + self.count :]
+        return torch.cat([x[:, : self.start], self.prompts[block].expand(x.shape[0], -1, -1), after], 1)
+
+    def leave(self, x: Tensor) -> Tensor:
+        """(B, n + k, W) -> (B, n, W)."""
+        return x if self.prompts is None else torch.cat([x[:, : self.start], x[:, self.start + self.count :]], 1)
+
+    def widen(self, values: Tensor, fill: int) -> Tensor:
+        """(B, n) -> (B, n + k): ids or a mask, with `fill` in the prompts' places."""
+        if self.prompts is None:
+            return values
+        rows = values.new_full((values.shape[0], self.count), fill)
+        return torch.cat([values[:, : self.start], rows, values[:, self.start :]], 1)
+
+
 _ROWS: ContextVar[PromptRows | None] = ContextVar("prompt rows", default=None)
 
 
@@ -27,18 +84,27 @@ class TextTower:
     """A frozen text encoder.
 
     module: open_clip's module that it runs. table: its token embeddings.
-    width: W_t of its token embeddings and prompts; 0 where it takes neither prompts nor token weights.
+    width: W_t of its token embeddings and prompts.
+
+    Each family defines three steps:
+    run: all blocks over (B, n + k, W_t), of tokens (B, n); prompts stay among the rows.
+    pool: (B, n + k, W_t) -> (B, W_t). project: (.., W_t) -> (.., E).
     """
 
     table: Any
     width: int
     prompt_std = PROMPT_STD
+    run: Callable[[Tensor, Tensor, PromptRows], Tensor]
+    pool: Callable[[Tensor, Tensor, PromptRows], Tensor]
+    project: Callable[[Tensor], Tensor]
 
     def __init__(self, module: Any, layout: TextLayout, *, reads_padding: bool = False) -> None:
         self.module, self.layout = module, replace(layout, reads_padding=reads_padding)
 
-    def encode(self, tokens: Tensor, prompts: Tensor | None = None, weights: Tensor | None = None) -> Tensor:
-        """Text features (B, E), not normalized.
+    def encode(
+        self, tokens: Tensor, prompts: Tensor | None = None, weights: Tensor | None = None, rows: bool = False
+    ) -> Tensor:
+        """Text features (B, E), or with `rows` those of every token behind them (B, 1 + n, E), not normalized.
 
         Args:
             tokens: int64 (B, n) with n + k <= L.
@@ -48,52 +114,24 @@ class TextTower:
         Raises:
             ValueError: the text with its prompts exceeds the context.
         """
-        x, tokens, rows = self._states(tokens, prompts, weights)
-        return self.project(self.pool(x, tokens, rows))
-
-    def encode_rows(self, tokens: Tensor, prompts: Tensor | None = None, weights: Tensor | None = None) -> Tensor:
-        """Features of the text and of every token (B, 1 + n, E), not normalized; arguments as in `encode`."""
-        x, padded, rows = self._states(tokens, prompts, weights)
-        own = self.project(self.finish_rows(rows.leave(x)[:, : tokens.shape[1]]))
-        return torch.cat([self.project(self.pool(x, padded, rows))[:, None], own], 1)
-
-    def token_features(self, tokens: Tensor) -> Tensor:
-        """Contextual features of every token (B, n, E), not normalized, without prompts."""
-        return self.encode_rows(tokens)[:, 1:]
-
-    def _states(
-        self, tokens: Tensor, prompts: Tensor | None, weights: Tensor | None
-    ) -> tuple[Tensor, Tensor, PromptRows]:
-        rows = PromptRows(prompts, self.layout.start)
-        if tokens.shape[1] + rows.count > self.layout.context_length:
-            raise ValueError(
-                f"{tokens.shape[1] + rows.count} tokens with the prompts, "
-                f"but the context holds {self.layout.context_length}"
-            )
-        length = self.layout.padded_length(rows.count)
-        missing = 0 if length is None else length - tokens.shape[1]
+        added, count = PromptRows(prompts, self.layout.start), tokens.shape[1]
+        if count + added.count > self.layout.context_length:
+            raise ValueError(f"more tokens with the prompts than the context holds ({self.layout.context_length})")
+        missing = max(0, (self.layout.padded_length(added.count) or 0) - count)
         if missing > 0:
-            tokens = nn.functional.pad(tokens, (0, missing), value=self.layout.pad_id)
+            tokens = F.pad(tokens, (0, missing), value=self.layout.pad_id)
         x = self.embed(tokens)
         if weights is not None:
-            x = x * nn.functional.pad(weights, (0, max(missing, 0)), value=1.0).unsqueeze(-1)
-        return self.run(rows.enter(x), tokens, rows), tokens, rows
+            x = x * F.pad(weights, (0, missing), value=1.0).unsqueeze(-1)
+        x = self.run(added.enter(x), tokens, added)
+        features = self.project(self.pool(x, tokens, added))
+        if not rows:
+            return features
+        return torch.cat([features[:, None], self.project(self.finish_rows(added.leave(x)[:, :count]))], 1)
 
     def embed(self, tokens: Tensor) -> Tensor:
         """(B, n) -> (B, n, W_t): the embedding table's rows, before positions."""
         return self.table(tokens)  # type: ignore[no-any-return]
-
-    def run(self, x: Tensor, tokens: Tensor, rows: PromptRows) -> Tensor:
-        """All blocks over (B, n + k, W_t); prompts stay among the rows."""
-        raise NotImplementedError
-
-    def pool(self, x: Tensor, tokens: Tensor, rows: PromptRows) -> Tensor:
-        """(B, n + k, W_t) -> (B, W_t)."""
-        raise NotImplementedError
-
-    def project(self, x: Tensor) -> Tensor:
-        """(.., W_t) -> (.., E)."""
-        raise NotImplementedError
 
     def finish_rows(self, x: Tensor) -> Tensor:
         """Apply the norm that `pool` applies to its row: (B, n, W_t) -> (B, n, W_t)."""
@@ -115,7 +153,7 @@ class NativeText(TextTower):
 
     def __init__(self, text: Any, layout: TextLayout) -> None:
         self.pool_type = getattr(text, "pool_type", None) or text.text_pool_type
-        super().__init__(text, layout, reads_padding=text.attn_mask is None or self.pool_type in ("last", "first"))
+        super().__init__(text, layout, reads_padding=text.attn_mask is None or self.pool_type == "last")
         self.eos_id = int(getattr(text, "eos_id", None) or getattr(text, "text_eos_id", None) or 0)
         self.table = text.token_embedding
         self.width = int(self.table.embedding_dim)
@@ -131,14 +169,7 @@ class NativeText(TextTower):
     def pool(self, x: Tensor, tokens: Tensor, rows: PromptRows) -> Tensor:
         if self.pool_type == "last":
             return x[:, -1]
-        if self.pool_type == "first":
-            return x[:, 0]
-        if self.pool_type == "argmax":
-            end = tokens.argmax(-1)
-        elif self.pool_type == "eos":
-            end = (tokens == self.eos_id).int().argmax(-1)
-        else:
-            raise ValueError(f"the pooling {self.pool_type!r} gives no single row")
+        end = ((tokens == self.eos_id).int() if self.pool_type == "eos" else tokens).argmax(-1)
         return rows.leave(x)[torch.arange(x.shape[0], device=x.device), end]
 
     def project(self, x: Tensor) -> Tensor:
@@ -168,22 +199,6 @@ class CocaText(NativeText):
 
     def finish_rows(self, x: Tensor) -> Tensor:
         return self.module.ln_final(x)  # type: ignore[no-any-return]
-
-
-class WholeText(TextTower):
-    """A text encoder as it is, without prompts and token weights; padded to its context."""
-
-    width = 0
-
-    def __init__(self, clip: Any, layout: TextLayout) -> None:
-        super().__init__(clip, layout, reads_padding=True)
-
-    def encode(self, tokens: Tensor, prompts: Tensor | None = None, weights: Tensor | None = None) -> Tensor:
-        if prompts is not None or weights is not None:
-            raise ValueError("this text tower takes neither prompts nor token weights")
-        missing = self.layout.context_length - tokens.shape[1]
-        tokens = nn.functional.pad(tokens, (0, max(missing, 0)), value=self.layout.pad_id)
-        return self.module.encode_text(tokens, normalize=False)  # type: ignore[no-any-return]
 
 
 class HfText(TextTower):

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from dcar_caption.endpoint import REFUSED, Completion
-from dcar_core.model.text.tokenizer import count_clip_tokens
+from dcar_core.model.tokenizer import count_clip_tokens
 from dcar_core.negatives.words import find_mentions
 from dcar_core.util.errors import DataError
 from dcar_core.util.files import parse_json

@@ -1,53 +1,57 @@
-"""Cached states of encoders, each beside its export, for later starts without PyTorch.
+"""Exports for OpenVINO, and beside them the states of encoders, for later starts without PyTorch.
 
-    CACHE/exports/NAME/encoder-FINGERPRINT    sha256, then safetensors
-    CHECKPOINT/portable/encoder               the same; see `add_portable_export`
+    CACHE/exports/NAME/{manifest.json,*.xml,*.bin}    both graphs in float32, and the checksum of every file
+    CACHE/exports/NAME/encoder-FINGERPRINT            sha256, then safetensors
+    CHECKPOINT/portable/                              the same, the entry as `encoder`; see `add_portable_export`
 
-- Loading PyTorch and the model takes seconds and hundreds of megabytes, which an export needs for re-ranking alone.
-- An entry holds for one checkpoint, whose fingerprint is computed again; the entry and the export have checksums; and
-  the vectors of a probe must match those that PyTorch gave in float32 when the entry was written.
-- If a check fails, the full model is loaded and the entry is written again.
+- NAME says what an export depends on, versions of libraries included. Nothing is a pickle, which could run code.
+- An entry holds for one checkpoint, whose fingerprint is computed again, and the vectors of a probe must match those
+  that PyTorch gave in float32 when the entry was written. Else the model is loaded and the entry written again.
 """
 
 import hashlib
 import json
 import logging
+import shutil
 import sys
+from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import fields
+from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+from filelock import FileLock
 from numpy.typing import NDArray
 from safetensors import SafetensorError
 from safetensors.numpy import load, save
 from tokenizers import Tokenizer
 
 from dcar_core.encoder import runtimes
-from dcar_core.encoder.openvino_runtime import GRAPHS, check_export
-from dcar_core.encoder.state import EncoderState, FeatureAdapterArrays, Runtime, TextPrompts
+from dcar_core.encoder.state import EncoderState, FeatureAdapterArrays, Runtime
 from dcar_core.model.checkpoint import PORTABLE, compute_fingerprint, read_config, read_trainables
 from dcar_core.model.config import ModelConfig
 from dcar_core.model.preprocess import Preprocess
-from dcar_core.model.text.tokenizer import TextLayout, TextTokenizer
+from dcar_core.model.tokenizer import TextLayout, TextTokenizer
 from dcar_core.util import machine
 from dcar_core.util.arrays import Floats
-from dcar_core.util.errors import DcarError, MissingExtraError, RuntimeUnavailableError
-from dcar_core.util.files import default_cache_directory, link_or_copy, write_bytes
+from dcar_core.util.errors import DcarError, RuntimeUnavailableError
+from dcar_core.util.files import default_cache_directory, link_or_copy, sha256_of, write_bytes
 
 if TYPE_CHECKING:
+    from dcar_core.encoder.graphs import ImageGraph, TextGraph
     from dcar_core.model.dcar import DCAR
 
 logger = logging.getLogger(__name__)
 
-FORMAT = 10
-ENTRY = "encoder"
+FORMAT = 11  # of entries
+GRAPHS = 4  # version of the graphs: exports of another one are not used
+ENTRY, MANIFEST = "encoder", "manifest.json"
 _GPUS = ("/dev/nvidiactl", "/dev/kfd", "/dev/dxg")  # what `auto` might prefer to the processor
 _DATACLASSES: dict[str, Any] = {
-    kind.__name__: kind
-    for kind in (EncoderState, FeatureAdapterArrays, Preprocess, TextLayout, TextPrompts, TextTokenizer)
+    kind.__name__: kind for kind in (EncoderState, FeatureAdapterArrays, Preprocess, TextLayout, TextTokenizer)
 }
 
 _FAULTS = (DcarError, OSError, SafetensorError, ValueError, KeyError, TypeError)
@@ -60,6 +64,68 @@ def may_use_export(device: str, runtime: str) -> bool:
     may_have_gpu = sys.platform == "darwin" or any(Path(gpu).exists() for gpu in _GPUS)
     on_cpu = device == "cpu" or (device == "auto" and not (may_have_gpu and machine.is_installed("torch")))
     return on_cpu and runtime in (runtimes.AUTO, *runtimes.EXPORTED)
+
+
+def ensure_export(model: "DCAR", backbone_hash: str, cache: Path) -> Path:
+    """Return the directory of a model's checked export; make it where there is none.
+
+    Its name has the depths of image and text prompts, such as d4t0, and "a" for adapters of blocks.
+    Raise RuntimeUnavailableError if it is corrupted, or cannot be made or written.
+    """
+    from dcar_core.encoder.graphs import graphs_of
+
+    text, image = graphs_of(model)
+    inputs = f"d{image.depth}t{text.depth}" + ("a" if image.has_adapters else "")
+    versions = f"{runtimes.library().__version__.split('-')[0]}-torch-{version('torch').split('+')[0]}"
+    final = cache / "exports" / f"{backbone_hash[:16]}_{inputs}_openvino_{versions}_g{GRAPHS}"
+    try:
+        if not final.is_dir():
+            final.parent.mkdir(parents=True, exist_ok=True)
+            with FileLock(final.with_name(final.name + ".lock")):
+                if not final.is_dir():
+                    logger.info("converting the model for OpenVINO, once")
+                    _export(final, {runtimes.TEXT: text, runtimes.IMAGE: image})
+        check_export(final)
+    except OSError as error:
+        raise RuntimeUnavailableError(
+            f"the cache of exports in {cache} cannot be used: {error.strerror or error}; name another directory"
+        ) from error
+    return final
+
+
+def _export(final: Path, graphs: "Mapping[str, TextGraph | ImageGraph]") -> None:
+    """Convert and save the graphs, weights in float32. A `.part` is of a process that was killed."""
+    from dcar_core.encoder.graphs import tracing
+
+    openvino, aside = runtimes.library(), final.with_name(final.name + ".part")
+    shutil.rmtree(aside, ignore_errors=True)
+    aside.mkdir()
+    try:
+        for name, graph in graphs.items():
+            inputs, shapes = graph.example()
+            shapes = [openvino.PartialShape(shape) for shape in shapes]
+            with tracing():
+                converted = openvino.convert_model(graph, example_input=inputs, input=shapes)
+            openvino.save_model(converted, aside / name, compress_to_fp16=False)
+        files = {path.name: sha256_of(path) for path in sorted(aside.iterdir())}
+        (aside / MANIFEST).write_text(json.dumps({"files": files}, indent=2) + "\n")
+        aside.rename(final)
+    except OSError:
+        raise
+    except Exception as error:  # exporters raise errors of any kind
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise RuntimeUnavailableError(f"this model cannot be exported for openvino: {reason}") from error
+
+
+def check_export(final: Path) -> None:
+    """Raise RuntimeUnavailableError if an export lacks a file, or a file has changed."""
+    try:
+        files = json.loads((final / MANIFEST).read_text(encoding="utf-8"))["files"]
+        corrupted = [name for name, checksum in files.items() if sha256_of(final / name) != checksum]
+    except (ValueError, KeyError, TypeError, AttributeError, FileNotFoundError) as error:
+        raise RuntimeUnavailableError(f"{final} is incomplete ({error!r}); delete it for a new one") from None
+    if corrupted:
+        raise RuntimeUnavailableError(f"{final} is corrupted: {', '.join(corrupted)} changed; delete it for a new one")
 
 
 def entry_name(fingerprint: str) -> str:
@@ -88,7 +154,7 @@ def copy_export(source: Path, target: Path) -> None:
     """Copy an export without the entries beside it."""
     target.mkdir()
     for file in source.iterdir():
-        if file.suffix in (".json", ".xml", ".bin"):
+        if not file.name.startswith(ENTRY):
             link_or_copy(file, target / file.name)
 
 
@@ -105,19 +171,16 @@ def restore(checkpoint: Path, runtime: str, threads: int | None, cache: Path) ->
         try:
             return _open(entry, checkpoint, runtime, threads)
         except _FAULTS as error:
-            is_expected = isinstance(error, MissingExtraError) and machine.is_installed("torch")
-            level = logging.DEBUG if is_expected or entry != portable else logging.WARNING
-            logger.log(level, "the export in %s cannot be used: %s", entry.parent, error)
+            logger.warning("the export in %s cannot be used: %s", entry.parent, error)
     return None
 
 
 def has_portable(checkpoint: Path) -> bool:
     """Return whether a checkpoint has a portable export that this release can use."""
-    try:
+    with suppress(*_FAULTS):
         _read(checkpoint / PORTABLE / ENTRY)
-    except (OSError, SafetensorError, ValueError, KeyError):
-        return False
-    return True
+        return True
+    return False
 
 
 def _read(path: Path) -> tuple[Arrays, dict[str, Any]]:
@@ -126,15 +189,14 @@ def _read(path: Path) -> tuple[Arrays, dict[str, Any]]:
         raise ValueError("it is corrupted")
     arrays: Arrays = load(stored[32:])
     content = json.loads(arrays["content"].tobytes())
-    made = content["circumstances"]
-    if (made["format"], made["graphs"]) != (FORMAT, GRAPHS):
+    if (content.get("format"), content.get("graphs")) != (FORMAT, GRAPHS):
         raise ValueError("another release made it; build the index again")
     return arrays, content
 
 
 def _write(path: Path, state: EncoderState, probe: runtimes.Vectors) -> None:
     arrays: Arrays = {"probe_texts": probe[0], "probe_images": probe[1]}
-    content = {"circumstances": {"format": FORMAT, "graphs": GRAPHS}, "state": _pack(state, arrays)}
+    content = {"format": FORMAT, "graphs": GRAPHS, "state": _pack(state, arrays)}
     arrays["content"] = np.frombuffer(json.dumps(content).encode(), np.uint8)
     body = save({name: np.ascontiguousarray(value) for name, value in arrays.items()})
     write_bytes(path, hashlib.sha256(body).digest() + body, shared=True)
@@ -148,20 +210,19 @@ def _open(entry: Path, checkpoint: Path, runtime: str, threads: int | None) -> t
     config, trainables = ModelConfig.from_dict(described["model"]), read_trainables(checkpoint)
     if state.fingerprint != compute_fingerprint(described["backbone"]["sha256"], config, trainables):
         raise ValueError("it is of another checkpoint")
+    names = runtimes.auto_exports() if runtime == runtimes.AUTO else [runtime]
     with ThreadPoolExecutor(1) as pool:
         checked = pool.submit(check_export, entry.parent)  # while it is compiled
-
-        def opened(name: str) -> Runtime:
-            found = runtimes.open_export(name, entry.parent, threads)
-            checked.result()
-            runtimes.check_vectors(state, found, (arrays["probe_texts"], arrays["probe_images"]))
-            return found
-
-        *others, last = runtimes.auto_exports() if runtime == runtimes.AUTO else [runtime]
-        for name in others:
-            with suppress(RuntimeUnavailableError):
-                return state, opened(name)
-        return state, opened(last)
+        for name in names:
+            try:
+                opened = runtimes.open_export(name, entry.parent, threads)
+                checked.result()
+                runtimes.check_vectors(state, opened, (arrays["probe_texts"], arrays["probe_images"]))
+            except RuntimeUnavailableError as error:
+                fault = error
+            else:
+                return state, opened
+    raise fault
 
 
 def _pack(value: Any, arrays: Arrays) -> Any:
@@ -174,9 +235,11 @@ def _pack(value: Any, arrays: Arrays) -> Any:
         arrays[name] = np.frombuffer(value.to_str().encode(), np.uint8)
         return {"tokenizer": name}
     if isinstance(value, tuple | frozenset):
-        return {type(value).__name__: [_pack(each, arrays) for each in value]}
+        return {type(value).__name__: [_pack(item, arrays) for item in value]}
     if type(value) in _DATACLASSES.values():
-        return {type(value).__name__: {each.name: _pack(getattr(value, each.name), arrays) for each in fields(value)}}
+        return {
+            type(value).__name__: {field.name: _pack(getattr(value, field.name), arrays) for field in fields(value)}
+        }
     return value
 
 
@@ -189,5 +252,5 @@ def _unpack(value: Any, arrays: Arrays) -> Any:
     if kind == "tokenizer":
         return Tokenizer.from_buffer(arrays[content].tobytes())
     if kind in ("tuple", "frozenset"):
-        return {"tuple": tuple, "frozenset": frozenset}[kind](_unpack(each, arrays) for each in content)
-    return _DATACLASSES[kind](**{name: _unpack(each, arrays) for name, each in content.items()})
+        return {"tuple": tuple, "frozenset": frozenset}[kind](_unpack(item, arrays) for item in content)
+    return _DATACLASSES[kind](**{name: _unpack(item, arrays) for name, item in content.items()})

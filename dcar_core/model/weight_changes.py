@@ -5,10 +5,11 @@
 - Merged, it is a model directory, served like any other model: it shares no backbone with other domains.
 """
 
-import json
 import re
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import save
@@ -16,13 +17,12 @@ from torch import Tensor, nn
 
 from dcar_core.model.backbone import Backbone, BackboneSource, load_backbone
 from dcar_core.model.config import MODEL_CONFIG
-from dcar_core.model.text.tokenizer import copy_from_hub
+from dcar_core.model.tokenizer import SETTINGS, TOKENIZER
 from dcar_core.util.errors import ModelError
 from dcar_core.util.files import write_bytes, write_json
 from dcar_core.util.machine import WEIGHTS_FILE
 
 _IMAGE = "visual."
-_WEIGHT_SUFFIXES = frozenset({".safetensors", ".bin", ".pt", ".pth"})
 
 
 class WeightChanges(nn.Module):
@@ -46,16 +46,14 @@ class WeightChanges(nn.Module):
         }
         if not chosen:
             raise ModelError(
-                f"the towers of {backbone.source.model} have none of the weights that this method changes; "
-                f"use the method clip-adapter"
+                f"{backbone.source.model} has none of the weights that this method changes; use clip-adapter"
             )
         self.names, self.low, self.rank = list(chosen), nn.ParameterDict(), rank
         self.high = nn.ParameterDict()  # whole differences, or the upper factors of low-rank ones
         for name, weight in chosen.items():
-            rows = weight.shape[0]
             if rank:
                 self.low[_key(name)] = nn.Parameter(torch.randn(rank, weight.shape[1]) / rank)
-            self.high[_key(name)] = nn.Parameter(torch.zeros((rows, rank) if rank else weight.shape))
+            self.high[_key(name)] = nn.Parameter(torch.zeros((len(weight), rank) if rank else weight.shape))
 
     def changed(self, backbone: Backbone, *, image: bool) -> dict[str, Tensor]:
         """Return the changed weights of one tower, by their names in the backbone."""
@@ -87,25 +85,12 @@ def merge(backbone: Backbone, changes: WeightChanges, parent: Path) -> Backbone:
 
     Its name is a hash of its content, since a published version may still use an earlier one.
     """
-    source, directory = backbone.source.directory, parent / "model.part"
-    directory.mkdir(parents=True, exist_ok=True)
-    if source is None:
-        from dcar_core.model.open_clip_source import read_config
+    from dcar_core.model.open_clip_source import read_config
 
-        config, preprocess = read_config(backbone.source), dict(backbone.visual.preprocess_cfg)
-        write_json(directory / MODEL_CONFIG, {"model_cfg": config, "preprocess_cfg": preprocess})
-        text = config["text_cfg"]
-        if tokenizer := text.get("hf_tokenizer_name"):
-            copy_from_hub(tokenizer, directory)
-        if encoder := text.get("hf_model_name"):
-            copy_from_hub(encoder, directory / encoder, ["config.json"])
-    else:  # the configuration, the files of the tokenizer, and the configuration of a text encoder of transformers
-        text = json.loads((source / MODEL_CONFIG).read_text(encoding="utf-8"))["model_cfg"]["text_cfg"]
-        for each in {*source.iterdir(), source / (text.get("hf_model_name") or "") / "config.json"}:
-            if each.is_file() and each.suffix not in _WEIGHT_SUFFIXES:
-                copy = directory / each.relative_to(source)
-                copy.parent.mkdir(parents=True, exist_ok=True)
-                shutil.copyfile(each, copy)
+    directory, config = parent / "model.part", read_config(backbone.source)
+    directory.mkdir(parents=True, exist_ok=True)
+    write_json(directory / MODEL_CONFIG, {"model_cfg": config, "preprocess_cfg": dict(backbone.visual.preprocess_cfg)})
+    _copy_text_files(config["text_cfg"], backbone.source.directory, directory)
     changed = {**changes.changed(backbone, image=True), **changes.changed(backbone, image=False)}
     state = backbone.clip.state_dict() | {name.removeprefix("clip."): value for name, value in changed.items()}
     weights = {name: value.cpu().contiguous().clone() for name, value in state.items()}
@@ -118,6 +103,22 @@ def merge(backbone: Backbone, changes: WeightChanges, parent: Path) -> Backbone:
         directory.rename(final)
     merged.source = BackboneSource(str(final))
     return merged
+
+
+def _copy_text_files(text: Mapping[str, Any], source: Path | None, target: Path) -> None:
+    """Copy the files of the tokenizer and of a text encoder of transformers, from a model directory or the hub."""
+    from dcar_core.model.open_clip_source import fetch
+
+    repositories = {TOKENIZER: text.get("hf_tokenizer_name"), SETTINGS: text.get("hf_tokenizer_name")}
+    if encoder := text.get("hf_model_name"):
+        repositories[f"{encoder}/config.json"] = encoder
+    if vocabulary := (text.get("tokenizer_kwargs") or {}).get("bpe_path"):
+        repositories[vocabulary] = None
+    for name, repository in repositories.items():
+        file = source / name if source is not None else repository and fetch(repository, Path(name).name)
+        if file and file.is_file():
+            (target / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(file, target / name)
 
 
 def _key(name: str) -> str:
