@@ -114,7 +114,7 @@ class Snapshot:
     def second_stage(self) -> Any:
         """The model's `SecondStage`. The first look may load the model for seconds: not in the event loop."""
         with requires_pytorch("re-ranking"):  # importing it takes seconds; the health check need not wait
-            from dcar_core.model.query_prompts import SecondStage
+            from dcar_core.model.dcar import SecondStage
 
             return SecondStage(self.encoder.model)
 

@@ -171,13 +171,6 @@ class ModelConfig(_Config):
     def with_loss_direction(self, direction: LossDirection) -> Self:
         return replace(self, loss=replace(self.loss, direction=direction))
 
-    def with_controls(
-        self, *, prompts: PromptValues = "learned", anchor: float | None = None, temperature: Temperature = "frozen"
-    ) -> Self:
-        """Return a control of the method. anchor: None keeps the method's own."""
-        loss = replace(self.loss, anchor=self.loss.anchor if anchor is None else anchor, temperature=temperature)
-        return replace(self, prompt=replace(self.prompt, values=prompts), loss=loss)
-
 
 @dataclass(frozen=True)
 class BackboneSource:

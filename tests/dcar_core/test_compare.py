@@ -153,7 +153,7 @@ def test_another_configuration_of_a_method_is_another_run(backbone: Backbone, ti
     runs = MethodRunner(backbone, splits, tmp_path, QUICK, FeatureCache(None, backbone))
     coop = find_method("coop").config
     shorter = replace(coop, prompt=PromptConfig(length=2, image=False))
-    one_way, held = coop.with_loss_direction("image-to-text"), coop.with_controls(anchor=0.5)
+    one_way, held = coop.with_loss_direction("image-to-text"), replace(coop, loss=replace(coop.loss, anchor=0.5))
     assert len({runs.directory(config, 0, 1e-3) for config in (coop, shorter, one_way, held)}) == 4
     automatic, exact, half = (replace(runs, config=replace(QUICK, amp=amp)) for amp in ("auto", "off", "bfloat16"))
     assert automatic.directory(coop, 0, 1e-3) == exact.directory(coop, 0, 1e-3)  # on a CPU

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from dcar_core.data import Dataset
 from dcar_core.model.backbone import Backbone
-from dcar_core.model.config import Amp, LossConfig, ReweightConfig, TrainWeights
+from dcar_core.model.config import Amp, LossConfig, ModelConfig, ReweightConfig, TrainWeights
 from dcar_core.model.dcar import DCAR, seeded_model
 from dcar_core.model.methods import METHODS, find_method
 from dcar_core.model.token_weights import blend, pair_weights
@@ -141,7 +141,7 @@ def check_parts(model: DCAR, data: PreparedSplit, rows: Rows) -> dict[str, Tenso
 
 def test_a_learned_temperature_has_the_gradient_of_the_whole_batch(backbone: Backbone, training: Dataset) -> None:
     """It is that of L_con and L_cate, and starts at CLIP's."""
-    model = seeded_model(backbone, find_method("dcar").config.with_controls(temperature="learned"), 0)
+    model = seeded_model(backbone, ModelConfig(loss=LossConfig(temperature="learned")), 0)
     torch.testing.assert_close(model.scale, backbone.scale)
     model, data = move_weights(model, training)
     rows = np.arange(len(data))

@@ -117,7 +117,7 @@ def test_a_pair_costs_one_row_and_equals_whole_passes_over_unprompted_patches(mo
 
 @torch.no_grad()
 def test_constant_prompts_are_those_of_no_query(model: DCAR) -> None:
-    config = find_method("query-prompts").config.with_controls(prompts="constant")
+    config = replace(model.config, prompt=replace(model.config.prompt, values="constant"))
     control = seeded_model(model.backbone, config, 0)
     control.load_state_dict(dict(model.trainables()), strict=False)
     first, second = F.normalize(torch.randn(2, 1, model.backbone.embed_dim), dim=-1)

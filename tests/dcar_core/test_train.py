@@ -13,7 +13,7 @@ import dcar_core.training.train as module
 from dcar_core.data import Annotations, Dataset
 from dcar_core.model.backbone import Backbone
 from dcar_core.model.checkpoint import load_checkpoint, save_checkpoint
-from dcar_core.model.config import Amp, ModelConfig, QueryWeights, ReweightConfig, TrainConfig
+from dcar_core.model.config import Amp, LossConfig, ModelConfig, PromptConfig, QueryWeights, ReweightConfig, TrainConfig
 from dcar_core.model.dcar import DCAR, seeded_model
 from dcar_core.model.methods import METHODS, find_method
 from dcar_core.training import validation
@@ -54,9 +54,12 @@ def test_controls_keep_their_prompts_and_their_temperature_to_themselves(
     backbone: Backbone, pairs: Pairs, tmp_path: Path
 ) -> None:
     """Constant prompts leave `dual` nothing to learn, and `dcar+` its adapters; temperatures are not served."""
-    fixed = find_method("dual").config.with_controls(prompts="constant", temperature="learned")
+    constant = PromptConfig(values="constant")
+    fixed = replace(
+        find_method("dual").config, prompt=constant, loss=LossConfig(temperature="learned", category=0, head=0)
+    )
     assert train(seeded_model(backbone, fixed, 0), *pairs, QUICK).history == []
-    config = find_method("dcar+").config.with_controls(prompts="constant", anchor=0.5, temperature="learned")
+    config = replace(find_method("dcar+").config, prompt=constant, loss=LossConfig(temperature="learned", anchor=0.5))
     model = seeded_model(backbone, config, 0)
     start = {name: p.detach().clone() for name, p in model.trainables()}
     assert len(train(model, *pairs, QUICK).history) == 2
