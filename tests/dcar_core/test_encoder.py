@@ -239,7 +239,6 @@ def test_weights_are_mapped_from_their_file_and_released(model: Path, tmp_path: 
     assert mapped(file) == 0
     np.testing.assert_array_equal(encoder.encode_text(texts), before[0])
     np.testing.assert_array_equal(encoder.encode_pixels(pixels), before[1])
-    assert mapped(file) > 0
     weights["logit_scale"].fill_(3.0)
     release_pages([model])
     assert weights["logit_scale"].item() == 3.0, "written pages are kept"

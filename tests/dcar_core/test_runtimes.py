@@ -109,8 +109,8 @@ def test_rows_of_several_adapters_share_a_batch(tiny_model: Path, cache: Path, n
     assert np.abs(mixed[0] - mixed[2]).max() > 0.01
     assert [each.shape[2] for each in one.image_inputs] == [3, 6, 6], "prompts and the adapters' matrices"
     pixels = probe_images(32)[:2]
-    parts = zip(one.image_inputs, other.image_inputs, strict=True)
-    both = runtime.image(pixels, tuple(np.concatenate(part, 1) for part in parts))
+    pairs = zip(one.image_inputs, other.image_inputs, strict=True)
+    both = runtime.image(pixels, tuple(np.concatenate(pair, 1) for pair in pairs))
     np.testing.assert_allclose(both[:1], runtime.image(pixels[:1], one.image_inputs), atol=1e-5)
     np.testing.assert_allclose(both[1:], runtime.image(pixels[1:], other.image_inputs), atol=1e-5)
     assert np.abs(both[0] - runtime.image(pixels[:1], other.image_inputs)[0]).max() > 0.01
@@ -269,35 +269,26 @@ def test_remains_of_a_killed_export_are_replaced(tiny_checkpoint: Path, chosen: 
     assert not left.exists()
 
 
-def reversed_columns(*given: Any) -> Any:
-    return TEXT(*given)[:, ::-1].copy()
-
-
-def fails(*given: object) -> None:
-    """Raise what a library pleases, as a compiler that is not there does, or a GPU without memory."""
-    raise RuntimeError("Failed to find C compiler.\nand a long story")
-
-
 TEXT = OpenVinoRuntime.text
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    ("tower", "broken", "says"),
-    [
-        ("text", reversed_columns, "its vectors are not float32's here: cosine"),
-        ("image", fails, r"RuntimeError: Failed to find C compiler\."),
-    ],
-)
+@pytest.mark.parametrize("is_wrong", [True, False], ids=["wrong vectors", "no vectors"])
 def test_runtime_that_opens_but_does_not_work_is_replaced(
     tiny_checkpoint: Path, chosen: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch,
-    tower: str, broken: object, says: str,
+    is_wrong: bool,
 ) -> None:  # fmt: skip
-    monkeypatch.setattr(OpenVinoRuntime, tower, broken)
+    def broken(*given: Any) -> Any:
+        if is_wrong:
+            return TEXT(*given)[:, ::-1].copy()
+        raise RuntimeError("Failed to find C compiler.\nand a long story")  # as a library pleases
+
+    says = "its vectors are not float32's here: cosine" if is_wrong else r"RuntimeError: Failed to find C compiler\."
+    monkeypatch.setattr(OpenVinoRuntime, "text", broken)
     name, warnings = auto(tiny_checkpoint, chosen, caplog)
     assert name == "torch"
-    for each, following, warning in zip(NAMES, [*NAMES[1:], "torch"], warnings, strict=True):
-        assert re.search(f"{each} cannot be used: {says}.*; using the runtime {following} instead", warning)
+    for runtime, following, warning in zip(NAMES, [*NAMES[1:], "torch"], warnings, strict=True):
+        assert re.search(f"{runtime} cannot be used: {says}.*; using the runtime {following} instead", warning)
     with pytest.raises(RuntimeUnavailableError, match=f"{NAME} cannot be used: {says}"):
         by_name(tiny_checkpoint, chosen)
 
