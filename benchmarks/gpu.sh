@@ -9,7 +9,7 @@ device=${DEVICE:-cuda} emoji=examples/emoji/twemoji
 python=${PYTHON:-.venv/bin/python}
 if [ "$device" = cuda ]; then
   runtime=cuda captions=2000 model=ViT-B-32 pictures=8192 batch=256 vectors=1000000 batches=20
-  kinds=(hnsw gpu-flat gpu-ivf gpu-cagra) methods=clip-adapter,dcar,block-adapters
+  kinds=(hnsw gpu-flat gpu-ivf) methods=clip-adapter,dcar,block-adapters
 else
   runtime=torch captions=64 model=ViT-S-16-alt pictures=16 batch=8 vectors=2000 batches=1
   kinds=(flat) methods=clip-adapter

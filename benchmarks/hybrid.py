@@ -17,7 +17,7 @@ import numpy as np
 
 from app.search.hits import best_rows
 from app.search.query import Plan
-from index_jobs.index.manifest import DEFAULT_WEIGHT
+from index_jobs.index.lexical import DEFAULT_WEIGHT
 
 EMOJI = Path(__file__).parents[1] / "examples" / "emoji"
 

@@ -35,11 +35,10 @@ from index_peers import PEERS
 
 from dcar_core.util.arrays import Floats, Rows
 from dcar_core.util.processes import in_own_process
-from index_jobs.engines.faiss.build import build_index
+from index_jobs.engines.faiss.build import SearchParameters, build_index
 from index_jobs.engines.faiss.index import FaissIndex
 from index_jobs.engines.faiss.kinds import choose_kinds, machine_memory
-from index_jobs.engines.faiss.tuning import SearchParameters, tune
-from index_jobs.engines.measure import NEIGHBOURS, Benchmark
+from index_jobs.engines.measure import NEIGHBOURS, Benchmark, tune
 from index_jobs.engines.protocol import HeldOutQueries
 from index_jobs.row_filter import RowFilter
 from index_jobs.spec import IndexSpec
@@ -59,7 +58,7 @@ def make(kind: str, path: Path, vectors: Floats, queries: HeldOutQueries, memory
             index: Any = PEERS[kind].build(vectors)
             tunable, about = index, {"factory": index.settings, "reason": "a peer"}
             benchmark = Benchmark(lambda: blocks(vectors), queries, target=targets[0])
-            parameters = tune(benchmark, index, tunable=tunable)["parameters"]
+            parameters = tune(benchmark, index, tunable)["parameters"]
             index.save(path)
         else:
             choices = choose_kinds(kind, count, dim, memory=memory)
@@ -69,7 +68,7 @@ def make(kind: str, path: Path, vectors: Floats, queries: HeldOutQueries, memory
     tuned = {targets[0]: parameters}
     for target in targets[1:]:
         benchmark = Benchmark(lambda: blocks(vectors), queries, target=target)
-        tuned[target] = tune(benchmark, index, tunable=tunable)["parameters"]
+        tuned[target] = tune(benchmark, index, tunable)["parameters"]
     size = sum(file.stat().st_size for file in ([path] if path.is_file() else path.iterdir()))
     return {"kind": kind, **about, **usage.found, "file_mb": round(size / 1e6, 1), "tuned": list(tuned.items())}
 

@@ -1,6 +1,6 @@
 """hnswlib for `index_kinds.py --peers`: built as its documents advise, tuned by our own code.
 
-The class has the names that `index_jobs.engines.faiss.tuning` sets.
+The class has the names that `index_jobs.engines.measure.tune` sets.
 """
 
 from pathlib import Path

@@ -152,7 +152,7 @@ def made_index(out: Path, checkpoint: Path, draw: "Callable[[], Floats]", captio
     from index_jobs.gallery.scan import scan
     from index_jobs.index import versions
     from index_jobs.index.items import SIZE_COLUMNS, Items, write_items
-    from index_jobs.index.lexical.lexical_index import item_texts, write_lexical
+    from index_jobs.index.lexical import item_texts, write_lexical
     from index_jobs.index.manifest import CHECKPOINT, ITEMS, LEXICAL, Manifest
     from index_jobs.spec import IndexSpec
 

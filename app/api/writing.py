@@ -29,9 +29,8 @@ from app.search.snapshots import Snapshot, filter_rows
 from app.service.collections import Collections
 from dcar_core.util.errors import ImageError, LockedError
 from dcar_core.util.files import canonical_json
-from index_jobs.index.created import create_collection, drop_collection
 from index_jobs.index.index_version import IndexVersion, Item
-from index_jobs.index.jobs import JobKind
+from index_jobs.index.jobs import JobKind, create_collection, drop_collection
 
 logger = logging.getLogger(__name__)
 

@@ -127,7 +127,6 @@ def update(
         dir_okay=False,
         metavar="FILE",
     ),
-    strict: bool = option(False, "Refuse fields that no item has."),
     **build: Any,
 ) -> None:
     """Publish a version with other metadata of some items; nothing is encoded."""
@@ -136,7 +135,7 @@ def update(
     from index_jobs.index.changes import change_metadata
     from index_jobs.index.manifest import counted
 
-    summary = change_metadata(index, read_changes(str(metadata)), metadata.name, strict=strict, **build)
+    summary = change_metadata(index, read_changes(str(metadata)), metadata.name, **build)
     typer.echo(f"{location_of(index)}: version {summary.version}, {counted(summary.changed, 'item')} changed")
     if summary.new_fields:
         typer.echo(f"new fields: {', '.join(summary.new_fields)}")

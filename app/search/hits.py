@@ -33,8 +33,7 @@ from app.search.snapshots import (
 )
 from dcar_core.util.arrays import Floats, Mask, Rows
 from index_jobs.index.index_version import IndexVersion
-from index_jobs.index.lexical.fusion import text_bonus
-from index_jobs.index.lexical.lexical_index import LexicalIndex
+from index_jobs.index.lexical import LexicalIndex, text_bonus
 from index_jobs.row_filter import NO_ROWS, RowFilter
 
 Level = Literal["likely", "possible", "unlikely"]
@@ -177,7 +176,7 @@ def hybrid_candidates(
 ) -> Hits:
     """Return the `width` or more rows with the highest cosines, and those with the highest text scores.
 
-    - A rank score is cosine + bonus * text score; see `index_jobs.index.lexical.fusion`. Every candidate of one list
+    - A rank score is cosine + bonus * text score; see `index_jobs.index.lexical`. Every candidate of one list
       gets its exact score in the other.
     - Words that `_TEXT_ROWS` items or more contain are ranked approximately: only the `_COMMON_TEXT_ROWS` best rows by
       the words are added. The number of rows by cosine then depends only on the page's depth, rounded.

@@ -22,6 +22,7 @@ from app.search.errors import InvalidQueryError, ItemNotFoundError, UnsupportedQ
 from app.search.snapshots import Snapshot, filter_rows, row_vectors
 from dcar_core.util.arrays import Floats
 from dcar_core.util.errors import list_fields
+from index_jobs.index.lexical import DEFAULT_WEIGHT
 from index_jobs.row_filter import RowFilter
 
 Weight = Annotated[float, Field(strict=True, ge=0, le=100, allow_inf_nan=False)]
@@ -314,7 +315,7 @@ def make_plan(
         if name not in known and name != "*":
             raise InvalidQueryError("fields", f"no item has {name[:80]!r}; available: {list_fields(known)}")
     manifest = snapshot.artifact.manifest
-    words_weight = manifest.words_weight if query.hybrid is True else float(query.hybrid)
+    words_weight = DEFAULT_WEIGHT if query.hybrid is True else float(query.hybrid)
     if words_weight and not query.query:
         raise InvalidQueryError("hybrid", "needs a text query, whose words it looks up")
     if query.rerank and (words_weight or query.sort):

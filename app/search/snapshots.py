@@ -29,8 +29,8 @@ from dcar_core.model.checkpoint import read_config
 from dcar_core.util.arrays import Floats, Rows
 from dcar_core.util.errors import ArtifactError, DataError, DcarError, StoreUnavailableError, requires_pytorch
 from index_jobs.index import filters
-from index_jobs.index.created import empty_artifact
 from index_jobs.index.index_version import ImageAccess, IndexVersion
+from index_jobs.index.jobs import empty_version
 from index_jobs.index.manifest import CHECKPOINT
 from index_jobs.index.versions import open_current, open_version, read_manifest
 from index_jobs.row_filter import EMPTY_IS_MISSING, NO_ROWS, RowFilter
@@ -157,7 +157,7 @@ def load_snapshot(
             backbone=next(filter(None, same), None),
             threads=settings.threads,
         )
-    artifact = artifact or empty_artifact(index, encoder.fingerprint, encoder.dim)
+    artifact = artifact or empty_version(index, encoder.fingerprint, encoder.dim)
     artifact.require(encoder.fingerprint)
     encoder.add_checkpoint_path(checkpoint)  # old versions are deleted together with their checkpoints
     snapshot = Snapshot(encoder, artifact, config, settings)

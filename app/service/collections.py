@@ -22,7 +22,7 @@ from app.core.turns import ENDS, ComputeThreads, run_in_new_thread, stop, superv
 from app.search.errors import CollectionNotFoundError, UnavailableError, without_directories
 from app.search.snapshots import Snapshot, is_published, load_snapshot
 from dcar_core.util.errors import ArtifactError, DcarError
-from index_jobs.index.created import list_collections
+from index_jobs.index.jobs import list_collections
 from index_jobs.index.storage import location_of, store_of
 from index_jobs.index.versions import current_version, pull, require_index
 

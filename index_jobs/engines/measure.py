@@ -1,31 +1,34 @@
-"""Recall and latency of an index on held-out queries.
+"""Recall and latency of an index on held-out queries, and the search parameters that they choose.
 
 - Queries are captions where the gallery has them, because texts lie elsewhere than images. Otherwise they are images
   of the gallery, each without itself.
 - A neighbour counts by its score, since a search may return any of several equal images.
-- Half of the queries may choose search parameters; the other half measures the manifest's recall.
+- Half of the queries choose the fastest parameters that reach the target; the other half measures the recall.
 """
 
 import time
+from bisect import bisect_left
 from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import faiss
 import numpy as np
 import pyarrow as pa
 
 from dcar_core import Encoder
-from dcar_core.util.arrays import Blocks, Floats, Mask, Rows
+from dcar_core.util.arrays import Blocks, Floats, Rows
 from dcar_core.util.metrics import TIE_TOLERANCE
-from index_jobs.engines.protocol import HeldOutQueries, merge_top_k
+from index_jobs.engines.protocol import HeldOutQueries, ScoredRows, merge_top_k
 
 MAX_QUERIES = 1000
 NEIGHBOURS = 10
 TIMED_QUERIES = 200
 _RECALL_MARGIN = 0.25  # tuning aims above the target by this part of 1 - target, for the sake of other queries
 _MIN_DIVIDED = 40  # fewer queries are used for tuning and measuring alike
-SCORED_VECTORS = 1024  # copied at a time
+_FACTORS = (64, 32, 16, 12, 8, 6, 5, 4, 3, 2, 1)  # candidates to re-rank, in multiples of k
+_SLOWER = 1.2  # fewer candidates are not tried after a latency of this multiple of the lowest
+_STEPS = 32  # a width is exact to this fraction of itself
+_NOISE = 0.0005  # differences in recall below this are not a gain
 
 
 def caption_queries(table: pa.Table, encoder: Encoder) -> HeldOutQueries | None:
@@ -62,7 +65,7 @@ class Benchmark:
         """target: the recall to reach. exact: the indexes are exact, so their recall is 1."""
         self.aim = target + _RECALL_MARGIN * (1 - target)
         self.queries, self.target, self.is_exact, self._blocks = queries, target, exact, blocks
-        self._truth = None if exact else find_neighbours(blocks, queries)
+        self._scores = np.empty((0, NEIGHBOURS), np.float32) if exact else find_neighbours(blocks, queries)[0]
         everything = np.arange(len(queries.vectors))
         divided = (everything[::2], everything[1::2]) if len(everything) >= _MIN_DIVIDED else (everything, everything)
         self.tuning_queries, self._measuring_queries = divided
@@ -79,48 +82,29 @@ class Benchmark:
         }
 
     def recall(self, index: Any, chosen: Rows) -> float:
-        """Return the recall at 10 of the chosen queries."""
-        if self._truth is None:
+        """Return the recall at 10 of the chosen queries: results that reach the score of the last exact neighbour."""
+        if self.is_exact:
             return 1.0
-        queries = self.queries
-        _, rows = index.search(np.ascontiguousarray(queries.vectors[chosen]), NEIGHBOURS + 1)
-        results = np.take_along_axis(rows, _own_last(rows, queries.own_rows[chosen]), 1)[:, :NEIGHBOURS]
-        total = int((self._truth.rows[chosen] >= 0).sum())
-        return int(self._truth.hits(self._blocks, queries, chosen, results).sum()) / total if total else 1.0
+        queries, exact = np.ascontiguousarray(self.queries.vectors[chosen]), self._scores[chosen]
+        rows = index.search(queries, NEIGHBOURS + 1)[1]
+        rows = np.take_along_axis(rows, _own_last(rows, self.queries.own_rows[chosen]), 1)[:, :NEIGHBOURS]
+        scores = np.einsum("qe,qke->qk", queries, self._vectors(rows))
+        hits = (rows >= 0) & (scores >= exact[:, -1:] - TIE_TOLERANCE)
+        return int(hits.sum()) / max(1, int(np.isfinite(exact).sum()))
 
-
-@dataclass(frozen=True)
-class ExactNeighbours:
-    """Exact neighbours of queries."""
-
-    rows: Rows  # int64 (q, 10), -1 where there are fewer
-    lowest: Floats  # score of the last neighbour, float32 (q,), -inf where there are fewer
-    tied: Mask  # where other rows may have the same score
-
-    def hits(self, blocks: Blocks, queries: HeldOutQueries, chosen: Rows, results: Rows) -> Mask:
-        """Return which results, int64 (n, k), of the chosen queries are neighbours: bool (n, k).
-
-        The exact ten count, and where others tie with the last of them, every row that reaches its score. Scores are
-        computed from the vectors themselves, with one block in memory at a time.
-        """
-        hits: Mask = (results[:, :, None] == self.rows[chosen][:, None, :]).any(2) & (results >= 0)
-        query_numbers, positions = np.nonzero(~hits & (results >= 0) & self.tied[chosen][:, None])
-        rows, start = results[query_numbers, positions], 0
-        if not len(rows):
-            return hits
-        for block in blocks():
-            inside = np.flatnonzero((rows >= start) & (rows < start + len(block)))
-            for part in np.split(inside, range(SCORED_VECTORS, len(inside), SCORED_VECTORS)):
-                numbers = chosen[query_numbers[part]]
-                scores = np.einsum("ne,ne->n", queries.vectors[numbers], block[rows[part] - start])
-                hits[query_numbers[part], positions[part]] = scores >= self.lowest[numbers] - TIE_TOLERANCE
+    def _vectors(self, rows: Rows) -> Floats:
+        """Return the vectors of rows (...): (..., E). One block is in memory at a time."""
+        vectors, start = np.zeros((*rows.shape, self.queries.vectors.shape[1]), np.float32), 0
+        for block in self._blocks():
+            inside = (rows >= start) & (rows < start + len(block))
+            vectors[inside] = block[rows[inside] - start]
             start += len(block)
-        return hits
+        return vectors
 
 
-def find_neighbours(blocks: Blocks, queries: HeldOutQueries) -> ExactNeighbours:
-    """Return the nearest neighbours by brute force, without each query's own row."""
-    k, start, q = NEIGHBOURS + 2, 0, len(queries.vectors)  # its own row, and one that shows whether the last is tied
+def find_neighbours(blocks: Blocks, queries: HeldOutQueries) -> ScoredRows:
+    """Return the ten nearest neighbours by brute force, without each query's own row."""
+    k, start, q = NEIGHBOURS + 1, 0, len(queries.vectors)
     best_scores, best_rows = np.empty((q, 0), np.float32), np.empty((q, 0), np.int64)
     for block in blocks():
         if not len(block):
@@ -130,10 +114,8 @@ def find_neighbours(blocks: Blocks, queries: HeldOutQueries) -> ExactNeighbours:
         )
         best_scores, best_rows = merge_top_k([best_scores, scores], [best_rows, rows + start], k)
         start += len(block)
-    own_last = _own_last(best_rows, queries.own_rows)
-    scores, rows = np.take_along_axis(best_scores, own_last, 1), np.take_along_axis(best_rows, own_last, 1)
-    lowest = scores[:, NEIGHBOURS - 1]
-    return ExactNeighbours(rows[:, :NEIGHBOURS], lowest, scores[:, NEIGHBOURS] >= lowest - 2 * TIE_TOLERANCE)
+    order = _own_last(best_rows, queries.own_rows)[:, :NEIGHBOURS]
+    return np.take_along_axis(best_scores, order, 1), np.take_along_axis(best_rows, order, 1)
 
 
 def _own_last(rows: Rows, own_rows: Rows) -> Rows:
@@ -155,3 +137,84 @@ def measure_latency(index: Any, vectors: Floats) -> dict[str, float]:
         faiss.omp_set_num_threads(threads)
     p50, p99 = np.percentile(times, [50, 99])
     return {"latency_ms_p50": round(float(p50), 3), "latency_ms_p99": round(float(p99), 3)}
+
+
+class Tunable(Protocol):
+    """Search parameters of an index. width: name of the one that widens a search, None for kinds without one."""
+
+    @property
+    def width(self) -> str | None: ...
+
+    min_width: int
+    max_width: int
+    has_reranking: bool  # it has a k_factor, candidates to re-rank in multiples of k
+
+    def set(self, name: str, value: int) -> None: ...
+
+
+def tune(benchmark: Benchmark, index: Any, tunable: Tunable) -> dict[str, Any]:
+    """Set the fastest search parameters that reach the target, of anything with a `search`.
+
+    Return the measurements, as in the manifest.
+
+    - The width is doubled until the recall reaches the target, then bisected to a 32nd. Kinds that re-rank candidates
+      start with many; with fewer, they need a wider search. The lowest latency wins.
+    - A compressing kind has a recall ceiling. Below the target, the narrowest search near it is chosen.
+    """
+    parameters = {} if benchmark.is_exact else _choose(benchmark, index, tunable)
+    recall = round(benchmark.recall(index, benchmark.tuning_queries), 4)
+    return benchmark.measure(index, parameters) | {"tuning_recall_at_10": recall}
+
+
+def _choose(benchmark: Benchmark, index: Any, tunable: Tunable) -> dict[str, int]:
+    """Set and return the fastest parameters that reach the aim."""
+    target, aim = benchmark.target, benchmark.aim
+    timed = benchmark.queries.vectors[benchmark.tuning_queries][: TIMED_QUERIES // 2]
+    points = list[tuple[float, float, dict[str, int]]]()  # recall, latency, parameters
+    width: int | None = None
+    for factor in _FACTORS if tunable.has_reranking else (None,):
+        if factor:
+            tunable.set("k_factor", factor)
+        recall, width = _narrowest(benchmark, index, tunable, width or tunable.min_width)
+        if points and recall < min(points[0][0], aim) - _NOISE:
+            break  # so few candidates lose neighbours at any width
+        parameters = {name: n for name, n in ((tunable.width, width), ("k_factor", factor)) if name and n}
+        latency = measure_latency(index, timed)["latency_ms_p50"]
+        points.append((recall, latency, parameters))
+        if latency > _SLOWER * min(point[1] for point in points):
+            break
+    highest = max(recall for recall, _, _ in points)
+    required = highest if highest < target else max(target, min(aim, highest - 2 * _NOISE))
+    best = min((point for point in points if point[0] >= required), key=lambda point: point[1])[2]
+    for name, value in best.items():
+        tunable.set(name, value)
+    return best
+
+
+def _narrowest(benchmark: Benchmark, index: Any, tunable: Tunable, lowest: int) -> tuple[float, int | None]:
+    """Set the narrowest search, at least `lowest`, that reaches the aim or the ceiling; return its recall and width."""
+    if not (name := tunable.width):
+        return benchmark.recall(index, benchmark.tuning_queries), None
+    aim, recalls = benchmark.aim, dict[int, float]()  # by width
+
+    def measure(width: int) -> float:
+        tunable.set(name, width)
+        recalls[width] = benchmark.recall(index, benchmark.tuning_queries)
+        return recalls[width]
+
+    width = min(lowest, tunable.max_width)
+    while measure(width) < aim and width < tunable.max_width:
+        if width >= 64 and recalls[width] - recalls.get(width // 2, 0.0) < _NOISE:
+            break  # too few candidates are re-ranked, or the kind is too coarse
+        width = min(2 * width, tunable.max_width)
+    highest = max(recalls.values())
+    goal = aim if highest >= aim else highest - _NOISE
+    if highest >= benchmark.target:
+        goal = max(goal, benchmark.target)
+    width = min(tried for tried, reached in recalls.items() if reached >= goal)
+    low = max((tried for tried in recalls if tried < width), default=width)
+    step = max(1, width // _STEPS)
+    between = range(low + step, width, step)
+    width = [*between, width][bisect_left(between, goal, key=measure)]
+    tunable.set(name, width)
+    return recalls[width], width

@@ -10,7 +10,6 @@ field that holds a list meets a condition if one of its members does.
 """
 
 import json
-import math
 import sys
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -28,7 +27,6 @@ from index_jobs.row_filter import EMPTY_IS_MISSING, RowFilter
 _RANGES = {"gt": "greater", "gte": "greater_equal", "lt": "less", "lte": "less_equal"}
 _OR = "$or"
 _MAX_CONDITIONS = 64  # each one reads every item, and cannot be interrupted
-MAX_CONDITION_ROWS = 200_000_000  # conditions times rows; about 3 s for "contains"
 _MAX_SUBSTRING = 256  # characters of "contains"; the automaton of a longer one may not fit the memory that it may use
 _OPERATORS = '"in", "not", "contains", "gt", "gte", "lt", "lte"'
 _INT64 = range(-(2**63), 2**63)
@@ -51,7 +49,7 @@ def match_rows(artifact: IndexVersion, filter: Mapping[str, Any]) -> Mask:
     Raises:
         FilterError: no item has such a field, a condition does not fit it, or there are too many conditions.
     """
-    _require_few(filter, artifact.rows)
+    _require_few(filter)
     return _match_all(artifact, filter)
 
 
@@ -60,7 +58,7 @@ def filter_rows(artifact: IndexVersion, filter: Mapping[str, Any]) -> RowFilter:
 
     Raise FilterError if no item has such a field, or a condition does not fit it.
     """
-    _require_few(filter, 0)
+    _require_few(filter)
     changed = artifact.changed
     included = changed[_match_all(artifact, filter, changed)]
     excluded = np.union1d(changed, artifact.removed)
@@ -92,11 +90,10 @@ def match_column(column: pa.ChunkedArray, condition: Any, field: str) -> Mask:
     return mask & _match_ranges(column, ranges, field) if ranges else mask
 
 
-def _require_few(filter: Mapping[str, Any], rows: int) -> None:
-    limit = min(_MAX_CONDITIONS, max(1, MAX_CONDITION_ROWS // max(1, rows)))
+def _require_few(filter: Mapping[str, Any]) -> None:
     for number, field in enumerate(_condition_fields(filter)):
-        if number == limit:
-            raise FilterError(field, f"at most {limit} conditions in all on this index; a list of values is one")
+        if number == _MAX_CONDITIONS:
+            raise FilterError(field, f"at most {_MAX_CONDITIONS} conditions in all; a list of values is one")
 
 
 def _condition_fields(filter: Mapping[str, Any]) -> Iterator[str]:
@@ -136,8 +133,6 @@ def _match_values(column: pa.ChunkedArray, values: list[Any], field: str) -> Mas
     mask = np.zeros(len(column), np.bool_)
     if None in values:
         mask = _to_mask(column.is_null()) | ~_is_present(column, field)
-    if member_type == pa.float64() and 0 in targets:
-        targets += [0.0, -0.0]  # equal numbers that is_in tells apart
     if targets:
         members, parents = _members(column)
         is_match = _to_mask(pc.is_in(members, value_set=pa.array(targets, members.type)))
@@ -165,23 +160,14 @@ def _match_ranges(column: pa.ChunkedArray, ranges: dict[str, Any], field: str) -
         if member_type == pa.bool_() or isinstance(bound, bool | None):
             raise FilterError(field, f"{name!r} takes a number or a text, and a field of numbers or texts")
         bound = _checked_value(bound, member_type, field)
-        if member_type == pa.int64():
-            name, bound = _integer_bound(name, bound)
-        mask &= _to_mask(pc.call_function(_RANGES[name], [members, pa.scalar(bound, members.type)]))
+        compared = members.cast(pa.float64(), safe=False) if isinstance(bound, float) else members
+        mask &= _to_mask(pc.call_function(_RANGES[name], [compared, pa.scalar(bound, compared.type)]))
     return _any_member(mask, parents, len(column))
 
 
 def _is_present(members: pa.ChunkedArray, field: str) -> Mask:
     """Return False where an empty text means a missing value."""
     return _to_mask(pc.not_equal(members, "")) if field in EMPTY_IS_MISSING else np.ones(len(members), np.bool_)
-
-
-def _integer_bound(name: str, bound: float) -> tuple[str, int]:
-    """Return an equal condition with an integer bound; beyond 2^53 one float stands for several integers."""
-    if _INT64.start <= bound < _INT64.stop:
-        return name, math.floor(bound) if name in {"gt", "lte"} else math.ceil(bound)
-    is_met_by_all = bound < 0 if name in {"gt", "gte"} else bound > 0  # by none if it is NaN
-    return "gte" if is_met_by_all else "lt", _INT64.start
 
 
 def _checked_value(value: Any, member_type: pa.DataType, field: str) -> Any:
@@ -194,7 +180,7 @@ def _checked_value(value: Any, member_type: pa.DataType, field: str) -> Any:
         fits = isinstance(value, int | float) and not isinstance(value, bool)
     if not fits:
         raise FilterError(field, f"values are {_TYPE_NAMES[str(member_type)]}, not {json.dumps(value)[:40]}")
-    if isinstance(value, int) and member_type == pa.float64():
+    if isinstance(value, int) and (member_type == pa.float64() or value not in _INT64):
         return float(max(-_MAX_FLOAT, min(value, _MAX_FLOAT)))
     return replace_surrogates(value) if isinstance(value, str) else value
 

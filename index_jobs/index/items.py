@@ -10,11 +10,9 @@
 
 import json
 import logging
-import re
 from bisect import bisect_left
 from collections import Counter
 from collections.abc import Iterator, Mapping, Set
-from dataclasses import dataclass
 from functools import cached_property, reduce
 from pathlib import Path
 from typing import Any
@@ -26,7 +24,6 @@ import pyarrow.compute as pc
 from dcar_core.util.arrays import Rows
 from dcar_core.util.errors import ArtifactError
 from dcar_core.util.files import atomic_writer, canonical_json
-from index_jobs.checks import check_file_once, require_rows
 
 logger = logging.getLogger(__name__)
 
@@ -43,43 +40,22 @@ _FIELD = "field:"  # prefix of a metadata field's column
 BUILT_IN_FIELDS = ("id", "caption", "category")
 MAX_FIELDS = 256
 _TEXT = pa.string()
-_NUMBER_LIKE = re.compile(r"[-+$€£¥\s]*\d[\d.,' ]*([%€$£¥]|[a-zA-Z]{1,3})?")  # 10,50 or $12 or 12 EUR
 _LIST = pa.list_(pa.string())
 
 
-@dataclass(frozen=True)
-class FieldTypes:
-    """Arrow types of a gallery's metadata fields, by name.
-
-    number_texts: fields in which every text looks like a number, such as "10,50" or "$12", each with one of the texts.
-    """
-
-    types: dict[str, pa.DataType]
-    number_texts: dict[str, str]
-
-    @classmethod
-    def infer(cls, metadata: pa.ChunkedArray) -> "FieldTypes":
-        """Infer the types from a column of JSON objects."""
-        frequency: Counter[str] = Counter()
-        types: dict[str, pa.DataType] = {}
-        examples: dict[str, str] = {}  # of fields in which every text looks like a number
-        for record in _records(metadata):
-            for name, value in record.items():
-                if value is None:
-                    continue
+def infer_types(metadata: pa.ChunkedArray) -> dict[str, pa.DataType]:
+    """Return the types of the most frequent fields of a column of JSON objects, by their sorted names."""
+    frequency, types = Counter[str](), dict[str, pa.DataType]()
+    for record in _records(metadata):
+        for name, value in record.items():
+            if value is not None:
                 frequency[name] += 1
                 value_type = type_of(value)
-                if isinstance(value, str) and name != "file_name" and (name in examples or name not in types):
-                    if _NUMBER_LIKE.fullmatch(value):
-                        examples[name] = examples.get(name, "") if value.isdecimal() else value
-                    else:
-                        examples.pop(name, None)
                 types[name] = common_type(types.get(name, value_type), value_type)
-        kept = [name for name, _ in frequency.most_common(MAX_FIELDS)]
-        if len(kept) < len(frequency):
-            logger.warning("of %d metadata fields, filters accept the %d most frequent", len(frequency), len(kept))
-        number_texts = {name: examples[name] for name in kept if examples.get(name)}
-        return cls({name: types[name] for name in sorted(kept)}, number_texts)
+    kept = [name for name, _ in frequency.most_common(MAX_FIELDS)]
+    if len(kept) < len(frequency):
+        logger.warning("of %d metadata fields, filters accept the %d most frequent", len(frequency), len(kept))
+    return {name: types[name] for name in sorted(kept)}
 
 
 def field_names(metadata: pa.ChunkedArray) -> set[str]:
@@ -158,24 +134,23 @@ def take_rows(table: pa.Table, rows: Rows) -> pa.Table:
     return pa.Table.from_batches(chosen, table.schema)
 
 
-def write_items(path: Path, table: pa.Table, rows: Rows) -> FieldTypes:
-    """Write the chosen rows of a gallery's table, ascending, and return the types of their fields."""
+def write_items(path: Path, table: pa.Table, rows: Rows) -> None:
+    """Write the chosen rows of a gallery's table, ascending."""
     columns = table.select(COLUMNS)
     by_id = pc.sort_indices(take_rows(columns.select(["id"]), rows)["id"]).to_numpy().astype(np.int64)
-    fields = FieldTypes.infer(columns["metadata"])
+    types = infer_types(columns["metadata"])
     schema = columns.schema.append(pa.field(_BY_ID, pa.int64()))
-    for name, field_type in fields.types.items():
+    for name, field_type in types.items():
         schema = schema.append(pa.field(_FIELD + name, field_type))
     with atomic_writer(path) as file, pa.ipc.new_file(file, schema) as writer:
         for start in range(0, len(rows), _BATCH):
             batch = take_rows(columns, rows[start : start + _BATCH]).combine_chunks()
             records = list(_records(batch["metadata"]))
             batch = batch.append_column(_BY_ID, pa.array(by_id[start : start + _BATCH]))
-            for name, field_type in fields.types.items():
+            for name, field_type in types.items():
                 values = [record.get(name) for record in records]
                 batch = batch.append_column(_FIELD + name, typed_array(values, field_type))
             writer.write_table(batch, max_chunksize=_BATCH)
-    return fields
 
 
 class Items:
@@ -196,13 +171,6 @@ class Items:
         # Cached, because a batch creates a new object for a column each time.
         self._cells = {name: [batch.column(name) for batch in self._batches] for name in types}
         self._count = sum(len(batch) for batch in self._batches)
-        check_file_once(path, self._check)
-
-    def _check(self) -> None:
-        """Raise ValueError for a wrong offset, text or row number. Arrow trusts them, and one would end the process."""
-        for batch, by_id in zip(self._batches, self._cells[_BY_ID], strict=True):
-            batch.validate(full=True)
-            require_rows(by_id.to_numpy(), self._count)
 
     def __len__(self) -> int:
         return self._count
@@ -235,14 +203,14 @@ class Items:
             changed: names of the fields that may differ.
         """
         rows = np.array(sorted(records), np.int64)
-        given = [records[row] for row in rows.tolist()]
         columns = {name: [batch.column(name) for batch in self._batches] for name in self._schema.names}
-        own = [{name: value for name, value in each.items() if name not in BUILT_IN_FIELDS} for each in given]
-        texts = {name: [each.get(name, "") for each in given] for name in {"caption", "category"} & changed}
-        for name, values in {**texts, "metadata": [canonical_json(each).decode() for each in own]}.items():
+        fields = [records[row] for row in rows.tolist()]
+        own = [{name: value for name, value in record.items() if name not in BUILT_IN_FIELDS} for record in fields]
+        texts = {name: [record.get(name, "") for record in fields] for name in {"caption", "category"} & changed}
+        for name, values in {**texts, "metadata": [canonical_json(record).decode() for record in own]}.items():
             columns[name] = _replaced(columns[name], rows, values, _TEXT)
         for name in sorted(changed - {*BUILT_IN_FIELDS}):
-            values = [each.get(name) for each in own]
+            values = [record.get(name) for record in own]
             before = columns.pop(_FIELD + name, [])
             kinds = [array.type for array in before[:1]] + [type_of(value) for value in values if value is not None]
             if not kinds or (not before and len(columns) >= len(_TYPES) + MAX_FIELDS):
@@ -272,8 +240,8 @@ class Items:
         except UnicodeEncodeError:
             return None
 
-        def id_at(place: int) -> bytes:
-            return bytes(self.cell(self.cell(place, _BY_ID), "id").encode())
+        def id_at(rank: int) -> bytes:
+            return bytes(self.cell(self.cell(rank, _BY_ID), "id").encode())
 
-        place = bisect_left(range(self._count), target, key=id_at)
-        return int(self.cell(place, _BY_ID)) if place < self._count and id_at(place) == target else None
+        rank = bisect_left(range(self._count), target, key=id_at)
+        return int(self.cell(rank, _BY_ID)) if rank < self._count and id_at(rank) == target else None

@@ -14,9 +14,8 @@ from index_jobs.spec import IndexSpec
 FORMAT = 4
 CURRENT, VERSIONS, BLOBS = "CURRENT", "versions", "blobs"
 ITEMS, REMOVED, CHANGED = "items.arrow", "removed.npy", "changed.npy"
-CHECKPOINT, FAILED, DUPLICATES, LEXICAL = "checkpoint", "failed.jsonl", "duplicates.jsonl", "lexical"
+CHECKPOINT, FAILED, LEXICAL = "checkpoint", "failed.jsonl", "lexical"
 _HASH = re.compile("[0-9a-f]{64}")
-DEFAULT_WEIGHT = 0.7  # of the words in hybrid searches; chosen on short queries of the bundled example
 OVER_HTTP, BY_WATCH = "over HTTP", "by a watch"  # origins of changes
 
 
@@ -108,8 +107,6 @@ class Manifest:
     cutoff: dict[str, Any] = field(default_factory=dict)  # meaning of min_score "auto"; empty: not calibrated
     runtime: str = ""  # runtime that encoded the images
     replaced: int | None = None  # the previous version; None for the first
-    number_texts: dict[str, str] = field(default_factory=dict)  # fields of texts such as "10,50", with an example
-    hybrid_weight: float | None = None  # of the words, chosen by validation texts; None: not chosen
     metric: str = "inner_product"
     format: int = FORMAT
 
@@ -127,11 +124,6 @@ class Manifest:
     def is_as_built(self) -> bool:
         """True if nothing was added, removed or changed after the build."""
         return not self.additions and not self.removed and not self.changed
-
-    @property
-    def words_weight(self) -> float:
-        """The weight of the words in hybrid searches that name none."""
-        return DEFAULT_WEIGHT if self.hybrid_weight is None else self.hybrid_weight
 
     def paths(self, index: Path, prefix: str = "") -> dict[str, Path]:
         """Return the files whose names begin with a prefix, by the rest of their names."""

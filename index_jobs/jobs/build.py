@@ -46,8 +46,8 @@ from index_jobs.engines.protocol import NewIndex, load_engine
 from index_jobs.gallery.scan import Gallery, scan
 from index_jobs.index import versions
 from index_jobs.index.index_version import IndexVersion
-from index_jobs.index.items import BUILT_IN_FIELDS, FieldTypes, Items, field_names, take_rows, write_items
-from index_jobs.index.lexical.lexical_index import item_texts, write_lexical
+from index_jobs.index.items import BUILT_IN_FIELDS, Items, field_names, infer_types, take_rows, write_items
+from index_jobs.index.lexical import item_texts, write_lexical
 from index_jobs.index.manifest import CHECKPOINT, CURRENT, FAILED, ITEMS, LEXICAL, Manifest, counted
 from index_jobs.index.storage import index_name, index_path, location_of
 from index_jobs.index.versions import open_current
@@ -57,7 +57,7 @@ from index_jobs.spec import BuildOptions, IndexSpec
 logger = logging.getLogger(__name__)
 
 WORK = "work"
-_SUMMARY = ("version", "count", "failed", "dim", "kind", "reason", "measured", "number_texts", "cutoff")
+_SUMMARY = ("version", "count", "failed", "dim", "kind", "reason", "measured", "cutoff")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -78,7 +78,6 @@ class RebuildSummary:
     kind: str
     reason: str
     measured: dict[str, Any]
-    number_texts: dict[str, str]  # fields with texts such as "10,50", with an example
     cutoff: dict[str, Any]  # as in the manifest
     changes: dict[str, int] | None = None  # items that came and went since the served version
     gate: dict[str, Any] | None = None  # comparison with the served version; see `gate.GateVerdict`
@@ -103,16 +102,10 @@ class RebuildSummary:
         return "\n".join(lines + self.notes())
 
     def notes(self) -> list[str]:
-        """Return a line for images that searches leave out, and one for fields that they take for text."""
+        """Return a line for images that searches leave out."""
         lines = list[str]()
         if self.failed:
             lines.append(f"broken images, left out: {self.failed:,}, with reasons in {self.failures}")
-        if self.number_texts:
-            examples = ", ".join(f"{name} ({text!r})" for name, text in self.number_texts.items())
-            lines.append(
-                f"fields of text that looks like numbers: {examples}; filters cannot compare them by size, so write "
-                f"numbers such as 10.5"
-            )
         return lines
 
 
@@ -369,7 +362,7 @@ class _Build:
         gallery, spec, encoder, folder = self.gallery, self.spec, self.encoder, new.folder
         engine = load_engine(spec.engine)
         rows = encoded.rows()
-        field_types = write_items(folder / ITEMS, encoded.table(), rows)
+        write_items(folder / ITEMS, encoded.table(), rows)
         vectors = NewIndex(
             name=index_name(self.out), folder=folder, version=new.number, blocks=encoded.blocks,
             fields=Items(folder / ITEMS).field_table(), count=len(encoded), dim=encoder.dim,
@@ -384,7 +377,7 @@ class _Build:
         logger.info("measuring the scores of matches")
         index = engine.open({path.name: path for path in folder.iterdir()})
         if self.options.validation and self.pairs:
-            calibrated = gate.calibrate(folder / LEXICAL, index, self.pairs, encoded, encoder)
+            calibrated = gate.calibrate(index, self.pairs, encoded, encoder)
         else:
             calibrated = gate.calibrate_by_words(index, encoder.encode_text)
         return Manifest(
@@ -400,7 +393,6 @@ class _Build:
             else f"built from {', '.join(place.rpartition('/')[2] for place in gallery.location.split(', '))}",
             origin=self.options.origin,
             failed=len(encoded.failed),
-            number_texts=field_types.number_texts,
             runtime=self.encoder.runtime.name,
             **calibrated,
         )
@@ -424,5 +416,5 @@ def _require_fields(gallery: Gallery, spec: IndexSpec) -> None:
         if wanted and not wanted & names:
             named = " or ".join(map(repr, sorted(wanted)))
             raise DataError(f"{option}: no item has the field {named}; there are: {list_fields(names)}")
-    if spec.group_field and pa.types.is_list(FieldTypes.infer(metadata).types.get(spec.group_field)):
+    if spec.group_field and pa.types.is_list(infer_types(metadata).get(spec.group_field)):
         raise DataError(f"--group-field: {spec.group_field!r} has several values per item; name a field with one")

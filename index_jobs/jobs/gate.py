@@ -33,8 +33,7 @@ from index_jobs.engines.protocol import VectorIndex
 from index_jobs.gallery.scan import Gallery
 from index_jobs.gallery.storage import WHOLE_FILE, is_url, join_location
 from index_jobs.index.index_version import IndexVersion
-from index_jobs.index.lexical.fusion import choose_weight, spread_rows
-from index_jobs.index.lexical.lexical_index import LexicalIndex
+from index_jobs.index.lexical import spread_rows
 from index_jobs.row_filter import RowFilter
 from index_jobs.spec import BuildOptions
 
@@ -171,13 +170,8 @@ def _caption_pairs(gallery: Gallery) -> list[tuple[str, int]]:
     return [(captions[row].as_py(), row) for row in rows[:: -(-len(rows) // MAX_PAIRS) or 1].tolist()]
 
 
-def calibrate(
-    lexical: Path, index: VectorIndex, pairs: QueryPairs, encoded: EncodedGallery, encoder: Encoder
-) -> dict[str, Any]:
-    """Return the manifest's `cutoff` and `hybrid_weight` by the validation pairs whose image has a vector.
-
-    For the weight, see `index_jobs.index.lexical.fusion`.
-    """
+def calibrate(index: VectorIndex, pairs: QueryPairs, encoded: EncodedGallery, encoder: Encoder) -> dict[str, Any]:
+    """Return the manifest's `cutoff` by the validation pairs whose image has a vector."""
     rows = encoded.rows()
     has_vector = np.isin(pairs.rows, rows)
     texts = [text for text, is_scored in zip(pairs.texts, has_vector, strict=True) if is_scored]
@@ -187,17 +181,7 @@ def calibrate(
         logger.warning("the cut-off follows from %d validation pairs only; give %d or more", len(texts), MIN_TEXTS)
     positions = np.searchsorted(rows, np.array(pairs.rows)[has_vector])
     vectors = encoder.encode_text(texts)
-    cutoff = cutoff_of_pairs(index, vectors, positions)
-    captions = [encoded.gallery.table["caption"][row].as_py() for row in rows[positions].tolist()]
-    queries = [
-        (text, vector, position)
-        for text, vector, position, caption in zip(texts, vectors, positions.tolist(), captions, strict=True)
-        if text.casefold() != caption.casefold()
-    ]
-    if len(queries) < MIN_TEXTS:
-        return {"cutoff": cutoff}
-    sample = index.vectors(spread_rows(index.count))
-    return {"cutoff": cutoff, "hybrid_weight": choose_weight(index, LexicalIndex(lexical), sample, queries)}
+    return {"cutoff": cutoff_of_pairs(index, vectors, positions)}
 
 
 def cutoff_of_pairs(index: VectorIndex | IndexVersion, vectors: Floats, rows: Rows) -> dict[str, Any]:

@@ -29,12 +29,12 @@ from index_jobs.engines.measure import caption_queries
 from index_jobs.engines.protocol import NewIndex, load_engine
 from index_jobs.gallery.scan import SCHEMA, Gallery, absolute_locations, scan
 from index_jobs.index import versions
-from index_jobs.index.changes import Draft
+from index_jobs.index.changes import FieldChanges
 from index_jobs.index.filters import match_rows
 from index_jobs.index.index_version import IndexVersion, write_rows
-from index_jobs.index.items import COLUMNS, FieldTypes, Items, fit_one_field, take_rows, write_items
+from index_jobs.index.items import COLUMNS, Items, fit_one_field, infer_types, take_rows, write_items
 from index_jobs.index.jobs import Job, JobQueue
-from index_jobs.index.lexical.lexical_index import item_texts, write_lexical
+from index_jobs.index.lexical import item_texts, write_lexical
 from index_jobs.index.manifest import (
     CHANGED,
     CHECKPOINT,
@@ -262,7 +262,7 @@ def _publish(
 
 def _merge_types(types: Mapping[str, str], metadata: pa.ChunkedArray, source: str) -> dict[str, str]:
     """Return the types of fields with those of new items. Refuse values of another type: as text, 19.90 is not 19.9."""
-    new = {name: str(kind) for name, kind in FieldTypes.infer(metadata).types.items()}
+    new = {name: str(kind) for name, kind in infer_types(metadata).items()}
     for name in new.keys() & types.keys():
         if not fit_one_field(types[name], new[name]):
             raise DataError(
@@ -321,7 +321,7 @@ def _patch(queue: JobQueue, jobs: Sequence[Job], options: dict[str, Any]) -> _Re
     outcomes = list[dict[str, Any]]()
     with versions.new_version(queue.index) as new:
         current = open_current(queue.index)
-        draft, version = Draft(current), current.manifest.version
+        draft, version = FieldChanges(current), current.manifest.version
         for job in jobs:
             try:
                 rows, unknown = _chosen(current, job)

@@ -19,8 +19,7 @@ from app.search.snapshots import Snapshot, load_snapshot
 from app.service import collections as collections_module
 from app.service.collections import Collections
 from dcar_core.util.errors import DcarError
-from index_jobs.index.created import create_collection, drop_collection, list_collections
-from index_jobs.index.jobs import JobQueue
+from index_jobs.index.jobs import JobQueue, create_collection, drop_collection, list_collections
 from index_jobs.index.manifest import CHECKPOINT
 from index_jobs.index.versions import open_current
 from tests.support.images import png

@@ -12,8 +12,7 @@ from app.search.hits import Hits, best_of_groups, best_rows, find_hits, fold_row
 from app.search.query import Plan
 from app.search.results import count_values, facets_of
 from app.search.snapshots import Recent, group_field, list_rows
-from index_jobs.index.lexical.fusion import text_bonus
-from index_jobs.index.lexical.lexical_index import LexicalIndex, write_lexical
+from index_jobs.index.lexical import LexicalIndex, text_bonus, write_lexical
 from index_jobs.row_filter import RowFilter
 from tests.support.oracle import first_of_each, fold_row_by_row
 from tests.support.ranking import ArtifactStub, snapshot_of, unit

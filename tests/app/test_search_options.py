@@ -249,15 +249,6 @@ def test_the_group_field_of_an_index_is_the_default(products: Path, row: dict[st
     search((index, Oracle(index.snapshot)), row)
 
 
-def test_hybrid_true_is_the_weight_that_the_build_chose(searched: tuple[Index, Oracle]) -> None:
-    index, oracle = searched
-    oracle.change_manifest(hybrid_weight=0.02)
-    first, same, other = (
-        [each["id"] for each in index.search(RED, hybrid=weight, k=155)["results"]] for weight in (True, 0.02, 0.7)
-    )
-    assert first == same != other
-
-
 INVALID: list[tuple[dict[str, Any], str]] = [
     ({"filter": {"weight": 3}}, "filter.weight"), ({"filter": ["red"]}, "filter"),
     *(({"filter": {"color": wrong}}, "filter.color") for wrong in (3, {"near": "red"})),

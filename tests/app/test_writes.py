@@ -16,8 +16,7 @@ from dcar_client import Client
 
 from app.service import write_worker
 from app.service.write_worker import WriteWorker
-from index_jobs.index.created import create_collection, drop_collection
-from index_jobs.index.jobs import JobQueue
+from index_jobs.index.jobs import JobQueue, create_collection, drop_collection
 from index_jobs.index.versions import open_current
 from tests.support.images import png
 from tests.support.processes import children_of, is_alive

@@ -23,7 +23,6 @@ from dcar_core.util.errors import (
     MissingExtraError,
 )  # fmt: skip
 from dcar_core.util.files import fsync_tree
-from index_jobs.checks import check_file_once
 from index_jobs.index import items, versions
 from index_jobs.index.index_version import ImageAccess, IndexVersion
 from index_jobs.index.manifest import Current, Manifest
@@ -129,7 +128,7 @@ def test_files_that_do_not_fit_together_are_refused(index: Path) -> None:
 @pytest.mark.parametrize(
     ("change", "says"),
     [
-        ({"format": 99}, "is of format 99, not 4; rebuild the index"),
+        ({"format": 99}, "is of format 99, not 5; rebuild the index"),
         ({"runtime": "another"}, r"versions/1\.json is corrupted: its checksum differs"),
         ("[" * 200_000 + "]" * 200_000, r"versions/1\.json cannot be read: maximum recursion depth"),
     ],
@@ -317,25 +316,6 @@ def test_the_key_of_an_image_changes_with_its_file(index: Path, gallery: Path) -
     path.unlink()
     with pytest.raises(ArtifactError, match="the image of row 3 cannot be read: No such file"):
         artifact.image_key(3)
-
-
-def test_a_file_is_checked_until_it_is_sound(tmp_path: Path) -> None:
-    path, checks = tmp_path / "file", list[Path]()
-    path.touch()
-
-    def check() -> None:
-        checks.append(path)
-        if len(checks) == 1:
-            raise ValueError("odd")
-
-    with pytest.raises(ArtifactError, match=r"file is damaged: odd; roll back, or rebuild the index"):
-        check_file_once(path, check)
-    for _ in range(3):
-        check_file_once(path, check)
-    assert len(checks) == 2
-    path.write_bytes(b"changed")
-    check_file_once(path, check)
-    assert len(checks) == 3
 
 
 @pytest.fixture

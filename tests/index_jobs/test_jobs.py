@@ -12,9 +12,8 @@ from dcar_core import Encoder
 from dcar_core.util.errors import DcarError, LockedError
 from index_jobs.gallery.scan import Gallery
 from index_jobs.index import versions
-from index_jobs.index.changes import Draft
-from index_jobs.index.created import create_collection, drop_collection, list_collections
-from index_jobs.index.jobs import JobQueue
+from index_jobs.index.changes import FieldChanges
+from index_jobs.index.jobs import JobQueue, create_collection, drop_collection, list_collections
 from index_jobs.index.versions import current_version, list_versions, open_current, verify_index
 from index_jobs.jobs import update as updates
 from index_jobs.jobs.update import add, apply_waiting
@@ -202,14 +201,14 @@ def test_job_that_ends_its_process_is_given_up(index: Path, monkeypatch: pytest.
             raise SystemExit("killed")
         return add(index, gallery, **options)
 
-    def die_of_text(draft: Draft, rows: Any, fields: Any) -> int:
+    def die_of_text(draft: FieldChanges, rows: Any, fields: Any) -> int:
         if "deadly" in fields.values():
             raise SystemExit("killed")
         return merge(draft, rows, fields)
 
     monkeypatch.setattr(updates, "add", die_of_images)
-    merge = Draft.merge
-    monkeypatch.setattr(Draft, "merge", die_of_text)
+    merge = FieldChanges.merge
+    monkeypatch.setattr(FieldChanges, "merge", die_of_text)
     monkeypatch.setitem(updates.MAX_STARTS, "put", 5)
     for killed in count():
         try:

@@ -113,19 +113,6 @@ def test_folder_without_metadata_uses_its_annotations(tmp_path: Path, caplog: py
     assert {row["caption"] for row in rows_of(scan(tmp_path)).values()} == {"", "its own"}
 
 
-def test_the_summary_names_fields_of_text_that_looks_like_numbers(build: Build, tmp_path: Path) -> None:
-    rows: list[dict[str, Any]] = [
-        {"price": "$12", "weight": "10,50", "year": 1999, "name": "A-3", "size": "12 cm", "zip": "01"},
-        {"price": "$9", "weight": "9", "year": 2000, "name": "A-4", "size": "3", "zip": "02"},
-    ]
-    for row in rows:
-        write_file(tmp_path / "photos" / f"{row['year']}.png", png())
-    write_jsonl(tmp_path / "photos" / "metadata.jsonl", *(row | {"file_name": f"{row['year']}.png"} for row in rows))
-    for _ in range(2):  # published, then up to date
-        shown = build(tmp_path / "photos").to_text()
-        assert "fields of text that looks like numbers: price ('$9'), size ('12 cm'), weight ('10,50');" in shown
-
-
 NFD = unicodedata.normalize("NFD", "Früh/Stück.png")
 LISTS: dict[str, tuple[str, bytes | str, list[dict[str, Any]]]] = {
     "columns of training": (

@@ -11,7 +11,7 @@ from PIL import Image
 
 from app.search.query import Query
 from app.search.snapshots import Snapshot
-from index_jobs.index.lexical.fusion import text_bonus
+from index_jobs.index.lexical import DEFAULT_WEIGHT, text_bonus
 
 CLOSE = 2e-5  # scores are rounded, and sums of floats depend on their order
 
@@ -163,7 +163,7 @@ class Oracle:
         query = Query(**options)
         manifest, vector = self.artifact.manifest, self.vector(query, image)
         cosines = self.vectors @ vector
-        weight = manifest.words_weight if query.hybrid is True else float(query.hybrid)
+        weight = DEFAULT_WEIGHT if query.hybrid is True else float(query.hybrid)
         texts = self.artifact.lexical.score(query.query, np.arange(self.artifact.rows)) if weight else 0 * cosines
         relevance = cosines + (text_bonus(self.artifact.sample_vectors, vector, weight) if weight else 0) * texts
         group_by = manifest.spec.group_field if query.group_by is None and query.fold is None else query.group_by or ""

@@ -11,7 +11,7 @@ from app.search.snapshots import Recent
 from dcar_core.util.errors import DataError
 from index_jobs.engines.faiss.index import FaissIndex
 from index_jobs.index.items import take_rows
-from index_jobs.index.lexical.lexical_index import LexicalIndex
+from index_jobs.index.lexical import LexicalIndex
 from index_jobs.row_filter import RowFilter
 from index_jobs.spec import IndexSpec
 

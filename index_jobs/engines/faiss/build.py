@@ -15,17 +15,26 @@ from typing import Any
 import numpy as np
 
 from dcar_core.util.arrays import Blocks
-from dcar_core.util.errors import DataError, MissingExtraError
-from index_jobs.engines.faiss.index import VECTORS, FaissIndex, faiss, faiss_reason, free_gpu_memory, write_faiss
+from dcar_core.util.errors import DataError
+from index_jobs.engines.faiss.index import (
+    VECTORS,
+    FaissIndex,
+    faiss,
+    faiss_reason,
+    free_gpu_memory,
+    unwrap,
+    write_faiss,
+)
 from index_jobs.engines.faiss.kinds import IndexChoice, choose_kinds, create_index, list_count
-from index_jobs.engines.faiss.tuning import SearchParameters, tune
-from index_jobs.engines.measure import Benchmark, gallery_queries, sample_vectors
+from index_jobs.engines.measure import Benchmark, gallery_queries, sample_vectors, tune
 from index_jobs.engines.protocol import CreatedIndex, Engine, Files, HeldOutQueries, NewIndex
 from index_jobs.spec import IndexSpec
 
 logger = logging.getLogger(__name__)
 
 _LARGE_GRAPH = 500_000  # vectors from which on a graph is built with a wider search, which finds sparse regions
+_MAX_GRAPH_WIDTH = 4096
+_COARSE_WIDTH = 64  # of a graph over lists; its default of 16 misses some of the nearest lists
 _CONSTRUCTION_WIDTH, _LARGE_CONSTRUCTION_WIDTH = 100, 200
 
 
@@ -48,6 +57,33 @@ class FaissEngine(Engine):
     def open(self, files: Files, *, gpu: bool = False) -> FaissIndex:
         """Memory-map the file."""
         return FaissIndex.open(files.get(VECTORS, Path(VECTORS)), gpu=gpu)
+
+
+class SearchParameters:
+    """Tunable parameters of an index: the width of its search, and the number of re-ranked candidates.
+
+    width: name of the width parameter, None for kinds without one.
+    """
+
+    def __init__(self, index: Any) -> None:
+        self._index, (self._inner, _) = index, unwrap(index)
+        self.has_reranking = isinstance(index, faiss.IndexRefine)
+        self.width: str | None = None
+        self.min_width, self.max_width = 1, 0
+        if isinstance(self._inner, faiss.IndexIVF):
+            self.width, self.max_width = "nprobe", int(self._inner.nlist)
+            self.set("nprobe", int(self._inner.nprobe))
+        elif isinstance(self._inner, faiss.IndexHNSW):
+            self.width, self.min_width, self.max_width = "efSearch", 16, _MAX_GRAPH_WIDTH
+
+    def set(self, name: str, value: int) -> None:
+        """Set a parameter by its name."""
+        owner = {"k_factor": self._index, "efSearch": getattr(self._inner, "hnsw", None), "nprobe": self._inner}[name]
+        setattr(owner, name, value)
+        if name == "nprobe":
+            quantizer = faiss.downcast_index(self._inner.quantizer)
+            if isinstance(quantizer, faiss.IndexHNSW):
+                quantizer.hnsw.efSearch = max(_COARSE_WIDTH, 2 * value)
 
 
 def _choices(spec: IndexSpec, count: int, dim: int, device: str) -> list[IndexChoice]:
@@ -85,7 +121,7 @@ def build_index(
         index = fill_index(choice, dim, blocks, count)
         seconds = time.perf_counter() - start
         logger.info("%s: %d vectors in %.1f s", choice.factory, count, seconds)
-        measured = tune(benchmark, index, gpu=choice.gpu) | {"build_seconds": round(seconds, 1)}
+        measured = tune(benchmark, index, SearchParameters(index)) | {"build_seconds": round(seconds, 1)}
         built = CreatedIndex(kind=choice.factory, reason=choice.reason, measured=measured, gpu=choice.gpu)
         recall = _recall(built)
         if all(recall > _recall(other) for other in tried):
@@ -114,12 +150,6 @@ def _recall(built: CreatedIndex) -> float:
 def fill_index(choice: IndexChoice, dim: int, blocks: Blocks, count: int) -> Any:
     """Train and fill an index, on the GPU if the choice says so, and return its CPU form."""
     resources = faiss.StandardGpuResources() if choice.gpu else None
-    if choice.factory == "CAGRA":
-        if "CUVS" not in faiss.get_compile_options():
-            raise MissingExtraError("CAGRA, with a FAISS built with NVIDIA cuVS such as conda's faiss-gpu-cuvs,", "gpu")
-        index = faiss.GpuIndexCagra(resources, dim, faiss.METRIC_INNER_PRODUCT, faiss.GpuIndexCagraConfig())
-        index.train(np.concatenate([np.asarray(block) for block in blocks()]))  # builds the graph of all vectors
-        return faiss.index_gpu_to_cpu(index)
     index = create_index(choice.factory, dim)
     if (inverted := faiss.try_extract_index_ivf(index)) is not None:
         inverted.cp.min_points_per_centroid = 1  # no warnings on stderr for a small gallery

@@ -24,7 +24,6 @@ import numpy as np
 from dcar_core.util.arrays import Floats, Mask, Rows
 from dcar_core.util.errors import ArtifactError
 from dcar_core.util.files import atomic_writer
-from index_jobs.checks import check_file_once, require_rows
 from index_jobs.engines.protocol import ScoredRows, VectorIndex, merge_top_k
 from index_jobs.row_filter import RowFilter
 
@@ -105,7 +104,6 @@ class FaissIndex(VectorIndex):
                 index = faiss.read_index(str(path), faiss.IO_FLAG_MMAP_IFC)
             except RuntimeError:
                 index = faiss.read_index(str(path))
-            check_file_once(path, lambda: _check_contents(index))
             return cls(index, on_gpu=gpu and free_gpu_memory() > 0)
         except RuntimeError as error:
             raise ArtifactError(f"{path} cannot be read as a FAISS index: {faiss_reason(error)}") from error
@@ -208,27 +206,6 @@ def _parameters(index: Any, selector: Any, width: int) -> Any:
     if isinstance(index, faiss.IndexIVF):
         return faiss.SearchParametersIVF(sel=selector, nprobe=width)
     return faiss.SearchParametersHNSW(sel=selector, efSearch=width)
-
-
-def _check_contents(index: Any) -> None:
-    """Raise ValueError for a wrong metric, size or row number, which FAISS trusts; it checks links of graphs itself."""
-    count, (innermost, _) = int(index.ntotal), unwrap(index)
-    if index.metric_type != faiss.METRIC_INNER_PRODUCT or index.d < 1 or not 0 <= count == innermost.ntotal:
-        raise ValueError(f"{count} vectors of {index.d} with metric {index.metric_type} are not an index of this kind")
-    if isinstance(innermost, faiss.IndexIDMap):
-        require_rows(faiss.vector_to_array(innermost.id_map), count)
-    if isinstance(innermost, faiss.IndexIVF):
-        lists = innermost.invlists
-        sizes = np.zeros(innermost.nlist, np.int64)
-        for number in range(innermost.nlist):
-            sizes[number] = size = lists.list_size(number)
-            if size:
-                require_rows(faiss.rev_swig_ptr(lists.get_ids(number), size), count)
-        entries = faiss.vector_to_array(innermost.direct_map.array)
-        numbers, positions = entries >> 32, entries & 0xFFFFFFFF
-        require_rows(numbers, innermost.nlist)
-        if sizes.sum() != count or (positions >= sizes[numbers]).any():
-            raise ValueError("its lists do not hold its vectors")
 
 
 def write_faiss(index: Any, path: Path) -> None:

@@ -24,7 +24,7 @@ _ENTRY_BYTES = 16  # number of a vector, in its list and in the map from row to 
 _COARSE_GRAPH_FROM = 16_384  # from this number of lists on, a graph finds the nearest ones
 
 NAMED = ("auto", "flat", "hnsw", "ivf-pq-fp16", "ivf-pq", "ivf", "pq")  # after flat, fastest first
-GPU_NAMED = ("gpu-flat", "gpu-ivf", "gpu-cagra")
+GPU_NAMED = ("gpu-flat", "gpu-ivf")
 
 
 @dataclass(frozen=True)
@@ -56,7 +56,7 @@ def choose_kinds(
     if kind in GPU_NAMED:
         if not gpu_memory:
             raise MissingExtraError(f"the kind {kind}, with a CUDA device and FAISS built for it,", "gpu")
-        factory = {"gpu-flat": "Flat", "gpu-ivf": f"{_ivf(count)},Flat", "gpu-cagra": "CAGRA"}[kind]
+        factory = {"gpu-flat": "Flat", "gpu-ivf": f"{_ivf(count)},Flat"}[kind]
         return [IndexChoice(factory, reason, gpu=True)]
     named = _kinds(count, dim).get(kind.lower())
     choice = replace(named, reason=reason) if named else IndexChoice(kind, reason)

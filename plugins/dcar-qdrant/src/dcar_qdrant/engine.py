@@ -31,8 +31,7 @@ from dcar_core.util.files import write_json
 from dcar_qdrant.conditions import payload_keys
 from dcar_qdrant.connection import API_KEY, call, connect
 from dcar_qdrant.index import BATCH, LOCATION, QdrantIndex, QdrantLocation
-from index_jobs.engines.faiss.tuning import tune
-from index_jobs.engines.measure import Benchmark, gallery_queries
+from index_jobs.engines.measure import Benchmark, gallery_queries, tune
 from index_jobs.engines.protocol import CreatedIndex, Engine, Files, NewIndex
 from index_jobs.row_filter import EMPTY_IS_MISSING
 from index_jobs.spec import IndexSpec
@@ -102,7 +101,7 @@ class QdrantEngine(Engine):
         if is_flat or "hnsw_ef" in self._settings:
             measured = benchmark.measure(index, {"hnsw_ef": index.ef} if index.ef else {})
         else:
-            measured = tune(benchmark, index, tunable=index)
+            measured = tune(benchmark, index, index)
         write_json(new.folder / LOCATION, asdict(replace(location, hnsw_ef=index.ef)))
         logger.info("%s: %d vectors in %.1f s", location.collection, new.count, seconds)
         reason = f"{'requested' if spec.kind != 'auto' else f'{new.count:,} vectors'}, in Qdrant"

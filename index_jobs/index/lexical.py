@@ -1,20 +1,20 @@
-"""The lexical index of a version: BM25 over the terms of its items, in a tantivy directory.
+"""The words of the items for hybrid search: ids, captions, categories and metadata fields, in a tantivy directory.
 
 - A document is one row with each of its terms once, since captions, file names and ids repeat each other. Terms come
-  from `analysis`; tantivy only splits them at spaces.
+  from `index_terms`; tantivy only splits them at spaces.
 - A score is the share of a query that an item contains: BM25 divided by the sum of the query's inverse document
   frequencies. It is about 1 for an item of average length that contains every term, less than 1.7 for the shortest.
 - A term that no item contains matches terms one edit away, at half the score, so "gohst" finds a ghost.
-- tantivy locks a directory by writing to it, so readers open one of links, since an index may be mounted read-only.
+- A hybrid rank score is cosine + bonus * text score. The bonus follows from the weight w of the words and from the
+  spread of the query's cosines over the gallery: 3 standard deviations * w / (1 - w).
 """
 
 import json
 import math
-import weakref
+import re
+import unicodedata
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
-from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -25,19 +25,90 @@ import tantivy
 from dcar_core.util.arrays import Floats, Mask, Rows
 from dcar_core.util.errors import ArtifactError, is_panic
 from dcar_core.util.files import apply_umask
-from index_jobs.checks import require_rows
-from index_jobs.index.lexical.analysis import index_terms, query_terms
+
+_ACCENTS = re.compile(
+    "[\u0300-\u036f\u0591-\u05bd\u05bf\u05c1\u05c2\u05c4\u05c5\u05c7\u064b-\u0652\u0670]"  # Latin, Hebrew, Arabic
+)
+_MARKS = "".join(  # those above U+FDFF choose the form of an emoji, or are of scripts that are rare
+    mark for mark in map(chr, range(0x370, 0xFE00)) if unicodedata.category(mark) in {"Mn", "Mc"}
+)
+_CJK = "\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff\uac00-\ud7af\uf900-\ufaff"
+_CJK_START = re.compile(f"[{_CJK}]")
+_WORD = rf"[^\W_{_CJK}]+(?:[{_MARKS}][^\W_{_CJK}]*)*"
+_CHUNK = re.compile(rf"[{_CJK}]+|{_WORD}(?:[-./_]{_WORD})*")
+_PART = re.compile(rf"[^\W\d_]+(?:[{_MARKS}][^\W\d_]*)*|\d+")
+_STOP_WORDS = frozenset({
+    "a", "an", "and", "are", "as", "at", "by", "for", "from", "in", "is", "it",
+    "of", "on", "or", "that", "the", "to", "with",
+})  # fmt: skip
+_MAX_TERM = 64  # characters
+_MAX_QUERY_TERMS = 64
 
 _ROW, _TERMS = "row", "terms"
 _ANALYZER = "terms"
 _HEAP_BYTES = 128_000_000  # of the writer; a segment is written when it is full
 _FUZZY_FROM = 4  # characters of a term that may match others one edit away
 _FUZZY_SCORE = 0.5
-_CACHED_QUERIES = 1000
 _REPLACED = {"meta.json", ".managed.json"}  # by every commit
 _MARGIN = 1.2  # times as many rows as needed if the allowed ones were spread evenly
-_ROW_COST = 4  # of restricting a search to one row, in results of a search among all
-_FEW_ROWS = 1000  # looked up one by one in less time than as a set
+_FEW_ROWS = 1000  # looked up one by one in less time than a search takes
+
+DEFAULT_WEIGHT = 0.7  # of the words in hybrid searches; chosen on short queries of the bundled example
+_SPREADS = 3.0  # standard deviations of cosines that a full match is worth at equal weights
+_LEAST_REST = 1e-4  # in place of 1 - w for a weight of 1; cosines then order equal matches only
+_SAMPLE = 256  # rows that tell how widely cosines spread
+
+
+def index_terms(text: str) -> list[str]:
+    """Return the terms of a text, in order, with repetitions; the same for items and for queries.
+
+    - Case, width and accents are folded: "Éclair" and "eclair" are one term. So are Arabic and Hebrew words with and
+      without their vowel points. The vowel signs of other scripts are part of the word.
+    - A code gives its parts and the whole: "WX-300", "WX 300" and "wx300" share terms.
+    - Chinese, Japanese and Korean text gives characters and pairs of neighbours, since it has no spaces.
+    - English plurals lose their ending by Harman's three rules, which also leave codes and other languages readable.
+    """
+    return [term for parts, code in _chunks(text) for term in (*parts, *code)]
+
+
+def _chunks(text: str) -> Iterator[tuple[list[str], list[str]]]:
+    """Yield the terms of the parts of each chunk, and that of the whole if it is a code."""
+    folded = unicodedata.normalize("NFKC", text).casefold()
+    if not folded.isascii():
+        folded = unicodedata.normalize("NFC", _ACCENTS.sub("", unicodedata.normalize("NFD", folded)))
+    for match in _CHUNK.finditer(folded):
+        chunk = match.group()
+        if _CJK_START.match(chunk):
+            yield [*chunk, *(chunk[i : i + 2] for i in range(len(chunk) - 1))], []
+            continue
+        parts = _PART.findall(chunk)
+        is_code = len(parts) > 1 and any(part.isdecimal() for part in parts)
+        yield [_singular(part)[:_MAX_TERM] for part in parts], ["".join(parts)[:_MAX_TERM]] if is_code else []
+
+
+def query_terms(text: str, is_known: Callable[[str], bool]) -> list[str]:
+    """Return the distinct terms of a query, without stop words unless it has no others.
+
+    A code that no item has in one piece is left out if items have its parts: the file IMG_0010.jpg is not "img0010".
+    """
+    terms = dict[str, None]()
+    for parts, code in _chunks(text):
+        terms |= dict.fromkeys(parts)
+        if any(map(is_known, code)) or not all(map(is_known, parts)):
+            terms |= dict.fromkeys(code)
+    return ([term for term in terms if term not in _STOP_WORDS] or list(terms))[:_MAX_QUERY_TERMS]
+
+
+def _singular(word: str) -> str:
+    if len(word) < 4 or not word.endswith("s"):
+        return word
+    if word.endswith("ies") and word[-4] not in "ae":
+        return word[:-3] + "y"
+    if word.endswith(("xes", "zes", "ches", "shes", "sses")):
+        return word[:-2]
+    if word.endswith("es") and word[-3] not in "aeo":
+        return word[:-1]
+    return word if word.endswith(("us", "ss", "es")) else word[:-1]
 
 
 def item_texts(table: pa.Table, fields: Collection[str] | None) -> Iterator[str]:
@@ -99,19 +170,6 @@ def _schema() -> Any:
     return builder.add_text_field(_TERMS, tokenizer_name=_ANALYZER, index_option="freq").build()
 
 
-@dataclass(frozen=True, slots=True)
-class _ParsedQuery:
-    """A query.
-
-    parts: of tantivy, one for each term that items may contain. best_score: of an item of average length with every
-    term. matches: upper bound of the number of rows that contain a term.
-    """
-
-    parts: list[Any]
-    best_score: float
-    matches: int
-
-
 class LexicalIndex:
     """An opened lexical index. Safe for concurrent readers; its files may be removed while it is open.
 
@@ -119,17 +177,13 @@ class LexicalIndex:
     """
 
     def __init__(self, path: Path, name: str = "") -> None:
-        """Open a directory that `write_lexical` wrote. Raise ArtifactError, with a name, if it cannot be read."""
-        self.name = name = name or str(path)
-        index = _open(path, name)
-        self._searcher = index.searcher()
-        self._schema, last = index.schema, len(self) - 1
-        with _readable(name):  # a million row numbers take some 10 ms
-            found = self._searcher.aggregate(tantivy.Query.all_query(), {"rows": {"stats": {"field": _ROW}}})["rows"]
-            if last >= 0 and (found["count"], found["min"], found["max"]) != (last + 1, 0, last):
-                raise ValueError(f"its row numbers are not those from 0 to {last}")
-        proxy: LexicalIndex = weakref.proxy(self)  # a cycle of references would keep an older version's files open
-        self._parse = lru_cache(_CACHED_QUERIES)(lambda text: proxy._parse_new(text))
+        """Open a directory that `write_lexical` wrote. Raise ArtifactError, with a name, if it cannot be read.
+
+        tantivy locks a directory by writing to it, so an index that may be mounted read-only is opened through links.
+        """
+        self.name = name or str(path)
+        index = _open(path, self.name)
+        self._searcher, self._schema = index.searcher(), index.schema
 
     def __len__(self) -> int:
         count: int = self._searcher.num_docs
@@ -144,17 +198,17 @@ class LexicalIndex:
         Returns:
             scores float32 (m,), best first, and rows int64 (m,), with m at most k.
         """
-        query = self._parse(text)
+        parts, best, _ = self._parse(text)
         if allowed is None:
-            return self._hits(_any_of(query.parts), k, query.best_score)
-        rows = np.flatnonzero(allowed)
-        width = int(_MARGIN * k * len(allowed) / max(len(rows), 1))  # one search is then mostly enough
-        if _ROW_COST * len(rows) < min(width, query.matches):
-            scores = self.score(text, rows)
+            return self._hits(_any_of(parts), k, best)
+        few = np.flatnonzero(allowed)
+        if len(few) <= _FEW_ROWS:
+            scores = self.score(text, few)
             order = np.argsort(-scores, kind="stable")[: min(k, np.count_nonzero(scores))]
-            return scores[order], rows[order]
+            return scores[order], few[order]
+        width = int(_MARGIN * k * len(allowed) / len(few))  # one search is then mostly enough
         while True:
-            scores, rows = self._hits(_any_of(query.parts), width, query.best_score)
+            scores, rows = self._hits(_any_of(parts), width, best)
             inside = allowed[rows]
             if len(rows) < width or np.count_nonzero(inside) >= k:
                 return scores[inside][:k], rows[inside][:k]
@@ -162,27 +216,20 @@ class LexicalIndex:
 
     def score(self, text: str, rows: Rows) -> Floats:
         """Return the score of each of these distinct rows, float32 (m,); 0 for rows without any term."""
-        scores, query = np.zeros(len(rows), np.float32), self._parse(text)
-        if query.parts and len(rows):
-            found_scores, found_rows = self._hits(self._among(rows, query.parts), len(rows), query.best_score)
-            order = np.argsort(rows)
-            scores[order[np.searchsorted(rows, found_rows, sorter=order)]] = found_scores
-        return scores
-
-    def _among(self, rows: Rows, parts: list[Any]) -> Any:
-        """Return the query of these rows. Its parts are nested, since tantivy reads a union of them from end to end."""
-        if len(rows) <= _FEW_ROWS:
+        scores, (parts, best, _) = np.zeros(len(rows), np.float32), self._parse(text)
+        if parts and len(rows):
             chosen = _any_of([tantivy.Query.term_query(self._schema, _ROW, row, "basic") for row in rows.tolist()])
-        else:
-            chosen = tantivy.Query.term_set_query(self._schema, _ROW, rows.tolist())
-        query = tantivy.Query.const_score_query(chosen, 0.0)
-        for part in parts:
-            query = tantivy.Query.boolean_query([(tantivy.Occur.Must, query), (tantivy.Occur.Should, part)])
-        return query
+            query = tantivy.Query.const_score_query(chosen, 0.0)
+            for part in parts:  # nested, since tantivy reads a union of them from end to end
+                query = tantivy.Query.boolean_query([(tantivy.Occur.Must, query), (tantivy.Occur.Should, part)])
+            hit_scores, hit_rows = self._hits(query, len(rows), best)
+            order = np.argsort(rows)
+            scores[order[np.searchsorted(rows, hit_rows, sorter=order)]] = hit_scores
+        return scores
 
     def count_matches(self, text: str) -> int:
         """Return an upper bound of the number of rows that contain a term of a query."""
-        return self._parse(text).matches
+        return self._parse(text)[2]
 
     def known_share(self, text: str) -> float:
         """Return the share of a query's terms that some item contains; 1 for a query without terms."""
@@ -197,7 +244,11 @@ class LexicalIndex:
             frequency: int = self._searcher.doc_freq(_TERMS, term)
         return frequency
 
-    def _parse_new(self, text: str) -> _ParsedQuery:
+    def _parse(self, text: str) -> tuple[list[Any], float, int]:
+        """Return tantivy's query for each term that items may contain, the best score, and `count_matches`.
+
+        The best score is that of an item of average length with every term.
+        """
         count, best, matches, parts = len(self), 0.0, 0, list[Any]()
         for term in query_terms(text, self._is_known):
             frequency = self._frequency(term)
@@ -209,14 +260,13 @@ class LexicalIndex:
                 fuzzy = tantivy.Query.fuzzy_term_query(self._schema, _TERMS, term, distance=1)
                 parts.append(tantivy.Query.const_score_query(fuzzy, _FUZZY_SCORE * math.log1p(count)))
                 matches = count
-        return _ParsedQuery(parts, best, min(matches, count))
+        return parts, best, min(matches, count)
 
     def _hits(self, query: Any, limit: int, best: float) -> tuple[Floats, Rows]:
         with _readable(self.name):
             hits = self._searcher.search(query, limit, count=False).hits
             scores, addresses = zip(*hits, strict=True) if hits else ((), ())
             rows = np.array(self._searcher.fast_field_values(_ROW, list(addresses)), np.int64)
-            require_rows(rows, len(self))
         return np.array(scores, np.float32) / np.float32(best or 1), rows
 
 
@@ -245,3 +295,17 @@ def _prepare(index: Any) -> Any:
     index.register_tokenizer(_ANALYZER, tantivy.TextAnalyzerBuilder(tantivy.Tokenizer.whitespace()).build())
     index.config_reader("manual")  # a reader that follows commits would lock the directory again after the last one
     return index
+
+
+def text_bonus(sample_vectors: Floats, vector: Floats, weight: float) -> float:
+    """Return the rank score of a text score of 1.
+
+    Args:
+        sample_vectors: of evenly spread items, (m, E).
+    """
+    return _SPREADS * weight / max(1 - weight, _LEAST_REST) * float(np.std(sample_vectors @ vector))
+
+
+def spread_rows(count: int) -> Rows:
+    """Return evenly spread rows of so many, whose vectors are `sample_vectors`."""
+    return np.arange(0, count, max(1, count // _SAMPLE))[:_SAMPLE]
