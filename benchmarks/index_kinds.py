@@ -35,9 +35,8 @@ from index_peers import PEERS
 
 from dcar_core.util.arrays import Floats, Rows
 from dcar_core.util.processes import in_own_process
-from index_jobs.engines.faiss.build import SearchParameters, build_index
+from index_jobs.engines.faiss.build import SearchParameters, build_index, choose_kinds, machine_memory
 from index_jobs.engines.faiss.index import FaissIndex
-from index_jobs.engines.faiss.kinds import choose_kinds, machine_memory
 from index_jobs.engines.measure import NEIGHBOURS, Benchmark, tune
 from index_jobs.engines.protocol import HeldOutQueries
 from index_jobs.row_filter import RowFilter

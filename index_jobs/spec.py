@@ -43,8 +43,8 @@ class IndexSpec:
     pairs_signature: str = ""  # of the validation pairs; "" without
     kind: str = option(
         "auto",
-        "Kind of index: auto (by count, dimensions, memory and device), flat (exact), hnsw, ivf, ivf-pq-fp16, ivf-pq, "
-        "pq, gpu-flat, gpu-ivf, or a FAISS index_factory string such as IVF1024,SQ8.",
+        "Kind of index: auto (by count, dimensions and memory), flat (exact), hnsw, ivf, ivf-pq-fp16, ivf-pq, "
+        "pq, or a FAISS index_factory string such as IVF1024,SQ8.",
     )
     engine: str = option(
         "faiss",

@@ -228,7 +228,7 @@ def test_the_generated_reference_is_up_to_date() -> None:
 def test_the_reference_and_explanations_are_complete() -> None:
     from app.main import create_app
     from dcar_core.model.methods import METHODS
-    from index_jobs.engines.faiss.kinds import NAMED, choose_kinds
+    from index_jobs.engines.faiss.build import NAMED, choose_kinds
 
     routes = create_app(Settings(index=ROOT)).openapi()["paths"]
     assert len(routes) > 8

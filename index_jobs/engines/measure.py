@@ -86,11 +86,12 @@ class Benchmark:
         if self.is_exact:
             return 1.0
         queries, exact = np.ascontiguousarray(self.queries.vectors[chosen]), self._scores[chosen]
-        rows = index.search(queries, NEIGHBOURS + 1)[1]
-        rows = np.take_along_axis(rows, _own_last(rows, self.queries.own_rows[chosen]), 1)[:, :NEIGHBOURS]
+        rows, own = index.search(queries, NEIGHBOURS + 1)[1], self.queries.own_rows[chosen]
+        rows = np.take_along_axis(rows, _own_last(rows, own), 1)[:, :NEIGHBOURS]
         scores = np.einsum("qe,qke->qk", queries, self._vectors(rows))
-        hits = (rows >= 0) & (scores >= exact[:, -1:] - TIE_TOLERANCE)
-        return int(hits.sum()) / max(1, int(np.isfinite(exact).sum()))
+        hits = (rows >= 0) & (rows != own[:, None]) & (scores >= exact[:, -1:] - TIE_TOLERANCE)
+        total = int(np.isfinite(exact).sum())
+        return int(hits.sum()) / total if total else 1.0
 
     def _vectors(self, rows: Rows) -> Floats:
         """Return the vectors of rows (...): (..., E). One block is in memory at a time."""

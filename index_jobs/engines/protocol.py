@@ -55,7 +55,6 @@ class NewIndex:
     count: int
     dim: int
     queries: HeldOutQueries | None  # None for vectors of the gallery
-    device: str = "cpu"  # as of `BuildOptions`
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,7 +64,6 @@ class CreatedIndex:
     kind: str
     reason: str
     measured: dict[str, Any]
-    gpu: bool = False  # searched on a GPU if there is one
 
 
 class VectorIndex(ABC):
@@ -95,12 +93,12 @@ class Engine(ABC):
     """
 
     @abstractmethod
-    def plan(self, spec: IndexSpec, count: int, dim: int, device: str) -> int:
+    def plan(self, spec: IndexSpec, count: int, dim: int) -> int:
         """Check that an index can be created, before anything is encoded. Return the least bytes of its file, or 0.
 
         Raises:
             DataError: the engine has no such kind, or none that fits the memory.
-            StoreUnavailableError, MissingExtraError: the store does not respond, or a library or a device is missing.
+            StoreUnavailableError, MissingExtraError: the store does not respond, or a library is missing.
         """
 
     @abstractmethod
@@ -108,7 +106,7 @@ class Engine(ABC):
         """Store the vectors, and measure the recall and latency of searches."""
 
     @abstractmethod
-    def open(self, files: Files, *, gpu: bool = False) -> VectorIndex:
+    def open(self, files: Files) -> VectorIndex:
         """Open the index of a version or addition. Raise ArtifactError if it is missing or damaged."""
 
     def sync(self, name: str, version: int, versions: Mapping[int, Sequence[Files]]) -> None:  # noqa: B027

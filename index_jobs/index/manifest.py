@@ -11,7 +11,7 @@ from dcar_core.util.errors import ArtifactError
 from dcar_core.util.files import hash_json
 from index_jobs.spec import IndexSpec
 
-FORMAT = 4
+FORMAT = 5
 CURRENT, VERSIONS, BLOBS = "CURRENT", "versions", "blobs"
 ITEMS, REMOVED, CHANGED = "items.arrow", "removed.npy", "changed.npy"
 CHECKPOINT, FAILED, LEXICAL = "checkpoint", "failed.jsonl", "lexical"
@@ -53,7 +53,7 @@ class Current:
         if match := re.match(rb"(\d{1,18}) ([0-9a-f]{64})\b", data):
             return cls(int(match[1]), match[2].decode())
         text = data[:40].decode(errors="replace").strip()
-        raise ArtifactError(f"CURRENT of {index} names no version: {text!r}; roll back to one of `dcar index list`")
+        raise ArtifactError(f"CURRENT of {index} names no version: {text!r}; roll back, or build it again")
 
 
 @dataclass(frozen=True)
@@ -90,7 +90,6 @@ class Manifest:
     count: int = 0  # items that can be found
     kind: str = ""  # of the built index, as its engine names it
     reason: str = ""  # why this kind was chosen
-    gpu: bool = False  # searched on a GPU if there is one
     root: str = ""  # base of relative image locations; "": the index directory
     roots: list[str] = field(default_factory=list)  # folders or URLs that hold images at absolute locations
     checkpoint: str = ""  # the directory that the model was copied from
@@ -107,7 +106,6 @@ class Manifest:
     cutoff: dict[str, Any] = field(default_factory=dict)  # meaning of min_score "auto"; empty: not calibrated
     runtime: str = ""  # runtime that encoded the images
     replaced: int | None = None  # the previous version; None for the first
-    metric: str = "inner_product"
     format: int = FORMAT
 
     @property

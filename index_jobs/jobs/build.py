@@ -226,7 +226,7 @@ class _Build:
         except (CheckpointError, ModelError) as error:  # the copy is removed
             raise type(error)(str(error).replace(str(copy), str(self.checkpoint))) from error
         self.encoder = replicas[0]
-        least_bytes = load_engine(self.spec.engine).plan(self.spec, len(gallery), self.encoder.dim, options.device)
+        least_bytes = load_engine(self.spec.engine).plan(self.spec, len(gallery), self.encoder.dim)
         store = ShardStore(gallery, self.encoder, self.out / WORK, options)
         self._require_few_removed()
         self._load_served_encoder("cpu")  # a check; encoding may need its memory
@@ -366,7 +366,7 @@ class _Build:
         vectors = NewIndex(
             name=index_name(self.out), folder=folder, version=new.number, blocks=encoded.blocks,
             fields=Items(folder / ITEMS).field_table(), count=len(encoded), dim=encoder.dim,
-            queries=caption_queries(gallery.table, encoder), device=self.options.device,
+            queries=caption_queries(gallery.table, encoder),
         )  # fmt: skip
         logger.info("building the vector index")
         created = engine.create(spec, vectors)

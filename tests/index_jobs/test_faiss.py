@@ -12,12 +12,19 @@ import pyarrow as pa
 import pytest
 
 from dcar_core.util.arrays import Floats, Rows
-from dcar_core.util.errors import ArtifactError, DataError, MissingExtraError
+from dcar_core.util.errors import ArtifactError, DataError
+from index_jobs.engines.faiss import build as faiss_build
 from index_jobs.engines.faiss import index as faiss_index
-from index_jobs.engines.faiss import kinds
-from index_jobs.engines.faiss.build import SearchParameters, build_index, fill_index
-from index_jobs.engines.faiss.index import MAX_GPU_K, FaissIndex, free_gpu_memory, write_faiss
-from index_jobs.engines.faiss.kinds import IndexChoice, choose_kinds, create_index, machine_memory
+from index_jobs.engines.faiss.build import (
+    IndexChoice,
+    SearchParameters,
+    build_index,
+    choose_kinds,
+    create_index,
+    fill_index,
+    machine_memory,
+)
+from index_jobs.engines.faiss.index import FaissIndex, write_faiss
 from index_jobs.engines.measure import NEIGHBOURS, Benchmark, find_neighbours, gallery_queries, tune
 from index_jobs.engines.protocol import HeldOutQueries, merge_top_k
 from index_jobs.index.items import MAX_FIELDS, infer_types, typed_array
@@ -139,44 +146,23 @@ def test_unreachable_target_does_not_search_everything(gallery: Floats, file: Pa
     assert narrow > recall(index.search(queries, 10)[1], queries, gallery) - 0.005
 
 
-@pytest.mark.gpu
-@pytest.mark.parametrize("kind", ["gpu-flat", "gpu-ivf"])
-def test_gpu_results_equal_those_of_the_cpu(kind: str, gallery: Floats, file: Path) -> None:
-    if not free_gpu_memory():
-        pytest.skip("no CUDA device, or FAISS's CPU build: pip install 'dcar[gpu]' in faiss-cpu's place")
-    choices = choose_kinds(kind, len(gallery), DIM, gpu_memory=free_gpu_memory())
-    built = build_index(file, blocks(gallery), len(gallery), DIM, choices)
-    assert built.measured["recall_at_10"] >= 0.98
-    on_cpu, on_gpu = (FaissIndex.open(file, gpu=where) for where in (False, True))
-    queries = clustered(100, seed=5)
-    (scores, rows), (gpu_scores, gpu_rows) = (index.search(queries, 10) for index in (on_cpu, on_gpu))
-    same = rows == gpu_rows
-    assert same.mean() > 0.95
-    np.testing.assert_allclose(scores[same], gpu_scores[same], atol=1e-3)
-    mask = np.arange(len(gallery)) % 3 == 0
-    assert mask[on_gpu.search(queries, 10, RowFilter.of_mask(mask))[1]].all()
-
-
 GIB = 2**30
 
 
-def auto(count: int, memory: float, gpu_memory: int = 0) -> list[IndexChoice]:
-    return choose_kinds("auto", count, 512, memory=int(memory * GIB), gpu_memory=gpu_memory)
+def auto(count: int, memory: float) -> list[IndexChoice]:
+    return choose_kinds("auto", count, 512, memory=int(memory * GIB))
 
 
 def test_auto_gives_its_reason() -> None:
     (small,) = auto(4_000, 1)
     middle = auto(1_000_000, 8)
     (tight,), (codes,) = auto(1_000_000, 0.6), auto(1_000_000, 0.1)
-    (gpu,) = auto(1_000_000, 8, gpu_memory=40 * GIB)
-    assert [choice.factory for choice in (small, *middle, tight, codes, gpu)] == [
+    assert [choice.factory for choice in (small, *middle, tight, codes)] == [
         "Flat",
         *("HNSW24,SQfp16", "IVF4000,PQ256x4fs,Refine(SQfp16)", "IVF4000,PQ64x4fs,Refine(SQ8)", "IVF4000,Flat"),
         "IVF4000,PQ64x4fs,Refine(SQ8)",
         "IVF4000,PQ64",
-        "Flat",
     ]
-    assert (small.gpu, gpu.gpu) == (False, True)
     for choice, reason in (
         (small, "4,000 vectors are at most 20,000"),
         (middle[0], "take 1.1 GiB of the 8.0 GiB allowed"),
@@ -184,7 +170,6 @@ def test_auto_gives_its_reason() -> None:
         (codes, "the only kind that fits; its recall is low; HNSW24,SQfp16 would take 1.1 GiB"),
     ):
         assert reason in choice.reason
-    assert auto(1_000_000, 8, gpu_memory=GIB) == middle, "what the GPU has no memory for"
     for count, lists in ((10_000_000, "IVF12649"), (100_000_000, "IVF40000_HNSW32")):
         large = auto(count, 256)
         assert large[0].factory == f"{lists},PQ256x4fs,Refine(SQfp16)"
@@ -195,7 +180,7 @@ def test_auto_gives_its_reason() -> None:
 
 def test_memory_is_half_of_the_machine_or_container(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     limit = tmp_path / "memory.max"
-    monkeypatch.setattr(kinds, "Path", lambda _: limit)
+    monkeypatch.setattr(faiss_build, "Path", lambda _: limit)
     machine = machine_memory()  # no limit is set
     for text, memory in (("max", machine), (str(2 * machine), machine), (str(GIB), GIB)):
         limit.write_text(f"{text}\n")
@@ -221,15 +206,14 @@ KNOWN = r"use auto, flat, hnsw, .* or an index_factory string"
     [
         ("PQ8", 100, DataError, r"PQ8 cannot be built of 100 vectors: .*256"),
         ("IDMap,Flat", 5000, DataError, r"IDMap,Flat cannot be built of 5,000 vectors: add does not make sense"),
-        *((kind, 1000, DataError, KNOWN) for kind in ("nonsense", "IVFx,Flat", "PQ7", "", "gpu-nonsense")),
-        ("gpu-flat", 1000, MissingExtraError, r"gpu-flat.*pip install 'dcar\[gpu\]'"),
+        *((kind, 1000, DataError, KNOWN) for kind in ("nonsense", "IVFx,Flat", "PQ7", "", "gpu-flat")),
     ],
 )
 def test_kind_that_cannot_be_built_says_why(
     kind: str, count: int, error: type[Exception], says: str, gallery: Floats, file: Path
 ) -> None:
     with pytest.raises(error, match=says):
-        build_index(file, blocks(gallery[:count]), count, DIM, choose_kinds(kind, count, DIM, gpu_memory=0))
+        build_index(file, blocks(gallery[:count]), count, DIM, choose_kinds(kind, count, DIM))
 
 
 @pytest.mark.parametrize("keep", [0, 20, -10, None])
@@ -369,21 +353,6 @@ def test_a_narrow_search_compares_no_more_vectors_than_one_for_few_results(
     assert narrow == few < compared(400)[0]
     assert all(set(a) <= set(b) for a, b in zip(best.tolist(), rows.tolist(), strict=True))
     assert all(len(set(found) - {-1}) == 100 for found in rows.tolist())
-
-
-def test_more_results_than_a_gpu_gives_come_from_the_processor(
-    built: Callable[[str], Any], vectors: Floats, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    class Gpu:
-        def search(self, queries: Floats, k: int) -> tuple[Floats, Rows]:
-            assert k <= MAX_GPU_K
-            return np.zeros((len(queries), k), np.float32), np.zeros((len(queries), k), np.int64)
-
-    monkeypatch.setattr(faiss, "StandardGpuResources", object, raising=False)
-    monkeypatch.setattr(faiss, "index_cpu_to_gpu", lambda *_: Gpu(), raising=False)
-    index = FaissIndex(built("Flat"), on_gpu=True)
-    assert index.search(vectors[:1], MAX_GPU_K)[1].max() == 0
-    assert sorted(index.search(vectors[:1], MAX_GPU_K + 1)[1][0][:MAX_GPU_K]) != [0] * MAX_GPU_K
 
 
 @pytest.mark.slow

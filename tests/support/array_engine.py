@@ -30,7 +30,7 @@ class ArrayEngine(Engine):
     def __init__(self, uri: str) -> None:
         self._uri = uri
 
-    def plan(self, spec: IndexSpec, count: int, dim: int, device: str) -> int:
+    def plan(self, spec: IndexSpec, count: int, dim: int) -> int:
         if spec.kind != "auto":
             raise DataError(f"an array has no kind {spec.kind!r}")
         return 4 * count * dim
@@ -41,7 +41,7 @@ class ArrayEngine(Engine):
         benchmark = Benchmark(new.blocks, gallery_queries(new.blocks, new.count), target=spec.target_recall)
         return CreatedIndex(kind="array", reason="requested", measured=benchmark.measure(index))
 
-    def open(self, files: Files, *, gpu: bool = False) -> ArrayIndex:
+    def open(self, files: Files) -> ArrayIndex:
         return ArrayIndex(np.load(files["vectors.npy"], allow_pickle=False))
 
     def sync(self, name: str, version: int, versions: Mapping[int, Sequence[Files]]) -> None:

@@ -7,8 +7,7 @@ from typing import Any
 import numpy as np
 
 from dcar_core.util.arrays import Blocks, Floats, Mask, Rows
-from index_jobs.engines.faiss.build import build_index
-from index_jobs.engines.faiss.kinds import IndexChoice
+from index_jobs.engines.faiss.build import IndexChoice, build_index
 from index_jobs.engines.protocol import CreatedIndex
 
 DIM = 32

@@ -1,14 +1,18 @@
-"""The engine `faiss`: train an index on a sample, fill it block by block, tune it by measurement, and write its file.
+"""The engine `faiss`: choose a kind, train it on a sample, fill it block by block, tune it, and write its file.
 
-- Shards are streamed: beyond the index itself, memory does not grow with the gallery.
-- Of several choices, the first that reaches the target recall is kept; if none does, the best one, with a warning.
-- One index is in memory at a time. The best so far is in the file.
+- The kind `auto` lists kinds for the gallery, fastest at the target recall first, without those that exceed the memory.
+  The first one that reaches the target is kept; if none does, the best one, with a warning.
+- The order follows measured latencies; `benchmarks/index_kinds.py` prints them and measured sizes. A graph is fastest
+  on real embeddings, but misses the target among many near-duplicates.
+- Shards are streamed: beyond the index itself, memory does not grow with the gallery. One index is in memory at a time.
 """
 
 import logging
+import math
+import os
 import time
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,11 +25,9 @@ from index_jobs.engines.faiss.index import (
     FaissIndex,
     faiss,
     faiss_reason,
-    free_gpu_memory,
     unwrap,
     write_faiss,
 )
-from index_jobs.engines.faiss.kinds import IndexChoice, choose_kinds, create_index, list_count
 from index_jobs.engines.measure import Benchmark, gallery_queries, sample_vectors, tune
 from index_jobs.engines.protocol import CreatedIndex, Engine, Files, HeldOutQueries, NewIndex
 from index_jobs.spec import IndexSpec
@@ -36,6 +38,22 @@ _LARGE_GRAPH = 500_000  # vectors from which on a graph is built with a wider se
 _MAX_GRAPH_WIDTH = 4096
 _COARSE_WIDTH = 64  # of a graph over lists; its default of 16 misses some of the nearest lists
 _CONSTRUCTION_WIDTH, _LARGE_CONSTRUCTION_WIDTH = 100, 200
+FLAT_UP_TO = 20_000
+_GRAPH_UP_TO = 5_000_000  # beyond, only lists: at ten million a graph took 50 minutes and missed the target
+_GRAPH_BYTES = 4 * 2 * 24 + 16  # links of a vector in a graph of degree 24
+_ENTRY_BYTES = 16  # number of a vector, in its list and in the map from row to list
+_COARSE_GRAPH_FROM = 16_384  # from this number of lists on, a graph finds the nearest ones
+
+NAMED = ("auto", "flat", "hnsw", "ivf-pq-fp16", "ivf-pq", "ivf", "pq")  # after flat, fastest first
+
+
+@dataclass(frozen=True)
+class IndexChoice:
+    """A FAISS index_factory string and the reason for it."""
+
+    factory: str
+    reason: str
+    bytes: int = 0  # estimated size, 0 if unknown
 
 
 class FaissEngine(Engine):
@@ -45,18 +63,18 @@ class FaissEngine(Engine):
         if uri:
             raise DataError(f"the engine faiss writes a file into the index, so it takes no location such as {uri!r}")
 
-    def plan(self, spec: IndexSpec, count: int, dim: int, device: str) -> int:
+    def plan(self, spec: IndexSpec, count: int, dim: int) -> int:
         """Return the estimated bytes of the first kind that would be built."""
-        return _choices(spec, count, dim, device)[0].bytes
+        return choose_kinds(spec.kind, count, dim, memory=spec.memory)[0].bytes
 
     def create(self, spec: IndexSpec, new: NewIndex) -> CreatedIndex:
         """Build and tune the file."""
-        file, choices = new.folder / VECTORS, _choices(spec, new.count, new.dim, new.device)
+        file, choices = new.folder / VECTORS, choose_kinds(spec.kind, new.count, new.dim, memory=spec.memory)
         return build_index(file, new.blocks, new.count, new.dim, choices, new.queries, target=spec.target_recall)
 
-    def open(self, files: Files, *, gpu: bool = False) -> FaissIndex:
+    def open(self, files: Files) -> FaissIndex:
         """Memory-map the file."""
-        return FaissIndex.open(files.get(VECTORS, Path(VECTORS)), gpu=gpu)
+        return FaissIndex.open(files.get(VECTORS, Path(VECTORS)))
 
 
 class SearchParameters:
@@ -84,12 +102,6 @@ class SearchParameters:
             quantizer = faiss.downcast_index(self._inner.quantizer)
             if isinstance(quantizer, faiss.IndexHNSW):
                 quantizer.hnsw.efSearch = max(_COARSE_WIDTH, 2 * value)
-
-
-def _choices(spec: IndexSpec, count: int, dim: int, device: str) -> list[IndexChoice]:
-    needs_gpu = spec.kind.startswith("gpu-") or (spec.kind == "auto" and device.startswith("cuda"))
-    gpu_memory = free_gpu_memory() if needs_gpu else 0
-    return choose_kinds(spec.kind, count, dim, memory=spec.memory, gpu_memory=gpu_memory)
 
 
 def build_index(
@@ -122,7 +134,7 @@ def build_index(
         seconds = time.perf_counter() - start
         logger.info("%s: %d vectors in %.1f s", choice.factory, count, seconds)
         measured = tune(benchmark, index, SearchParameters(index)) | {"build_seconds": round(seconds, 1)}
-        built = CreatedIndex(kind=choice.factory, reason=choice.reason, measured=measured, gpu=choice.gpu)
+        built = CreatedIndex(kind=choice.factory, reason=choice.reason, measured=measured)
         recall = _recall(built)
         if all(recall > _recall(other) for other in tried):
             write_faiss(index, file)
@@ -148,16 +160,13 @@ def _recall(built: CreatedIndex) -> float:
 
 
 def fill_index(choice: IndexChoice, dim: int, blocks: Blocks, count: int) -> Any:
-    """Train and fill an index, on the GPU if the choice says so, and return its CPU form."""
-    resources = faiss.StandardGpuResources() if choice.gpu else None
+    """Train and fill an index."""
     index = create_index(choice.factory, dim)
     if (inverted := faiss.try_extract_index_ivf(index)) is not None:
         inverted.cp.min_points_per_centroid = 1  # no warnings on stderr for a small gallery
     if hasattr(index, "hnsw"):
         index.hnsw.efConstruction = _LARGE_CONSTRUCTION_WIDTH if count >= _LARGE_GRAPH else _CONSTRUCTION_WIDTH
     SearchParameters(index)  # sets the width of a graph over lists, which adding vectors needs too
-    if choice.gpu:
-        index = faiss.index_cpu_to_gpu(resources, 0, index)
     try:
         if not index.is_trained:
             index.train(sample_vectors(blocks, count, 64 * max(list_count(count), 1024)))
@@ -166,8 +175,108 @@ def fill_index(choice: IndexChoice, dim: int, blocks: Blocks, count: int) -> Any
     except RuntimeError as error:
         reason = faiss_reason(error).rsplit(": ", 1)[-1]
         raise DataError(f"an index of kind {choice.factory} cannot be built of {count:,} vectors: {reason}") from error
-    if choice.gpu:
-        index = faiss.index_gpu_to_cpu(index)
     if (inverted := faiss.try_extract_index_ivf(index)) is not None:
         inverted.make_direct_map()  # vectors by row, for searches by an item
     return index
+
+
+def choose_kinds(kind: str, count: int, dim: int, *, memory: int | None = None) -> list[IndexChoice]:
+    """Return the index to build, and for "auto" the alternatives if its recall is too low.
+
+    Args:
+        kind: one of NAMED, or any index_factory string.
+        memory: bytes that the index may take; None for half of the memory of the machine or container.
+
+    Raises:
+        DataError: FAISS does not know the kind, or none fits the memory.
+    """
+    if kind == "auto":
+        return _choose_automatically(count, dim, machine_memory() // 2 if memory is None else memory)
+    named, reason = _kinds(count, dim).get(kind.lower()), f"requested: {kind}"
+    choice = replace(named, reason=reason) if named else IndexChoice(kind, reason)
+    create_index(choice.factory, dim)
+    return [choice]
+
+
+def _kinds(count: int, dim: int) -> dict[str, IndexChoice]:
+    """Return the kinds of NAMED after "auto"; the reason of each describes it."""
+    ivf, entry = _ivf(count), _ENTRY_BYTES
+    long_code = dim // 2 if dim % 2 == 0 else dim  # parts: one for every two dimensions
+    code = max(parts for parts in range(1, max(64, dim // 8) + 1) if dim % parts == 0)
+    kinds = {  # factory, bytes of a vector, description
+        "flat": ("Flat", 4 * dim, "exact"),
+        "hnsw": ("HNSW24,SQfp16", 2 * dim + _GRAPH_BYTES, "a graph over 16-bit vectors"),
+        "ivf-pq-fp16": (
+            f"{ivf},PQ{long_code}x4fs,Refine(SQfp16)",
+            2 * dim + long_code / 2 + entry,
+            "inverted lists of long product codes, re-ranked by 16-bit vectors",
+        ),
+        "ivf-pq": (
+            f"{ivf},PQ{code}x4fs,Refine(SQ8)",
+            dim + code / 2 + entry,
+            "inverted lists of product codes, re-ranked by 8-bit vectors",
+        ),
+        "ivf": (f"{ivf},Flat", 4 * dim + entry, "inverted lists of full vectors"),
+        "pq": (f"{ivf},PQ{code}", code + entry, "the only kind that fits; its recall is low"),
+    }
+    return {name: IndexChoice(factory, text, bytes=int(count * size)) for name, (factory, size, text) in kinds.items()}
+
+
+def _choose_automatically(count: int, dim: int, memory: int) -> list[IndexChoice]:
+    kinds, vectors = _kinds(count, dim), f"{count:,} vectors of {dim}"
+    flat = kinds.pop("flat")
+    if count <= FLAT_UP_TO:
+        reason = f"{count:,} vectors are at most {FLAT_UP_TO:,}, where exact search takes two milliseconds"
+        return [replace(flat, reason=reason)]
+    choices, too_large = list[IndexChoice](), list[str]()
+    for name, choice in kinds.items():
+        if (name == "hnsw" and count > _GRAPH_UP_TO) or (name == "pq" and choices):
+            continue
+        if choice.bytes > memory:
+            too_large.append(f"{choice.factory} would take {_gib(choice.bytes)}")
+            continue
+        fits = f"{vectors} take {_gib(choice.bytes)} of the {_gib(memory)} allowed: {choice.reason}"
+        choices.append(replace(choice, reason="; ".join([fits, *too_large])))
+    if not choices:
+        raise DataError(
+            f"{vectors} fit no kind of index in {_gib(memory)}: {too_large[-1]}; raise --memory, or split the gallery"
+        )
+    return choices
+
+
+def create_index(factory: str, dim: int) -> Any:
+    """Return an empty FAISS index for inner products."""
+    try:
+        return faiss.index_factory(dim, factory, faiss.METRIC_INNER_PRODUCT)
+    except RuntimeError as error:
+        raise DataError(
+            f"FAISS cannot make an index of kind {factory!r} for vectors of {dim}; use {', '.join(NAMED)}, "
+            f"or an index_factory string such as 'IVF1024,SQ8'"
+        ) from error
+
+
+def list_count(count: int) -> int:
+    """Return 4 sqrt(n) inverted lists, as FAISS advises, each with at least the 39 vectors that training needs."""
+    return max(1, min(int(4 * math.sqrt(count)), count // 39))
+
+
+def machine_memory() -> int:
+    """Return the bytes of main memory, or the limit of the container."""
+    total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    for limit in ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes"):
+        try:
+            text = Path(limit).read_text(encoding="ascii").strip()
+        except OSError:
+            continue
+        if text.isdigit():
+            return min(total, int(text))
+    return total
+
+
+def _ivf(count: int) -> str:
+    number = list_count(count)
+    return f"IVF{number}_HNSW32" if number >= _COARSE_GRAPH_FROM else f"IVF{number}"
+
+
+def _gib(size: int) -> str:
+    return f"{size / 2**30:.1f} GiB"

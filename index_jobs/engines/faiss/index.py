@@ -1,7 +1,6 @@
 """A FAISS index in a file, and its searches among all rows or a selection of rows.
 
-- The file is memory-mapped: processes on one machine share the pages, and it opens at once. It holds the CPU form. With
-  a GPU, searches among all rows run there, one at a time, as FAISS's GPU indexes are not safe for concurrent readers.
+- The file is memory-mapped: processes on one machine share the pages, and it opens at once.
 - Graphs and inverted lists are tuned for ten results. More results need a wider search, since a search returns no more
   rows than it visits. A narrow search (`is_narrow`) is as wide as one for few results, and may miss the last ones.
 - A search among selected rows is wider, so that it visits as many selected rows as an unfiltered search visits rows. It
@@ -12,9 +11,6 @@
 """
 
 import math
-import threading
-from contextlib import AbstractContextManager, nullcontext
-from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +26,6 @@ from index_jobs.row_filter import RowFilter
 faiss: Any = typed_faiss  # its type hints have the C++ signatures only
 
 VECTORS = "index.faiss"
-MAX_GPU_K = 2048  # results of a GPU search; larger searches run on the CPU
 EXACT_UP_TO = 20_000  # rows that take a few milliseconds to compare one by one
 _TUNED_FOR = 12  # results that tuning covers: ten, and two that show whether there are more, or equal ones
 _NARROW = 16  # results that a narrow search is wide enough for
@@ -44,37 +39,11 @@ _BLOCK = 2048  # vectors that are decoded and compared at a time
 DECODED_SHARE = 0.001  # from this share on, going through all stored vectors is faster than decoding the selected ones
 
 
-def free_gpu_memory() -> int:
-    """Return half of the free memory of the first GPU; 0 without a GPU or FAISS's GPU build."""
-    if not hasattr(faiss, "StandardGpuResources") or not faiss.get_num_gpus():
-        return 0
-    import torch
-
-    return int(torch.cuda.mem_get_info(0)[0] // 2) if torch.cuda.is_available() else 0
-
-
-class RowSelection:
-    """The rows that a search may find."""
-
-    def __init__(self, mask: Mask) -> None:
-        self.mask, self.count = mask, int(np.count_nonzero(mask))
-        self.share = self.count / max(1, len(mask))
-
-    @cached_property
-    def selector(self) -> Any:
-        return faiss.IDSelectorBitmap(np.packbits(self.mask, bitorder="little"))
-
-
 class FaissIndex(VectorIndex):
     """An index with the search parameters that it has when this is created. Safe for concurrent searches."""
 
-    def __init__(self, index: Any, *, on_gpu: bool = False) -> None:
-        """Wrap an index on the CPU. With on_gpu, a copy on the GPU serves the searches among all rows."""
-        self._index = self._unfiltered = index
-        self._turn: AbstractContextManager[Any] = nullcontext()
-        if on_gpu:
-            self._resources = faiss.StandardGpuResources()  # must outlive the copy
-            self._unfiltered, self._turn = faiss.index_cpu_to_gpu(self._resources, 0, index), threading.Lock()
+    def __init__(self, index: Any) -> None:
+        self._index = index
         self.count, self.dim = int(index.ntotal), int(index.d)
         innermost, self._factor = unwrap(index)
         self._has_lists = isinstance(innermost, faiss.IndexIVF)
@@ -91,12 +60,8 @@ class FaissIndex(VectorIndex):
             self._storage = faiss.downcast_index(stored)
 
     @classmethod
-    def open(cls, path: Path, *, gpu: bool = False) -> "FaissIndex":
-        """Memory-map an index where its kind allows, read it otherwise. gpu: search on a GPU if there is one.
-
-        Raises:
-            ArtifactError: the file is missing, truncated or no index.
-        """
+    def open(cls, path: Path) -> "FaissIndex":
+        """Memory-map an index where its kind allows, read it otherwise. Raise ArtifactError if the file is no index."""
         if not path.is_file():
             raise ArtifactError(f"{path} is missing")
         try:
@@ -104,22 +69,21 @@ class FaissIndex(VectorIndex):
                 index = faiss.read_index(str(path), faiss.IO_FLAG_MMAP_IFC)
             except RuntimeError:
                 index = faiss.read_index(str(path))
-            return cls(index, on_gpu=gpu and free_gpu_memory() > 0)
+            return cls(index)
         except RuntimeError as error:
             raise ArtifactError(f"{path} cannot be read as a FAISS index: {faiss_reason(error)}") from error
 
     def search(self, vectors: Floats, k: int, rows: RowFilter | None = None, *, is_narrow: bool = False) -> ScoredRows:
         """As `VectorIndex.search`."""
         vectors = np.ascontiguousarray(vectors, np.float32)
-        if rows is not None and (selection := RowSelection(rows.mask)).count < self.count:
-            return self._search_selection(vectors, k, selection)
+        if rows is not None and (count := int(np.count_nonzero(rows.mask))) < self.count:
+            return self._search_selection(vectors, k, rows.mask, count)
         width = self._tuned
         if self._maximum and self.count and k > _TUNED_FOR:
             power = 1 << (k - 1).bit_length()  # most pages of one result list then have the same width
             width = max(width, min(self._maximum, self._width_for(_NARROW if is_narrow else power)))
         if width == self._tuned:
-            with self._turn:
-                scores, found = (self._unfiltered if k <= MAX_GPU_K else self._index).search(vectors, k)
+            scores, found = self._index.search(vectors, k)
         else:
             scores, found = self._search(vectors, k, width)
         while width < self._maximum and k <= self.count and (short := found[:, -1] < 0).any():
@@ -127,29 +91,31 @@ class FaissIndex(VectorIndex):
             scores[short], found[short] = self._search(vectors[short], k, width)
         return scores, found
 
-    def _search_selection(self, vectors: Floats, k: int, selection: RowSelection) -> ScoredRows:
-        if selection.count <= EXACT_UP_TO or not self._maximum:
-            return self._search_exactly(vectors, k, selection)
-        wanted = min(self.count, math.ceil(k / (_SPARSE * selection.share)))
+    def _search_selection(self, vectors: Floats, k: int, mask: Mask, count: int) -> ScoredRows:
+        """Search among `count` rows of a mask."""
+        if count <= EXACT_UP_TO or not self._maximum:
+            return self._search_exactly(vectors, k, mask)
+        share = count / self.count
+        wanted = min(self.count, math.ceil(k / (_SPARSE * share)))
         if self._has_lists:
-            enough, limit = k, _SCAN_RATIO * (selection.count - self._factor * wanted) / self._visited
-            width = min(self._maximum, math.ceil(max(self._tuned, self._width_for(k)) / selection.share))
+            enough, limit = k, _SCAN_RATIO * (count - self._factor * wanted) / self._visited
+            width = min(self._maximum, math.ceil(max(self._tuned, self._width_for(k)) / share))
         else:
-            enough, limit = max(k, self._tuned), selection.count / _GRAPH_COST
-            width = max(round(_GRAPH_RESERVE * enough / selection.share), round(self._factor * wanted))
+            enough, limit = max(k, self._tuned), count / _GRAPH_COST
+            width = max(round(_GRAPH_RESERVE * enough / share), round(self._factor * wanted))
         if width > limit:
-            return self._search_exactly(vectors, k, selection)
+            return self._search_exactly(vectors, k, mask)
         scores, rows = self._search(vectors, wanted, width)
-        scores, rows = merge_top_k([scores], [np.where(selection.mask[rows], rows, -1)], k)
+        scores, rows = merge_top_k([scores], [np.where(mask[rows], rows, -1)], k)
         for number in np.flatnonzero(rows[:, -1] < 0):
             vector, wider = vectors[number, None], _WIDENING**2 * width  # distant rows are many hops or lists away
             while min(wider, self._maximum) <= limit:
-                found = self._search(vector, enough, min(wider, self._maximum), selection.selector)
+                found = self._search(vector, enough, min(wider, self._maximum), _selector(mask))
                 if found[1][0, -1] >= 0 or wider >= self._maximum:
                     break
                 wider *= _WIDENING
             else:
-                found = self._search_exactly(vector, k, selection)
+                found = self._search_exactly(vector, k, mask)
             scores[number], rows[number] = found[0][0, :k], found[1][0, :k]
         return scores, rows
 
@@ -160,14 +126,14 @@ class FaissIndex(VectorIndex):
         scores, rows = self._index.search(vectors, k, params=_parameters(self._index, selector, width))
         return scores, rows
 
-    def _search_exactly(self, vectors: Floats, k: int, selection: RowSelection) -> ScoredRows:
+    def _search_exactly(self, vectors: Floats, k: int, mask: Mask) -> ScoredRows:
         """Compare every selected row."""
+        selected = np.flatnonzero(mask)
         is_scanned = isinstance(self._storage, faiss.IndexFlat | faiss.IndexScalarQuantizer)
-        if is_scanned and selection.share > DECODED_SHARE:
-            found = self._storage.search(vectors, k, params=faiss.SearchParameters(sel=selection.selector))
-            return merge_top_k([found[0]], [found[1]], k)
+        if is_scanned and len(selected) > DECODED_SHARE * self.count:
+            scores, rows = self._storage.search(vectors, k, params=faiss.SearchParameters(sel=_selector(mask)))
+            return merge_top_k([scores], [rows], k)
         scores, rows = np.empty((len(vectors), 0), np.float32), np.empty((len(vectors), 0), np.int64)
-        selected = np.flatnonzero(selection.mask)
         for start in range(0, len(selected), _BLOCK):
             block: Rows = selected[start : start + _BLOCK]
             decoded = self._index.reconstruct_batch(block)
@@ -183,6 +149,10 @@ class FaissIndex(VectorIndex):
             raise ArtifactError(f"this kind of index cannot reconstruct a vector: {faiss_reason(error)}") from error
         faiss.normalize_L2(vectors)
         return vectors
+
+
+def _selector(mask: Mask) -> Any:
+    return faiss.IDSelectorBitmap(np.packbits(mask, bitorder="little"))
 
 
 def unwrap(index: Any) -> tuple[Any, float]:
@@ -209,26 +179,9 @@ def _parameters(index: Any, selector: Any, width: int) -> Any:
 
 
 def write_faiss(index: Any, path: Path) -> None:
-    """Write a FAISS index completely or not at all.
-
-    FAISS overlooks errors on closing a file, as on a full disk, so it writes through Python's own file.
-    """
-    write_error: OSError | None = None
-
-    def write(data: bytes) -> None:
-        nonlocal write_error
-        try:
-            file.write(data)
-        except OSError as error:  # FAISS would lose it
-            write_error = error
-
+    """Write a FAISS index completely or not at all, through Python's own file, whose errors FAISS does not overlook."""
     with atomic_writer(path) as file:
-        try:
-            faiss.write_index(index, faiss.PyCallbackIOWriter(write))
-        except RuntimeError as error:
-            raise OSError(faiss_reason(error)) from error
-        if write_error:
-            raise write_error
+        faiss.write_index(index, faiss.PyCallbackIOWriter(file.write))
 
 
 def faiss_reason(error: Exception) -> str:

@@ -70,7 +70,7 @@ class QdrantEngine(Engine):
             )
         self._settings = {name: int(text) for name, text in given.items()}
 
-    def plan(self, spec: IndexSpec, count: int, dim: int, device: str) -> int:
+    def plan(self, spec: IndexSpec, count: int, dim: int) -> int:
         """Check that Qdrant has the kind and responds."""
         if spec.kind not in _KINDS:
             raise DataError(f"vectors in Qdrant can be of kind {', '.join(_KINDS)}, not {spec.kind!r}")
@@ -108,7 +108,7 @@ class QdrantEngine(Engine):
         measured["build_seconds"] = round(seconds, 1)
         return CreatedIndex(kind="Flat" if is_flat else f"HNSW{_DEGREE}", reason=reason, measured=measured)
 
-    def open(self, files: Files, *, gpu: bool = False) -> QdrantIndex:
+    def open(self, files: Files) -> QdrantIndex:
         """Connect to the collection that `qdrant.json` names."""
         return QdrantIndex(QdrantLocation.read(files.get(LOCATION, Path(LOCATION))))
 
