@@ -5,8 +5,7 @@ from pathlib import Path
 import httpx
 import pytest
 
-from app.core.callers import RateLimiter, is_key, key_hash, key_in, network_of, new_key, parse_keys
-from tests.support.redis_server import RedisServer
+from app.core.callers import is_key, key_hash, key_in, new_key, parse_keys
 from tests.support.service import ADMIN, ALICE, BOB, KEYS, WORDS, bearer, opened
 
 
@@ -23,13 +22,7 @@ async def test_every_route_except_pages_and_probes_needs_a_key(built_index: Path
                 assert response.status_code == 401, path
                 assert response.headers["www-authenticate"] == "Bearer"
         assert (await client.get("/nothing")).status_code == 401, "unknown paths are not revealed without a key"
-        for wrong in (
-            bearer("wrong"),
-            {"Authorization": ALICE},
-            {"X-API-Key": ""},
-            bearer(key_hash(ALICE)),
-            bearer("é"),
-        ):
+        for wrong in (bearer("wrong"), {"Authorization": ALICE}, {"X-API-Key": ""}, bearer(key_hash(ALICE))):
             headers = {name.encode(): value.encode() for name, value in wrong.items()}
             assert (await client.post("/search/text", json=WORDS, headers=headers)).status_code == 401
         for right in (bearer(ALICE), bearer(BOB), {"X-API-Key": BOB}):
@@ -68,22 +61,18 @@ async def test_caller_over_its_rate_is_refused_429(built_index: Path) -> None:
             client.transport.client = address, 1
             return (await client.get("/collections")).status_code
 
-        addresses = ("10.0.0.1", "10.0.0.1", "10.0.0.2", "2001:db8::1", "2001:db8::2", "2001:db8:0:1::1")
+        addresses = (
+            "10.0.0.1",
+            "::ffff:10.0.0.1",
+            "10.0.0.2",
+            "2001:db8::1",
+            "2001:db8::2",
+            "2001:db8:0:1::1",
+            "socket",
+        )
         asked = [await collections(address) for address in addresses]
-        assert asked == [200, 429, 200, 200, 429, 200], "without keys, callers are addresses and networks"
+        assert asked == [200, 429, 200, 200, 429, 200, 200], "without keys, callers are addresses and networks"
         assert [(await client.get("/metrics")).status_code for _ in range(2)] == [200, 200]
-
-
-@pytest.mark.redis
-async def test_rates_are_shared_in_redis_and_none_without_it(redis_server: RedisServer) -> None:
-    first, second = (RateLimiter("4/minute", redis_server.url) for _ in range(2))
-    waits = [await rates.charge("alice") for rates in (first, second, first, second, first, second)]
-    assert [wait == 0 for wait in waits] == [True] * 4 + [False] * 2
-    assert all(0 < wait <= 60 for wait in waits[4:])
-    redis_server.stop()
-    assert [await first.charge("alice") for _ in range(2)] == [0, 0]
-    await first.close()
-    await second.close()
 
 
 async def test_responses_behind_keys_are_private_to_caches(built_index: Path) -> None:
@@ -124,27 +113,6 @@ async def test_only_named_origins_may_search(built_index: Path) -> None:
         assert "access-control-allow-origin" not in other.headers
 
 
-@pytest.mark.parametrize(
-    ("address", "network"),
-    [
-        ("203.0.113.7", "203.0.113.7"),
-        ("2001:db8:1:2::1", "2001:db8:1:2::/64"),
-        ("2001:db8:1:2:ffff:ffff:ffff:ffff", "2001:db8:1:2::/64"),
-        ("2001:db8:1:3::1", "2001:db8:1:3::/64"),
-        ("::ffff:203.0.113.7", "203.0.113.7"),
-        ("fe80::1%eth0", "fe80::/64"),
-        ("unknown", "unknown"),
-    ],
-)
-def test_ipv6_addresses_are_counted_by_network(address: str, network: str) -> None:
-    assert network_of(address) == network
-
-
-def test_keys_are_known_by_their_hashes() -> None:
-    assert is_key("secret", "secret")
-    assert not is_key(f"sha256:{key_hash('secret')}", f"sha256:{key_hash('secret')}"), "the hash itself is not a key"
-
-
 def test_a_scope_follows_the_hash() -> None:
     a, b, c, d, e = (key_hash(name) for name in "abcde")
     keys = parse_keys(f"a:{a.upper()}, b:{b}:read c:{c}:write\nd:{d}:read:shoes+bags e:{e}:write:shoes")
@@ -175,3 +143,5 @@ def test_a_key_is_read_from_two_headers() -> None:
     ):
         assert key_in(headers) == key, headers
     assert (new_key()[:5], len(new_key())) == ("dcar_", 48)
+    assert is_key("secret", "secret")
+    assert not is_key(f"sha256:{key_hash('secret')}", f"sha256:{key_hash('secret')}"), "the hash itself is not a key"

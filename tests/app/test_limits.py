@@ -10,7 +10,6 @@ from typing import Any
 
 import pytest
 
-from app.search.snapshots import mask_key
 from index_jobs.index import filters
 from index_jobs.index.index_version import IndexVersion
 from tests.support.images import png
@@ -70,11 +69,6 @@ async def test_an_upload_without_room_is_not_read(built_index: Path, monkeypatch
         ({"query": "x", "filter": {"a": "x" * 2**20}}, 422, "filter: takes at most 64 KiB"),
         ({"query": "x", "filter": {"a": ["x" * 1000] * 1000}}, 422, "filter: takes at most 64 KiB"),
         ({"query": "x", "filter": json.loads("[" * 190 + '"",' * 40_000 + '""' + "]" * 190)}, 422, "queries.0.filter"),
-        (
-            {"query": "x", "filter": {"a": json.loads("[" * 180 + '"",' * 40_000 + '""' + "]" * 180)}},
-            422,
-            "at most 64 KiB",
-        ),
         ({"query": "x", "filter": {"a": [0] * 60_000}}, 413, "at most 50,000 values"),
         ({"query": "x", "filter": {f"{key:030}": 1 for key in range(60_000)}}, 413, "at most 50,000 values"),
     ],
@@ -87,33 +81,9 @@ async def test_a_large_body_holds_images_and_little_else(
         assert (response.status_code, says in response.json()["detail"]) == (status, True), response.text
 
 
-async def test_pages_and_filters_that_are_used_again_stay_in_their_caches(
-    built_index: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr("app.search.snapshots.MAX_PAGES", 3)
-    monkeypatch.setattr("app.search.snapshots.MAX_MASKS", 3)
-    async with opened(built_index) as client:
-
-        async def ask(word: str) -> tuple[Any, Any]:
-            filter = {"category": {"not": [word]}}
-            for query in ({"query": word}, {"query": "a", "filter": filter}):
-                assert (await client.post("/search/text", json=query)).is_success
-            live = client.app.state.collections[None].live
-            return next(page for key, page in live.pages.items() if key[1] == word), live.masks[mask_key(filter)]
-
-        first = await ask("known")
-        for number in range(5):
-            await ask(f"new {number}")
-            assert all(one is other for one, other in zip(await ask("known"), first, strict=True))
-
-
-@pytest.mark.parametrize("is_small", [True, False], ids=["small", "large"])
-async def test_caches_of_a_version_are_bounded_in_bytes(
-    built_index: Path, monkeypatch: pytest.MonkeyPatch, is_small: bool
-) -> None:
-    if not is_small:
-        monkeypatch.setattr("app.search.snapshots.MAX_MASK_BYTES", 2 * 24)
-        monkeypatch.setattr("app.search.results.MAX_PAGE_BYTES", 100)
+async def test_caches_of_a_version_are_bounded_in_bytes(built_index: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("app.search.snapshots.MAX_MASK_BYTES", 2 * 24)
+    monkeypatch.setattr("app.search.results.MAX_PAGE_BYTES", 100)
     async with opened(built_index) as client:
         snapshot = client.app.state.collections[None].live
         for number in range(20):
@@ -121,8 +91,7 @@ async def test_caches_of_a_version_are_bounded_in_bytes(
             body = {"query": "red", "filter": filter, "facets": ["category", "caption"]}
             assert (await client.post("/search/text", json=body)).is_success
         assert (await client.post("/search/text", json=WORDS)).is_success
-        assert len(snapshot.masks) == (16 if is_small else 2)
-        assert len(snapshot.pages) == is_small
+        assert (len(snapshot.masks), len(snapshot.pages)) == (2, 0)
         assert sum(map(len, snapshot.masks)) < 10_000
 
 

@@ -2,19 +2,11 @@
 
 from pathlib import Path
 
-import pytest
-from fastapi import Request
-from fastapi.responses import Response
-
-from app.api import feedback
-from app.api.requests import ChosenItems, read_json
-from app.api.responses import JsonResponse
-from app.api.routing import Routes
 from app.core.settings import Settings
 from app.http.access import Policy
 from app.main import create_app
 from tests.support.responses import assert_problem
-from tests.support.service import ADMIN, ALICE, KEYS, bearer, opened
+from tests.support.service import ALICE, KEYS, bearer, opened
 
 PUBLIC = {"/", "/docs", "/openapi.json", "/favicon.ico", "/healthz", "/readyz", "/ui/insights", "/ui/{name}"}
 
@@ -44,28 +36,3 @@ async def test_a_route_without_a_policy_is_not_reachable(built_index: Path) -> N
         response = await client.get("/bare", headers=bearer(ALICE))
         assert_problem(response, 404)
         assert "nothing at /bare" in response.json()["detail"]
-
-
-async def test_a_route_needs_no_other_file_than_its_own(built_index: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    body, routes = {"ids": ["a"]}, Routes("feedback")
-    monkeypatch.setattr(feedback, "routes", routes)
-
-    @routes.add("PUT", "/echo", Policy("write", body=lambda _: 1000), accepts=ChosenItems, errors=(409,))
-    async def echo(request: Request) -> Response:
-        """Answer with the ids of the request."""
-        return JsonResponse((await read_json(request, ChosenItems)).ids)
-
-    async with opened(built_index, collections={"other": built_index}, writes=True, **KEYS) as client:
-        for path in ("/echo", "/collections/other/echo"):
-            assert_problem(await client.put(path, json=body), 401, "Authorization")
-            assert_problem(await client.put(path, json=body, headers=bearer(ALICE)), 403, "Authorization")
-            assert (await client.put(path, json=body, headers=bearer(ADMIN))).json() == ["a"]
-            assert_problem(await client.put(path, content=bytes(1001), headers=bearer(ADMIN)), 413, "body")
-        documented = (await client.get("/openapi.json")).json()["paths"]
-        for path in ("/echo", "/collections/{collection}/echo"):
-            operation = documented[path]["put"]
-            assert operation["security"] == [{"admin": []}, {"key": []}]
-            assert {"401", "403", "404", "408", "409", "413", "422", "429", "500", "503"} <= operation[
-                "responses"
-            ].keys()
-            assert "application/json" in operation["requestBody"]["content"]

@@ -63,14 +63,3 @@ def test_body_behind_an_offer_to_upgrade_is_never_run_as_a_request(
 def test_an_offer_to_upgrade_is_refused_400(connection: socket.socket) -> None:
     connection.sendall(HEALTH[:-2] + OFFER % b"h2c" + b"\r\n")
     assert read_until(connection).startswith(b"HTTP/1.1 400")
-
-
-def test_a_connection_is_used_again_and_pipelined_requests_are_answered_in_order(connection: socket.socket) -> None:
-    search = SEARCH + b'Content-Length: 16\r\n\r\n{"query": "red"}'
-    for _ in range(2):
-        connection.sendall(HEALTH)
-        assert read_until(connection, b"}").startswith(b"HTTP/1.1 200")
-    connection.sendall(HEALTH + search + HEALTH.replace(b"healthz", b"nothing")[:-2] + b"Connection: close\r\n\r\n")
-    answers = read_until(connection).split(b"HTTP/1.1 ")[1:]
-    assert [each[:3] for each in answers] == [b"200", b"200", b"404"]
-    assert b'"results"' in answers[1]

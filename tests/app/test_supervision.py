@@ -1,12 +1,11 @@
 """Background tasks that fail are restarted, which readiness and metrics show; threads end with their work."""
 
-import asyncio
 from pathlib import Path
 
 import pytest
 
 from app.core.metrics import Metrics
-from app.core.turns import stop, supervise
+from app.core.turns import supervise
 from index_jobs.index.manifest import Current
 from index_jobs.index.versions import current_version
 from tests.support.responses import scrape
@@ -31,14 +30,6 @@ async def test_a_failing_task_is_counted_and_restarted_until_it_returns() -> Non
     await supervise("test task", run, metrics, on_failure=errors.append)
     assert [str(error) for error in errors] == ["1", "2"]
     assert metrics.registry.get_sample_value("dcar_task_failures_total", {"task": "test task"}) == 2
-
-
-async def test_a_cancelled_task_is_not_restarted() -> None:
-    task = asyncio.create_task(supervise("test task", lambda: asyncio.sleep(60), Metrics()))
-    await asyncio.sleep(0)
-    await stop(task)
-    assert task.cancelled()
-    await stop(None)
 
 
 async def test_a_failure_of_the_poller_degrades_readiness_until_it_works_again(

@@ -1,8 +1,6 @@
 """Turns of threads, decoding processes and asynchronous work are shared out between callers, and memory by images."""
 
 import asyncio
-import os
-import sys
 import threading
 import time
 from collections.abc import AsyncIterator
@@ -11,10 +9,9 @@ import pytest
 from PIL import Image
 
 from app.core.callers import current_caller, request_id
-from app.core.turns import ComputeThreads, Decoders, FairQueue, FairThreads, FairTurns
+from app.core.turns import Decoders, FairQueue, FairThreads, FairTurns
 from dcar_core.images import ALL_FORMATS, MAX_PIXELS
 from dcar_core.images.workers import Convert, DecodeWorker, Limits
-from dcar_core.util.errors import ImageError
 from tests.support import conversions
 from tests.support.images import encoded
 
@@ -93,17 +90,6 @@ async def test_the_thread_of_filters_is_shared_out_between_callers() -> None:
     thread.shutdown()
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="elsewhere a priority is one of the process")
-async def test_the_event_loop_has_a_processor_before_the_threads() -> None:
-    threads = ComputeThreads(1, "test")
-    mine = os.getpriority(os.PRIO_PROCESS, 0)
-    try:
-        assert await threads.run(os.getpriority, os.PRIO_PROCESS, 0) == min(mine + 5, 19)
-        assert os.getpriority(os.PRIO_PROCESS, 0) == mine
-    finally:
-        threads.shutdown()
-
-
 @pytest.fixture
 async def decoders(monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[Decoders]:
     monkeypatch.setattr("app.core.turns.available_cores", lambda: 2)
@@ -112,75 +98,38 @@ async def decoders(monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[Decoders]:
     decoders.close()
 
 
-class Callers:
-    """Sends images for callers and lists them in the order of their ends."""
+def send(decoders: Decoders, caller: str, tenths: int) -> asyncio.Task[None]:
+    """Send an image for a caller, whose decoding takes so many tenths of a second."""
 
-    def __init__(self, decoders: Decoders) -> None:
-        self.decoders, self.ended = decoders, list[str]()
+    async def run() -> None:
+        current_caller.set(caller)
+        await decoders.run(conversions.sleep, encoded(Image.new("L", (tenths, 1))), MAX_PIXELS, ALL_FORMATS)
 
-    def send(self, who: str, request: str, tenths: int = 1, convert: Convert = conversions.sleep) -> asyncio.Task[None]:
-        async def run() -> None:
-            current_caller.set(who)
-            request_id.set(request)
-            data = encoded(Image.new("L", (tenths, 1)))
-            try:
-                await self.decoders.run(convert, data, MAX_PIXELS, ALL_FORMATS)
-            finally:
-                self.ended.append(request)
-
-        return asyncio.create_task(run())
+    return asyncio.create_task(run())
 
 
 async def test_one_caller_leaves_workers_to_the_others(decoders: Decoders) -> None:
-    callers = Callers(decoders)
-    flood = [callers.send("flood", f"flood {number}", 30) for number in range(20)]
+    flood = [send(decoders, "flood", 30) for _ in range(20)]
     await asyncio.sleep(0)
-    await callers.send("honest", "honest")
-    assert callers.ended == ["honest"], "at once, though 18 images wait"
+    await send(decoders, "honest", 1)
+    assert not any(task.done() for task in flood), "at once, though 18 images wait"
     for task in flood:
         task.cancel()
 
 
-@pytest.fixture
-def large_at_once(monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """The number of large images that are decoded, whenever a worker begins one."""
-    running, found, run = list[object](), list[int](), DecodeWorker.run
+async def test_large_images_take_turns(decoders: Decoders, monkeypatch: pytest.MonkeyPatch) -> None:
+    running, counts, run = list[object](), list[int](), DecodeWorker.run
 
     def noted(self: DecodeWorker, convert: Convert, data: bytes, limits: Limits) -> object:
         is_large = limits.expected is None
         running.extend([self] * is_large)
-        found.append(len(running))
+        counts.append(len(running))
         try:
             return run(self, convert, data, limits)
         finally:
             del running[:is_large]
 
     monkeypatch.setattr(DecodeWorker, "run", noted)
-    return found
-
-
-async def test_an_image_that_is_given_up_is_not_decoded(decoders: Decoders, large_at_once: list[int]) -> None:
-    callers = Callers(decoders)
-    tasks = [callers.send("one", str(number), 3) for number in range(4)]
-    await asyncio.sleep(0.1)
-    for number in (0, 2):  # the first one runs on
-        tasks[number].cancel()
-    await asyncio.gather(tasks[1], tasks[3])
-    assert large_at_once == [0, 0, 0]
-
-
-async def test_large_images_take_turns(
-    decoders: Decoders, large_at_once: list[int], monkeypatch: pytest.MonkeyPatch
-) -> None:
     monkeypatch.setattr("app.core.turns.MEMORY", 1)
-    callers = Callers(decoders)
-    names = ["one", "one", "one", "two", "three"]
-    await asyncio.gather(*(callers.send(name, f"{name} {number}", 2) for number, name in enumerate(names)))
-    assert max(large_at_once) == 2
-    assert len(callers.ended) == len(names)
-
-
-async def test_an_image_beyond_the_memory_of_the_largest_is_refused(decoders: Decoders) -> None:
-    callers = Callers(decoders)
-    with pytest.raises(ImageError, match="more than 96 MiB"):
-        await callers.send("one", "fill", 1, conversions.fill)
+    await asyncio.gather(*(send(decoders, caller, 2) for caller in ("one", "one", "one", "two", "three")))
+    assert (max(counts), len(counts)) == (2, 10)

@@ -56,7 +56,6 @@ def _asked(subject: str, variable: str) -> Part:
 PARTS = {
     "redis": Part("Redis", "apt-get install redis-server", programs=("redis-server",)),
     "nginx": Part("nginx", "apt-get install nginx-light", programs=("nginx",)),
-    "openssl": Part("TLS", "apt-get install openssl", programs=("openssl",)),
     "cc": Part("kills at system calls", "apt-get install gcc", programs=("cc",)),
     "make": Part("the Makefile", "apt-get install make", programs=("make",)),
     "browser": Part("the page in Chromium", "apt-get install chromium chromium-driver", programs=(BROWSER, DRIVER)),
