@@ -43,15 +43,16 @@ class ImageFinder:
 
     def faults(self, names: Sequence[str]) -> dict[str, str]:
         """Decode images, and return why each broken one cannot be."""
-        with ThreadPoolExecutor(_THREADS) as pool:
-            return {name: fault for name, fault in zip(names, pool.map(self._fault, names), strict=True) if fault}
 
-    def _fault(self, name: str) -> str:
-        try:
-            open_image(self.root.read(name))
-        except ImageError as error:
-            return str(error)
-        return ""
+        def decode(name: str) -> str:
+            try:
+                open_image(self.root.read(name))
+            except ImageError as error:
+                return str(error)
+            return ""
+
+        with ThreadPoolExecutor(_THREADS) as pool:
+            return {name: fault for name, fault in zip(names, pool.map(decode, names), strict=True) if fault}
 
     @cached_property
     def _by_base(self) -> tuple[defaultdict[str, list[str]], set[str]]:
@@ -88,9 +89,3 @@ def _candidates(image: str) -> Iterator[str]:
         yield name
         if not has_image_suffix(name):
             yield from (name + suffix for suffix in _SUFFIXES)
-
-
-def name_without_lookup(image: str, shared: Set[str]) -> str:
-    """Return the name of an image that is not looked up: of an absolute path the last part, unless others share it."""
-    path = PurePosixPath(image)
-    return path.name if path.is_absolute() and path.name not in shared else image

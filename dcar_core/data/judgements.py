@@ -61,8 +61,8 @@ def read_judgements(files: Sequence[Path]) -> JudgedList:
             except DataError as error:
                 faults.append(error)
     if faults:
-        rest = [f"{len(faults) - _SHOWN:,} more rows cannot be used"] * (len(faults) > _SHOWN)
-        raise DataError("\n".join([*map(str, faults[:_SHOWN]), *rest]))
+        rest = f"\n{len(faults) - _SHOWN:,} more rows cannot be used" if len(faults) > _SHOWN else ""
+        raise DataError("\n".join(map(str, faults[:_SHOWN])) + rest)
     if not judged.texts:
         raise DataError(f"{', '.join(map(str, files))} has no judgement: give rows of query, item_id and grade")
     return judged

@@ -1,8 +1,7 @@
 """Splits of a data set: which files hold them, and one split as a `Dataset`.
 
-- A directory has one file for each split: `train.json` (or cars_train.json), `train.jsonl`, .csv, .parquet, `train.tar`
-  or `train-*.tar`; or one table `pairs.json`, `.jsonl`, `.csv` or `.parquet`. Without any, a gallery's own files are
-  read: its `metadata` table, otherwise its tars. A single file may be given instead of a directory.
+- docs/reference/data-formats.md has the names of files. Without any, a gallery's own are read: its `metadata` table,
+  otherwise its tars. A single file may be given instead of a directory.
 - A column or the file's name states the split; otherwise a hash of the image's name decides.
 - Data with a train split but no val gives a tenth of its training images to validation.
 """
@@ -17,10 +16,9 @@ from itertools import combinations
 from pathlib import Path, PurePosixPath
 from typing import Literal
 
-from dcar_core.data.clean import clean_samples
-from dcar_core.data.image_lookup import ImageFinder, find_shared_names, name_without_lookup
+from dcar_core.data.image_lookup import ImageFinder, find_shared_names
 from dcar_core.data.readers import read_annotations
-from dcar_core.data.samples import SPLITS, CleaningReport, Dataset, Sample
+from dcar_core.data.samples import SPLITS, CleaningReport, Dataset, Sample, clean_samples
 from dcar_core.images import ImageRoot
 from dcar_core.util.errors import DataError, shorten
 
@@ -74,7 +72,8 @@ class Annotations:
         samples = self._select(split, report)
         annotated = list(dict.fromkeys(sample.image for sample in samples))
         if image_policy == "ignore":
-            found = {image: name_without_lookup(image, self._shared) for image in annotated}
+            paths = {image: PurePosixPath(image) for image in annotated}  # of an absolute one the name, if it is unique
+            found = {i: p.name if p.is_absolute() and p.name not in self._shared else i for i, p in paths.items()}
         else:
             located = {image: self.finder.find(image) for image in annotated}
             found = {image: name for image, name in located.items() if name is not None}
@@ -100,10 +99,7 @@ class Annotations:
     def load_all(
         self, splits: Sequence[str] | None = None, image_policy: ImagePolicy = "require"
     ) -> tuple[dict[str, Dataset], dict[str, CleaningReport]]:
-        """Load splits, None for all, and report images that an earlier one has too.
-
-        Results on these do not carry over to new ones.
-        """
+        """Load splits, None for all, and report images that an earlier one has too."""
         datasets, reports = dict[str, Dataset](), dict[str, CleaningReport]()
         for split in splits or self.splits():
             datasets[split], reports[split] = self.load(split, image_policy)

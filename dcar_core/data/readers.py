@@ -32,8 +32,8 @@ MAX_BAD_ROWS = 0.1  # share of a file's rows
 SKIPPED_ROWS = "rows that cannot be used, left out"
 SIDECARS = ("json", "cls", "txt")  # of webdataset, in the order in which they are read
 _CAPTION_COLUMNS = ("caption", "captions")
-_LABEL_COLUMNS = ("category", "class_name", "meta_category")
-USED_COLUMNS = (*IMAGE_COLUMNS, *LIST_COLUMNS, *_LABEL_COLUMNS, "caption", "split", "attributes")
+_LABEL_COLUMNS = ("category", "class_name", "meta_category", "attributes", "split")
+USED_COLUMNS = (*IMAGE_COLUMNS, *LIST_COLUMNS, *_LABEL_COLUMNS, "caption")
 # FDRD's fields, and the columns of tables
 _FDRD = {
     "positive": "caption", "class_name": "class_name", "negative": "negatives", "negative_class": "negative_categories",
@@ -99,11 +99,7 @@ def _pairs_of(row: Mapping[str, Any], where: str) -> list[tuple[str, Sample]]:
 
 
 def _read_fdrd(file: Path, report: CleaningReport, on_fault: OnBadLine) -> Rows:
-    """Yield the entries of one file of FDRD's form; a repeated key gives two.
-
-    Older files give absolute paths of another machine and names without a suffix, newer ones the placeholder
-    YOUR_IMAGE_PATH.
-    """
+    """Yield the entries of one file of FDRD's form; a repeated key gives two. Paths are of another machine."""
     try:
         content = parse_json(file.read_text(encoding="utf-8-sig"), tuple)  # an object becomes its names and values
     except ValueError as error:

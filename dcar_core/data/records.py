@@ -112,10 +112,7 @@ def _read_typed_csv(name: str, open_file: OpenFile, on_bad_line: OnBadLine) -> I
                     kind = "float" if {known, kind} == {"int", "float"} else "text"
                 types[column] = kind
     for line, row in _read_csv_rows(name, open_file, on_bad_line):
-        try:
-            values = {column: _OF_CELL[types[column]](cell) for column, cell in row.items() if cell}
-        except (KeyError, ValueError):
-            raise DataError(f"{name}, line {line} changed while it was read; run the command again") from None
+        values = {column: _OF_CELL[types[column]](cell) for column, cell in row.items() if cell}
         yield line, {column: "" if column in TEXT_COLUMNS else None for column in row} | values
 
 

@@ -146,12 +146,11 @@ def make_thumbnail(opened: OpenedImage, side: int, thumbnail_format: ThumbnailFo
 
 @contextmanager
 def _broken() -> Iterator[None]:
-    """Turn the errors of decoders, which raise all kinds of them on damaged bytes, into ImageError."""
     try:
         yield
     except (DcarError, MemoryError):
         raise
-    except Exception as error:
+    except Exception as error:  # decoders raise all kinds of them on damaged bytes
         raise ImageError(f"broken or truncated: {error or type(error).__name__}") from error
 
 

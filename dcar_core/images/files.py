@@ -16,9 +16,7 @@ BLOCK_BYTES = 2**20
 
 @dataclass(frozen=True, slots=True)
 class TarSpan:
-    """Offset and size in bytes of a member's content in its tar."""
-
-    offset: int
+    offset: int  # of a member's content in its tar, in bytes
     size: int
 
 

@@ -22,7 +22,6 @@ ALL_FORMATS = frozenset(ImageFormat)
 WEB_FORMATS = ALL_FORMATS - {ImageFormat.TIFF, ImageFormat.BMP}  # what browsers and phones send
 
 HEIC_SUFFIXES = frozenset({".heic", ".heif", ".hif"})
-# The suffixes of images that can be decoded here
 IMAGE_SUFFIXES = frozenset({
     ".jpg", ".jpeg", ".jpe", ".jfif", ".pjpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".avif",
 }) | (HEIC_SUFFIXES if find_spec("pillow_heif") else frozenset())  # fmt: skip

@@ -22,7 +22,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from dcar_core.data import CleaningReport, Dataset, Sample
-from dcar_core.data.clean import fold_text
+from dcar_core.data.samples import fold_text
 from dcar_core.model.tokenizer import TextTokenizer
 from dcar_core.negatives.words import find_mentions, fold_name, replace_name, swap_attributes
 from dcar_core.util.errors import DataError
@@ -173,11 +173,9 @@ def rank_categories(
 
 
 class Negative(NamedTuple):
-    """A negative caption, the category it names, and the kind of swap."""
-
     text: str
-    category: str
-    kind: str
+    category: str  # that it names
+    kind: str  # of swap
 
 
 class NegativeGenerator:
@@ -297,10 +295,8 @@ def _rows_to_complete(data: Dataset, mode: str, report: CleaningReport) -> list[
         return []
     known = [row for row in rows if data.samples[row].category]
     if rows and not known and mode != "auto":
-        raise DataError(
-            f"{data.split}: negatives need categories, and none of its {len(rows):,} pairs without negatives has one; "
-            f"give class_name (or a column category), or --negatives off"
-        )
+        what = f"{data.split}: negatives need categories, and none of its {len(rows):,} pairs without negatives has one"
+        raise DataError(f"{what}; give class_name (or a column category), or --negatives off")
     report.add("pairs without a category, for which no negatives are made", len(rows) - len(known))
     return known
 

@@ -23,7 +23,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from dcar_core.data import CleaningReport, Dataset, Sample
-from dcar_core.data.clean import fold_text
+from dcar_core.data.samples import fold_text
 from dcar_core.model.backbone import Backbone
 from dcar_core.model.config import ReweightConfig
 from dcar_core.model.dcar import DCAR

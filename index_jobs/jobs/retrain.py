@@ -27,9 +27,9 @@ import numpy as np
 import torch
 from torch import nn
 
-from dcar_core.data.clean import fold_text
 from dcar_core.data.judgements import JudgedList, read_judgements
 from dcar_core.data.records import IMAGE_COLUMNS, RECORD_SUFFIXES, label_text, read_records, required_text, texts_of
+from dcar_core.data.samples import fold_text
 from dcar_core.encoder.encoder import Encoder, add_portable_export, has_started_portable, load_exact
 from dcar_core.encoder.exports import copy_portable
 from dcar_core.encoder.graphs import adapter_arrays

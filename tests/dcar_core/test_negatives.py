@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from dcar_core.data import Annotations, CleaningReport, Dataset, Sample
-from dcar_core.data.clean import fold_text
+from dcar_core.data.samples import fold_text
 from dcar_core.images import ImageRoot
 from dcar_core.model.backbone import Backbone
 from dcar_core.negatives import LETTER_FUNCTIONS, add_negatives, backbone_functions

@@ -20,7 +20,7 @@ from dcar_caption.command import CaptionOptions
 from dcar_caption.endpoint import KEYS, CaptionError, Completion, EndpointError, open_endpoints
 from dcar_caption.journal import Journal
 from dcar_core.data import SPLITS
-from dcar_core.data.clean import fold_text
+from dcar_core.data.samples import fold_text
 from dcar_core.images import has_image_suffix
 from dcar_core.images.decoding import open_image
 from dcar_core.util.console import progress_bar
