@@ -8,7 +8,6 @@
 - The first query that needs the full model loads it.
 """
 
-import logging
 import math
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
@@ -27,15 +26,13 @@ from numpy.typing import NDArray
 from pydantic import Field
 from typing_extensions import TypedDict
 
-from app.search.errors import UnavailableError, UnsupportedQueryError, without_directories
+from app.search.errors import UnsupportedQueryError
 from app.search.hits import Hits
 from app.search.query import Plan
 from app.search.snapshots import Snapshot, row_vectors
 from dcar_core.encoder.encoder import ImageRow, TextRow, encode_image_rows, encode_text_rows
 from dcar_core.util.arrays import Floats, Pixels
-from dcar_core.util.errors import ArtifactError, DcarError, ImageError, MissingExtraError
-
-logger = logging.getLogger(__name__)
+from dcar_core.util.errors import ArtifactError, ImageError, MissingExtraError
 
 T = TypeVar("T")
 ObjectFit = Literal["cover", "fill", "contain"]  # values of CSS's object-fit
@@ -89,18 +86,23 @@ def rerank(compute: Compute, snapshot: Snapshot, plan: Plan, hits: Hits) -> Hits
 
     Raises:
         UnsupportedQueryError: every image is missing, or PyTorch is not installed.
-        UnavailableError: the full model cannot be loaded.
+        DcarError: the full model cannot be loaded.
     """
     rows = hits.rows[: plan.rerank_depth].tolist()
     if not rows:
         return hits
-    stage = _second_stage(snapshot)
+    try:
+        stage = snapshot.second_stage
+    except MissingExtraError as error:
+        raise UnsupportedQueryError(f"This service runs without PyTorch: {error}; or leave `rerank` out.") from None
     images = compute.gallery_pixels(snapshot, rows)
     if not images:
         raise UnsupportedQueryError(_NO_IMAGES)
-    features = _in_chunks(compute, lambda chunk: stage.image_features(np.stack(chunk)), [*images.values()])
-    second = _in_chunks(compute, lambda chunk: stage.query_scores(plan.text, np.stack(chunk)), features)
-    added = dict(zip(images, map(float, second), strict=True))
+
+    def score(chunk: list[Pixels]) -> Floats:
+        return stage.query_scores(plan.text, stage.image_features(np.stack(chunk)))  # type: ignore[no-any-return]
+
+    added = dict(zip(images, map(float, _in_chunks(compute, score, [*images.values()])), strict=True))
     scores = {
         row: cosine + added[row] for row, cosine in zip(rows, hits.cosines.tolist(), strict=False) if row in added
     }
@@ -158,19 +160,6 @@ def _relevance(compute: Compute, snapshot: Snapshot, vector: Floats, row: int) -
 def _in_chunks(compute: Compute, encode: Callable[[list[T]], Iterable[Floats]], images: list[T]) -> list[Floats]:
     chunks = (images[start : start + _CHUNK] for start in range(0, len(images), _CHUNK))
     return [vector for chunk in chunks for vector in compute.model(encode, chunk)]
-
-
-def _second_stage(snapshot: Snapshot) -> Any:
-    """Return the snapshot's `SecondStage`, which may load the model."""
-    try:
-        return snapshot.second_stage
-    except MissingExtraError as error:
-        raise UnsupportedQueryError(f"This service runs without PyTorch: {error}; or leave `rerank` out.") from None
-    except DcarError as error:
-        index = snapshot.artifact.index
-        logger.error("cannot load the full model of %s: %s", index, error)
-        message = f"This query needs the full model, which cannot be loaded: {without_directories(str(error), index)}"
-        raise UnavailableError(message, retry_after_s=30) from None
 
 
 def blank_parts(pixels: Pixels, blank: Pixels, patches: int) -> tuple[list[Pixels], NDArray[np.int64]]:

@@ -15,7 +15,7 @@ from app.core.callers import key_hash
 from index_jobs.rebuild import rebuild
 from tests.support.images import png
 from tests.support.responses import assert_problem, scrape
-from tests.support.service import ADMIN_ONLY, ALICE, BOB, bearer, opened, until, until_ready
+from tests.support.service import ADMIN_ONLY, ALICE, BOB, bearer, opened, until
 from tests.support.versions import file_of
 from tests.support.writes import ADMINS
 
@@ -132,11 +132,3 @@ async def test_a_collection_that_cannot_be_loaded_is_named_and_the_others_are_se
         found = await scrape(client)
         assert found["dcar_index_items", (("collection", "round"),)] == 6
         assert found["dcar_index_items", (("collection", "index"),)] == 24
-
-
-async def test_a_collection_that_cannot_follow_a_new_version_is_named(built_index: Path, circles: Path) -> None:
-    async with opened(built_index, collections={"round": circles}, poll_s=0.02) as client:
-        (circles / "CURRENT").write_text("7\n")
-
-        assert (await until_ready(client, status="degraded"))["reason"].startswith("round: ")
-        assert await text(client, "/collections/round", "red")

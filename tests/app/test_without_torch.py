@@ -2,7 +2,6 @@
 
 import base64
 import json
-import shutil
 import subprocess
 import sys
 import time
@@ -65,34 +64,6 @@ async def test_a_later_start_loads_no_model_and_has_the_same_results(
         assert live(http).backbone is None, "a plain search needs no model"
         assert await ask(http, DEEP) == first[1]
         assert live(http).backbone is not None
-
-
-@pytest.mark.slow
-async def test_a_missing_model_fails_only_queries_that_need_it(
-    gallery: Path,
-    tiny_model: Path,
-    reranking_checkpoint: Path,
-    runtime_cache: Path,
-    tmp_path: Path,
-    caplog: pytest.LogCaptureFixture,
-) -> None:
-    model = Path(shutil.copytree(tiny_model.parent, tmp_path / "models"))
-    rebuild(gallery, model / reranking_checkpoint.name, tmp_path / "index", workers=0, progress=False)
-    settings: dict[str, Any] = {"runtime": "openvino", "runtime_cache": runtime_cache}
-
-    async with opened(tmp_path / "index", **settings) as http:
-        await ask(http, PLAIN)
-    async with opened(tmp_path / "index", **settings) as http:
-        assert live(http).backbone is None
-        shutil.rmtree(model / tiny_model.name)
-        await ask(http, PLAIN)
-        detail = assert_problem(await http.post("/search/text", json=DEEP), 503)["detail"]
-        assert "cannot be loaded" in detail
-        assert f": {tiny_model.name}, the backbone of checkpoint, does not exist" in detail
-        assert str(tmp_path) not in detail
-        assert f"cannot load the full model of {tmp_path / 'index'}" in caplog.text
-        assert str(model / tiny_model.name) in caplog.text
-        await ask(http, PLAIN | {"k": 3})
 
 
 @pytest.mark.slow

@@ -7,7 +7,6 @@ import numpy as np
 from pydantic import TypeAdapter
 
 from app.search.results import SearchResponse
-from index_jobs.index.index_version import IndexVersion
 
 VALID = TypeAdapter(SearchResponse)
 
@@ -33,12 +32,6 @@ class Client:
 
 def ids(body: dict[str, Any]) -> list[str]:
     return [result["id"] for result in body["results"]]
-
-
-def ranked(artifact: IndexVersion, vector: np.ndarray) -> list[tuple[str, float]]:
-    vector = vector / np.linalg.norm(vector)
-    scores, rows = artifact.search(vector[None].astype(np.float32), artifact.rows)
-    return [(artifact.item(int(row)).id, float(score)) for row, score in zip(rows[0], scores[0], strict=True)]
 
 
 def close(body: dict[str, Any], wanted: list[tuple[str, float]]) -> None:
