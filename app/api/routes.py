@@ -27,7 +27,6 @@ from app.search.errors import BatchQueryError, UnavailableError
 from app.search.query import Query, row_of
 from app.search.results import SearchResponse
 from app.search.snapshots import ResultGroup, Snapshot, filter_rows, group_field
-from app.service.encoding import SharedTasks
 from dcar_core.images.decoding import ThumbnailFormat
 from dcar_core.util.errors import DcarError, ImageError
 from index_jobs.index.index_version import Item
@@ -40,7 +39,6 @@ _Pixels = Annotated[
     Literal[192, 384, 1280],  # of a card on screens with one and two dots per pixel, and of the detail view
     BeforeValidator(lambda given: int(given) if given.isdecimal() else given),
 ]
-_rendering = SharedTasks[bytes]()  # of metrics, one thread for all who wait
 _RELOAD_RETRY = {"Retry-After": "30"}  # a version that fails to load now will not load a second later
 
 
@@ -256,8 +254,7 @@ async def readyz(request: Request) -> Response:
 @service.add("GET", "/metrics", Policy("monitor", "service", cost=0), "text/plain")
 async def metrics(request: Request) -> Response:
     """Return the service's metrics. If API keys are required, an API key or the admin key opens it."""
-    render = state_of(request).metrics.render
-    return Response(await _rendering.run(render, lambda: run_in_new_thread(render)), media_type=CONTENT_TYPE_LATEST)
+    return Response(await run_in_new_thread(state_of(request).metrics.render), media_type=CONTENT_TYPE_LATEST)
 
 
 @service.add("POST", "/admin/reload", Policy("admin", "service"), responses.ReloadResponse, errors=(503,))

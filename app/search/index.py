@@ -27,11 +27,7 @@ _BATCH = 64  # texts that are encoded at a time
 
 
 class Index:
-    """One version of an index, with its model, opened in this process. Many threads may share it.
-
-    Attributes:
-        snapshot: the version; see `Snapshot`.
-    """
+    """One version of an index, with its model, opened in this process. Many threads may share it."""
 
     def __init__(self, snapshot: Snapshot, settings: Settings) -> None:
         self.snapshot = snapshot
@@ -39,17 +35,11 @@ class Index:
 
     @classmethod
     def open(cls, path: str | Path, *, device: str = "auto", runtime: str = "", version: int | None = None) -> "Index":
-        """Open a version of an index.
+        """Open a version of an index by its directory or URL. Raise DcarError if it or its checkpoint is broken.
 
         Args:
-            path: directory or URL of the published index.
-            device: auto, cpu, cuda, cuda:1 or mps.
-            runtime: of the encoder; see `Encoder.load`. Default: auto if the encoder was exported here before, else
-                PyTorch.
+            runtime: see `Encoder.load`. Default: auto if the encoder was exported here before, else PyTorch.
             version: its number. Default: the current one.
-
-        Raises:
-            DcarError: the index or its checkpoint is missing or broken.
         """
         index = published_index(path, version)
         if not runtime:
@@ -63,8 +53,6 @@ class Index:
         """Return the results of a text, an image, items of the gallery, or all of them, as the HTTP API does.
 
         Args:
-            query: what the image shows.
-            image: an image file, or its bytes.
             options: the other fields of `Query`: k, filter, more_like, without, hybrid, rerank, ...
 
         Raises:

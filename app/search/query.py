@@ -276,11 +276,6 @@ def make_plan(
 ) -> Plan:
     """Check a query against a snapshot. A collection without items has any field, but no item.
 
-    Args:
-        has_image: an image belongs to the query.
-        items_path: URL path of the items.
-        max_bytes: of the texts of the page's items.
-
     Raises:
         SearchError: a field does not fit the index, or the rest of the query.
     """

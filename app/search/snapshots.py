@@ -77,25 +77,16 @@ class Recent(dict[K, V]):
 
 
 class Snapshot:
-    """One version of an index and its encoder.
-
-    Attributes:
-        preprocess: the encoder's, with the pixel limit of this service.
-        backbone: SHA-256 of the backbone.
-        model_note: what users should know about the model, "" for nothing. languages: see `catalogue.languages_of`.
-        pages: cached pages of results, by `Plan.page_key`.
-        masks: cached rows of filters, by `mask_key`.
-        columns: cached groups and orders of all rows, by their fields.
-        page_facts: cached facts that only the search page needs; see `app.api.page`.
-    """
+    """One version of an index and its encoder."""
 
     def __init__(self, encoder: Encoder, artifact: IndexVersion, config: Mapping[str, Any], settings: Settings) -> None:
         self.encoder, self.artifact = encoder, artifact
         self.preprocess = replace(encoder.preprocess, max_pixels=settings.max_pixels)
         self.backbone: str = config["backbone"]["sha256"]
-        self.model_note = str(config.get("training", {}).get("note", ""))
+        self.model_note = str(config.get("training", {}).get("note", ""))  # what users should know about it
         self.languages = languages_of(config["backbone"]["model"])
         rows = max(1, artifact.rows)
+        # Pages of results by `Plan.page_key`, rows by `mask_key`, groups and orders by field, and facts for the page.
         self.pages = Recent[Hashable, Any](min(settings.cache_size, MAX_PAGES))
         self.masks = Recent[str, RowFilter](max(1, min(MAX_MASKS, MAX_MASK_BYTES // rows)))
         self.columns = Recent[Hashable, Any](max(1, min(_MAX_COLUMNS, _MAX_COLUMN_BYTES // (16 * rows))))

@@ -12,7 +12,6 @@ import contextlib
 import gc
 import logging
 import time
-import traceback
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -91,7 +90,6 @@ class ServedIndex:
             except ENDS:
                 raise
             except BaseException as error:
-                traceback.clear_frames(error.__traceback__)  # they refer to snapshots until a full garbage collection
                 failure = self._record_failure(lost or error)
                 raise failure from (None if failure is error else error)
             finally:

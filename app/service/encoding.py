@@ -71,10 +71,6 @@ class Batcher:
       a few milliseconds for the callers of the last batch to return.
     - A batch that raises is halved until the faulty query is alone, so one bad query fails by itself.
     - Callers, and then their requests, take turns in a batch: one query of each, and then a second one of each.
-
-    Args:
-        max_batch: queries in one forward pass.
-        max_wait_s: longest wait for more queries, under load only.
     """
 
     def __init__(self, *, max_batch: int, max_wait_s: float, metrics: Metrics | None = None) -> None:

@@ -159,12 +159,7 @@ class Retriever:
     async def items(
         self, snapshot: Snapshot, filter: dict[str, Any] | None, offset: int, count: int, sort: str, group_by: str
     ) -> tuple[int, list[Item]]:
-        """Return the number of items that fulfil a filter, the first one of each group, and a page of them.
-
-        Args:
-            sort: as of a query; "" for the order of the index.
-            group_by: "" for every item.
-        """
+        """Return the number of items that fulfil a filter, the first one of each group, and a page of them."""
         if not snapshot.artifact.rows:
             return 0, []
         if sort:

@@ -31,7 +31,6 @@ logger = logging.getLogger(__name__)
 
 RETRY_S = 5.0
 _POLL_S = 30.0  # between looks for jobs that another process has stored
-_STOP_S = 5.0
 _PRIORITY = 5  # as of nice; at 10, jobs hardly progress beside other busy processes
 
 
@@ -185,10 +184,7 @@ class WriteWorker:
         try:
             _, errors = await process.communicate()
         finally:
-            with contextlib.suppress(ProcessLookupError, TimeoutError):  # unless it has ended
-                process.terminate()
-                await asyncio.wait_for(process.wait(), _STOP_S)
-            with contextlib.suppress(ProcessLookupError):
+            with contextlib.suppress(ProcessLookupError):  # it has ended
                 process.kill()
         assert process.returncode is not None
         return process.returncode, errors.decode(errors="replace")

@@ -11,7 +11,6 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from app.core.callers import key_hash
 from dcar_core.images.workers import Convert, Decoded, DecodeWorker, Limits
 from dcar_core.model.backbone import BackboneSource, load_backbone
 from dcar_core.model.catalogue import languages_of
@@ -22,7 +21,7 @@ from tests.support.files import write_jsonl
 from tests.support.images import encoded
 from tests.support.parts import needs
 from tests.support.responses import assert_problem
-from tests.support.service import ALICE, BOB, KEYS, ODD_ID, ServiceClient, bearer, opened
+from tests.support.service import ODD_ID, ServiceClient, opened
 
 PNG = b"\x89PNG\r\n\x1a\n"
 WEBP = {"Accept": "image/avif,image/webp,*/*"}
@@ -207,20 +206,6 @@ async def test_gallery_shows_each_group_once(products: Path) -> None:
         assert [(facet["name"], {each["count"] for each in facet["values"]}) for facet in facets] == [("category", {6})]
         about = (await client.get("/ui/catalogue")).json()
         assert about | {"group_field": "color", "has_words": True, "hybrid_by_default": True, "max_k": 200} == about
-
-
-async def test_routes_of_the_page_need_the_key(photos: Path) -> None:
-    async with opened(photos, **KEYS) as client:
-        paths = ("/items", "/ui/facets", "/ui/catalogue")
-        for path in (*paths, f"/items/{'x' * 8}/image?size=192"):
-            assert (await client.get(path)).status_code == 401
-        documented = (await client.get("/openapi.json")).json()["paths"]
-        assert not [path for path in documented if "/ui/" in path]
-    scoped = f"alice:{key_hash(ALICE)}:read:{photos.name}, bob:{key_hash(BOB)}:read:another"
-    async with opened(photos, api_keys=scoped) as client:
-        for path in paths:
-            assert (await client.get(path, headers=bearer(ALICE))).status_code == 200, path
-            assert (await client.get(path, headers=bearer(BOB))).status_code == 403, path
 
 
 async def test_what_a_model_knows_is_told(tiny_model: Path, tiny_gallery: Path, tmp_path: Path) -> None:

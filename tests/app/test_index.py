@@ -19,26 +19,6 @@ def opened_index(built_index: Path) -> Index:
     return Index.open(built_index, device="cpu")
 
 
-@pytest.mark.parametrize(
-    "options",
-    [
-        {"query": "a red circle"},
-        {"query": "a red circle", "k": 3, "offset": 2, "without": "blue", "weights": {"without": 0.3}},
-        {"query": "red", "filter": {"category": "circle"}, "facets": ["color"], "fields": ["color"]},
-        {"query": "red", "more_like": ["circle/red.png"], "less_like": ["cross/blue.png"], "min_score": 0.1},
-        {"query": "red circle", "hybrid": 0.5, "group_by": "category"},
-        {"query": "red", "fold": 0.9},
-        {"query": "a red square", "explain": True},
-        {"more_like": ["circle/red.png"]},
-    ],
-    ids=lambda options: " ".join(options),
-)
-async def test_index_searches_as_the_service_does(
-    started: ServiceClient, opened_index: Index, options: dict[str, Any]
-) -> None:
-    _compare(opened_index.search(**options), await started.post("/search/text", json=options))
-
-
 async def test_index_reranks_as_the_service_does(reranking_index: Path) -> None:
     options: dict[str, Any] = {"query": "a red square", "rerank": True}
     async with opened(reranking_index) as client:

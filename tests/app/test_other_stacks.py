@@ -127,15 +127,11 @@ async def test_an_assistant_searches_over_mcp(url: str, client: Client, gallery:
         outside = "../" * 20 + "etc/hostname"
         bad: list[tuple[str, dict[str, Any], str]] = [
             ("search_by_words", {"query": ""}, "query"),
-            ("search_by_words", {"query": "red", "k": 1000}, "k"),
             ("search_by_words", {"query": "red", "filter": {"colour": "red"}}, "colour"),
-            ("search_by_words", {"query": "red", "sort": "price"}, "sort: no item has 'price'"),
             ("search_by_picture", {}, "give either `image`"),
             ("search_by_picture", {"image": "no base64!"}, "image: not base64"),
-            ("search_by_picture", {"image": base64.b64encode(b"no image").decode()}, "422"),
             ("search_by_picture", {"file": outside}, "there is no file"),
             ("get_item", {"item_id": "nothing"}, "There is no item"),
-            ("get_item", {"item_id": ".."}, "cannot be the name of an item"),
         ]
         for tool, wrong, message in bad:
             refused = await mcp.call_tool(tool, wrong)
@@ -177,25 +173,6 @@ def test_a_missing_extra_is_named(module: str, blocked: str, monkeypatch: pytest
     monkeypatch.setitem(sys.modules, blocked, None)
     with pytest.raises(ImportError, match=rf"pip install 'dcar-client\[{module.replace('_', '-')}\]'"):
         importlib.import_module(f"dcar_client.{module}")
-
-
-@needs("mcp")
-@pytest.mark.parametrize(
-    ("given", "message"),
-    [
-        (["http://127.0.0.1:9", "--api-key-env", "NOT_SET"], "the environment variable NOT_SET is not set"),
-        (["127.0.0.1:8000"], "127.0.0.1:8000 is not an address such as http://"),
-    ],
-)
-def test_the_mcp_server_names_a_wrong_option_at_its_start(
-    given: list[str], message: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    from dcar_client.mcp import main
-
-    monkeypatch.setattr(sys, "argv", ["dcar-mcp", "--url", *given])
-    with pytest.raises(SystemExit, match="2"):
-        main()
-    assert message in capsys.readouterr().err
 
 
 @needs("langchain")

@@ -1,7 +1,6 @@
 """Pairs of a query and a result: re-ranking by the second stage, and measured explanations."""
 
 import shutil
-import threading
 from pathlib import Path
 
 import numpy as np
@@ -88,22 +87,6 @@ async def test_reranking_without_images_is_refused(tmp_path: Path, gallery: Path
     async with opened(tmp_path / "index") as http:
         assert "none of them" in assert_problem(await http.post("/search/text", json=body), 409)["detail"]
         assert (await http.post("/search/text", json=body | {"rerank": False})).status_code == 200
-
-
-async def test_images_are_read_in_their_own_threads(reranking_index: Path) -> None:
-    """A gallery that hangs must not block the check for new versions."""
-    async with opened(reranking_index) as http:
-        artifact = http.app.state.collections[None].live.artifact
-        read, threads = artifact.image_bytes, set[str]()
-
-        def noted(row: int) -> bytes:
-            threads.add(threading.current_thread().name.rpartition("_")[0])
-            return bytes(read(row))
-
-        artifact.image_bytes = noted
-        body = {"query": "red", "rerank": True, "explain": True}
-        assert (await http.post("/search/text", json=body)).status_code == 200
-        assert threads == {"dcar-image"}
 
 
 async def test_explanations_match_measured_falls_of_the_score(

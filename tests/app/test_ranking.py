@@ -1,7 +1,6 @@
 """Ranking on vectors made for it: ties, folding, wide searches, groups, facets and sorts of many rows."""
 
 import math
-import tracemalloc
 from types import SimpleNamespace
 from typing import Any
 
@@ -10,7 +9,7 @@ import pytest
 
 from app.search.hits import Hits, best_of_groups, best_rows, find_hits, fold_rows
 from app.search.query import Plan
-from app.search.results import count_values, facets_of
+from app.search.results import facets_of
 from app.search.snapshots import Recent, group_field, list_rows
 from index_jobs.index.lexical import LexicalIndex, text_bonus, write_lexical
 from index_jobs.row_filter import RowFilter
@@ -103,13 +102,6 @@ def test_identical_vectors_fold_at_a_threshold_of_one(copies: tuple[Any, np.ndar
     assert len(hits.rows) == 300 - 98
 
 
-def test_a_displayed_score_works_as_min_score(copies: tuple[Any, np.ndarray]) -> None:
-    artifact, vector = copies
-    hits = best_rows(artifact, PLAIN, vector, 300, None)
-    for number, score in enumerate(hits.cosines.tolist()[:150], 1):
-        assert len(ranked(artifact, vector, Plan(min_score=round(score, 6)), 300)) >= number
-
-
 def test_common_words_are_ranked_among_the_nearest_rows(tmp_path: Any) -> None:
     rng = np.random.default_rng(0)
     words = rng.choice(["smile", "ghost", "cake"], 2000, p=[0.5, 0.3, 0.2])
@@ -182,22 +174,6 @@ def test_cache_keeps_the_entries_that_were_used_last() -> None:
     with pytest.raises(ZeroDivisionError):
         cache.find(6, lambda: 1 // 0)
     assert len(cache) == 3
-
-
-def test_a_facet_of_different_texts_needs_little_memory() -> None:
-    count = 50_000
-    names = [f"item {number:06d}" for number in range(count)]
-    artifact: Any = ArtifactStub(np.ones((count, 1), np.float32), name=names)
-    column, mask = artifact.column("name"), np.ones(count, np.bool_)
-    artifact.column = lambda *_: column
-    tracemalloc.start()
-    try:
-        facet = count_values(artifact, "name", mask)
-        _, peak = tracemalloc.get_traced_memory()
-    finally:
-        tracemalloc.stop()
-    assert [entry["value"] for entry in facet] == names[:100]
-    assert peak < 100 * count, "bytes; the texts alone have as many as Python objects"
 
 
 def test_facets_of_graphs_are_approximate_in_additions_too() -> None:

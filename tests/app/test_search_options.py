@@ -11,9 +11,7 @@ import numpy as np
 import pytest
 from dcar_client.models import BatchResponse, ItemsResponse
 from PIL import Image
-from typer.testing import CliRunner
 
-from app.cli import app
 from app.search import Index
 from index_jobs.jobs.update import add, remove
 from index_jobs.rebuild import rebuild
@@ -413,13 +411,6 @@ async def test_long_metadata_are_bounded_in_responses(built_index: Path, monkeyp
         assert_problem(await http.post("/search/batch", json=batch), 422, "queries")
         assert_problem(await http.get("/items", params={"k": 20}), 422, "k")
         assert (await http.post("/search/text", json=query | {"k": 2})).json()["results"] == whole[:2]
-
-
-def test_the_command_line_subtracts_without_too(built_index: Path) -> None:
-    asked = ["search", "a circle", "--index", str(built_index), "--without", "red", "-k", "24", "--json"]
-    body = json.loads(CliRunner().invoke(app, asked).stdout)
-    expected = Index.open(built_index, device="cpu").search("a circle", without="red", k=24)
-    assert [each["id"] for each in body["results"]] == [each["id"] for each in expected["results"]]
 
 
 async def test_counts_of_the_best_rows_alone_are_approximate(

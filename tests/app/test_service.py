@@ -163,9 +163,7 @@ async def test_searches_are_refused_503_until_the_model_is_loaded(index: Path) -
 
 async def test_without_an_admin_key_there_are_no_admin_routes(built_index: Path) -> None:
     async with opened(built_index) as client:
-        refused = await client.post("/admin/reload")
-        assert refused.status_code == 403
-        assert "DCAR_ADMIN_KEY" in refused.json()["detail"]
+        assert "DCAR_ADMIN_KEY" in assert_problem(await client.post("/admin/reload"), 403)["detail"]
 
 
 async def test_missing_broken_and_outside_images_are_404(tmp_path: Path, gallery: Path, tiny_checkpoint: Path) -> None:
@@ -191,12 +189,6 @@ async def test_missing_broken_and_outside_images_are_404(tmp_path: Path, gallery
 async def test_unexpected_errors_reveal_no_internals(
     built_index: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    class PanicError(BaseException):
-        """As raised by libraries in Rust."""
-
-    def panic(*_: object) -> None:
-        raise PanicError("a secret detail")
-
     def fail(*_: object) -> None:
         raise RuntimeError("a secret detail")
 
@@ -205,12 +197,12 @@ async def test_unexpected_errors_reveal_no_internals(
         before_encoding(encoder, fail)
         failed = await client.post("/search/text", json={"query": "x"})
         restore(encoder)
-        monkeypatch.setattr("app.search.query.filter_rows", panic)
+        monkeypatch.setattr("app.search.query.filter_rows", fail)
         filtered = {"query": "x", "filter": {"color": "red"}}
-        panicked = await client.post("/search/text", json=filtered, headers={"x-request-id": "panicking"})
-        for response in (failed, panicked):
+        failed_later = await client.post("/search/text", json=filtered, headers={"x-request-id": "failing"})
+        for response in (failed, failed_later):
             assert "secret" not in assert_problem(response, 500)["detail"]
-        assert panicked.headers["x-request-id"] == "panicking"
+        assert failed_later.headers["x-request-id"] == "failing"
         assert "unexpected error in POST /search/text" in caplog.text
         assert (await client.post("/search/text", json={"query": "x"})).status_code == 200
 

@@ -4,13 +4,10 @@ import asyncio
 import errno
 import os
 import signal
-import threading
-from collections.abc import Coroutine
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-import httpx
 import pytest
 from dcar_client import Client
 
@@ -98,20 +95,6 @@ async def test_fields_are_merged_without_a_process(index: Path, in_process: list
         assert (await client.get("/items")).json()["count"] == 22
 
 
-@pytest.mark.parametrize("turns", range(4))
-async def test_worker_stops_although_a_job_has_just_arrived(
-    index: Path, monkeypatch: pytest.MonkeyPatch, turns: int
-) -> None:
-    async def apply(*_: object) -> tuple[int, str]:
-        return 0, ""
-
-    monkeypatch.setattr(WriteWorker, "run_apply", apply)
-    async with asyncio.timeout(60), opened(index, **WRITES) as client:
-        await put(client, item("a"))
-        for _ in range(turns):
-            await asyncio.sleep(0)
-
-
 async def test_two_services_of_one_index_apply_each_others_jobs(
     index: Path, in_process: list[int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -164,34 +147,6 @@ async def test_jobs_that_cannot_be_applied_wait_and_tell_why(
         assert (await ended(client, response))["status"] == "done"
         assert code == 1 or failures not in await scrape(client), "another writer is no failure"
     assert in_process == [0]
-
-
-async def test_a_disk_that_hangs_holds_up_only_what_needs_it(index: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    gate, hung = threading.Event(), list[int]()
-
-    def hang(*_: object, **__: object) -> str:
-        hung.append(1)
-        assert gate.wait(60)
-        raise OSError(errno.EIO, "the disk")
-
-    for name in ("accept", "waiting", "status"):
-        monkeypatch.setattr(JobQueue, name, hang)
-    async with opened(index, poll_s=0.02, **WRITES) as client:
-        monkeypatch.setattr("app.service.collections.current_version", hang)
-        puts = [asyncio.create_task(put(client, item(f"{number}"))) for number in range(20)]
-        await until(lambda: len(hung) >= 4)
-        asked: list[Coroutine[Any, Any, httpx.Response]] = [
-            client.post("/search/batch", json={"queries": [{"query": "a circle"}]}),
-            client.post("/v1/embeddings", json={"input": "a circle"}),
-            client.get("/items"),
-            client.get("/readyz"),
-            client.get("/metrics"),
-        ]
-        async with asyncio.timeout(30):
-            assert {each.status_code for each in await asyncio.gather(*asked)} == {200}
-        assert len(hung) >= 5
-        gate.set()
-        assert {(await each).status_code for each in puts} == {503}
 
 
 @pytest.mark.parametrize("is_created_again", [False, True])
