@@ -14,8 +14,8 @@ from fastapi import FastAPI
 from fastapi.routing import APIRoute
 from starlette.middleware.cors import CORSMiddleware
 
-from app.api import error_handlers
-from app.api.image_urls import ImageFetcher
+from app.api.requests import ImageFetcher
+from app.api.responses import add_error_handlers
 from app.api.routes import add_routes
 from app.api.routing import GuardedRoute, refuse_unknown
 from app.core.callers import RateLimiter
@@ -76,7 +76,7 @@ def create_app(settings: Settings, *, on_start_failure: Callable[[DcarError], No
     app.state.settings, app.state.metrics, app.state.fetcher = settings, metrics, ImageFetcher(settings)
     app.state.access, app.state.bodies = Access(settings, rates), BodyLimit(settings)
     app.router.route_class, app.router.default = GuardedRoute, refuse_unknown
-    error_handlers.install(app)
+    add_error_handlers(app)
     add_routes(app)
     if settings.cors_origins:
         app.add_middleware(

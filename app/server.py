@@ -29,7 +29,7 @@ from uvicorn.supervisors import Multiprocess
 from app.core.callers import request_id
 from app.core.metrics import SHARED_FOLDER, Metrics
 from app.core.settings import Settings
-from app.feedback.store import Store
+from app.feedback.log import Store
 from app.main import create_app
 from app.service.collections import Collections
 from app.service.write_worker import require_writable

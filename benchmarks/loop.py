@@ -33,9 +33,8 @@ import numpy as np
 
 from app.core.metrics import Metrics
 from app.core.settings import Settings
-from app.feedback.export import Options, Report, export
-from app.feedback.log import FeedbackLog
-from app.feedback.store import EventRow
+from app.feedback.export import Report, export
+from app.feedback.log import EventRow, FeedbackLog
 from app.search.query import Query
 from dcar_core import Encoder
 from dcar_core.model.backbone import BackboneSource, load_backbone
@@ -128,7 +127,7 @@ class Loop:
         asyncio.run(self._log(shown, searches, hostile, *np.random.default_rng((seed, week)).spawn(2)))
         pairs = self.folder / "pairs"
         shutil.rmtree(pairs, ignore_errors=True)
-        self.report = export(self.index / "feedback", open_current(self.index), self.index.name, pairs, Options())
+        self.report = export(self.index / "feedback", open_current(self.index), self.index.name, pairs)
         if self.kind != "all":
             lines = (pairs / "pairs.jsonl").read_text().splitlines(keepends=True)
             chosen = [line for line in lines if ("relevance" in json.loads(line)) == (self.kind == "clicks")]

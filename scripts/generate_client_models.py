@@ -23,7 +23,7 @@ ROOT = Path(__file__).resolve().parents[1]
 TARGET = ROOT / "clients" / "python" / "src" / "dcar_client" / "models.py"
 sys.path.insert(0, str(ROOT))
 
-from app.api import openapi, responses  # noqa: E402
+from app.api import responses, routing  # noqa: E402
 from app.search import pair_scoring, results, snapshots  # noqa: E402
 from app.search.query import Crop, Query, Weights  # noqa: E402
 
@@ -47,7 +47,7 @@ class Model(BaseModel):
 
     model_config = ConfigDict(allow_inf_nan=False)
 '''
-MODULES = (pair_scoring, snapshots, results, openapi, responses)  # in which responses are declared
+MODULES = (pair_scoring, snapshots, results, routing, responses)  # in which responses are declared
 OPTIONS = ("Weights", "Crop", "SearchOptions", "TextQuery")
 SCALARS = {"string": "str", "integer": "int", "number": "float", "boolean": "bool", "null": "None"}
 

@@ -2,14 +2,14 @@
 
 import asyncio
 import re
+import time
 from contextlib import suppress
-from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from fastapi import Request
 from fastapi.responses import Response
-from pydantic import AfterValidator, BeforeValidator, FailFast, Field, ValidationInfo
+from pydantic import AfterValidator, BaseModel, FailFast, Field, ValidationInfo
 
 from app.api.requests import Strict, read_json
 from app.api.responses import FeedbackResponse, JsonResponse
@@ -17,7 +17,7 @@ from app.api.routing import Routes, collection_of, state_of
 from app.core.problems import Problem
 from app.core.turns import run_in_new_thread
 from app.feedback.insights import summarize
-from app.feedback.store import EventRow
+from app.feedback.log import EventRow
 from app.http.access import CALLER, Policy
 from app.search.query import Query
 from app.search.results import SearchResponse
@@ -31,10 +31,6 @@ _CLIENT = "^[!-~]{1,100}$"
 _LISTED = 20  # ignored events in a response
 _VERSIONS = 20  # the newest ones, on the insights page
 _OFF = "Feedback is off; set DCAR_FEEDBACK to enable it."
-_SAME_ACTIONS = {  # other names in use
-    "shown": "impression", "clicked": "click", "click_through": "click", "saved": "save", "add_to_cart": "save",
-    "bought": "purchase", "judged": "judge",
-}  # fmt: skip
 
 
 def _check_rating(rating: int | None, info: ValidationInfo) -> int | None:
@@ -44,33 +40,18 @@ def _check_rating(rating: int | None, info: ValidationInfo) -> int | None:
     return rating
 
 
-class FeedbackEvent(Strict):
-    """What a client did with a result, in the names of OpenSearch's User Behavior Insights."""
+class FeedbackEvent(BaseModel):
+    """What a client did with a result, in the names of OpenSearch's User Behavior Insights; its others are ignored."""
 
     query_id: Annotated[str, Field(min_length=1, max_length=100, description="of the search response")]
     client_id: Annotated[
         str, Field(pattern=_CLIENT, description="who did it: 1 to 100 ASCII characters without spaces")
     ]
-    action_name: Annotated[
-        Literal["impression", "click", "save", "purchase", "judge"],
-        BeforeValidator(lambda given: _SAME_ACTIONS.get(given, given) if isinstance(given, str) else given),
-    ]
+    action_name: Literal["impression", "click", "save", "purchase", "judge"]
     object_id: Annotated[str, Field(min_length=1, max_length=1024, description="`id` of the result")]
-    position: Annotated[int, Field(ge=1, le=10_000, strict=True)] | None = Field(
-        None, description="ignored: the `rank` of the result counts"
-    )
-    timestamp: datetime | None = Field(None, description="ISO 8601 or milliseconds; now if absent, or over a day away")
     rating: Annotated[Annotated[int, Field(ge=0, le=3, strict=True)] | None, AfterValidator(_check_rating)] = Field(
         None, validate_default=True, description="of `judge`: from 0, wrong, to 3, exactly right"
     )
-
-    def row(self) -> EventRow:
-        now = datetime.now(UTC)
-        moment = self.timestamp or now
-        moment = moment if moment.tzinfo else moment.replace(tzinfo=UTC)
-        moment = moment if abs(moment - now) < timedelta(days=1) else now  # a search has events for a day
-        milliseconds = int(moment.timestamp() * 1000)
-        return EventRow(self.query_id, milliseconds, self.client_id, self.action_name, self.object_id, self.rating)
 
 
 _EXAMPLE = {"events": [{"query_id": "3xUf", "client_id": "u1", "action_name": "click", "object_id": "1f63f"}]}
@@ -84,15 +65,20 @@ class FeedbackEvents(Strict, json_schema_extra={"examples": [_EXAMPLE]}):
 
 @routes.add(
     "POST", "/feedback", Policy("read", "checked", body=lambda settings: 2**18 if settings.feedback else 2**10),
-    FeedbackResponse, accepts=FeedbackEvents, errors=(403, 503),
+    FeedbackResponse, accepts=FeedbackEvents,
 )  # fmt: skip
 async def feedback(request: Request) -> Response:
     """Store what was done with results. Events that are known, or that fit no search of the caller, change nothing."""
     log = state_of(request).feedback
     if log is None:
         raise Problem(403, _OFF)
-    given = await read_json(request, FeedbackEvents, "text/plain")  # as navigator.sendBeacon sends texts
-    faults = await log.accept(request.scope.get(CALLER, ""), [event.row() for event in given.events])
+    body = await read_json(request, FeedbackEvents, "text/plain")  # as navigator.sendBeacon sends texts
+    now = int(time.time() * 1000)
+    rows = [
+        EventRow(event.query_id, now, event.client_id, event.action_name, event.object_id, event.rating)
+        for event in body.events
+    ]
+    faults = await log.accept(request.scope.get(CALLER, ""), rows)
     ignored = [
         {"field": f"events.{number}.{fault[0]}", "message": fault[1]} for number, fault in enumerate(faults) if fault
     ]
@@ -112,20 +98,21 @@ async def insights(request: Request) -> Response:
     except DcarError as error:
         raise Problem(503, str(error)) from None
     versions = await asyncio.to_thread(_versions, index, summary["versions"])
-    names = [each for each, _ in collections]
-    return JsonResponse({**summary, "versions": versions, "collection": name, "collections": names})
+    has_texts, names = state_of(request).settings.feedback_texts, [name for name, _ in collections]
+    more = {"versions": versions, "collection": name, "collections": names, "has_texts": has_texts}
+    return JsonResponse({**summary, **more})
 
 
 def _versions(index: Path, served: dict[int, dict[str, int]]) -> list[dict[str, Any]]:
     """Return the newest versions with their recall on validation texts, and the searches that they answered."""
-    found = list[dict[str, Any]]()
+    versions = list[dict[str, Any]]()
     for number in version_numbers(index)[: -_VERSIONS - 1 : -1]:
         with suppress(ArtifactError):  # damaged, or removed meanwhile
             manifest = read_manifest(index, number)
             recall = {k: manifest.cutoff[name] for k in (1, 5, 10) if (name := f"recall_at_{k}") in manifest.cutoff}
             facts = {"version": number, "created": manifest.created, "count": manifest.count, "change": manifest.change}
-            found.append({**facts, "recall": recall, **served.get(number, {"searches": 0, "clicked": 0})})
-    return found
+            versions.append({**facts, "recall": recall, **served.get(number, {"searches": 0, "clicked": 0})})
+    return versions
 
 
 def noted(request: Request, query: Query, body: SearchResponse, *, has_image: bool) -> None:

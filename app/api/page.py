@@ -18,10 +18,9 @@ from fastapi import Query as QueryParam
 from fastapi import Request
 from fastapi.responses import Response
 
-from app.api import openapi
-from app.api.requests import FilterQuery
+from app.api.requests import ItemsQuery
 from app.api.responses import JsonResponse, not_modified
-from app.api.routing import Routes, snapshot_of, state_of
+from app.api.routing import Routes, openapi_document, snapshot_of, state_of
 from app.core.problems import Problem
 from app.http.access import Policy
 from app.search.results import count_values
@@ -90,7 +89,7 @@ async def catalogue(request: Request) -> Response:
 
 
 @routes.add("GET", "/ui/facets", _PRIVATE)
-async def facets(request: Request, query: Annotated[FilterQuery, QueryParam()]) -> Response:
+async def facets(request: Request, query: Annotated[ItemsQuery, QueryParam()]) -> Response:
     """Count the values of the fields to filter by.
 
     Each field is counted without its own part of the filter, so that another of its values can be chosen.
@@ -113,7 +112,7 @@ async def facets(request: Request, query: Annotated[FilterQuery, QueryParam()]) 
 
 @routes.add("GET", "/openapi.json", _PUBLIC)
 async def document(request: Request) -> Response:
-    return Response(openapi.document(request.app), media_type=JsonResponse.media_type)
+    return Response(openapi_document(request.app), media_type=JsonResponse.media_type)
 
 
 @cache

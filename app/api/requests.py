@@ -1,16 +1,22 @@
-"""Requests: the models of bodies and parameters, which validate and document them, and the reading of bodies.
+"""Requests: the models of bodies and parameters, the reading of bodies, and the images that bodies hold or name.
 
-- `app.search.query.Query` is the body of text searches, and the base of the others.
 - JSON is parsed and validated by pydantic in one step. FastAPI's own body handling costs 11 to 15 % of a cached search.
-- A form is read only after its content type, its charset and the caller's room are checked; an upload costs more than
-  many text searches.
-- Every error names the field as the request does.
+- By URL, images are fetched only from the hosts in `DCAR_IMAGE_HOSTS`, and from the ports in `DCAR_IMAGE_PORTS`. A host
+  that has an address which is not public is refused; the connection goes to a checked address and not to the name,
+  whose address may change after the check. Redirects are not followed. Size, time, and the number of simultaneous
+  requests are bounded, and the bytes count against the budget of request bodies.
 """
 
 import asyncio
+import base64
+import ipaddress
 import re
-from functools import cache
-from typing import Annotated, Any, Literal, Self, TypeVar
+import socket
+from collections.abc import Callable, Mapping
+from contextlib import suppress
+from functools import cache, partial
+from importlib.util import find_spec
+from typing import Annotated, Any, Literal, TypeVar
 
 from fastapi import Request
 from pydantic import (
@@ -25,39 +31,37 @@ from pydantic import (
     ValidationError,
     ValidationInfo,
     WithJsonSchema,
-    model_validator,
 )
-from pydantic_core import from_json, to_json
+from pydantic_core import from_json
+from starlette.datastructures import UploadFile
 from starlette.exceptions import HTTPException
+from starlette.types import Scope
 
-from app.api.image_urls import require_size
 from app.core.problems import Problem, field_problem, from_validation
 from app.core.settings import DEFAULT_K, MAX_QUERIES, Settings
-from app.http.access import PART_BYTES, query_bytes
-from app.search.query import GroupBy, Query, check_filter, check_text, checked_parts, parse_fields
-from dcar_core.util.files import canonical_json
-from index_jobs.checks import MAX_CAPTION_CHARS, MAX_METADATA_BYTES, MAX_METADATA_LEVELS, is_too_deep
+from app.core.turns import FairTurns, run_in_new_thread
+from app.http.access import byte_counter, query_bytes
+from app.search.query import GroupBy, Query, check_text, parse_fields
+from dcar_core.util.errors import MissingExtraError
 
-MAX_PUT_ITEMS = 256
-MAX_CHOSEN_ITEMS = 10_000
-MAX_LISTED_JOBS = 100
-_MAX_NAME, _SHOWN_NAME = 256, 40  # characters of a metadata field's name, allowed and in a message
-_OWN_FIELDS = ("id", "caption", "category", "file_name")  # of an item, beside its metadata
-_ITEM_ID = re.compile(r"(?!\s|\.{1,2}$)[^\x00-\x1f\x7f]+(?<!\s)(?<!/image)(?<!/similar)")
-
+TIMEOUT_S = 10.0  # of one image, including the time in the queue
+MAX_URLS = 8  # of one request
+_AT_ONCE = 16
+_AT_ONCE_EACH = 4  # of one caller
+_URL = re.compile("[!-~]{1,8192}")  # printable ASCII
+_HEADERS = {"Accept": "image/*", "Accept-Encoding": "identity"}
+_GLOBAL_UNICAST = ipaddress.IPv6Network("2000::/3")
 _LARGE_JSON_BYTES = 64 * 2**10
 _MAX_JSON_VALUES = 50_000  # images make a body large, but not its number of values, which take time and memory
 _MAX_FIELD_BYTES = 16 * 2**10
-_MAX_CONTENT_TYPE = 300  # characters; the time to parse one grows with the square of its length
-_UTF8 = re.compile(r"""; *charset *= *"?utf-8"? *(?=;|$)""", re.IGNORECASE)
 
 M = TypeVar("M", bound=BaseModel)
 
 
-def _check_count(given: list[Any], info: ValidationInfo) -> list[Any]:
-    if info.context is not None and len(given) > info.context.max_queries:
-        raise ValueError(f"at most {info.context.max_queries}, not {len(given)}")
-    return given
+def _check_count(values: list[Any], info: ValidationInfo) -> list[Any]:
+    if info.context is not None and len(values) > info.context.max_queries:
+        raise ValueError(f"at most {info.context.max_queries}, not {len(values)}")
+    return values
 
 
 class Strict(BaseModel):
@@ -73,30 +77,33 @@ class PageQuery(Strict):
     offset: Annotated[int, Field(ge=0, description="results to skip")] = 0
 
 
-class FilterQuery(Strict):
-    """Conditions on items."""
+class ItemsQuery(PageQuery):
+    """A page of the gallery's items, in index order or sorted."""
 
     filter: Annotated[
         dict[str, Any] | None,
-        BeforeValidator(lambda given: from_json(given) if isinstance(given, str) else given),
+        BeforeValidator(lambda value: from_json(value) if isinstance(value, str) else value),
         WithJsonSchema({"type": "string", "contentMediaType": "application/json"}),
         Field(description='the same conditions as in searches, as JSON: {"category": "cat face"}'),
     ] = None
-
-
-class ItemsQuery(PageQuery, FilterQuery):
-    """A page of the gallery's items, in index order or sorted."""
-
     sort: Annotated[str, Field(max_length=1025, description='sort by a field; "-price" descends; without it last')] = ""
     group_by: GroupBy = None
 
 
-class ImageForm(Query, json_schema_extra={"examples": [{"query": "but red", "k": 10}]}):
+def _describe_form(schema: dict[str, Any]) -> None:
+    """Declare the file, and the objects that a form holds as JSON; OpenAPI would send each as a file of its own."""
+    for name in ("filter", "weights", "crop"):
+        schema["properties"][name] = {"type": "string", "description": "as in text searches; as JSON"}
+    schema["properties"]["file"] = {"type": "string", "format": "binary"}
+    schema["required"] = ["file"]
+
+
+class ImageForm(Query, json_schema_extra=_describe_form):
     """The fields beside the file in a search by image."""
 
 
-def _kind(given: Any) -> str:
-    return "constrained-text" if isinstance(given, str) else "constrained-image"
+def _kind(value: Any) -> str:
+    return "constrained-text" if isinstance(value, str) else "constrained-image"
 
 
 class EmbeddingsImage(Strict):
@@ -117,7 +124,7 @@ class EmbeddingsQuery(Strict, json_schema_extra={"examples": [{"input": ["crying
         Field(min_length=1, description="texts and images; a single one needs no list"),
         FailFast(),
         BeforeValidator(_check_count),
-        BeforeValidator(lambda given: given if isinstance(given, list) else [given]),
+        BeforeValidator(lambda value: value if isinstance(value, list) else [value]),
     ]
     model: Annotated[str | None, Field(description="the collection that embeds; the default one if absent")] = None
     encoding_format: Annotated[
@@ -141,142 +148,27 @@ class BatchQuery(Strict, json_schema_extra={"examples": [{"queries": [{"query": 
     ]
 
 
-def _check_item_id(given: str) -> str:
-    if not _ITEM_ID.fullmatch(given):
-        message = "must have no control characters, must not begin or end with a space, "
-        raise ValueError(message + "must not end in /image or /similar, and must not be . or ..")
-    return given
-
-
-def _check_metadata(given: dict[str, Any]) -> dict[str, Any]:
-    for name in given:
-        if name in _OWN_FIELDS or not name.strip():
-            raise ValueError(f"must not have the field {name!r}")
-        if len(name) > _MAX_NAME:
-            raise ValueError(f"the name of the field {name[:_SHOWN_NAME]!r}... has more than {_MAX_NAME} characters")
-    for _ in checked_parts(given):  # refuses long numbers
-        pass
-    if is_too_deep(given):
-        raise ValueError(f"has more than {MAX_METADATA_LEVELS} nested levels; flatten it")
-    values: dict[str, Any] = from_json(to_json(given, inf_nan_mode="null"))
-    if len(canonical_json(values)) > MAX_METADATA_BYTES:
-        raise ValueError(f"takes at most {MAX_METADATA_BYTES // 2**10} KiB as JSON")
-    return values
-
-
-NewItemId = Annotated[str, Field(min_length=1, max_length=1024), AfterValidator(_check_item_id)]
-
-
-def _require_image(given: str) -> str:
-    if not given:
-        raise ValueError("is required; PATCH /items/{id} changes an item's metadata without an image")
-    return given
-
-
-def _declare_required(schema: dict[str, Any]) -> None:
-    schema["properties"]["image"].pop("default")
-    schema["required"] = [*schema.get("required", ()), "image"]
-
-
-Caption = Annotated[str, Field(max_length=MAX_CAPTION_CHARS)]
-Category = Annotated[str, Field(max_length=1000)]
-Metadata = Annotated[dict[str, Any], AfterValidator(_check_metadata)]
-
-
-class PutFields(Strict, json_schema_extra=_declare_required):
-    """An item without its id."""
-
-    image: Annotated[
-        str,
-        Field(validate_default=True, description="the file in base64, a data URI, or a URL of an allowed host"),
-        AfterValidator(_require_image),
-    ] = ""
-    caption: Caption = ""
-    category: Category = ""
-    metadata: Annotated[Metadata, Field(description="any other fields; a field keeps its type")] = {}
-
-
-class PutItem(PutFields):
-    """An item with its image."""
-
-    id: NewItemId
-
-
-class PutItems(Strict):
-    """Items to add; they replace items with the same ids."""
-
-    items: Annotated[list[PutItem], Field(min_length=1, max_length=MAX_PUT_ITEMS), FailFast()]
-
-
-class PatchItem(Strict, json_schema_extra={"examples": [{"metadata": {"price": 49.9, "sale": None}}]}):
-    """Fields to merge into an item; null removes one, and the others stay."""
-
-    caption: Caption | None = None
-    category: Category | None = None
-    metadata: Annotated[Metadata, Field(description="any other fields; a field keeps its type")] = {}
-
-    @model_validator(mode="after")
-    def _require_fields(self) -> Self:
-        if not self.fields:
-            raise ValueError("must have metadata, a caption or a category")
-        return self
-
-    @property
-    def fields(self) -> dict[str, Any]:
-        """What to merge, caption and category included; None removes a field."""
-        given = self.model_fields_set & {"caption", "category"}
-        return self.metadata | {name: getattr(self, name) or None for name in sorted(given)}
-
-
-class ChosenItems(Strict, json_schema_extra={"examples": [{"ids": ["1f63f"]}]}):
-    """Items, by `ids`, of which the index may lack some, or by a `filter` as in searches."""
-
-    ids: Annotated[list[NewItemId] | None, Field(min_length=1, max_length=MAX_CHOSEN_ITEMS), FailFast()] = None
-    filter: Annotated[
-        dict[str, Any] | None,
-        Field(min_length=1, description="instead of ids, as in searches"),
-        AfterValidator(check_filter),
-    ] = None
-
-
-class PatchItems(PatchItem, ChosenItems, json_schema_extra={"examples": [{"ids": ["1f63f"], "metadata": {"size": 3}}]}):
-    """Fields to merge into chosen items; null removes one, and the others stay."""
-
-
 def batch_bytes(settings: Settings) -> int:
     """Return the largest size of a batch in JSON, whose images in base64 are as large as one upload together."""
     return settings.max_upload_bytes * 4 // 3 + settings.max_queries * query_bytes(settings)
 
 
-def items_bytes(settings: Settings) -> int:
-    """Return the largest size of a change of items in JSON."""
-    return settings.max_upload_bytes * 4 // 3 + MAX_PUT_ITEMS * PART_BYTES if settings.writes else query_bytes(settings)
-
-
 async def read_image_query(request: Request, settings: Settings) -> tuple[ImageForm, bytes]:
     """Read the form of POST /search/image: the query and the file. The parser spools large files to disk."""
-    content_type = _check_content_type(request, "multipart/form-data")
-    if "charset" in _UTF8.sub("", content_type).lower():  # Starlette's parser would decode with any Python codec
+    _check_content_type(request, "multipart/form-data")
+    if re.search('charset=(?!"?utf-8)', request.headers["content-type"], re.IGNORECASE):
         raise field_problem("Content-Type", "charset must be utf-8", status=400)
     try:
         async with request.form(max_files=1, max_fields=64, max_part_size=_MAX_FIELD_BYTES) as form:
-            file = form.get("file")
-            if isinstance(file, str):
-                raise field_problem("file", "must be a file: send it with a file name")
-            texts = [(name, value) for name, value in form.multi_items() if isinstance(value, str)]
+            texts = [(name, value) for name, value in form.multi_items() if isinstance(value, str) and name != "file"]
             query = validated(ImageForm, parse_fields(texts), settings)
-            if file is None:
-                raise field_problem("file", "an image is required, as the form field `file`")
-            require_size(file.size or 0, settings.max_upload_bytes, "file")
-            data = await file.read()
+            file = form.get("file")
+            if not isinstance(file, UploadFile) or not file.size:
+                raise field_problem("file", "an image with a file name is required, as the form field `file`")
+            require_size(file.size, settings.max_upload_bytes, "file")
+            return query, await file.read()
     except HTTPException as error:
         raise field_problem("body", error.detail, status=error.status_code) from None
-    except OSError:
-        detail = "There is no disk space for uploads. Try again later."
-        raise Problem(503, detail, headers={"Retry-After": "10"}) from None
-    if not data:
-        raise field_problem("file", "the file is empty")
-    return query, data
 
 
 def validated(model: type[M], fields: dict[str, Any] | bytes, settings: Settings) -> M:
@@ -297,14 +189,10 @@ def _field_names(model: type[BaseModel]) -> frozenset[str]:
     return frozenset(name for part in parts for name in part.get("properties", ()))
 
 
-def _check_content_type(request: Request, expected: str, *others: str) -> str:
-    content_type: str = request.headers.get("content-type", "")
-    if len(content_type) > _MAX_CONTENT_TYPE:
-        raise field_problem("Content-Type", f"at most {_MAX_CONTENT_TYPE} characters", status=400)
-    media_type = content_type.split(";")[0].strip().lower()
-    if media_type not in (expected, *others):
-        raise field_problem("Content-Type", f"must be {expected}, not {media_type or 'absent'}", status=415)
-    return content_type
+def _check_content_type(request: Request, *expected: str) -> None:
+    media_type = request.headers.get("content-type", "").split(";")[0].strip().lower()
+    if media_type not in expected:
+        raise field_problem("Content-Type", f"must be {expected[0]}, not {media_type or 'absent'}", status=415)
 
 
 async def read_json(request: Request, model: type[M], *media_types: str) -> M:
@@ -320,3 +208,116 @@ async def read_json(request: Request, model: type[M], *media_types: str) -> M:
     if sum(map(body.count, (b",", b"[", b"{"))) > _MAX_JSON_VALUES:
         raise field_problem("body", f"at most {_MAX_JSON_VALUES:,} values", status=413)
     return await asyncio.to_thread(validated, model, body, settings)
+
+
+def decode_base64(image: str, max_bytes: int, field: str) -> bytes:
+    """Return the file in a base64 text or data URI; an error names the field."""
+    try:
+        data = base64.b64decode(image.rpartition(",")[2], validate=True)
+    except ValueError:
+        raise field_problem(field, "must be base64, or a data URI with base64") from None
+    require_size(len(data), max_bytes, field)
+    return data
+
+
+def require_size(size: int, max_bytes: int, field: str) -> None:
+    """Raise Problem if an image file is too large."""
+    if size > max_bytes:
+        raise field_problem(field, f"at most {max_bytes / 2**20:.3g} MiB, not {size / 2**20:.3g}", status=413)
+
+
+def is_public(address: str) -> bool:
+    """Return True for an address of the public internet. IPv6 addresses that embed an IPv4 address do not count."""
+    ip = ipaddress.ip_address(address)
+    if isinstance(ip, ipaddress.IPv6Address) and (ip not in _GLOBAL_UNICAST or ip.sixtofour or ip.teredo):
+        return False
+    return ip.is_global and not ip.is_multicast
+
+
+def _require_public(*addresses: str) -> None:
+    if not addresses or not all(map(is_public, addresses)):
+        raise field_problem("image", "the host has an address that is not public")
+
+
+def _is_url(image: str) -> bool:
+    return image.startswith(("http://", "https://"))
+
+
+class _PublicResolver:
+    """What aiohttp finds the addresses of a host with. It raises Problem if one of them is not public."""
+
+    async def resolve(self, host: str, port: int, family: int) -> list[dict[str, Any]]:
+        known = await run_in_new_thread(partial(socket.getaddrinfo, host, port, family, socket.SOCK_STREAM))
+        _require_public(*(str(address[0]) for *_, address in known))
+        return [
+            {"hostname": host, "host": address[0], "port": port, "family": kind, "proto": protocol, "flags": 0}
+            for kind, _, protocol, _, address in known
+        ]
+
+
+class ImageFetcher:
+    """Fetch images. One per process. Raise MissingExtraError if the settings need aiohttp and it is not installed."""
+
+    def __init__(self, settings: Settings) -> None:
+        self._settings, self._turns = settings, FairTurns(_AT_ONCE, _AT_ONCE_EACH)
+        if settings.image_hosts and find_spec("aiohttp") is None:
+            raise MissingExtraError("fetching images by URL (DCAR_IMAGE_HOSTS)", "http")
+
+    async def read(self, scope: Scope, images: Mapping[str, str]) -> dict[str, bytes]:
+        """Return the files of images in base64 or at URLs, by their names. Raise Problem with the name of a fault."""
+        urls = [name for name, image in images.items() if _is_url(image)]
+        if len(urls) > MAX_URLS:
+            raise field_problem(urls[0].partition(".")[0], f"at most {MAX_URLS} images by URL, not {len(urls)}")
+        reads = (self._read(scope, image) for image in images.values())
+        files = dict[str, bytes]()
+        for name, file in zip(images, await asyncio.gather(*reads, return_exceptions=True), strict=True):
+            if isinstance(file, BaseException):
+                raise file.within(name) if isinstance(file, Problem) else file
+            files[name] = file
+        return files
+
+    async def _read(self, scope: Scope, image: str) -> bytes:
+        if _is_url(image):
+            return await self.fetch(image, byte_counter(scope))
+        return await asyncio.to_thread(decode_base64, image, self._settings.max_upload_bytes, "image")
+
+    async def fetch(self, url: str, count: Callable[[int], None]) -> bytes:
+        """Return the file at a URL. Raise Problem with the field "image" if it may not be fetched, or cannot be.
+
+        count: is called with the size of each part, and raises Problem if the budget is exceeded.
+        """
+        if not self._settings.image_hosts:
+            raise field_problem("image", "this service fetches no images by URL; send the file in base64")
+        import aiohttp
+        from yarl import URL
+
+        try:
+            parsed = URL(url, encoded=True)
+            host, port = (parsed.raw_host or "").lower(), parsed.port
+        except ValueError:
+            raise field_problem("image", "is not a valid URL") from None
+        if not _URL.fullmatch(url) or parsed.raw_user is not None:
+            raise field_problem("image", "a URL has at most 8,192 printable ASCII characters, and no user name")
+        if host not in self._settings.image_hosts or port not in self._settings.image_ports:
+            raise field_problem("image", f"this service fetches no images from {host}:{port}")
+        with suppress(ValueError):  # of a name, whose addresses the resolver checks
+            _require_public(host)
+        body, connector = bytearray(), aiohttp.TCPConnector(resolver=_PublicResolver(), use_dns_cache=False)
+        try:
+            async with (
+                asyncio.timeout(TIMEOUT_S),
+                self._turns.turn(),
+                aiohttp.ClientSession(connector=connector, auto_decompress=False) as session,
+                session.get(parsed, headers=_HEADERS, allow_redirects=False) as response,
+            ):
+                if response.status != 200:
+                    raise field_problem("image", f"the host answered {response.status}; redirects are not followed")
+                async for piece in response.content.iter_any():
+                    count(len(piece))
+                    body += piece
+                    require_size(len(body), self._settings.max_upload_bytes, "image")
+        except TimeoutError:
+            raise field_problem("image", f"the host took more than {TIMEOUT_S:g} seconds") from None
+        except (OSError, aiohttp.ClientError):
+            raise field_problem("image", "the host cannot be reached, or does not answer in HTTP") from None
+        return bytes(body)

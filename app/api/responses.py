@@ -1,29 +1,37 @@
-"""Responses: JSON bodies as plain dicts, whose types document the API and are the source of truth for clients; images.
+"""Responses: JSON bodies as plain dicts, whose types document the API and are the source of truth for clients; images;
+errors.
 
-Handlers do not validate what they send; tests check it against the types. `app.search.results` has those of searches.
+- Handlers do not validate what they send; tests check it against the types. `app.search.results` has those of searches.
+- Every error of the service becomes the document of a `Problem`, so routes need no try/except. An unforeseen exception
+  passes through; `envelope` logs it and responds 500.
 """
 
-from collections.abc import Callable
+import asyncio
+import logging
+import math
 from typing import Any, Literal, NotRequired
 from urllib.parse import quote
 
-from fastapi import Request
+from fastapi import FastAPI, Request
+from fastapi.exceptions import RequestValidationError
 from fastapi.responses import Response
 from pydantic_core import to_json
+from starlette.requests import ClientDisconnect
 from typing_extensions import TypedDict  # pydantic needs this one before Python 3.12
 
-from app.api.openapi import FieldError
-from app.api.routing import collection_of, state_of
-from app.core.problems import field_problem
-from app.http.access import LongResponse
+from app.api.routing import FieldError, collection_of, state_of
+from app.core.problems import Problem, field_problem, from_validation
+from app.http.access import byte_counter
+from app.search import errors
 from app.search.query import MAX_TEXT_BYTES
 from app.search.results import SearchResponse, image_url, public_metadata
 from app.search.snapshots import ResultGroup
 from app.service.collections import Collections
-from dcar_core.images import sniff_format
+from dcar_core.util.errors import DataError, ImageError, StoreUnavailableError
 from index_jobs.index.index_version import Item
 
-_IMAGE_MAX_AGE_S = 3600
+logger = logging.getLogger(__name__)
+
 QUICK_BYTES = 64 * 2**10  # of texts that are made into JSON in the event loop, in about a millisecond
 
 
@@ -36,37 +44,70 @@ class JsonResponse(Response):
         return to_json(content, inf_nan_mode="null")
 
 
-def make_response(request: Request, make: Callable[[], Any], texts: int, field: str = "k") -> Response:
-    """Return what `make` returns as JSON, which is a `LongResponse` if it is long.
-
-    Args:
-        texts: bytes of the items' texts.
-        field: of the request, which is at fault if they are too many.
-    """
+async def send_items(request: Request, body: Any, texts: int) -> Response:
+    """Return a body whose items have so many bytes of texts. Long ones count as the body of the request does."""
     if texts > MAX_TEXT_BYTES:
         message = f"the texts and metadata take more than {MAX_TEXT_BYTES // 2**20} MiB; "
-        raise field_problem(field, message + "request fewer results at a time, or leave `fields` out")
+        raise field_problem("k", message + "request fewer results at a time, or leave `fields` out")
     if texts <= QUICK_BYTES:
-        return JsonResponse(make())
-    return LongResponse(lambda: JsonResponse(make()), texts)
-
-
-def image_response(data: bytes, headers: dict[str, str]) -> Response:
-    """Return an image file, which is a `LongResponse` if it is long."""
-    response = Response(data, media_type=f"image/{sniff_format(data)}", headers=headers)
-    return response if len(data) <= QUICK_BYTES else LongResponse(lambda: response, len(data))
-
-
-def image_headers(request: Request, digest: str) -> dict[str, str]:
-    """Return the headers by which caches keep an image; shared caches may, unless the service requires keys."""
-    scope = "private" if state_of(request).settings.api_keys else "public"
-    return {"Cache-Control": f"{scope}, max-age={_IMAGE_MAX_AGE_S}", "ETag": f'"{digest}"'}
+        return JsonResponse(body)
+    byte_counter(request.scope)(texts)
+    return await asyncio.to_thread(JsonResponse, body)
 
 
 def not_modified(request: Request, headers: dict[str, str]) -> Response | None:
     """Return the response to a client that has what the ETag names."""
     is_known = headers["ETag"] in request.headers.get("if-none-match", "")
     return Response(status_code=304, headers=headers) if is_known else None
+
+
+def add_error_handlers(app: FastAPI) -> None:
+    for kind in (Problem, errors.SearchError, RequestValidationError, ImageError, DataError, StoreUnavailableError):
+        app.add_exception_handler(kind, _on_error)
+    # The client is gone; the status is for the access log.
+    app.add_exception_handler(ClientDisconnect, lambda *_: Response(status_code=400))
+
+
+async def _on_error(request: Request, error: Exception) -> Response:
+    problem = to_problem(error)
+    if problem.refused is not None:
+        state_of(request).metrics.refused.labels(problem.refused).inc()
+    return problem.response(request.scope)
+
+
+def to_problem(error: Exception) -> Problem:
+    """Return the problem document for an error. An unexpected error is raised again."""
+    match error:
+        case Problem():
+            return error
+        case RequestValidationError():
+            return from_validation(error)
+        case errors.BatchQueryError():
+            cause = error.cause
+            problem = field_problem("image", str(cause)) if isinstance(cause, ImageError) else to_problem(cause)
+            return problem.within(f"queries.{error.number}")
+        case errors.InvalidQueryError():
+            return field_problem(error.field, error.message)
+        case errors.ItemNotFoundError() | errors.CollectionNotFoundError():
+            status = 404 if error.field in ("id", "collection", "model") else 422
+            return Problem(status, str(error), errors=[(error.field, str(error))])
+        case errors.ImageUnavailableError():
+            return Problem(404, str(error))
+        case errors.UnsupportedQueryError():
+            return Problem(409, str(error), errors=[] if error.field is None else [(error.field, str(error))])
+        case errors.UnavailableError():
+            seconds = max(1, math.ceil(error.retry_after_s))
+            detail = f"{str(error).rstrip('.')}. Try again in {seconds} s."
+            return Problem(503, detail, headers={"Retry-After": str(seconds)})
+        case StoreUnavailableError():
+            logger.warning("%s", error)
+            detail = "The vector store is unavailable. Try again later."
+            return Problem(503, detail, headers={"Retry-After": "2"}, refused="vector_store")
+        case ImageError():
+            return field_problem("file", str(error))
+        case DataError():
+            return Problem(422, str(error))
+    raise error
 
 
 class BatchResponse(TypedDict):
@@ -189,9 +230,8 @@ class JobResponse(TypedDict):
     items: number of items in the request, or that its filter matched then. accepted, ended: UTC, ISO 8601.
     index_version: a version that has all changes of the job. failed: items that could not be put; all others were.
     progress: encoded images, of all in its batch. reason: why the job failed, or why it waits.
-    new_fields: metadata fields of the request that no item had. dropped_fields: fields that an item had and its
-    replacement lacks; up to 20 of each. changed: items whose fields a patch has changed. unknown: ids of a patch that
-    the index lacks, the first 100.
+    new_fields: metadata fields of the request that no item had, up to 20. changed: items whose fields a patch has
+    changed. unknown: ids of a patch that the index lacks, the first 100.
     """
 
     id: str
@@ -206,7 +246,6 @@ class JobResponse(TypedDict):
     failed: NotRequired[list[JobFailure]]
     reason: NotRequired[str]
     new_fields: NotRequired[list[str]]
-    dropped_fields: NotRequired[list[str]]
     changed: NotRequired[int]
     unknown: NotRequired[list[str]]
 

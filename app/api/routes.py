@@ -16,20 +16,19 @@ from pydantic import BeforeValidator
 
 from app.api import feedback, page, requests, responses, writing
 from app.api.feedback import noted
-from app.api.image_urls import decode_base64
-from app.api.requests import read_json, validated
-from app.api.responses import JsonResponse, items_path, make_response, not_modified
+from app.api.requests import decode_base64, read_json, validated
+from app.api.responses import JsonResponse, items_path, not_modified, send_items
 from app.api.routing import ItemId, Routes, may_read, snapshot_of, state_of
 from app.core.problems import Problem, field_problem
 from app.core.turns import run_in_new_thread
-from app.http.access import OPEN, PART_BYTES, Policy, out_of_scope
+from app.http.access import OPEN, PART_BYTES, Policy, byte_counter, out_of_scope
 from app.search.errors import BatchQueryError, UnavailableError
-from app.search.query import Query, row_of
+from app.search.query import Query, require_sortable, row_of
 from app.search.results import SearchResponse
-from app.search.snapshots import ResultGroup, Snapshot, filter_rows, group_field
+from app.search.snapshots import Snapshot, filter_rows, group_field, list_rows
+from dcar_core.images import sniff_format
 from dcar_core.images.decoding import ThumbnailFormat
 from dcar_core.util.errors import DcarError, ImageError
-from index_jobs.index.index_version import Item
 
 _READ, _CHECKED = Policy("read"), Policy("read", "checked")
 _UPLOAD = Policy("read", body=lambda settings: settings.max_upload_bytes + PART_BYTES)
@@ -39,6 +38,7 @@ _Pixels = Annotated[
     Literal[192, 384, 1280],  # of a card on screens with one and two dots per pixel, and of the detail view
     BeforeValidator(lambda given: int(given) if given.isdecimal() else given),
 ]
+_IMAGE_MAX_AGE_S = 3600
 _RELOAD_RETRY = {"Retry-After": "30"}  # a version that fails to load now will not load a second later
 
 
@@ -55,7 +55,7 @@ def add_routes(app: FastAPI) -> None:
         routes.add_to(app)
 
 
-@search.add("POST", "/search/text", _READ, SearchResponse, accepts=Query, errors=(409,))
+@search.add("POST", "/search/text", _READ, SearchResponse, accepts=Query)
 async def search_text(request: Request) -> Response:
     """Find the images that a text describes."""
     return await _search(request, await snapshot_of(request), await read_json(request, Query))
@@ -64,10 +64,10 @@ async def search_text(request: Request) -> Response:
 async def _search(request: Request, snapshot: Snapshot, query: Query, image: bytes | None = None) -> Response:
     body, size = await state_of(request).retriever.search(snapshot, query, image, items_path(request))
     noted(request, query, body, has_image=image is not None)
-    return make_response(request, lambda: body, size)
+    return await send_items(request, body, size)
 
 
-@search.add("POST", "/search/image", _UPLOAD, SearchResponse, accepts=requests.ImageForm, errors=(409,))
+@search.add("POST", "/search/image", _UPLOAD, SearchResponse, accepts=requests.ImageForm)
 async def search_image(request: Request) -> Response:
     """Find the images that resemble an uploaded image."""
     snapshot = await snapshot_of(request)
@@ -76,20 +76,20 @@ async def search_image(request: Request) -> Response:
     return await _search(request, snapshot, query, image)
 
 
-@search.add("POST", "/search/batch", _BATCH, responses.BatchResponse, accepts=requests.BatchQuery, errors=(409,))
+@search.add("POST", "/search/batch", _BATCH, responses.BatchResponse, accepts=requests.BatchQuery)
 async def search_batch(request: Request) -> Response:
     """Run several searches by text or image in one request. Each one counts against the caller's rate limit."""
     snapshot = await snapshot_of(request)
     queries = {f"queries.{i}": query for i, query in enumerate((await read_json(request, requests.BatchQuery)).queries)}
     await state_of(request).access.charge(len(queries) - 1)
-    given = {place: query.image for place, query in queries.items() if query.image is not None}
-    images = await state_of(request).fetcher.read(request.scope, given)
-    searches = [(query, images.get(place)) for place, query in queries.items()]
+    sources = {name: query.image for name, query in queries.items() if query.image is not None}
+    images = await state_of(request).fetcher.read(request.scope, sources)
+    searches = [(query, images.get(name)) for name, query in queries.items()]
     pages = await state_of(request).retriever.search_batch(snapshot, searches, items_path(request))
     for (query, image), (body, _) in zip(searches, pages, strict=True):
         noted(request, query, body, has_image=image is not None)
     answers = {"index_version": snapshot.version, "answers": [body for body, _ in pages]}
-    return make_response(request, lambda: answers, sum(size for _, size in pages), "queries")
+    return await send_items(request, answers, sum(size for _, size in pages))
 
 
 @gallery.add("GET", "/items", _READ, responses.ItemsResponse)
@@ -97,29 +97,34 @@ async def items(request: Request, query: Annotated[requests.ItemsQuery, QueryPar
     """List the gallery's items page by page, in index order or sorted; of a group the first one."""
     if query.k > (most := state_of(request).settings.max_k):
         raise field_problem("k", f"at most {most}, not {query.k}")
-    snapshot, retriever = await snapshot_of(request), state_of(request).retriever
-    name = snapshot.artifact.manifest.spec.group_field if query.group_by is None else query.group_by
-    count, page = await retriever.items(snapshot, query.filter, query.offset, query.k, query.sort, name)
-    groups = await retriever.examine(_groups_of, snapshot, page, query, name) if name and page else []
-    path, end = items_path(request), query.offset + query.k
-
-    def make() -> responses.ItemsResponse:
-        listed = [responses.gallery_item(path, each) for each in page]
-        for each, group in zip(listed, groups, strict=False):
-            each["group"] = group
-        body: responses.ItemsResponse = {"index_version": snapshot.version, "count": count, "items": listed}
-        return body | {"next_offset": end} if count > end else body
-
-    return make_response(request, make, sum(each.text_bytes + each.metadata_bytes for each in page))
+    snapshot = await snapshot_of(request)
+    body, texts = await state_of(request).retriever.examine(_list, snapshot, query, items_path(request))
+    return await send_items(request, body, texts)
 
 
-def _groups_of(snapshot: Snapshot, page: list[Item], query: requests.ItemsQuery, name: str) -> list[ResultGroup]:
-    """Return the group of each item of a page: its value, and its number of items that fulfil the filter."""
-    rows = [row_of(snapshot, each.id) for each in page]
-    return group_field(snapshot, name).shown(rows, filter_rows(snapshot, query.filter) if query.filter else None)
+def _list(snapshot: Snapshot, query: requests.ItemsQuery, path: str) -> tuple[responses.ItemsResponse, int]:
+    """Return a page of items, and the bytes of their texts."""
+    artifact = snapshot.artifact
+    body: responses.ItemsResponse = {"index_version": snapshot.version, "count": 0, "items": []}
+    if not artifact.rows:
+        return body, 0
+    if query.sort:
+        require_sortable(snapshot, query.sort)
+    group_by = artifact.manifest.spec.group_field if query.group_by is None else query.group_by
+    rows, end = list_rows(snapshot, query.filter, query.sort, group_by), query.offset + query.k
+    page = rows[query.offset : end].tolist()
+    items = [artifact.item(row) for row in page]
+    body["count"], body["items"] = len(rows), [responses.gallery_item(path, item) for item in items]
+    if group_by and page:
+        allowed = filter_rows(snapshot, query.filter) if query.filter else None
+        for shown, group in zip(body["items"], group_field(snapshot, group_by).shown(page, allowed), strict=True):
+            shown["group"] = group
+    if len(rows) > end:
+        body["next_offset"] = end
+    return body, sum(item.text_bytes + item.metadata_bytes for item in items)
 
 
-@gallery.add("GET", "/items/{item_id:path}/similar", _READ, SearchResponse, errors=(409,))
+@gallery.add("GET", "/items/{item_id:path}/similar", _READ, SearchResponse)
 async def similar(request: Request, item_id: ItemId, page: Annotated[requests.PageQuery, QueryParam()]) -> Response:
     """Find the items most similar to one of the gallery; the item itself is left out."""
     snapshot = await snapshot_of(request)
@@ -141,8 +146,11 @@ async def picture(
     snapshot, retriever = await snapshot_of(request), state_of(request).retriever
     kind: ThumbnailFormat = "webp" if "image/webp" in request.headers.get("accept", "") else "jpeg"
     name, data = await retriever.image(snapshot, item_id, size, kind)
-    headers = responses.image_headers(request, name) | ({} if size is None else {"Vary": "Accept"})
-    return not_modified(request, headers) or responses.image_response(data, headers)
+    keeper = "private" if state_of(request).settings.api_keys else "public"  # which caches may keep it
+    headers = {"Cache-Control": f"{keeper}, max-age={_IMAGE_MAX_AGE_S}", "ETag": f'"{name}"'}
+    headers |= {} if size is None else {"Vary": "Accept"}
+    byte_counter(request.scope)(len(data))
+    return not_modified(request, headers) or Response(data, media_type=f"image/{sniff_format(data)}", headers=headers)
 
 
 @gallery.add("GET", "/items/{item_id:path}", _READ, responses.ItemResponse)
@@ -153,9 +161,7 @@ async def item(request: Request, item_id: ItemId) -> Response:
     return JsonResponse({"index_version": snapshot.version, **responses.gallery_item(items_path(request), found)})
 
 
-@embedding.add(
-    "POST", "/v1/embeddings", _EMBED, responses.EmbeddingsResponse, accepts=requests.EmbeddingsQuery, errors=(404, 503)
-)
+@embedding.add("POST", "/v1/embeddings", _EMBED, responses.EmbeddingsResponse, accepts=requests.EmbeddingsQuery)
 async def embeddings(request: Request) -> Response:
     """Return the vectors of texts and images, in the shape of OpenAI's API."""
     retriever, collections = state_of(request).retriever, state_of(request).collections
@@ -204,7 +210,7 @@ async def list_models(request: Request) -> Response:
     return JsonResponse({"object": "list", "data": [_model(name, live) for name, live in served if live]})
 
 
-@embedding.add("GET", "/v1/models/{collection}", _CHECKED, errors=(404, 422, 503))
+@embedding.add("GET", "/v1/models/{collection}", _CHECKED)
 async def model(request: Request, collection: str) -> Response:
     """Return one of the collections that embed, in the shape of OpenAI's API."""
     if not may_read(request, collection):
@@ -231,7 +237,7 @@ async def healthz() -> Response:
     return JsonResponse({"status": "ok"})
 
 
-@service.add("GET", "/readyz", OPEN, responses.ReadinessResponse, errors=(503,))
+@service.add("GET", "/readyz", OPEN, responses.ReadinessResponse)
 async def readyz(request: Request) -> Response:
     """Report that searches work in all collections of the settings, or why not, to callers who may see them all."""
     collections = state_of(request).collections
@@ -257,7 +263,7 @@ async def metrics(request: Request) -> Response:
     return Response(await run_in_new_thread(state_of(request).metrics.render), media_type=CONTENT_TYPE_LATEST)
 
 
-@service.add("POST", "/admin/reload", Policy("admin", "service"), responses.ReloadResponse, errors=(503,))
+@service.add("POST", "/admin/reload", Policy("admin", "service"), responses.ReloadResponse)
 async def reload(request: Request) -> Response:
     """Serve the published version of every collection now, without waiting for the next poll."""
     collections = state_of(request).collections

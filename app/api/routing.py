@@ -1,4 +1,4 @@
-"""Declare a route in one place: its path, policy, body, responses and errors; and what endpoints get from a request.
+"""Declare a route in one place: its path, policy, body and responses; and what endpoints get from a request.
 
 - A module with routes makes a `Routes` and decorates its endpoints; no other module knows their paths.
 - Endpoints read bodies by hand (see `requests`). What FastAPI cannot see is declared here for the OpenAPI document.
@@ -6,20 +6,22 @@
 """
 
 from collections.abc import Awaitable, Callable
+from functools import cache
 from inspect import signature
-from typing import Annotated, Any, Protocol, TypeVar, cast
+from typing import Annotated, Any, NotRequired, Protocol, TypeVar, cast
 
 from fastapi import FastAPI, Path, Request
 from fastapi.responses import Response
 from fastapi.routing import APIRoute
-from pydantic import BaseModel
+from pydantic import BaseModel, TypeAdapter
+from pydantic_core import to_json
 from starlette.types import Receive, Scope, Send
+from typing_extensions import TypedDict  # pydantic needs this one before Python 3.12
 
-from app.api.image_urls import ImageFetcher
-from app.api.openapi import operation_options
+from app.api.requests import ImageFetcher, ImageForm
 from app.core.callers import ApiKey
 from app.core.metrics import Metrics
-from app.core.problems import Problem, field_problem
+from app.core.problems import MEDIA_TYPE, Problem
 from app.core.settings import Settings
 from app.feedback.log import FeedbackLog
 from app.http.access import API_KEY, UNKNOWN, Access, BodyLimit, Policy
@@ -29,9 +31,41 @@ from app.service.retriever import Retriever
 from app.service.write_worker import WriteWorker
 
 COLLECTION = "/collections/{collection}"
-_MAX_PARAMETERS = 100  # in a query string
 ItemId = Annotated[str, Path(description="the id of an item, as results give it", max_length=1024)]
 Endpoint = TypeVar("Endpoint", bound=Callable[..., Awaitable[Response]])
+
+
+class FieldError(TypedDict):
+    """One invalid field, under the name that the request used."""
+
+    field: str
+    message: str
+
+
+class ProblemResponse(TypedDict):
+    """An error (RFC 9457)."""
+
+    type: str
+    title: str
+    status: int
+    detail: str
+    errors: NotRequired[list[FieldError]]
+
+
+_REFERENCE = "#/components/schemas/{model}"
+_COLLECTION = {"name": "collection", "in": "path", "required": True, "schema": {"type": "string"}}
+_SECURITY: dict[str, list[dict[str, list[str]]]] = {
+    "open": [],
+    "read": [{}, {"key": []}],
+    "monitor": [{}, {"key": []}, {"admin": []}],
+    "write": [{"admin": []}, {"key": []}],
+    "admin": [{"admin": []}],
+}
+_documented: list[Any] = [ProblemResponse]  # and the models of bodies
+
+
+def _content(media_type: str, model: Any) -> dict[str, Any]:
+    return {media_type: {"schema": {"$ref": _REFERENCE.format(model=model.__name__)}}}
 
 
 class GuardedRoute(APIRoute):
@@ -48,8 +82,6 @@ class GuardedRoute(APIRoute):
         if self.policy is None:
             await refuse_unknown(scope, receive, send)
             return
-        if scope["query_string"].count(b"&") >= _MAX_PARAMETERS:
-            raise field_problem("URL", f"at most {_MAX_PARAMETERS} parameters")
         state: ServiceState = scope["app"].state
         await state.access.check(scope, self.policy)
         if scope["method"] not in (methods := self.methods or set()):
@@ -79,21 +111,30 @@ class Routes:
         *,
         accepts: type[BaseModel] | None = None,
         status: int = 200,
-        errors: tuple[int, ...] = (),
     ) -> Callable[[Endpoint], Endpoint]:
         """Return a decorator that declares an endpoint.
 
         Args:
             returns: type of the JSON response, or the media type of another one.
-            accepts: model of the body; `openapi` adds its schema.
-            errors: statuses of errors beside those that follow from the body, the collection and the policy.
+            accepts: model of the body.
         """
-        options = operation_options(path, policy, accepts, errors)
-        success = (
-            {"content": {returns: {}}, "description": "Success"} if isinstance(returns, str) else {"model": returns}
-        )
-        options["responses"] = {status: success if returns else {}, **options["responses"]}
-        options |= {"methods": [method], "status_code": status, "tags": [self._tag] if self._tag else None}
+        success = {"content": {returns: {}}} if isinstance(returns, str) else {"model": returns}
+        extra: dict[str, Any] = {"security": _SECURITY[policy.access]}
+        if accepts is not None:
+            _documented.append(accepts)
+            kind = "multipart/form-data" if accepts is ImageForm else "application/json"
+            extra["requestBody"] = {"required": True, "content": _content(kind, accepts)}
+        options: dict[str, Any] = {
+            "methods": [method],
+            "status_code": status,
+            "tags": [self._tag] if self._tag else None,
+            "include_in_schema": not policy.is_private,
+            "responses": {
+                status: {"description": "Success", **(success if returns else {})},
+                "default": {"description": "An error", "content": _content(MEDIA_TYPE, ProblemResponse)},
+            },
+            "openapi_extra": extra,
+        }
 
         def declare(endpoint: Endpoint) -> Endpoint:
             self._routes.append((path, policy, endpoint, options))
@@ -105,12 +146,29 @@ class Routes:
         """Add the routes to an application; those of a collection also below /collections/{collection}."""
         for path, policy, endpoint, options in self._routes:
             is_inside = policy.scope == "collection" and not path.startswith(COLLECTION)
-            for prefix in ("", COLLECTION) if is_inside else ("",):
+            for whole in (path, COLLECTION + path) if is_inside else (path,):
+                extra = options["openapi_extra"] | ({"parameters": [_COLLECTION]} if COLLECTION in whole else {})
                 # On the app itself: FastAPI matches the routes of an included router more slowly.
-                app.router.add_api_route(prefix + path, endpoint, response_class=Response, **options)
+                app.router.add_api_route(whole, endpoint, response_class=Response, **options | {"openapi_extra": extra})
                 added = app.router.routes[-1]
                 assert isinstance(added, GuardedRoute)
                 added.policy = policy
+
+
+@cache
+def openapi_document(app: FastAPI) -> bytes:
+    """Return the OpenAPI document as JSON; the page and tools ask for it again and again."""
+    document = app.openapi()
+    schemas = document["components"]["schemas"]
+    for model in _documented:
+        schema = TypeAdapter(model).json_schema(ref_template=_REFERENCE)
+        schemas |= schema.pop("$defs", {}) | {model.__name__: schema}
+    key = "An API key, if the service requires one; the header `X-API-Key` works too."
+    document["components"]["securitySchemes"] = {
+        name: {"type": "http", "scheme": "bearer", "description": text}
+        for name, text in (("key", key), ("admin", "The admin key."))
+    }
+    return to_json(document)
 
 
 class ServiceState(Protocol):

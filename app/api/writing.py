@@ -1,4 +1,4 @@
-"""The routes that change items and collections. They accept jobs and return the status of jobs.
+"""The routes that change items and collections, and their bodies. They accept jobs and return the status of jobs.
 
 - A request is checked as a whole before any part of it is accepted. Its images have the limits of query images.
 - An accepted request is answered 202 once its job is stored on disk. The index changes later.
@@ -6,109 +6,205 @@
 
 import asyncio
 import logging
+import re
 from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import asynccontextmanager
-from typing import Annotated, Any
+from typing import Annotated, Any, Self
 
 import numpy as np
 from fastapi import Path as PathParam
 from fastapi import Query as QueryParam
 from fastapi import Request
 from fastapi.responses import Response
+from pydantic import AfterValidator, FailFast, Field, model_validator
+from pydantic_core import from_json, to_json
 
-from app.api import requests
-from app.api.requests import ChosenItems, PatchItem, PutItem
+from app.api.requests import Strict, read_json
 from app.api.responses import Collection, JobResponse, JobsResponse, JsonResponse, collection_response
 from app.api.routing import Routes, collection_of, may_read, snapshot_of, state_of
 from app.core.problems import Problem, field_problem
-from app.core.settings import COLLECTION_NAME
+from app.core.settings import COLLECTION_NAME, Settings
 from app.core.turns import run_in_new_thread
-from app.http.access import Policy, out_of_scope
-from app.search.errors import CollectionNotFoundError, ItemNotFoundError
+from app.http.access import PART_BYTES, Policy, out_of_scope, query_bytes
+from app.search.errors import CollectionNotFoundError
+from app.search.query import check_filter, checked_parts
 from app.search.snapshots import Snapshot, filter_rows
 from app.service.collections import Collections
 from dcar_core.util.errors import ImageError, LockedError
 from dcar_core.util.files import canonical_json
-from index_jobs.index.index_version import IndexVersion, Item
+from index_jobs.checks import MAX_CAPTION_CHARS, MAX_METADATA_BYTES, MAX_METADATA_LEVELS, is_too_deep
+from index_jobs.index.index_version import IndexVersion
 from index_jobs.index.jobs import JobKind, create_collection, drop_collection
 
 logger = logging.getLogger(__name__)
 
 items = Routes("items")
 collections = Routes("collections")
-_ITEMS = Policy("write", body=requests.items_bytes)
-_MAX_FIELDS = 1000  # of a collection that changes add to
 MAX_CHANGE_BYTES = 64 * 2**20  # of the fields that a job merges into all of its items
+_MAX_PUT = 256  # items of a request
+_MAX_CHOSEN = 10_000
+_MAX_JOBS = 100  # in a list
+_MAX_FIELDS = 1000  # of a collection that changes add to
+_MAX_NAME = 256  # characters of a metadata field's name
 _MAX_NAMED = 20  # fields in a response, or in a list of a job
+_OWN_FIELDS = ("id", "caption", "category", "file_name")  # of an item, beside its metadata
+_ITEM_ID = re.compile(r"(?!\s|\.{1,2}$)[^\x00-\x1f\x7f]+(?<!\s)(?<!/image)(?<!/similar)")
+
+
+def _check_item_id(item_id: str) -> str:
+    if not _ITEM_ID.fullmatch(item_id):
+        message = "must have no control characters, must not begin or end with a space, "
+        raise ValueError(message + "must not end in /image or /similar, and must not be . or ..")
+    return item_id
+
+
+def _check_metadata(metadata: dict[str, Any]) -> dict[str, Any]:
+    for name in metadata:
+        if name in _OWN_FIELDS or not name.strip() or len(name) > _MAX_NAME:
+            raise ValueError(f"must not have the field {name!r}; names have at most {_MAX_NAME} characters")
+    for _ in checked_parts(metadata):  # refuses long numbers
+        pass
+    if is_too_deep(metadata):
+        raise ValueError(f"has more than {MAX_METADATA_LEVELS} nested levels; flatten it")
+    values: dict[str, Any] = from_json(to_json(metadata, inf_nan_mode="null"))
+    if len(canonical_json(values)) > MAX_METADATA_BYTES:
+        raise ValueError(f"takes at most {MAX_METADATA_BYTES // 2**10} KiB as JSON")
+    return values
+
+
+NewItemId = Annotated[str, Field(min_length=1, max_length=1024), AfterValidator(_check_item_id)]
+
+
+Caption = Annotated[str, Field(max_length=MAX_CAPTION_CHARS)]
+Category = Annotated[str, Field(max_length=1000)]
+Metadata = Annotated[dict[str, Any], AfterValidator(_check_metadata)]
+
+
+class PutFields(Strict):
+    """An item without its id."""
+
+    image: Annotated[
+        str, Field(min_length=1, description="the file in base64, a data URI, or a URL of an allowed host")
+    ]
+    caption: Caption = ""
+    category: Category = ""
+    metadata: Metadata = Field({}, description="any other fields; a field keeps its type")
+
+
+class PutItem(PutFields):
+    """An item with its image."""
+
+    id: NewItemId
+
+
+class PutItems(Strict):
+    """Items to add; they replace items with the same ids."""
+
+    items: Annotated[list[PutItem], Field(min_length=1, max_length=_MAX_PUT), FailFast()]
+
+
+class PatchItem(Strict, json_schema_extra={"examples": [{"metadata": {"price": 49.9, "sale": None}}]}):
+    """Fields to merge into an item; null removes one, and the others stay."""
+
+    caption: Caption | None = None
+    category: Category | None = None
+    metadata: Metadata = Field({}, description="any other fields; a field keeps its type")
+
+    @model_validator(mode="after")
+    def _require_fields(self) -> Self:
+        if not self.fields:
+            raise ValueError("must have metadata, a caption or a category")
+        return self
+
+    @property
+    def fields(self) -> dict[str, Any]:
+        """What to merge, caption and category included; None removes a field."""
+        own = self.model_fields_set & {"caption", "category"}
+        return self.metadata | {name: getattr(self, name) or None for name in sorted(own)}
+
+
+class ChosenItems(Strict, json_schema_extra={"examples": [{"ids": ["1f63f"]}]}):
+    """Items, by `ids`, of which the index may lack some, or by a `filter` as in searches."""
+
+    ids: Annotated[list[NewItemId] | None, Field(min_length=1, max_length=_MAX_CHOSEN), FailFast()] = None
+    filter: Annotated[
+        dict[str, Any] | None,
+        Field(min_length=1, description="instead of ids, as in searches"),
+        AfterValidator(check_filter),
+    ] = None
+
+
+class PatchItems(PatchItem, ChosenItems, json_schema_extra={"examples": [{"ids": ["1f63f"], "metadata": {"size": 3}}]}):
+    """Fields to merge into chosen items; null removes one, and the others stay."""
+
+
+def _items_bytes(settings: Settings) -> int:
+    """Return the largest size of a change of items in JSON."""
+    return settings.max_upload_bytes * 4 // 3 + _MAX_PUT * PART_BYTES if settings.writes else query_bytes(settings)
+
+
+_ITEMS = Policy("write", body=_items_bytes)
 IsStrict = Annotated[bool, QueryParam(alias="strict", description="refuse metadata fields that no item has")]
-ItemPath = Annotated[requests.NewItemId, PathParam(description="the id of an item")]
+ItemPath = Annotated[NewItemId, PathParam(description="the id of an item")]
 
 
-@items.add("PUT", "/items", _ITEMS, JobResponse, status=202, accepts=requests.PutItems)
+@items.add("PUT", "/items", _ITEMS, JobResponse, status=202, accepts=PutItems)
 async def put_items(request: Request, strict: IsStrict = False) -> Response:
     """Add items, or replace those with the same ids, by a job."""
-    snapshot = await _snapshot(request)
-    items = (await requests.read_json(request, requests.PutItems)).items
+    items = (await read_json(request, PutItems)).items
     ids = [item.id for item in items]
     for number, item_id in enumerate(ids):
         if ids.index(item_id) != number:
             raise field_problem(f"items.{number}.id", "is the id of an earlier item")
     await state_of(request).access.charge(len(items) - 1)
-    return await _put(request, snapshot, items, strict)
+    return await _put(request, items, strict)
 
 
-@items.add("PUT", "/items/{item_id:path}", _ITEMS, JobResponse, status=202, accepts=requests.PutFields)
+@items.add("PUT", "/items/{item_id:path}", _ITEMS, JobResponse, status=202, accepts=PutFields)
 async def put_item(request: Request, item_id: ItemPath, strict: IsStrict = False) -> Response:
     """Add an item, or replace the one with this id, by a job."""
-    snapshot = await _snapshot(request)
-    fields = await requests.read_json(request, requests.PutFields)
+    fields = await read_json(request, PutFields)
     try:
-        return await _put(request, snapshot, [PutItem.model_construct(id=item_id, **dict(fields))], strict)
+        return await _put(request, [PutItem.model_construct(id=item_id, **dict(fields))], strict)
     except Problem as problem:
         raise problem.without("items.0.") from None
 
 
-@items.add("PATCH", "/items", _ITEMS, JobResponse, status=202, accepts=requests.PatchItems)
+@items.add("PATCH", "/items", _ITEMS, JobResponse, status=202, accepts=PatchItems)
 async def patch_items(request: Request, strict: IsStrict = False) -> Response:
-    """Merge fields into items, without their images, by a job."""
-    snapshot = await _snapshot(request)
-    patch = await requests.read_json(request, requests.PatchItems)
-    return await _change(request, snapshot, patch, patch, strict)
+    """Merge fields into items, without their images, by a job; ids that the index lacks are ignored."""
+    patch = await read_json(request, PatchItems)
+    return await _change(request, patch, patch, strict)
 
 
 @items.add("PATCH", "/items/{item_id:path}", _ITEMS, JobResponse, status=202, accepts=PatchItem)
 async def patch_item(request: Request, item_id: ItemPath, strict: IsStrict = False) -> Response:
     """Merge fields into an item, without its image, by a job."""
-    snapshot = await _snapshot(request)
-    patch = await requests.read_json(request, PatchItem)
-    return await _change(request, snapshot, await _chosen(request, snapshot, item_id), patch, strict)
+    return await _change(request, ChosenItems(ids=[item_id]), await read_json(request, PatchItem), strict)
 
 
 @items.add("DELETE", "/items", _ITEMS, JobResponse, status=202, accepts=ChosenItems)
 async def delete_items(request: Request) -> Response:
     """Remove items by a job; ids that the index lacks are ignored."""
-    snapshot = await _snapshot(request)
-    return await _change(request, snapshot, await requests.read_json(request, ChosenItems))
+    return await _change(request, await read_json(request, ChosenItems))
 
 
 @items.add("DELETE", "/items/{item_id:path}", Policy("write"), JobResponse, status=202)
 async def delete_item(request: Request, item_id: ItemPath) -> Response:
     """Remove an item by a job."""
-    snapshot = await _snapshot(request)
-    return await _change(request, snapshot, await _chosen(request, snapshot, item_id))
+    return await _change(request, ChosenItems(ids=[item_id]))
 
 
-@items.add("GET", "/jobs", Policy("write", "checked"), JobsResponse, errors=(422, 503))
+@items.add("GET", "/jobs", Policy("write", "checked"), JobsResponse)
 async def jobs(
-    request: Request,
-    limit: Annotated[int, QueryParam(ge=1, le=requests.MAX_LISTED_JOBS, description="number of jobs")] = 20,
+    request: Request, limit: Annotated[int, QueryParam(ge=1, le=_MAX_JOBS, description="number of jobs")] = 20
 ) -> Response:
     """List the newest changes of items, in the collections that the key opens."""
     newest = await state_of(request).writer.newest(await _readable(request), limit)
     return await asyncio.to_thread(JsonResponse, {"jobs": newest})
 
 
-@items.add("GET", "/jobs/{job_id}", Policy("write", "checked"), JobResponse, errors=(404, 422))
+@items.add("GET", "/jobs/{job_id}", Policy("write", "checked"), JobResponse)
 async def job(request: Request, job_id: str) -> Response:
     """Return the status of a change of items: how far it is, and how it ended."""
     names = await _readable(request)
@@ -125,30 +221,29 @@ async def _readable(request: Request) -> list[str]:
     return [name for name, _ in state_of(request).collections if may_read(request, name)]
 
 
-@collections.add("PUT", "/collections/{collection}", Policy("write"), Collection, errors=(409,))
+@collections.add("PUT", "/collections/{collection}", Policy("write"), Collection)
 async def put_collection(
     request: Request,
     model: Annotated[str | None, QueryParam(description="the collection whose model encodes the items")] = None,
 ) -> Response:
     """Create a collection without items, unless there is one of this name."""
-    name, collections = _name(request), state_of(request).collections
-    folder = state_of(request).settings.collections_dir
+    name, collections, settings = _name(request), state_of(request).collections, state_of(request).settings
     await collections.sync()  # another process may have created or dropped some
     if name not in dict(collections):
         if not COLLECTION_NAME.fullmatch(name):
             raise field_problem("collection", "must be 1 to 64 letters, digits, '.', '_' and '-'")
-        if folder is None:
+        if settings.collections_dir is None:
             raise Problem(403, "Collections cannot be created; set DCAR_COLLECTIONS_DIR to enable it.")
         if not may_read(request, model or collections.default):
             raise out_of_scope()
         source = collections.open(model, "model").artifact
         async with _storing("collection", collections, model):
-            await run_in_new_thread(create_collection, folder, name, source.checkpoint)
+            await run_in_new_thread(create_collection, settings.collections_dir, name, source.checkpoint)
         await collections.sync()
     return JsonResponse(collection_response(collections, name))
 
 
-@collections.add("DELETE", "/collections/{collection}", Policy("write"), status=204, errors=(409,))
+@collections.add("DELETE", "/collections/{collection}", Policy("write"), status=204)
 async def delete_collection(request: Request) -> Response:
     """Drop a collection that was created over HTTP, with all of its items."""
     name, collections = _name(request), state_of(request).collections
@@ -176,80 +271,58 @@ async def _snapshot(request: Request) -> Snapshot:
     return await snapshot_of(request)
 
 
-async def _put(request: Request, snapshot: Snapshot, items: list[PutItem], strict: bool) -> Response:
-    places, state = {f"items.{number}": item for number, item in enumerate(items)}, state_of(request)
-    given = {f"{place}.metadata": item.metadata for place, item in places.items()}
-    new = _new_fields(snapshot.artifact, given, strict)
-    dropped = await state.retriever.run("search", _dropped_fields, snapshot.artifact, items)
-    files = await state.fetcher.read(request.scope, {place: item.image for place, item in places.items()})
-    for place in places:
+async def _put(request: Request, items: list[PutItem], strict: bool) -> Response:
+    snapshot, state = await _snapshot(request), state_of(request)
+    metadata = {f"items.{number}.metadata": item.metadata for number, item in enumerate(items)}
+    new_fields = _new_fields(snapshot.artifact, metadata, strict)
+    sources = {f"items.{number}": item.image for number, item in enumerate(items)}
+    images = await state.fetcher.read(request.scope, sources)
+    for name, image in images.items():
         try:
-            await state.retriever.check_image(snapshot, files[place])
+            await state.retriever.check_image(snapshot, image)
         except ImageError as error:
-            raise field_problem(f"{place}.image", str(error)) from None
-    stored, images = [item.model_dump(exclude={"image"}) for item in items], [files[place] for place in places]
-    return await _accept(request, "put", stored, images, notes={"new_fields": new, "dropped_fields": dropped})
+            raise field_problem(f"{name}.image", str(error)) from None
+    stored = [item.model_dump(exclude={"image"}) for item in items]
+    return await _accept(request, "put", stored, [*images.values()], notes={"new_fields": new_fields})
 
 
 async def _change(
-    request: Request, snapshot: Snapshot, chosen: ChosenItems, patch: PatchItem | None = None, strict: bool = False
+    request: Request, chosen: ChosenItems, patch: PatchItem | None = None, strict: bool = False
 ) -> Response:
     """Accept a patch of chosen items, or their removal."""
-    fields, notes = (patch.fields if patch else {}), dict[str, Any]()
+    snapshot, fields, notes = await _snapshot(request), (patch.fields if patch else {}), dict[str, Any]()
     if patch:
         notes["new_fields"] = _new_fields(snapshot.artifact, {"metadata": patch.metadata}, strict)
     if (chosen.ids is None) == (chosen.filter is None):
         raise field_problem("ids", "give either ids or a filter")
+    items = [{"id": item_id} for item_id in dict.fromkeys(chosen.ids or ())]
     if (filter := chosen.filter) is not None:
         mask = await state_of(request).retriever.run("search", lambda: filter_rows(snapshot, filter).mask)
         notes["items"] = int(np.count_nonzero(mask))
-    items = [{"id": each} for each in dict.fromkeys(chosen.ids or ())]
-    count, each = notes.get("items", len(items)), len(canonical_json(fields))
-    if patch and count * each > MAX_CHANGE_BYTES:
-        message = f"{count:,} items with {each:,} bytes of fields take more than {MAX_CHANGE_BYTES // 2**20} MiB; "
+    count, size = notes.get("items", len(items)), len(canonical_json(fields))
+    if patch and count * size > MAX_CHANGE_BYTES:
+        message = f"{count:,} items with {size:,} bytes of fields take more than {MAX_CHANGE_BYTES // 2**20} MiB; "
         message += "choose fewer items at a time, or send shorter fields"
         raise field_problem("ids" if filter is None else "filter", message)
-    kind: JobKind = "patch" if patch else "delete"
-    return await _accept(request, kind, items, filter=filter, fields=fields, notes=notes)
+    return await _accept(request, "patch" if patch else "delete", items, filter=filter, fields=fields, notes=notes)
 
 
-async def _chosen(request: Request, snapshot: Snapshot, item_id: str) -> ChosenItems:
-    """Return the choice of one item. Raise ItemNotFoundError unless there is one, or a waiting job puts it."""
-    is_known = snapshot.artifact.row_of(item_id) is not None
-    if not is_known and not await state_of(request).writer.has_put(_name(request), item_id):
-        raise ItemNotFoundError(item_id, "id")
-    return ChosenItems(ids=[item_id])
-
-
-def _new_fields(artifact: IndexVersion, given: Mapping[str, Mapping[str, Any]], strict: bool) -> list[str]:
+def _new_fields(artifact: IndexVersion, metadata: Mapping[str, Mapping[str, Any]], strict: bool) -> list[str]:
     """Return the fields with a value that no item has, [] for a collection without items.
 
     Raise Problem if there are any and `strict`, or if the collection would have too many fields.
 
     Args:
-        given: metadata by their places in the request.
+        metadata: of items, by its name in the request.
     """
-    fields = [(name, place) for place, each in given.items() for name, value in each.items() if value is not None]
-    new = {name: place for name, place in fields if name not in artifact.fields}
+    fields = [(name, part) for part, values in metadata.items() for name in values if values[name] is not None]
+    new = {name: part for name, part in fields if name not in artifact.fields}
     if new and (count := len(artifact.fields) + len(new)) > _MAX_FIELDS:
-        message = f"with it items have {count:,} fields, at most {_MAX_FIELDS:,}"
-        raise field_problem(next(reversed(new.values())), message)
+        raise field_problem([*new.values()][-1], f"with it items have {count:,} fields, at most {_MAX_FIELDS:,}")
     if strict and new and artifact.rows:
-        faults = [(f"{place}.{name}", "no item has this field") for name, place in new.items()][:_MAX_NAMED]
+        faults = [(f"{part}.{name}", "no item has this field") for name, part in new.items()][:_MAX_NAMED]
         raise Problem(422, "; ".join(": ".join(fault) for fault in faults), errors=faults)
     return sorted(new)[:_MAX_NAMED] if artifact.rows else []
-
-
-def _dropped_fields(artifact: IndexVersion, items: Sequence[PutItem]) -> list[str]:
-    """Return the fields that items of the index have and their replacements lack."""
-
-    def fields_of(item: Item | PutItem) -> set[str]:
-        fields = {**item.metadata, "caption": item.caption, "category": item.category}
-        return {name for name, value in fields.items() if value not in (None, "")}
-
-    replaced = [(item, row) for item in items if (row := artifact.row_of(item.id)) is not None]
-    dropped = set[str]().union(*(fields_of(artifact.item(row)) - fields_of(item) for item, row in replaced))
-    return sorted(dropped - {"file_name"})[:_MAX_NAMED]  # which comes with an image
 
 
 async def _accept(

@@ -23,8 +23,6 @@ def export(
     log: Path | None = option(None, "Directory that DCAR_FEEDBACK names. Default: INDEX/feedback."),
     collection: str | None = option(None, "Collection. Default: the name of the index directory."),
     min_clients: int = option(2, "Clients that a pair needs.", min=1),
-    client_cap: int = option(100, "Maximum searches that count per client.", min=1),
-    item_cap: int = option(100, "Maximum queries that count per item.", min=1),
     judge: list[str] | None = option(None, "Count only this client's judgements; may be repeated."),
 ) -> None:
     """Write training pairs (OUT/pairs.jsonl) and a judged list (OUT/judgements.csv).
@@ -32,12 +30,11 @@ def export(
     Position bias is corrected by inverse propensity, which a position-based click model estimates from items that
     a query showed at several positions. OUT/report.json counts what was left out.
     """
-    from app.feedback.export import Options
     from app.feedback.export import export as run
     from index_jobs.index.versions import open_current
 
-    chosen = Options(min_clients, client_cap, item_cap, frozenset(judge or ()))
-    report = run(log or index / "feedback", open_current(index), collection or index.resolve().name, out, chosen)
+    folder, name = log or index / "feedback", collection or index.resolve().name
+    report = run(folder, open_current(index), name, out, min_clients, judge or ())
     typer.echo(str(report))
     train = f"dcar train --data {out}{f' --images {report.images}' if report.images else ''} ..."
     if report.pairs:
@@ -49,9 +46,9 @@ def forget(
     client: str = option(help="The client_id of the events."), *, log: Path = option(help="Directory of the log.")
 ) -> None:
     """Remove a client's events and the searches that it made or alone acted on; a service may be running."""
-    from app.feedback import store
+    from app.feedback.log import forget as remove
 
-    events, searches = store.forget(log, client)
+    events, searches = remove(log, client)
     typer.echo(f"{log}: {events:,} events and {searches:,} searches removed")
 
 

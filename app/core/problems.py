@@ -1,7 +1,7 @@
 """Error responses: `application/problem+json` (RFC 9457).
 
 - A faulty field is listed as `errors: [{"field", "message"}]`, under the name that the caller used.
-- `app.api.error_handlers` turns exceptions into these documents.
+- `app.api.responses` turns exceptions into these documents.
 """
 
 import re

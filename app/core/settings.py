@@ -159,7 +159,7 @@ class Settings(BaseSettings):
     feedback: Annotated[bool | Path, Field(union_mode="left_to_right")] = False
     """Log searches and what is done with their results: true for INDEX/feedback, or another directory."""
     feedback_texts: bool = False
-    """Store the texts of searches in the log. Unset: keyed hashes."""
+    """Store the texts of searches in the log."""
     feedback_days: int = Field(90, ge=1)
     """Days after which rows of the log are removed."""
     feedback_bytes: int = Field(2 * 2**30, ge=2**20)

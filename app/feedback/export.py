@@ -2,9 +2,6 @@
 
 - Evidence is counted by clients: however often one of them clicks, it has one vote on a pair, a bounded number of
   searches counts for it, and of the events on a search only those of its first client.
-- The relevance of a pair is its clicks by what was looked at: the propensities of its positions (see `click_model`),
-  and PRIOR to begin with. Of the clicks, those count that are certain: the lower end of a 95 % interval, with the
-  variance of a square root of a count (Anscombe, 1948). So many clients outweigh a few hostile ones [ours].
 - An image that was skipped above a clicked one is a hard negative of the query, if enough clients skipped it and hardly
   any clicked it. An image below the last click may not have been seen, and says nothing.
 - Everything that is left out is counted with its reason.
@@ -13,8 +10,8 @@
 import os
 from array import array
 from collections import Counter, defaultdict
-from collections.abc import Iterable
-from dataclasses import asdict, dataclass, field
+from collections.abc import Collection, Iterable
+from dataclasses import dataclass, field
 from functools import cache
 from itertools import count
 from pathlib import Path
@@ -22,50 +19,35 @@ from typing import Any, TypeAlias
 
 import numpy as np
 
-from app.feedback.click_model import estimate
-from app.feedback.store import EventRow, QueryRow, read_log
+from app.feedback.log import EventRow, QueryRow, read_log
 from dcar_core.images import index_tar
 from dcar_core.util.errors import DcarError
 from dcar_core.util.files import csv_text, write_bytes, write_json, write_json_lines
 from index_jobs.index.index_version import IndexVersion
 
-MAX_WEIGHT = 10.0  # of a click, by the inverse of its position's propensity
-PRIOR = 5.0  # looks without a click that each pair starts with
 CLICKS = ("click", "save", "purchase")
+CLIENT_CAP = 100  # searches that count for a client
+ITEM_CAP = 100  # texts of an item in pairs
 CLIENT_ITEM_CAP = 3  # texts for which a client's clicks on one item count
+_MAX_WEIGHT = 10.0  # of a click, by the inverse of its position's propensity
+_PRIOR = 5.0  # looks without a click that each pair starts with
 _CERTAIN = 1.64 / 2  # of the square root of a count of clicks: 1.64 standard deviations
 _FIT = 2 / 3  # of the relevance of the best image of a query, for a training pair
 _SKIPPED = 0.1  # of it, up to which a skipped image is a hard negative
 _MAX_NEGATIVES = 16  # texts of an image
-_KINDS = {
-    "other": "searches without words, or with more than words",
-    "hash": "searches whose text is stored as a hash (DCAR_FEEDBACK_TEXTS)",
-}
+_MIN_CLICKS, _MIN_SHOWN = 20, 100  # of a position, for a propensity of its own
+_ROUNDS, _TOLERANCE = 2000, 1e-6
 
 # What clients saw: a row for each result of a search, sorted by search. search, text, image, client: codes. position:
-# the rank in the response, from 1. version: of the index. learns: whether the text may be learned. acts: whether the
-# search has events.
-_COLUMNS = ("search", "text", "image", "client", "position", "clicked", "version", "learns", "acts")
+# the rank in the response, from 1. version: of the index. acts: whether the search has events.
+_COLUMNS = ("search", "text", "image", "client", "position", "clicked", "version", "acts")
 IMPRESSION = np.dtype([(name, np.int64) for name in _COLUMNS])
+Impressions: TypeAlias = "np.recarray[Any, Any]"
 # What is known of each pair of a text and an image. relevance: chance of a click by a client who looks at it, at least.
 # estimate: the chance without this caution. clicks, skips: numbers of distinct clients. share: of the relevance of the
 # text's best image. is_wrong: hardly ever clicked, in comparison.
-EVIDENCE = np.dtype(
-    [("text", "i8"), ("image", "i8"), ("relevance", "f8"), ("estimate", "f8"), ("clicks", "i8"), ("skips", "i8"),
-     ("share", "f8"), ("is_wrong", "?")]
-)  # fmt: skip
-Impressions: TypeAlias = "np.recarray[Any, Any]"
-Evidence: TypeAlias = Impressions
-
-
-@dataclass(frozen=True)
-class Options:
-    """What counts. judges: clients whose judgements need no second opinion."""
-
-    min_clients: int = 2
-    client_cap: int = 100
-    item_cap: int = 100
-    judges: frozenset[str] = frozenset()
+_EVIDENCE = "text,image,relevance,estimate,clicks,skips,share,is_wrong"
+Evidence: TypeAlias = "np.recarray[Any, Any]"
 
 
 @dataclass
@@ -83,7 +65,6 @@ class Report:
     judged: int = 0
     propensities: list[float] = field(default_factory=list)
     pairs_at_several_positions: int = 0
-    options: dict[str, Any] = field(default_factory=dict)
     images: str | None = None
     without_image: int = 0
     left_out: Counter[str] = field(default_factory=Counter)
@@ -94,7 +75,7 @@ class Report:
             f"pairs: {self.pairs:,}, with {self.negatives:,} hard negatives; judged: {self.judged:,}",
         ]
         if several := self.pairs_at_several_positions:
-            chances = " ".join(f"{each:.2f}" for each in self.propensities[:20])
+            chances = " ".join(f"{chance:.2f}" for chance in self.propensities[:20])
             lines.append(f"propensities of positions, from {several:,} pairs seen at several: {chances}")
         else:
             lines.append("no position bias was corrected: too few items were seen at several positions")
@@ -114,25 +95,33 @@ class _Log:
     ratings: dict[tuple[int, int], dict[str, int]]
 
 
-def export(folder: Path, artifact: IndexVersion, collection: str, out: Path, options: Options) -> Report:
+def export(
+    folder: Path, artifact: IndexVersion, collection: str, out: Path, min_clients: int = 2, judges: Collection[str] = ()
+) -> Report:
     """Write pairs.jsonl, judgements.csv and report.json.
+
+    Args:
+        min_clients: that a pair needs.
+        judges: clients whose judgements need no second opinion.
 
     Raises:
         DcarError: the log cannot be read, has no search of the collection, or `out` holds pairs already.
     """
-    for name in ("pairs.jsonl", "judgements.csv"):
-        if (out / name).exists():
-            raise DcarError(f"{out} already holds {name}; give --out a new directory")
-    report = Report(options=asdict(options) | {"judges": sorted(options.judges), "collection": collection})
-    log = _read(folder, collection, options, report)
+    if (out / "pairs.jsonl").exists():
+        raise DcarError(f"{out} already holds pairs.jsonl; give --out a new directory")
+    report = Report()
+    log = _read(folder, collection, report)
     if not report.searches:
         raise DcarError(f"{folder} has no search of the collection {collection!r}; name another by --collection")
     examined, report.pairs_at_several_positions = estimate_propensities(log.seen)
     report.propensities = examined.round(4).tolist()
-    evidence = weigh(log.seen[log.seen.learns > 0], examined, options.min_clients)
-    pairs, judged = _pairs(evidence, log, artifact, options, report), _judged(evidence, log, options, report)
+    evidence = weigh(log.seen, examined, min_clients)
+    pairs = _pairs(evidence, log, artifact, min_clients, report)
+    judged = _judged(evidence, log, min_clients, judges, report)
     out.mkdir(parents=True, exist_ok=True)
-    _write_judged(out, judged)
+    numbers = {text: f"q{number}" for number, text in enumerate(dict.fromkeys(row[0] for row in judged), 1)}
+    header = ("query_id", "query", "item_id", "grade", "source", "clients")
+    write_bytes(out / "judgements.csv", csv_text(header, *((numbers[row[0]], *row) for row in judged)).encode())
     write_json_lines(out / "pairs.jsonl", pairs)
     report.judged, report.left_out = len(judged), +report.left_out  # without zeros
     write_json(out / "report.json", vars(report))
@@ -150,59 +139,65 @@ def counted(query: QueryRow, events: Iterable[EventRow]) -> tuple[list[EventRow]
     return own, seen if any(event.action == "impression" for event in own) else {*query.hits}
 
 
-def _read(folder: Path, collection: str, options: Options, report: Report) -> _Log:
+def _read(folder: Path, collection: str, report: Report) -> _Log:
     """Return what counts of a log. In one with impressions, searches without events do not."""
     texts, items, clients = (defaultdict[Any, int](count().__next__) for _ in range(3))  # codes
     ratings, searches = defaultdict[tuple[int, int], dict[str, int]](dict), Counter[str]()
     clicked_for = defaultdict[tuple[int, int], set[int]](set)  # texts, by client and item
     rows, has_impressions, left_out = array("q"), False, report.left_out
     for query, events in read_log(folder):
-        if query is None or query.collection != collection:
-            left_out["events for searches that are not in the log, or are of another collection"] += len(events)
+        is_of = query is not None and query.collection == collection
+        own, seen = counted(query, events) if query is not None and is_of else ([], set())
+        left_out["events of other searches or clients, or for items not shown"] += len(events) - len(own)
+        if query is None or not is_of:
             continue
-        number, text, learns = report.searches, texts[query.text.lower()], query.kind == "text"
-        own, seen = counted(query, events)
-        shown = sum(event.item in query.hits for event in events)
-        left_out["events for items that were not shown"] += len(events) - shown
-        left_out["events of a second client on one search"] += shown - len(own)
-        if not learns:
-            left_out[_KINDS[query.kind]] += 1
+        number = report.searches
         report.searches, report.events = number + 1, report.events + len(events)
+        if not query.text:
+            left_out["searches whose text is not stored (DCAR_FEEDBACK_TEXTS), or with more than words"] += 1
+            continue
+        text, client = texts[query.text.lower()], clients[own[0].client if own else number]
         has_impressions |= any(event.action == "impression" for event in own)
-        for event in own if learns else ():
-            if event.rating is not None:  # the last one counts
+        for event in own:
+            if event.rating is not None:
                 ratings[text, items[event.item]][event.client] = event.rating
-        client = clients[own[0].client if own else number]
         if own:
             searches[own[0].client] += 1
-            if searches[own[0].client] > options.client_cap:
-                left_out[f"searches of a client beyond its first {options.client_cap:,}"] += 1
+            if searches[own[0].client] > CLIENT_CAP:
+                left_out[f"searches of a client beyond its first {CLIENT_CAP:,}"] += 1
                 continue
         clicked = {event.item for event in own if event.action in CLICKS}
         for position, item in enumerate(query.hits, query.offset + 1):
             if item not in seen:
                 continue
-            is_clicked = item in clicked
-            if is_clicked:
-                known = clicked_for[client, items[item]]
-                if text not in known and len(known) >= CLIENT_ITEM_CAP:
+            if item in clicked:
+                of_client = clicked_for[client, items[item]]
+                if text not in of_client and len(of_client) >= CLIENT_ITEM_CAP:
                     left_out[f"clicks of a client on an item beyond its first {CLIENT_ITEM_CAP} texts"] += 1
                     continue
-                known.add(text)
-            rows.extend((number, text, items[item], client, position, is_clicked, query.version, learns, bool(own)))
+                of_client.add(text)
+            rows.extend((number, text, items[item], client, position, item in clicked, query.version, bool(own)))
     report.clients = len(searches)
-    found: Impressions = np.array(rows).view(IMPRESSION).view(np.recarray)
-    return _Log([*texts], [*items], found[found.acts > 0] if has_impressions else found, ratings)
+    impressions: Impressions = np.array(rows).view(IMPRESSION).view(np.recarray)
+    return _Log([*texts], [*items], impressions[impressions.acts > 0] if has_impressions else impressions, ratings)
 
 
 def estimate_propensities(seen: Impressions) -> tuple[np.ndarray, int]:
-    """Estimate from the pairs of each version of the index; across versions only if none stood at several positions.
+    """Estimate the chance that each position is looked at, as a part of that of position 1, by the click model
 
-    A new version moves up what was clicked by chance, so that across versions, lower positions look better.
+        P(click on item i for query q at position k) = examined[k] * attractive[q, i]
+
+    of Chuklin, Markov, de Rijke, "Click Models for Web Search" (2015), sections 3.3 and 4.3. Only items that one query
+    showed at several positions tell the two factors apart [ours]. Pairs of each version of the index are used, and
+    across versions only if none stood at several positions: a new version moves up what was clicked by chance, so that
+    across versions, lower positions look better.
+
+    Returns:
+        (P,) the chances, and the number of pairs seen at several positions, which they come from; with 0, all are 1.
     """
     pair = _pair(seen)
-    within = estimate(pair * (int(seen.version.max(initial=0)) + 1) + seen.version, seen.position, seen.clicked)
-    return within if within[1] else estimate(pair, seen.position, seen.clicked)
+    within = _estimate(pair * (int(seen.version.max(initial=0)) + 1) + seen.version, seen.position, seen.clicked)
+    return within if within[1] else _estimate(pair, seen.position, seen.clicked)
 
 
 def _pair(seen: Impressions) -> np.ndarray:
@@ -210,81 +205,120 @@ def _pair(seen: Impressions) -> np.ndarray:
     return codes
 
 
+def _estimate(pair: np.ndarray, position: np.ndarray, clicked: np.ndarray) -> tuple[np.ndarray, int]:
+    """Positions with few observations take the value of the nearest one before them [ours]."""
+    last = int(position.max(initial=1))
+    _, pair = np.unique(pair, return_inverse=True)
+    keys, cell = np.unique(pair * last + position - 1, return_inverse=True)
+    shown, clicked = np.bincount(cell), np.bincount(cell, clicked)
+    pair, position = np.divmod(keys, last)
+    is_several = np.bincount(pair) > 1
+    used = is_several[pair]
+    clicks, views = (np.bincount(position[used], counts[used], last) for counts in (clicked, shown))
+    known = (clicks >= _MIN_CLICKS) & (views >= _MIN_SHOWN)
+    used &= known[position]
+    if not known[0] or known.sum() < 2:
+        return np.ones(last), 0
+    examined = _solve(last, *(values[used] for values in (pair, position, shown, clicked)))
+    for index in np.flatnonzero(~known):
+        examined[index] = examined[index - 1]
+    return examined, int(is_several.sum())
+
+
+def _solve(last: int, pair: np.ndarray, position: np.ndarray, shown: np.ndarray, clicked: np.ndarray) -> np.ndarray:
+    """Equate the clicks at each position with those expected, where a pair's attraction is its clicks by what was
+    examined. These equations are linear in the clicks, so they hold for pairs with few impressions, too; expectation
+    maximization was up to 150 % off there (`benchmarks/loop.py`) [ours].
+    """
+    clicks, of_pair = np.bincount(position, clicked, last), np.bincount(pair, clicked)
+    examined = np.where(clicks > 0, 1.0, 0.0)
+    for _ in range(_ROUNDS):
+        before = examined
+        attractive = of_pair / np.maximum(np.bincount(pair, shown * before[position]), 1e-9)
+        expected = np.bincount(position, shown * attractive[pair], last)
+        examined = np.minimum(np.divide(clicks, expected, out=np.zeros(last), where=expected > 0), 1e9)
+        examined = examined / examined[0]
+        if np.abs(examined - before).max() < _TOLERANCE:
+            break
+    return examined
+
+
 def weigh(seen: Impressions, examined: np.ndarray, min_clients: int) -> Evidence:
-    """Return the evidence of each pair. Two clicks far down the page do not outweigh many near its top."""
-    looked, is_clicked = np.maximum(examined[seen.position - 1], 1 / MAX_WEIGHT), seen.clicked > 0
+    """Return the evidence of each pair.
+
+    Its relevance is its clicks by what was looked at: the propensities of its positions, and _PRIOR to begin with. Of
+    the clicks, those count that are certain: the lower end of a 95 % interval, with the variance of a square root of a
+    count (Anscombe, 1948). So many clients outweigh a few hostile ones, and two clicks far down the page do not
+    outweigh many near its top [ours].
+    """
+    looked, is_clicked = np.maximum(examined[seen.position - 1], 1 / _MAX_WEIGHT), seen.clicked > 0
     _, first, pair = np.unique(_pair(seen), return_index=True, return_inverse=True)
     width = int(seen.client.max(initial=0)) + 1
     keys, vote = np.unique(pair * width + seen.client, return_inverse=True)
-    clicked, views = (np.bincount(vote, each) / np.bincount(vote) for each in (is_clicked, looked))  # of a client
+    clicked, views = (np.bincount(vote, values) / np.bincount(vote) for values in (is_clicked, looked))  # of a client
     voter = keys // width
-    found, looks = np.bincount(voter, clicked), PRIOR + np.bincount(voter, views)
-    certain = np.maximum(np.sqrt(found) - _CERTAIN, 0) ** 2
+    total, looks = np.bincount(voter, clicked), _PRIOR + np.bincount(voter, views)
+    certain = np.maximum(np.sqrt(total) - _CERTAIN, 0) ** 2
     lowest = np.full(int(seen.search.max(initial=-1)) + 1, -1)
     np.maximum.at(lowest, seen.search[is_clicked], seen.position[is_clicked])
     is_skipped = ~is_clicked & (seen.position < lowest[seen.search])
     clicks, skips = (
-        np.bincount(voter[np.unique(vote[each])], minlength=len(first)) for each in (is_clicked, is_skipped)
+        np.bincount(voter[np.unique(vote[mask])], minlength=len(first)) for mask in (is_clicked, is_skipped)
     )
-    relevance, estimated = (np.minimum(1, each / looks) for each in (certain, found))
+    relevance, estimate = (np.minimum(1, count / looks) for count in (certain, total))
     text, enough = seen.text[first], clicks >= min_clients
     best = np.zeros(int(text.max(initial=-1)) + 1)
     np.maximum.at(best, text[enough], relevance[enough])
     best = best[text]
-    share, is_wrong = relevance / np.maximum(best, 1e-9), (estimated <= _SKIPPED * best) & (best > 0)
-    columns = [text, seen.image[first], relevance, estimated, clicks, skips, share, is_wrong]
-    evidence: Evidence = np.rec.fromarrays(columns, dtype=EVIDENCE)
+    share, is_wrong = relevance / np.maximum(best, 1e-9), (estimate <= _SKIPPED * best) & (best > 0)
+    columns = [text, seen.image[first], relevance, estimate, clicks, skips, share, is_wrong]
+    evidence: Evidence = np.rec.fromarrays(columns, formats="i8,i8,f8,f8,i8,i8,f8,?", names=_EVIDENCE)
     return evidence
 
 
 def _pairs(
-    evidence: Evidence, log: _Log, artifact: IndexVersion, options: Options, report: Report
+    evidence: Evidence, log: _Log, artifact: IndexVersion, min_clients: int, report: Report
 ) -> list[dict[str, Any]]:
     """Return the training pairs as rows of an annotation file, most relevant first."""
-    clicks, skips, few = evidence.clicks, evidence.skips, f"fewer than {options.min_clients} clients"
-    enough, fits = clicks >= options.min_clients, (clicks >= options.min_clients) & (evidence.share >= _FIT)
+    clicks, skips, few = evidence.clicks, evidence.skips, f"fewer than {min_clients} clients"
+    enough, fits = clicks >= min_clients, (clicks >= min_clients) & (evidence.share >= _FIT)
     for reason, mask in (
         (f"clicked pairs with {few}", (clicks > 0) & ~enough),
         ("clicked pairs of less than two thirds of the relevance of their query's best", enough & ~fits),
-        (f"images skipped by {few}", (skips > 0) & (skips < options.min_clients) & (clicks == 0)),
+        (f"images skipped by {few}", (skips > 0) & (skips < min_clients) & (clicks == 0)),
     ):
         report.left_out[reason] += int(mask.sum())
     row_of = cache(lambda item: _row(artifact, log.items[item], report))
     wrong, rows, counts = defaultdict[int, list[str]](list), list[dict[str, Any]](), Counter[int]()
-    for each in evidence[(skips >= options.min_clients) & evidence.is_wrong]:
-        if row_of(each.image) and len(wrong[each.image]) < _MAX_NEGATIVES:
-            wrong[each.image].append(log.texts[each.text])
+    for pair in evidence[(skips >= min_clients) & evidence.is_wrong]:
+        if row_of(pair.image) and len(wrong[pair.image]) < _MAX_NEGATIVES:
+            wrong[pair.image].append(log.texts[pair.text])
     order = np.argsort(-evidence.relevance, kind="stable")
-    for each in evidence[order[fits[order]]]:
-        counts[each.image] += 1
-        if counts[each.image] > options.item_cap:
-            report.left_out[f"pairs of an item beyond its best {options.item_cap:,}"] += 1
-        elif not (row := row_of(each.image)):
+    for pair in evidence[order[fits[order]]]:
+        counts[pair.image] += 1
+        if counts[pair.image] > ITEM_CAP:
+            report.left_out[f"pairs of an item beyond its best {ITEM_CAP:,}"] += 1
+        elif not (row := row_of(pair.image)):
             report.left_out["pairs of items that are no longer in the index"] += 1
         else:
-            relevance = round(max(float(each.relevance), 1e-6), 6)
-            more = {"negatives": wrong[each.image]} if each.image in wrong else {}
-            rows.append({**row, "caption": log.texts[each.text], "relevance": relevance, **more})
+            relevance = round(max(float(pair.relevance), 1e-6), 6)
+            negatives = {"negatives": wrong[pair.image]} if pair.image in wrong else {}
+            rows.append({**row, "caption": log.texts[pair.text], "relevance": relevance, **negatives})
     report.pairs, used = len(rows), {row["id"] for row in rows}
-    report.negatives = sum(map(len, wrong.values()))
     for item, texts in wrong.items():
-        if (row := row_of(item))["id"] in used:
-            continue
-        if row["caption"]:
+        if (row := row_of(item))["id"] not in used and row["caption"]:
             rows.append({**row, "negatives": texts})
-        else:
-            report.left_out["hard negatives of images without a caption"] += len(texts)
-            report.negatives -= len(texts)
+    report.negatives = sum({row["id"]: len(row.get("negatives", ())) for row in rows}.values())
     report.without_image = sum("image" not in row for row in rows)
     return rows
 
 
-def _row(artifact: IndexVersion, item: str, report: Report) -> dict[str, Any]:
+def _row(artifact: IndexVersion, item_id: str, report: Report) -> dict[str, Any]:
     """Return an item as a row of an annotation file, with its image if that is a local file; {} if it is gone."""
-    if (place := artifact.row_of(item)) is None:
+    if (number := artifact.row_of(item_id)) is None:
         return {}
-    found, (location, offset) = artifact.item(place), artifact.image_location(place)
-    row = {"id": found.id, "caption": found.caption, "category": found.category}
+    item, (location, offset) = artifact.item(number), artifact.image_location(number)
+    row = {"id": item.id, "caption": item.caption, "category": item.category}
     if not os.path.isabs(location):  # noqa: PTH117  a URL
         return row
     if offset >= 0:
@@ -298,24 +332,19 @@ def _members(tar: Path) -> dict[int, str]:
     return {span.offset: name for name, span in index_tar(tar).items()}
 
 
-def _judged(evidence: Evidence, log: _Log, options: Options, report: Report) -> list[tuple[str, str, int, str, int]]:
+def _judged(
+    evidence: Evidence, log: _Log, min_clients: int, judges: Collection[str], report: Report
+) -> list[tuple[str, str, int, str, int]]:
     """Return (text, item id, grade 0 to 3, source, clients). Judgements by hand come before clicks."""
     clients = evidence.clicks + evidence.skips
-    grades = np.where(evidence.clicks >= options.min_clients, np.ceil(3 * np.minimum(evidence.share, 1)), 0)
-    counts = (clients >= options.min_clients) & ((grades > 0) | evidence.is_wrong)
-    columns = (each[counts].astype(int).tolist() for each in (evidence.text, evidence.image, grades, clients))
-    found = {(text, item): (grade, "clicks", number) for text, item, grade, number in zip(*columns, strict=True)}
+    grades = np.where(evidence.clicks >= min_clients, np.ceil(3 * np.minimum(evidence.share, 1)), 0)
+    counts = (clients >= min_clients) & ((grades > 0) | evidence.is_wrong)
+    columns = (values[counts].astype(int).tolist() for values in (evidence.text, evidence.image, grades, clients))
+    judged = {(text, item): (grade, "clicks", number) for text, item, grade, number in zip(*columns, strict=True)}
     for key, by_client in log.ratings.items():
-        trusted = [rating for client, rating in by_client.items() if client in options.judges]
-        if trusted or len(by_client) >= options.min_clients:
-            found[key] = int(np.median(trusted or [*by_client.values()])), "judge", len(trusted or by_client)
+        trusted = [rating for client, rating in by_client.items() if client in judges]
+        if trusted or len(by_client) >= min_clients:
+            judged[key] = int(np.median(trusted or [*by_client.values()])), "judge", len(trusted or by_client)
         else:
-            report.left_out[f"pairs judged by fewer than {options.min_clients} clients"] += 1
-    return [(log.texts[text], log.items[item], *rest) for (text, item), rest in sorted(found.items())]
-
-
-def _write_judged(out: Path, judged: list[tuple[str, str, int, str, int]]) -> None:
-    numbers = {text: f"q{number}" for number, text in enumerate(dict.fromkeys(each[0] for each in judged), 1)}
-    header = ("query_id", "query", "item_id", "grade", "source", "clients")
-    content = csv_text(header, *((numbers[row[0]], *row) for row in judged))
-    write_bytes(out / "judgements.csv", content.encode())
+            report.left_out[f"pairs judged by fewer than {min_clients} clients"] += 1
+    return [(log.texts[text], log.items[item], *rest) for (text, item), rest in sorted(judged.items())]

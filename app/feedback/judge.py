@@ -23,11 +23,11 @@ DEPTH = 10
 
 @dataclass(frozen=True)
 class Run:
-    """The first results of each query. found: ids of items by the query's id. missing: listed ids not in the index."""
+    """The first results of each query. results: ids of items, by the query's. missing: listed ids not in the index."""
 
     name: str
     judged: JudgedList
-    found: dict[str, list[str]]
+    results: dict[str, list[str]]
     missing: list[str]
 
     @classmethod
@@ -36,57 +36,55 @@ class Run:
         for query_id, text in judged.texts.items():
             if not normalize(text):
                 raise DataError(f"the query {query_id!r} has no words that can be searched; correct or remove it")
-        items = {item for graded in judged.grades.values() for item in graded}
-        missing = sorted(item for item in items if index.snapshot.artifact.row_of(item) is None)
-        if len(missing) == len(items):
+        listed = {item for grades in judged.grades.values() for item in grades}
+        missing = sorted(item for item in listed if index.snapshot.artifact.row_of(item) is None)
+        if len(missing) == len(listed):
             hint = "item_id is the id of a search result"
             raise DataError(f"no item of the list is in {name}: {shorten(missing)}; {hint}")
-        results = index.search_each([*judged.texts.values()], k=DEPTH, hybrid=hybrid)
-        shown = tqdm(results, name, total=len(judged.texts), unit="query", disable=None, leave=False)
-        found = [[result["id"] for result in body["results"]] for body in shown]
-        return cls(name, judged, dict(zip(judged.texts, found, strict=True)), missing)
+        bodies = index.search_each([*judged.texts.values()], k=DEPTH, hybrid=hybrid)
+        shown = tqdm(bodies, name, total=len(judged.texts), unit="query", disable=None, leave=False)
+        results = [[result["id"] for result in body["results"]] for body in shown]
+        return cls(name, judged, dict(zip(judged.texts, results, strict=True)), missing)
 
     @property
     def rows(self) -> list[tuple[str, int, str, int | None]]:
         """Each result: query id, rank, item id, and its grade, None without a judgement."""
         return [
             (query_id, rank, item, self.judged.grades[query_id].get(item))
-            for query_id, items in self.found.items()
+            for query_id, items in self.results.items()
             for rank, item in enumerate(items, 1)
         ]
 
     def measures(self) -> dict[str, np.ndarray]:
         """Return each measure of each query, in percent."""
-        grades, places = np.zeros((len(self.found), DEPTH), np.int64), {each: at for at, each in enumerate(self.found)}
+        grades, numbers = np.zeros((len(self.results), DEPTH), np.int64), {key: n for n, key in enumerate(self.results)}
         for query_id, rank, _, grade in self.rows:
-            grades[places[query_id], rank - 1] = grade or 0
+            grades[numbers[query_id], rank - 1] = grade or 0
         return graded_measures(grades, [np.array([*graded.values()]) for graded in self.judged.grades.values()])
 
 
 def describe(runs: Sequence[Run]) -> str:
     """Return the measures of one run, or of two and their difference, what is not judged, and a closing sentence."""
     judged, measures = runs[0].judged, [run.measures() for run in runs]
-    names, values = [run.name for run in runs], [np.stack([*each.values()]) / 100 for each in measures]  # [3, Q]
+    names, values = [run.name for run in runs], [np.stack([*part.values()]) / 100 for part in measures]  # [3, Q]
     labels = np.array([judged.classes.get(query_id, "") for query_id in judged.texts])
     groups = {"all": np.ones(len(labels), bool)} | {label: labels == label for label in sorted({*labels} - {""})}
     rows, compared = [["queries", "index", *measures[0]], ["---"] * 5], list[Comparison]()
-    for label, chosen in groups.items():
-        counts = np.ones((len(measures[0]), np.count_nonzero(chosen)))
-        sides = [Scores(counts, each[:, chosen], [*measures[0]]) for each in values]
-        compared.append(found := Comparison.of(sides[0], sides[-1]))
-        figures = (names[0], found.model, ""), (names[-1], found.baseline, ""), ("difference", found.difference, "+")
-        for name, estimates, sign in figures[: 2 * len(runs) - 1]:
-            cells = [f"{each:{sign}}" for each in estimates.values()]
-            rows.append([f"{label}, {found.queries:,}", name, *cells])
+    for label, mask in groups.items():
+        counts = np.ones((len(measures[0]), np.count_nonzero(mask)))
+        sides = [Scores(counts, part[:, mask], [*measures[0]]) for part in values]
+        compared.append(comparison := Comparison.of(sides[0], sides[-1]))
+        figures = [(names[0], comparison.model, "")]
+        if len(runs) > 1:
+            figures += (names[1], comparison.baseline, ""), ("difference", comparison.difference, "+")
+        for name, estimates, sign in figures:
+            cells = [f"{estimate:{sign}}" for estimate in estimates.values()]
+            rows.append([f"{label}, {comparison.queries:,}", name, *cells])
     lines = [f"| {' | '.join(cell.replace('|', '/') for cell in row)} |" for row in rows]
-    unjudged = dict[str, None]()  # of both, each once
     for run in runs:
-        unknown = [f"{item} for {judged.texts[query_id]!r}" for query_id, _, item, grade in run.rows if grade is None]
-        unjudged |= dict.fromkeys(unknown)
+        unjudged = [f"{item} for {judged.texts[query_id]!r}" for query_id, _, item, grade in run.rows if grade is None]
         missing = f"; {len(run.missing):,} listed items not in it, {shorten(run.missing)}" if run.missing else ""
-        lines.append(f"{run.name}: {len(unknown):,} of {len(run.rows):,} results not judged{missing}")
-    if unjudged:
-        lines.append(f"not judged, counted as 0: {shorten([*unjudged])}")
+        lines.append(f"{run.name}: {len(unjudged):,} of {len(run.rows):,} results not judged, counted as 0{missing}")
     return "\n".join([*lines, _conclude(names, compared[0])])
 
 
@@ -104,5 +102,5 @@ def _conclude(names: Sequence[str], compared: Comparison) -> str:
 
 def runs_csv(runs: Sequence[Run]) -> str:
     """Return the results of all runs with their grades."""
-    cells = [(q, run.judged.texts[q], run.name, *rest) for run in runs for q, *rest in run.rows]
+    cells = [(query_id, run.judged.texts[query_id], run.name, *rest) for run in runs for query_id, *rest in run.rows]
     return csv_text(["query_id", "query", "index", "rank", "item_id", "grade"], *cells)

@@ -1,9 +1,11 @@
-"""The log of a running service: it names searches, accepts events, and stores both beside the event loop.
+"""The feedback log: searches and events in SQLite, which a running service stores beside the event loop.
 
-- A query id is its time, a random number, and a keyed hash over them and the name of the API key, so any process of the
-  service recognizes its caller, before and after a restart. Without API keys, whoever got the response knows its id.
+FOLDER/key            secret of the service: signs query ids
+FOLDER/<host>.sqlite  what the processes of a host have noted; readers take the files of all hosts
+
+- A query id is its time in hexadecimal digits, a random number, and a keyed hash over them and the name of the API key:
+  any process of the service recognizes its caller. Without API keys, whoever got the response knows its id.
 - A search waits for nothing: its row is stored within a second, or with the next events. Accepted events are on disk.
-- Events for searches of another host are stored, and whoever reads the log compares them with what was shown.
 - If the disk is full, rows are dropped and counted, and events get 503.
 """
 
@@ -12,36 +14,135 @@ import hashlib
 import hmac
 import logging
 import os
+import secrets
+import socket
 import sqlite3
 import time
 from collections import deque
-from collections.abc import Sequence
-from contextlib import suppress
-from functools import partial
-from itertools import count
+from collections.abc import Iterator, Sequence
+from contextlib import closing, contextmanager, suppress
+from heapq import merge
+from itertools import count, groupby
+from operator import itemgetter
 from pathlib import Path
+from typing import Any, NamedTuple
 
 from prometheus_client import Counter
-from pydantic_core import to_json
+from pydantic_core import from_json, to_json
 
 from app.core.metrics import Metrics
 from app.core.settings import Settings
 from app.core.turns import ComputeThreads, stop, supervise
-from app.feedback import store
-from app.feedback.store import EventRow, Fault
 from app.search.errors import UnavailableError
 from app.search.query import Query
 from app.search.results import SearchResponse
-from dcar_core.util.errors import DcarError
+from dcar_core.util.errors import DcarError, LockedError
+from dcar_core.util.files import write_bytes
 
 logger = logging.getLogger(__name__)
 
+Fault = tuple[str, str]  # the field of an event that changes nothing, and why
+
 FLUSH_S = 1.0
 MAX_QUERIES = 20_000  # rows of searches that wait for the disk
-_PRUNED = 60  # flushes between two prunings
+_FLUSHES = 60  # between two prunings
 _CLOSE_S = 10.0  # longest wait for the disk at the end
-_MAX_AGE_S = 24 * 3600  # of a search, for events
+_BUSY_S = 5.0  # longest wait for another process
+_DAY_S = 86_400
 _START = 16  # digits of an id before its hash: 8 of the time, and 8 random ones
+_PARTS = 20  # a file that is too large loses the oldest of so many
+_TABLES = "searches", "events"
+_SCHEMA = """
+PRAGMA auto_vacuum = INCREMENTAL;
+PRAGMA journal_mode = WAL;
+PRAGMA synchronous = FULL;
+PRAGMA secure_delete = ON;
+CREATE TABLE IF NOT EXISTS searches (query_id TEXT PRIMARY KEY, row TEXT);
+CREATE TABLE IF NOT EXISTS events (
+  query_id TEXT, timestamp INTEGER, client_id TEXT, action_name TEXT, object_id TEXT, rating INTEGER,
+  PRIMARY KEY (query_id, client_id, action_name, object_id)
+) WITHOUT ROWID;
+"""
+# One statement for all rows: between statements, a thread waits for its turn beside the event loop.
+_ADD_SEARCHES = "INSERT OR IGNORE INTO searches SELECT key, value FROM json_each(?)"
+_IS_SHOWN = "SELECT :item IN (SELECT value FROM json_each(row, '$.hits')) FROM searches WHERE query_id = :query_id"
+_ADD_EVENT = """
+INSERT INTO events VALUES (:query_id, :time, :client, :action, :item, :rating) ON CONFLICT DO UPDATE
+SET rating = excluded.rating WHERE rating IS NOT excluded.rating
+"""
+
+
+class QueryRow(NamedTuple):
+    """A search that was answered; all but its id are one JSON object in its file.
+
+    time: in milliseconds. text: "" unless texts are stored, and for searches with more than words. hits: ids of the
+    results.
+    """
+
+    query_id: str
+    time: int
+    client: str | None
+    collection: str
+    text: str
+    hits: Sequence[str]
+    offset: int
+    version: int
+    nothing_fits: bool = False
+
+
+class EventRow(NamedTuple):
+    """What a client did with a result. time: in milliseconds."""
+
+    query_id: str
+    time: int
+    client: str
+    action: str
+    item: str
+    rating: int | None
+
+
+class Store:
+    """The file of this host, made unless it exists. Its methods block, and are called by one thread at a time.
+
+    Raises:
+        DcarError: the folder cannot hold it.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        key = folder / "key"
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            if not key.exists():
+                write_bytes(key, secrets.token_bytes(32), shared=True)
+                key.chmod(0o600)
+            self.secret = key.read_bytes()
+            self._database = _connect(_own_file(folder), "rwc")
+        except (OSError, sqlite3.Error) as error:
+            raise DcarError(f"{folder} cannot hold the feedback log of DCAR_FEEDBACK: {error}") from None
+
+    def close(self) -> None:
+        self._database.close()
+
+    def add(self, searches: Sequence[str], events: Sequence[EventRow | None]) -> list[Fault | None]:
+        """Store rows durably, searches as `"ID":{...}`. Return for each event why it changes nothing, if so.
+
+        None stands for an event on a search of somebody else.
+
+        Raises:
+            sqlite3.Error: nothing was stored.
+        """
+        with self._database as database:
+            if searches:
+                database.execute(_ADD_SEARCHES, (f"{{{','.join(searches)}}}",))
+            return [self._add(event) for event in events]
+
+    def _add(self, event: EventRow | None) -> Fault | None:
+        if event is None:
+            return "query_id", "is of no search of yours in the last day"
+        values = event._asdict()
+        if self._database.execute(_IS_SHOWN, values).fetchone() == (0,):  # None if another host answered the search
+            return "object_id", "was not among the results"
+        return None if self._database.execute(_ADD_EVENT, values).rowcount else ("action_name", "is known already")
 
 
 class FeedbackLog:
@@ -49,14 +150,13 @@ class FeedbackLog:
 
     def __init__(self, folder: Path, settings: Settings, metrics: Metrics) -> None:
         self.folder, self._settings, self._metrics = folder, settings, metrics
-        self._store, self._writing = store.Store(folder), ComputeThreads(1, "dcar-feedback")
+        self._store, self._writing = Store(folder), ComputeThreads(1, "dcar-feedback")
         self._searches = deque[str]()  # rows in JSON
         self._task: asyncio.Task[None] | None = None
         self._is_failing = False
-        counter = partial(Counter, registry=metrics.registry)
-        self._stored = counter("dcar_feedback_rows_total", "Rows stored in the feedback log.", ["kind"])
-        self.lost = counter("dcar_feedback_lost_total", "Rows that the feedback log could not store.", ["kind"])
-        self._ignored = counter("dcar_feedback_ignored_total", "Events that changed nothing.", ["reason"])
+        stored, lost = "Rows stored in the feedback log.", "Rows that the feedback log could not store."
+        self._stored = Counter("dcar_feedback_rows_total", stored, ["kind"], registry=metrics.registry)
+        self.lost = Counter("dcar_feedback_lost_total", lost, ["kind"], registry=metrics.registry)
 
     def start(self) -> None:
         self._task = asyncio.create_task(supervise("feedback log", self._run, self._metrics), name="dcar-feedback")
@@ -79,17 +179,13 @@ class FeedbackLog:
         if len(self._searches) == MAX_QUERIES:
             self.lost.labels("queries").inc()
             return query_id
-        text, is_hashed = query.query, not self._settings.feedback_texts
-        is_text = bool(text) and not (has_image or query.more_like or query.less_like or query.without)
-        if is_hashed and text:
-            text = hashlib.blake2b(text.encode(), key=self._store.secret, digest_size=16).hexdigest()
+        is_text = not (has_image or query.more_like or query.less_like or query.without)
         row = {
             "time": int(now * 1000),
             "client": client or None,
             "collection": collection or self._settings.default_collection,
-            "text": text,
+            "text": query.query if is_text and self._settings.feedback_texts else "",
             "hits": [result["id"] for result in body["results"]],
-            "kind": "other" if not is_text else "hash" if is_hashed else "text",
             "offset": query.offset,
             "version": body["index_version"],
             "nothing_fits": body["nothing_fits"],
@@ -102,8 +198,8 @@ class FeedbackLog:
 
     def _is_of(self, caller: str, query_id: str) -> bool:
         """Return True if the service gave this id to this caller within the last day."""
-        known = self._sign(caller, query_id[:_START]).encode()
-        return hmac.compare_digest(known, query_id.encode()) and time.time() - int(query_id[:8], 16) <= _MAX_AGE_S
+        own = self._sign(caller, query_id[:_START]).encode()
+        return hmac.compare_digest(own, query_id.encode()) and time.time() - int(query_id[:8], 16) <= _DAY_S
 
     async def accept(self, caller: str, events: Sequence[EventRow]) -> list[Fault | None]:
         """Store events durably. Return for each one why it changes nothing, if so.
@@ -115,8 +211,6 @@ class FeedbackLog:
         faults = await self._writing.run(self._write, own)
         if faults is None:
             raise UnavailableError("The events cannot be stored.", retry_after_s=10)
-        for field, _ in filter(None, faults):
-            self._ignored.labels(field).inc()
         return faults
 
     async def flush(self) -> None:
@@ -143,12 +237,109 @@ class FeedbackLog:
         for flushes in count(1):
             await asyncio.sleep(FLUSH_S)
             await self.flush()
-            if flushes % _PRUNED == 0:
+            if flushes % _FLUSHES == 0:
                 await self._writing.run(self._prune)
 
     def _prune(self) -> None:
         try:
-            if removed := store.prune(self.folder, self._settings.feedback_days, self._settings.feedback_bytes):
+            if removed := prune(self.folder, self._settings.feedback_days, self._settings.feedback_bytes):
                 logger.info("removed %d rows of the feedback log, by DCAR_FEEDBACK_DAYS or _BYTES", removed)
         except (OSError, DcarError) as error:
             logger.warning("the feedback log cannot be pruned: %s", error)
+
+
+def _connect(file: Path, mode: str) -> sqlite3.Connection:
+    uri = f"{file.absolute().as_uri()}?mode={mode}"
+    database = sqlite3.connect(uri, _BUSY_S, isolation_level="IMMEDIATE", check_same_thread=False, uri=True)
+    if mode != "ro":
+        database.executescript(_SCHEMA)
+    return database
+
+
+@contextmanager
+def _opened(file: Path, mode: str) -> Iterator[sqlite3.Connection]:
+    """Open a file that other processes may write. Raise DcarError if it cannot be used."""
+    try:
+        with closing(_connect(file, mode)) as database:
+            yield database
+    except sqlite3.Error as error:
+        raise DcarError(f"{file} cannot be used; remove it if it is damaged: {error}") from None
+
+
+def _files(folder: Path) -> list[Path]:
+    if not (files := sorted(folder.glob("*.sqlite"))):
+        raise DcarError(f"{folder} holds no feedback log; give the directory that DCAR_FEEDBACK names, by --log")
+    return files
+
+
+def _own_file(folder: Path) -> Path:
+    return folder / f"{socket.gethostname()}.sqlite"
+
+
+def _id_at(seconds: float) -> str:
+    return f"{int(seconds):08x}"
+
+
+def _rows(file: Path, table: str, since: float) -> Iterator[tuple[Any, ...]]:
+    with _opened(file, "ro") as database:
+        yield from database.execute(f"SELECT * FROM {table} WHERE query_id >= ? ORDER BY query_id", (_id_at(since),))
+
+
+def read_log(folder: Path, since: float = 0) -> Iterator[tuple[QueryRow | None, list[EventRow]]]:
+    """Yield searches since a time in seconds, in their order, with their events; None for a search not in the log.
+
+    Raises:
+        DcarError: the folder holds no log, or a file cannot be read.
+    """
+    tables = [_rows(file, table, since) for table in _TABLES for file in _files(folder)]
+    for query_id, group in groupby(merge(*tables, key=itemgetter(0)), itemgetter(0)):
+        rows = [*group]
+        query = QueryRow(query_id, **from_json(rows.pop(0)[1])) if len(rows[0]) == 2 else None
+        yield query, sorted((EventRow(*row) for row in rows), key=itemgetter(1))
+
+
+def prune(folder: Path, days: int, max_bytes: int) -> int:
+    """Remove rows older than so many days, and the oldest ones of a log that is too large; return their number.
+
+    Other hosts' files are left alone until nobody has written them for a day: SQLite's locks are those of one host.
+    """
+    removed, now = 0, time.time()
+    is_large = sum(path.stat().st_size for path in folder.glob("*.sqlite*")) > max_bytes
+    part = f"SELECT query_id FROM searches ORDER BY 1 LIMIT 1 OFFSET (SELECT 1 + count(*) / {_PARTS} FROM searches)"
+    for file in _files(folder):
+        written = max(path.stat().st_mtime for path in folder.glob(f"{file.name}*"))
+        if file != _own_file(folder) and now - written < _DAY_S:
+            continue
+        with _opened(file, "rw") as database:
+            beyond = database.execute(part).fetchone() if is_large else None
+            oldest = max(_id_at(now - days * _DAY_S), *(beyond or ("",)))
+            with database:
+                deletions = [database.execute(f"DELETE FROM {name} WHERE query_id < ?", (oldest,)) for name in _TABLES]
+            if count := sum(deletion.rowcount for deletion in deletions):
+                _shrink(database)
+            removed += count
+    return removed
+
+
+def forget(folder: Path, client: str) -> tuple[int, int]:
+    """Remove the events of a client, and the searches that it made or alone acted on; return their numbers."""
+    events, searches, files = 0, 0, _files(folder)
+    theirs = [
+        (query.query_id,)
+        for query, acts in read_log(folder)
+        if query is not None and (query.client == client or {event.client for event in acts} == {client})
+    ]
+    for file in files:
+        with _opened(file, "rw") as database:
+            with database:
+                events += database.execute("DELETE FROM events WHERE client_id = ?", (client,)).rowcount
+                searches += database.executemany("DELETE FROM searches WHERE query_id = ?", theirs).rowcount
+            if not _shrink(database):
+                raise LockedError(f"rows were removed, but {folder} is being read, and keeps their bytes; try again")
+    return events, searches
+
+
+def _shrink(database: sqlite3.Connection) -> bool:
+    """Give free pages back, and empty the write-ahead log; return whether nobody was reading it."""
+    database.executescript("PRAGMA incremental_vacuum")  # `execute` would free one page
+    return not database.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchone()[0]

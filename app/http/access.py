@@ -14,7 +14,6 @@ from dataclasses import dataclass
 from typing import Literal, cast
 
 from starlette.datastructures import Headers
-from starlette.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from app.core.callers import ApiKey, RateLimiter, current_caller, is_key, key_hash, key_in
@@ -127,18 +126,6 @@ def out_of_scope() -> Problem:
 def byte_counter(scope: Scope) -> Callable[[int], None]:
     """Return what counts bytes that a request holds beside its body. It raises Problem if there are too many."""
     return cast(Callable[[int], None], scope[_COUNT_BYTES])
-
-
-class LongResponse(Response):
-    """A response of about `size` bytes that a thread makes."""
-
-    def __init__(self, make: Callable[[], Response], size: int) -> None:
-        super().__init__()
-        self._make, self._size = make, size
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        byte_counter(scope)(self._size)
-        await (await asyncio.to_thread(self._make))(scope, receive, send)
 
 
 class BodyLimit:

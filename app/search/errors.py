@@ -1,7 +1,7 @@
 """Errors of the search engine.
 
 - Each error carries its facts as attributes; `str(error)` is one sentence for the caller.
-- The engine knows nothing of HTTP: `app.api.error_handlers` maps each class to a response.
+- The engine knows nothing of HTTP: `app.api.responses` maps each class to a response.
 """
 
 import re

@@ -21,16 +21,15 @@ from app.core.settings import Settings
 from app.core.turns import FairThreads, run_in_new_thread
 from app.search.errors import BatchQueryError, ImageUnavailableError, SearchError, UnavailableError
 from app.search.pair_scoring import Compute
-from app.search.query import MAX_TEXT_BYTES, Query, make_plan, query_vector, require_sortable, row_of
+from app.search.query import MAX_TEXT_BYTES, Query, make_plan, query_vector, row_of
 from app.search.results import Page, answer, cached_page
-from app.search.snapshots import Recent, Snapshot, list_rows, mask_key
+from app.search.snapshots import Recent, Snapshot, mask_key
 from app.service.encoding import QueryEncoder
 from dcar_core.images import sniff_format
 from dcar_core.images.decoding import ThumbnailFormat, make_thumbnail
 from dcar_core.util.arrays import Floats, Pixels
 from dcar_core.util.errors import ArtifactError, ImageError, ImageFault
 from dcar_core.util.machine import available_cores
-from index_jobs.index.index_version import Item
 
 T = TypeVar("T")
 Place = Literal["search", "filter"]  # kinds of blocking work
@@ -155,22 +154,6 @@ class Retriever:
                 return_exceptions=True,
             )
         return [vector for vector, _ in _all_or_error(outcomes)]
-
-    async def items(
-        self, snapshot: Snapshot, filter: dict[str, Any] | None, offset: int, count: int, sort: str, group_by: str
-    ) -> tuple[int, list[Item]]:
-        """Return the number of items that fulfil a filter, the first one of each group, and a page of them."""
-        if not snapshot.artifact.rows:
-            return 0, []
-        if sort:
-            require_sortable(snapshot, sort)
-
-        def list_items() -> tuple[int, list[Item]]:
-            rows = list_rows(snapshot, filter, sort, group_by)
-            return len(rows), [snapshot.artifact.item(int(row)) for row in rows[offset : offset + count]]
-
-        async with self._admitted():
-            return await self.run("filter" if sort or filter else "search", list_items)
 
     async def image(
         self, snapshot: Snapshot, item_id: str, side: int | None, thumbnail_format: ThumbnailFormat

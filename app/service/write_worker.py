@@ -119,10 +119,6 @@ class WriteWorker:
     def _named(self, collections: Sequence[str]) -> list[tuple[str, ServedIndex]]:
         return [(name, self._collections[name]) for name in collections]  # one may be dropped during the next call
 
-    async def has_put(self, collection: str, item_id: str) -> bool:
-        """Return True if a waiting job of a collection puts this item."""
-        return await self._disk.run(JobQueue(self._collections[collection].index).has_put, item_id)
-
     async def _shown(self, name: str, served: ServedIndex, status: dict[str, Any]) -> dict[str, Any]:
         """Return the status of a job as callers see it. The items of one that is done are found from then on."""
         if (served.live.version if served.live else 0) < (status.get("index_version") or 0):

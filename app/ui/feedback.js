@@ -27,9 +27,9 @@ function see(card) {
   watched.delete(card);
 }
 
-// Gives the results of a response what events need. start: number of the results before them.
-export function nameResults({ query_id, results }, start = 0) {
-  if (query_id) results.forEach((result, i) => Object.assign(result, { query_id, position: start + i + 1 }));
+// Gives the results of a response what events need.
+export function nameResults({ query_id, results }) {
+  if (query_id) for (const result of results) result.query_id = query_id;
 }
 
 // Reports when a card is seen or opened.
@@ -40,8 +40,8 @@ export function watch(card, result) {
   card.querySelector(".open").addEventListener("click", () => report(result, "click"));
 }
 
-export function report({ query_id, id, position }, action_name, more = {}) {
-  waiting.push({ query_id, client_id: clientId(), action_name, object_id: id, position, timestamp: new Date().toISOString(), ...more });
+export function report({ query_id, id }, action_name, more = {}) {
+  waiting.push({ query_id, client_id: clientId(), action_name, object_id: id, ...more });
   sending ??= setTimeout(send, SEND_MS);
 }
 

@@ -114,7 +114,7 @@ function drawVersions(versions) {
 }
 
 function draw(found) {
-  const { days, positions, versions, worst, unmet, every, has_hashes } = found;
+  const { days, positions, versions, worst, unmet, has_texts } = found;
   const sums = ["searches", "clicked", "nothing"].map((name) => days.reduce((sum, day) => sum + day[name], 0));
   const [searches, clicked, nothing] = sums;
   const totals = [["Searches", number(searches)], ["With a click", percent(share(clicked, searches))], ["Nothing fits", percent(share(nothing, searches))]];
@@ -124,13 +124,12 @@ function draw(found) {
   drawQueries($("worst"), worst);
   drawQueries($("unmet"), unmet);
   drawVersions(versions);
-  $("no-texts").hidden = !has_hashes;
+  $("no-texts").hidden = has_texts;
   $("where").hidden = found.collections.length < 2;
   $("collection").replaceChildren(...found.collections.map((name) => new Option(name, name, false, name === found.collection)));
   const notes = [`The last ${days.length === 1 ? "day" : `${days.length} days`} with searches of ${found.collection}.`];
   if (!days.length) notes.splice(0, 1, "No search has been logged yet.");
   if (searches && !clicked) notes.push("No click has been reported: send them to POST /feedback.");
-  if (every > 1) notes.push(`Estimated from every ${every}th search.`);
   $("status").textContent = notes.join(" ");
   $("insights").hidden = false;
 }

@@ -132,7 +132,7 @@ function showNothing(lead, why) {
 
 function append(found) {
   const { wanted } = list;
-  nameResults(found, list.results.length);
+  nameResults(found);
   list.results.push(...found.results);
   list.next = wanted.beside && hasSubject(wanted) ? undefined : found.next_offset;
   const weak = found.results.map((result) => isWeak(result, found)), end = weak.lastIndexOf(false) + 1;

@@ -175,14 +175,6 @@ class JobQueue:
             ids |= new
         return batch
 
-    def has_put(self, item_id: str) -> bool:
-        """Return True if a waiting job puts this item."""
-        return item_id in self._of_waiting_puts("id")
-
-    def _of_waiting_puts(self, field: str) -> set[str]:
-        query = "SELECT json_extract(value, ?) FROM jobs, json_each(body, '$.items')"
-        return {value for (value,) in self._read(f"{query} WHERE ended IS NULL AND kind = 'put'", f"$.{field}")}
-
     def status(self, job: str) -> dict[str, Any] | None:
         """Return `id`, `kind`, `items`, `accepted`, `status` and what else is known of a job; None if there is none."""
         return next(iter(self._statuses("id = ?", job)), None)
@@ -246,7 +238,8 @@ class JobQueue:
             return
         with self._database() as database:
             database.execute("BEGIN IMMEDIATE")
-            kept |= self._of_waiting_puts("image")
+            query = "SELECT json_extract(value, '$.image') FROM jobs, json_each(body, '$.items')"
+            kept |= {image for (image,) in self._read(f"{query} WHERE ended IS NULL AND kind = 'put'")}
             for path in self.images.iterdir():
                 if f"{IMAGES}/{path.name}" not in kept and path != mark and now - path.stat().st_mtime >= older_s:
                     path.unlink()

@@ -6,7 +6,6 @@ import signal
 import sqlite3
 import time
 from contextlib import closing
-from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +13,7 @@ import httpx
 import pytest
 
 from app.core.settings import load_settings
-from app.feedback.store import EventRow, QueryRow, Store, forget, prune, read_log
+from app.feedback.log import EventRow, QueryRow, Store, forget, prune, read_log
 from dcar_core.util.errors import DcarError
 from tests.support.commands import Command
 from tests.support.feedback_log import write_log
@@ -65,40 +64,34 @@ async def test_nothing_is_written_while_it_is_off(index: Path) -> None:
     assert sorted(index.rglob("*")) == before
 
 
-async def test_searches_are_named_and_stored_with_their_events(index: Path, gallery: Path) -> None:
-    an_hour_ago = datetime.now(UTC).replace(microsecond=0) - timedelta(hours=1)
+async def test_searches_are_named_and_stored_with_their_events(index: Path) -> None:
     async with opened(index, feedback=True, feedback_texts=True) as client:
         query_id, items = await searched(client, headers={"X-Client-ID": 'a"b'})
         image = await client.post("/search/image", files={"file": ("a.png", png("red"))}, data={"query": "red"})
         batch = await client.post("/search/batch", json={"queries": [WORDS, {"query": "blue", "k": 2, "offset": 2}]})
         headers = {b"X-Client-ID": "Zoë".encode()}
         similar = await client.get(f"/items/{'circle%2Fred.png'}/similar", headers=headers)
-        ids = [query_id, *(each["query_id"] for each in (image.json(), *batch.json()["answers"], similar.json()))]
+        ids = [query_id, *(body["query_id"] for body in (image.json(), *batch.json()["answers"], similar.json()))]
         assert len(set(ids)) == 5
         assert await send(
             client,
-            event(query_id, items[0], "shown", timestamp="0001-01-01T00:00:00Z"),
-            event(query_id, items[1], position=9000, timestamp=an_hour_ago.isoformat()),
-            event(query_id, items[1], "judged", rating=3),
-            event(ids[3], batch.json()["answers"][1]["results"][0]["id"], "bought"),
+            event(query_id, items[0], "impression"),
+            event(query_id, items[1], position=9000, timestamp="2026-01-01T00:00:00Z"),
+            event(query_id, items[1], "judge", rating=3),
+            event(ids[3], batch.json()["answers"][1]["results"][0]["id"], "purchase"),
         ) == {"accepted": 4, "ignored": []}
-        text = json.dumps({"events": [event(query_id, items[2], "saved")]})
+        text = json.dumps({"events": [event(query_id, items[2], "save")]})
         beacon = await client.post("/feedback", content=text, headers={"Content-Type": "text/plain;charset=UTF-8"})
         assert beacon.json() == {"accepted": 1, "ignored": []}
         assert (await scrape(client))["dcar_feedback_rows_total", (("kind", "events"),)] == 5
     queries, events = stored(index / "feedback")
-    rows = [queries[each] for each in ids]
-    assert [(row.text, row.kind) for row in rows] == [
-        ("red", "text"), ("red", "other"), ("red", "text"), ("blue", "text"), ("", "other")
-    ]  # fmt: skip
+    rows = [queries[query_id] for query_id in ids]
+    assert [row.text for row in rows] == ["red", "", "red", "blue", ""]
     assert (rows[0].hits, rows[3].offset, rows[0].version) == (items, 2, 1)
     assert {row.collection for row in rows} == {"index"}
     assert [row.client for row in rows] == ['a"b', *[None] * 4], "a name that events could not have is none"
-    times = {each.action: datetime.fromtimestamp(each.time / 1000, UTC) for each in events}
-    assert {*times} == {"impression", "click", "judge", "purchase", "save"}
-    assert times["impression"] > an_hour_ago, "an absurd time is the present"
-    assert times["click"] == an_hour_ago
-    assert {each.action: each.rating for each in events}["judge"] == 3
+    ratings = {row.action: row.rating for row in events}
+    assert ratings == {"impression": None, "click": None, "judge": 3, "purchase": None, "save": None}
 
 
 GOOD = event("a" * 32, "b")
@@ -111,8 +104,7 @@ BAD: list[tuple[Any, int, str]] = [
         ({"events": [GOOD, GOOD | {field: value}]}, 422, f"events.1.{field}")
         for field, values in {
             "query_id": ("", "x" * 101, 1), "client_id": ("x" * 101, "a b", "é", "a\n", None), "rating": (0,),
-            "action_name": ("delete", ["click"]), "object_id": ("", "x" * 1025), "position": (0, 10_001, "1", True),
-            "timestamp": ("yesterday", [], "9999999999999999999"), "user": ("x",),
+            "action_name": ("delete", ["click"]), "object_id": ("", "x" * 1025),
         }.items()
         for value in values
     ),
@@ -144,14 +136,7 @@ async def test_only_events_for_shown_items_of_own_searches_change_something(inde
         assert (await send(client, click, **bob))["accepted"] == 0
         assert (await send(client, click, judged, judged, **alice))["accepted"] == 1, "the others are known"
         assert (await send(client, judged | {"rating": 0}, **alice))["accepted"] == 1, "another opinion"
-        flood = [event(query_id, items[0], client_id=f"c{number}") for number in range(1500)]
-        for start in range(0, 1500, 500):
-            await send(client, *flood[start : start + 500], **alice)
-        client.headers.update(bearer(ALICE))
-        assert (await scrape(client))["dcar_feedback_ignored_total", (("reason", "query_id"),)] > 500
-    _, events = stored(tmp_path)
-    assert len(events) == 1000, "the bound of one search"
-    assert [each.rating for each in events if each.action == "judge"] == [0]
+    assert [row.rating for row in stored(tmp_path)[1] if row.action == "judge"] == [0]
     next(tmp_path.glob("*.sqlite")).rename(tmp_path / "elsewhere.sqlite")
     async with opened(index, feedback=tmp_path, **KEYS) as client:  # on another host, for a day
         late = event(query_id, items[1], client_id="late")
@@ -162,9 +147,8 @@ async def test_only_events_for_shown_items_of_own_searches_change_something(inde
             patch.setattr("app.feedback.log.time.time", lambda: later)
             assert (await send(client, late | {"object_id": items[2]}, **alice))["accepted"] == 0
     queries, events = stored(tmp_path)
-    assert [(queries[each.query_id].hits, each.item) for each in events if each.client == "late"] == [(items, items[1])]
-    [query] = queries.values()
-    assert (query.kind, len(query.text), "red" in query.text) == ("hash", 32, False)
+    assert [(queries[row.query_id].hits, row.item) for row in events if row.client == "late"] == [(items, items[1])]
+    assert [query.text for query in queries.values()] == [""], "texts are not stored by default"
     assert not (index / "feedback").exists()
 
 
@@ -212,7 +196,7 @@ def test_the_setting_is_a_switch_or_a_directory(monkeypatch: pytest.MonkeyPatch)
 WRITER = """
 import sqlite3, sys
 from pathlib import Path
-from app.feedback.store import EventRow, Store
+from app.feedback.log import EventRow, Store
 store = Store(Path(sys.argv[1]))
 for number in range(100_000):
     name = f"{sys.argv[2]}-{number}"
@@ -248,7 +232,7 @@ NOW = int(time.time())
 
 def query(number: int, days: int = 0, client: str | None = None, hits: tuple[str, ...] = ("a", "b")) -> QueryRow:
     query_id = f"{NOW + 3600 - days * 86_400:08x}{number:08x}"
-    return QueryRow(query_id, NOW * 1000, client, "index", "red", hits, "text", 0, 1)
+    return QueryRow(query_id, NOW * 1000, client, "index", "red", hits, 0, 1)
 
 
 def click(search: QueryRow, client: str = "c1") -> EventRow:

@@ -9,8 +9,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from app.feedback.export import IMPRESSION, Impressions, Options, Report, estimate_propensities, export, weigh
-from app.feedback.store import EventRow, QueryRow
+from app.feedback.export import IMPRESSION, Impressions, Report, estimate_propensities, export, weigh
+from app.feedback.log import EventRow, QueryRow
 from dcar_core.data import Annotations
 from dcar_core.data.judgements import read_judgements
 from dcar_core.util.errors import DcarError
@@ -28,16 +28,16 @@ HITS = ["circle/red.png", "circle/blue.png", "square/red.png", "square/blue.png"
 def log_of(folder: Path, searches: dict[str, tuple[str, list[tuple[Any, ...]]]], **fields: Any) -> Path:
     """Write a log of searches: query id to the text and its events (client, action, item, rating)."""
     queries, events = list[QueryRow](), list[EventRow]()
-    for query_id, (text, given) in searches.items():
-        row = QueryRow(query_id, TIME, None, "index", text, HITS, "text", 0, 1)
+    for query_id, (text, acts) in searches.items():
+        row = QueryRow(query_id, TIME, None, "index", text, HITS, 0, 1)
         queries.append(row._replace(**fields))
-        for number, (client, action, item, *rating) in enumerate(given):
+        for number, (client, action, item, *rating) in enumerate(acts):
             events.append(EventRow(query_id, TIME + number, client, action, item, *(rating or [None])))
     return write_log(folder, queries, events)
 
 
 def exported(folder: Path, artifact: IndexVersion, out: Path, **options: Any) -> tuple[list[dict[str, Any]], Report]:
-    report = export(folder, artifact, "index", out, Options(**options))
+    report = export(folder, artifact, "index", out, **options)
     return [json.loads(line) for line in (out / "pairs.jsonl").read_text().splitlines()], report
 
 
@@ -62,30 +62,39 @@ def test_pairs_need_several_clients_and_skipped_images_become_negatives(artifact
     assert judged == {("crimson square", item): grade for item, grade in zip(HITS, (0, 0, 3), strict=False)}
     assert json.loads((tmp_path / "out" / "report.json").read_text())["left_out"] == report.left_out
     with pytest.raises(DcarError, match=r"already holds pairs\.jsonl"):
-        export(folder, artifact, "index", tmp_path / "out", Options())
+        export(folder, artifact, "index", tmp_path / "out")
 
 
 MANY = clicks("ab", *(f"text {number}" for number in range(8)))
-ODD = clicks("a", "red") | {"2": ("red", [(each, "click", HITS[3]) for each in "bxy"] + [("b", "click", "not shown")])}
-Case = tuple[dict[str, Any], dict[str, Any], dict[str, Any], int, str, int]
-CASES: list[Case] = [  # searches, their fields, options; the pairs, and what is left out
-    (clicks("abc", "red"), {"kind": "hash"}, {}, 0, "searches whose text is stored as a hash (DCAR_FEEDBACK_TEXTS)", 3),
-    (clicks("abc", "red"), {"kind": "other"}, {}, 0, "searches without words, or with more than words", 3),
-    (clicks("abc", "red", item="sold"), {"hits": ["sold"]}, {}, 0, "pairs of items that are no longer in the index", 1),
-    (ODD, {}, {}, 0, "events for items that were not shown", 1),
-    (ODD, {}, {}, 0, "events of a second client on one search", 2),
-    (ODD, {}, {}, 0, "events for searches that are not in the log, or are of another collection", 1),
-    (MANY, {}, {"item_cap": 2}, 2, "pairs of an item beyond its best 2", 1),
-    (MANY, {}, {"client_cap": 2}, 2, "searches of a client beyond its first 2", 12),
-    (MANY, {}, {}, 3, "clicks of a client on an item beyond its first 3 texts", 10),
+ODD = clicks("a", "red") | {"2": ("red", [(client, "click", HITS[3]) for client in "bxy"] + [("b", "click", "unseen")])}
+CASES: list[tuple[dict[str, Any], dict[str, Any], int, str, int]] = [  # searches, fields; pairs, and what is left out
+    (clicks("abc", "red"), {"text": ""}, 0, "searches whose text is not stored", 3),
+    (clicks("abc", "red", item="sold"), {"hits": ["sold"]}, 0, "pairs of items that are no longer in the index", 1),
+    (ODD, {}, 0, "events of other searches or clients, or for items not shown", 4),
+    (MANY, {}, 3, "clicks of a client on an item beyond its first 3 texts", 10),
 ]
 
 
 def test_what_cannot_become_a_pair_is_counted(artifact: IndexVersion, tmp_path: Path) -> None:
-    for number, (searches, fields, options, pairs, reason, count) in enumerate(CASES):
+    for number, (searches, fields, pairs, reason, count) in enumerate(CASES):
         folder = write_log(tmp_path / f"log{number}", [], [EventRow("unknown", TIME, "a", "click", HITS[4], None)])
-        rows, report = exported(log_of(folder, searches, **fields), artifact, tmp_path / f"{number}", **options)
-        assert (len(rows), report.left_out[reason]) == (pairs, count), reason
+        rows, report = exported(log_of(folder, searches, **fields), artifact, tmp_path / f"{number}")
+        counts = [left for name, left in report.left_out.items() if name.startswith(reason)]
+        assert (len(rows), counts) == (pairs, [count]), reason
+
+
+def test_searches_of_a_client_and_pairs_of_an_item_are_capped(
+    artifact: IndexVersion, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = log_of(tmp_path / "log", MANY)
+    for cap, reason, count in (
+        ("ITEM_CAP", "pairs of an item beyond its best 2", 1),
+        ("CLIENT_CAP", "searches of a client beyond its first 2", 12),
+    ):
+        with monkeypatch.context() as patch:
+            patch.setattr(f"app.feedback.export.{cap}", 2)
+            rows, report = exported(folder, artifact, tmp_path / cap)
+        assert (len(rows), report.left_out[reason]) == (2, count)
 
 
 def test_items_of_an_object_store_become_pairs_with_their_ids(
@@ -107,7 +116,7 @@ def test_judgements_by_hand_come_first(artifact: IndexVersion, tmp_path: Path) -
     rows = (tmp_path / "out" / "judgements.csv").read_text().splitlines()
     assert rows[1:] == ["q1,red,circle/red.png,0,judge,2"]
     assert report.left_out["pairs judged by fewer than 2 clients"] == 1
-    exported(folder, artifact, tmp_path / "trusted", judges=frozenset("b"))
+    exported(folder, artifact, tmp_path / "trusted", judges=["b"])
     judged = read_judgements([tmp_path / "trusted" / "judgements.csv"])
     assert judged.grades == {"q1": {"circle/red.png": 1, ODD_ID: 2}}
 
@@ -134,7 +143,7 @@ def simulate(folder: Path, items: list[str], *, sessions: int, seed: int = 0) ->
     client = np.where(is_hostile, rng.integers(5, size=sessions), 5 + rng.integers(sessions // 3, size=sessions))
     hits = np.array(items)[shown].tolist()
     queries = (
-        QueryRow(f"s{number}", TIME, None, "index", f"text {text[number]}", hits[number], "text", 0, 1)
+        QueryRow(f"s{number}", TIME, None, "index", f"text {text[number]}", hits[number], 0, 1)
         for number in range(sessions)
     )
     events = (
@@ -203,7 +212,7 @@ def test_the_commands_make_what_training_reads(gallery: Path, tiny_checkpoint: P
 
 
 def seen(*columns: Any) -> Impressions:
-    rows = np.broadcast_arrays(*columns, 1, 1)
+    rows = np.broadcast_arrays(*columns, 1)
     made: Impressions = np.rec.fromarrays(rows, dtype=IMPRESSION)
     return made
 

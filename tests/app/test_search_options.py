@@ -408,7 +408,7 @@ async def test_long_metadata_are_bounded_in_responses(built_index: Path, monkeyp
         for module in ("api.responses", "service.retriever"):
             monkeypatch.setattr(f"app.{module}.MAX_TEXT_BYTES", 500)
         assert_problem(await http.post("/search/text", json=query), 422, "k")
-        assert_problem(await http.post("/search/batch", json=batch), 422, "queries")
+        assert_problem(await http.post("/search/batch", json=batch), 422, "k")
         assert_problem(await http.get("/items", params={"k": 20}), 422, "k")
         assert (await http.post("/search/text", json=query | {"k": 2})).json()["results"] == whole[:2]
 

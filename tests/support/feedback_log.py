@@ -4,7 +4,7 @@ import json
 from collections.abc import Iterable
 from pathlib import Path
 
-from app.feedback.store import EventRow, QueryRow, Store
+from app.feedback.log import EventRow, QueryRow, Store
 
 
 def write_log(folder: Path, queries: Iterable[QueryRow], events: Iterable[EventRow] = ()) -> Path:

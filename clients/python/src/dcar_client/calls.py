@@ -63,8 +63,6 @@ class NewEvent(TypedDict, total=False):
     client_id: Required[str]
     action_name: Required[str]
     object_id: Required[str]
-    position: int
-    timestamp: str
     rating: int
 
 

@@ -249,9 +249,8 @@ class JobResponse(Model):
     items: number of items in the request, or that its filter matched then. accepted, ended: UTC, ISO 8601.
     index_version: a version that has all changes of the job. failed: items that could not be put; all others were.
     progress: encoded images, of all in its batch. reason: why the job failed, or why it waits.
-    new_fields: metadata fields of the request that no item had. dropped_fields: fields that an item had and its
-    replacement lacks; up to 20 of each. changed: items whose fields a patch has changed. unknown: ids of a patch that
-    the index lacks, the first 100.
+    new_fields: metadata fields of the request that no item had, up to 20. changed: items whose fields a patch has
+    changed. unknown: ids of a patch that the index lacks, the first 100.
     """
 
     id: str
@@ -266,7 +265,6 @@ class JobResponse(Model):
     failed: List[JobFailure] | None = None
     reason: str | None = None
     new_fields: List[str] | None = None
-    dropped_fields: List[str] | None = None
     changed: int | None = None
     unknown: List[str] | None = None
 
