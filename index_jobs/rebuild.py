@@ -20,20 +20,6 @@ if TYPE_CHECKING:
     from index_jobs.gallery.scan import Gallery
     from index_jobs.jobs.build import RebuildSummary
 
-EXAMPLE = "dcar index build --gallery photos --checkpoint checkpoint --out index"
-EXIT_CODES = """\n\n\b
-Exit codes:
-  0    published, or nothing had changed ("reused": true in the JSON summary)
-  1    the output cannot be written, an index or shard is corrupted, or another failure
-  2    wrong usage
-  3    the gallery cannot be used, or too many of its images are broken
-  4    the checkpoint, its model or the served version's model cannot be loaded
-  5    another job is writing to the same index
-  6    not published: the new index ranks worse than the served one
-  7    not published: too many images of the served index are gone from the gallery
-  130  interrupted; run the same command again to resume
-"""
-
 
 @with_options(BuildOptions)
 @with_options(IndexSpec)
@@ -61,7 +47,8 @@ def build_command(
     """Encode a gallery with a checkpoint, build an index, verify it and publish it as the current version.
 
     Running services load the new version by themselves. An interrupted build resumes when the same command is run
-    again; an unchanged gallery and checkpoint finish at once. The summary goes to stdout, progress to stderr.
+    again; an unchanged gallery and checkpoint finish at once. The summary goes to stdout, progress to stderr. Exit
+    codes: docs/reference/exit-codes.md.
     """
     show_progress(quiet=quiet)
     summary = rebuild(galleries, checkpoint, out, progress=not quiet, **options)
@@ -78,7 +65,8 @@ def rebuild(
 
 
 def add_build_command(group: typer.Typer) -> None:
-    command(group, "build", EXAMPLE, epilog=EXIT_CODES)(build_command)
+    example = "dcar index build --gallery photos --checkpoint checkpoint --out index"
+    command(group, "build", example)(build_command)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -125,11 +125,6 @@ class BuildOptions:
         'served one and calibrate `min_score: "auto"`. Default: compare by the gallery\'s captions.',
         metavar="DATA",
     )
-    judgements: Path | None = option(
-        None,
-        "Table of judgements as for `dcar judge`; the new index is also compared by its nDCG at 10.",
-        metavar="FILE",
-    )
     margin: float = option(0.02, "Recall at 1 or 10, or nDCG, that the new index may lose and still pass.", **_SHARE)
     force: bool = option(
         False,

@@ -99,7 +99,7 @@ def train(
 
 
 @command(app, "retrain", "dcar retrain --index index --pairs pairs", "dcar index rollback index")
-@with_options(BuildOptions, "validation", "judgements", "margin")
+@with_options(BuildOptions, "validation", "margin")
 def retrain(
     *,
     index: Path = options.INDEX,

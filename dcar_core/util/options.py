@@ -44,10 +44,9 @@ def with_options(options: type, *names: str) -> Callable[[Function], Function]:
     return declare
 
 
-def command(group: "typer.Typer", name: str, *examples: str, epilog: str = "") -> Callable[[Function], Function]:
+def command(group: "typer.Typer", name: str, *examples: str) -> Callable[[Function], Function]:
     """Return a decorator that adds a function to a group of commands. examples: command lines below the help."""
-    if examples:
-        epilog = "\n  ".join([f"\b\nExample{'s' * (len(examples) > 1)}:", *examples]) + epilog
+    epilog = "\n  ".join([f"\b\nExample{'s' * (len(examples) > 1)}:", *examples]) if examples else ""
 
     def add(function: Function) -> Function:
         group.command(name, help=inspect.getdoc(function), epilog=epilog)(for_typer(function))

@@ -17,7 +17,7 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
-from itertools import chain, count, islice
+from itertools import islice
 from pathlib import Path, PurePosixPath
 from typing import Any, NamedTuple
 
@@ -97,7 +97,7 @@ class Gallery:
     """A scanned gallery, or several as one.
 
     location: of the gallery, or of several with commas between them. root: the base of relative image locations. roots:
-    the folders or URLs that hold the absolute image locations of further galleries.
+    those of several galleries, whose image locations are absolute.
     """
 
     location: str
@@ -135,37 +135,30 @@ def scan(gallery: str | Path | Sequence[str]) -> Gallery:
         name, location = (match[1], _absolute(match[2])) if match else ("", _absolute(text))
         if location in locations:
             raise DataError(f"the gallery {location} is given twice")
-        name = name or (_own_name(location, tables) if tables else "")
+        if tables and not name:
+            name = re.sub(r"[^\w.-]+", "-", PurePosixPath(location.rstrip("/").partition("?")[0]).stem) or "gallery"
         if name and name in names:
-            raise DataError(f"the name {name} is given twice; choose another")
+            raise DataError(f"the name {name} is given twice; choose another, as in NAME=LOCATION")
         root, table = _scan_one(location, name)
         names.append(name)
         locations.append(f"{name}={location}" if name else location)
         roots.append(root)
         tables.append(table)
-    is_mixed = len({is_url(root) for root in roots}) > 1  # paths and URLs have no common root
-    first = 0 if is_mixed else 1
-    absolute = [absolute_locations(table, root) for table, root in zip(tables[first:], roots[first:], strict=True)]
-    table = pa.concat_tables([*tables[:first], *absolute])
+    root, *others = roots
+    if others:
+        root, tables = "", [absolute_locations(table, root) for table, root in zip(tables, roots, strict=True)]
+    table = pa.concat_tables(tables)
     _require_unique_ids(table)
     _require_addressable_ids(table)
-    root = "" if is_mixed else roots[0]
     vectors = _signature(table, _VECTOR_COLUMNS, root if is_url(root) else "")
-    return Gallery(", ".join(locations), root, table, vectors, _signature(table, SCHEMA.names), tuple(roots[first:]))
+    content = _signature(table, SCHEMA.names)
+    return Gallery(", ".join(locations), root, table, vectors, content, tuple(roots if others else ()))
 
 
 def absolute_locations(table: pa.Table, root: str) -> pa.Table:
     """Return a gallery's table with absolute locations, so that items of several galleries fit in one table."""
     absolute = [[join_location(root, location) for location in chunk.to_pylist()] for chunk in table["location"].chunks]
     return table.set_column(_LOCATION, SCHEMA.field(_LOCATION), pa.chunked_array(absolute, pa.string()))
-
-
-def _own_name(location: str, earlier: Sequence[pa.Table]) -> str:
-    """Return the last part of a location, with a number if an earlier gallery has names below it."""
-    stem = re.sub(r"[^\w.-]+", "-", PurePosixPath(location.rstrip("/").partition("?")[0]).stem) or "gallery"
-    names = chain([stem], (f"{stem}-{number}" for number in count(2)))
-    starts = {name.partition("/")[0] for table in earlier for name in table["name"].to_pylist() if "/" in name}
-    return next(name for name in names if name not in starts)
 
 
 def _scan_one(location: str, name: str) -> tuple[str, pa.Table]:
@@ -193,18 +186,25 @@ def _absolute(location: str) -> str:
 
 
 def _list_images(location: str) -> tuple[str, Iterable[GalleryImage]]:
-    suffix, remote = file_suffix(location), is_url(location)
+    """Return the root of a gallery and its images, with a warning of files that may be missed."""
+    suffix, remote, skipped = file_suffix(location), is_url(location), Counter[str]()
     if not remote and not Path(location).exists():
         raise DataError(f"the gallery {location} does not exist")
-    is_file = remote or Path(location).is_file()
-    if is_file and suffix == ".tar":
-        return parent_folder(location), _list_tar(location)
+    is_file, root = remote or Path(location).is_file(), parent_folder(location)
     if is_file and suffix in RECORD_SUFFIXES:
-        return parent_folder(location), _list_rows(location)
-    if remote or Path(location).is_dir():
-        return location, _list_folder(location)
-    kinds = ", ".join(sorted(RECORD_SUFFIXES))
-    raise DataError(f"{location} is not a gallery; give a folder, an uncompressed .tar or a list ({kinds})")
+        return root, _list_rows(location)
+    if is_file and suffix == ".tar":
+        name = PurePosixPath(location).name
+        images = _tar_images(root, GalleryImage(name, name, WHOLE_FILE, *file_state(location)), None, skipped)
+    elif remote or Path(location).is_dir():
+        root, images = location, _folder_images(location, skipped)
+    else:
+        kinds = ", ".join(sorted(RECORD_SUFFIXES))
+        raise DataError(f"{location} is not a gallery; give a folder, an uncompressed .tar or a list ({kinds})")
+    if skipped:
+        kinds = ", ".join(f"{count} {suffix}" for suffix, count in sorted(skipped.items()))
+        logger.warning("not read: %s; give JPEG or PNG and plain tars; HEIC needs pip install 'dcar[heic]'", kinds)
+    return root, sorted(images, key=lambda image: image.name)
 
 
 def _row(image: GalleryImage, prefix: str) -> dict[str, Any]:
@@ -259,9 +259,8 @@ def _signature(table: pa.Table, columns: list[str], root: str = "") -> str:
     return digest.hexdigest()
 
 
-def _list_folder(root: str) -> Iterator[GalleryImage]:
-    """Return the images of a folder, and of the tars in it, sorted by name."""
-    skipped = Counter[str]()
+def _folder_images(root: str, skipped: Counter[str]) -> list[GalleryImage]:
+    """Return the images of a folder, and of the tars in it."""
     files = list(_remote_files(root, skipped) if is_url(root) else _local_files(root, skipped))  # tars included
     metadata = GalleryMetadata.of_folder(root, [file.name for file in files])
     images: list[GalleryImage] = []
@@ -275,22 +274,7 @@ def _list_folder(root: str) -> Iterator[GalleryImage]:
             images.append(file._replace(fields=fields))
     if metadata and images:
         metadata.report_unused()
-    return _sorted_by_name(images, skipped)
-
-
-def _list_tar(location: str) -> Iterator[GalleryImage]:
-    """Return the images of one tar, sorted by name."""
-    name, skipped = PurePosixPath(location).name, Counter[str]()
-    tar = GalleryImage(name, name, WHOLE_FILE, *file_state(location))
-    return _sorted_by_name(_tar_images(parent_folder(location), tar, None, skipped), skipped)
-
-
-def _sorted_by_name(images: Iterable[GalleryImage], skipped: Counter[str]) -> Iterator[GalleryImage]:
-    """Report the files that were skipped, and return the images."""
-    if skipped:
-        kinds = ", ".join(f"{count} {suffix}" for suffix, count in sorted(skipped.items()))
-        logger.warning("not read: %s; give JPEG or PNG and plain tars; HEIC needs pip install 'dcar[heic]'", kinds)
-    return iter(sorted(images, key=lambda image: image.name))
+    return images
 
 
 def _list_rows(listing: str) -> Iterator[GalleryImage]:

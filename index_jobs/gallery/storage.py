@@ -189,8 +189,6 @@ def _read_file(path: str, location: ImageLocation) -> bytes | Exception:
             return file.read(size) if size <= _MAX_BYTES else too_large
     except OSError as error:
         return error
-    except MemoryError:
-        return OSError(errno.ENOMEM, "too little memory to read it", path)
 
 
 def _open_span(path: str, location: ImageLocation) -> tuple[BinaryIO, int]:

@@ -22,7 +22,6 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from dcar_core import Encoder
-from dcar_core.data.judgements import JudgedList, read_judgements
 from dcar_core.encoder.encoder import add_portable_export
 from dcar_core.encoder.exports import has_portable
 from dcar_core.encoder.runtimes import AUTO, EXPORTED
@@ -129,12 +128,11 @@ def rebuild(
         DcarError: the output cannot be written, or does not read back; published versions are unchanged.
     """
     out, settings, start = index_path(out), BuildOptions.of(options), time.perf_counter()
-    judged = read_judgements([settings.judgements]) if settings.judgements else None
     if not isinstance(gallery, Gallery):
         logger.info("looking for images")
         gallery = scan(gallery)
     with versions.report_os_errors(out), versions.new_version(out) as new:
-        return _Build(settings, gallery, checkpoint, new, judged, start).run()
+        return _Build(settings, gallery, checkpoint, new, start).run()
 
 
 class _Build:
@@ -143,10 +141,9 @@ class _Build:
     encoder: Encoder
 
     def __init__(
-        self, options: BuildOptions, gallery: Gallery, checkpoint: Path, new: versions.NewVersion,
-        judged: JudgedList | None, start: float,
-    ) -> None:  # fmt: skip
-        self.options, self.gallery, self.new, self.judged, self.start = options, gallery, new, judged, start
+        self, options: BuildOptions, gallery: Gallery, checkpoint: Path, new: versions.NewVersion, start: float
+    ) -> None:
+        self.options, self.gallery, self.new, self.start = options, gallery, new, start
         self.out, self.origin = new.index, checkpoint.absolute()
         self.served = self._open_served()
         self.checkpoint = self._with_retraining(checkpoint)
@@ -222,7 +219,9 @@ class _Build:
         try:
             if options.model is not None:
                 Encoder.load(copy, device="cpu")  # an export would load with any backbone
-            replicas = self._load_replicas(copy)
+            # The fastest runtime here may not run on a cluster.
+            runtime = "torch" if options.ray and self.spec.runtime == AUTO else self.spec.runtime
+            replicas = load_replicas(copy, options.device, exact=self.spec.exact, runtime=runtime)
         except (CheckpointError, ModelError) as error:  # the copy is removed
             raise type(error)(str(error).replace(str(copy), str(self.checkpoint))) from error
         self.encoder = replicas[0]
@@ -301,7 +300,7 @@ class _Build:
         """Return the model of the served version; None if nothing is compared."""
         if self.served is None or self.options.force:
             return None
-        if not (self.pairs or self.judged) or self.served.manifest.spec.fingerprint == self.encoder.fingerprint:
+        if not self.pairs or self.served.manifest.spec.fingerprint == self.encoder.fingerprint:
             return self.encoder
         try:
             return Encoder.load(self.served.checkpoint, device=device)
@@ -321,19 +320,12 @@ class _Build:
         logger.info("comparing with version %d", version)
         before, after = (self.served, encoder.encode_text), (built, self.encoder.encode_text)
         verdict = gate.compare(before, after, self.pairs, self.options.margin)
-        if self.judged:
-            verdict = gate.add_judged(verdict, self.judged, before, after)
         if not verdict.passed:
             raise GateError(
                 f"not published: the rebuilt index ranks worse than version {version}: {verdict.reason}; its vectors "
                 f"are kept, so --force publishes it without encoding again"
             )
         return verdict
-
-    def _load_replicas(self, checkpoint: Path) -> list[Encoder]:
-        is_open = self.options.ray and self.spec.runtime == AUTO  # the fastest runtime here may not run on a cluster
-        runtime = "torch" if is_open else self.spec.runtime
-        return load_replicas(checkpoint, self.options.device, exact=self.spec.exact, runtime=runtime)
 
     def _encode(self, replicas: list[Encoder], checkpoint: Path) -> EncodedGallery:
         if self.options.ray:

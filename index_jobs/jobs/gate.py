@@ -11,7 +11,7 @@
 import logging
 import os
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -21,13 +21,12 @@ import pyarrow.compute as pc
 
 from dcar_core import Encoder
 from dcar_core.data import MISSING_IMAGES, Annotations
-from dcar_core.data.judgements import JudgedList
 from dcar_core.images import ImageRoot
 from dcar_core.model.tokenizer import common_words
 from dcar_core.util.arrays import Floats, Rows
 from dcar_core.util.errors import DataError
 from dcar_core.util.files import hash_json
-from dcar_core.util.metrics import Comparison, Scores, graded_measures
+from dcar_core.util.metrics import Comparison, Scores
 from index_jobs.encoding.encode import EncodedGallery
 from index_jobs.engines.protocol import VectorIndex
 from index_jobs.gallery.scan import Gallery
@@ -77,10 +76,9 @@ class GateVerdict:
     passed: bool = True
     compared: bool = False  # if a comparison was possible
     pairs: int = 0  # texts that were searched
-    judged: int = 0  # queries of the judged list that were searched
     pool: int = 0  # images that they could find
     source: str = ""
-    serving: dict[str, float] | None = None  # recall_at_1, recall_at_10, ndcg_at_100, judged_ndcg_at_10
+    serving: dict[str, float] | None = None  # recall_at_1, recall_at_10, ndcg_at_100
     rebuilt: dict[str, float] | None = None
     difference: dict[str, float] | None = None  # in ndcg_at_100, with the ends of its 95 % interval
     visible: float | None = None  # the smallest difference that is not chance
@@ -249,47 +247,6 @@ def compare(before: Side, after: Side, pairs: QueryPairs | None, margin: float =
         comparison, reason, margin, passed=not losses(serving, rebuilt, margin), pairs=len(shared), pool=pool,
         source=pairs.source, serving=serving, rebuilt=rebuilt,
     )  # fmt: skip
-
-
-def add_judged(verdict: GateVerdict, judged: JudgedList, before: Side, after: Side) -> GateVerdict:
-    """Return a verdict that also compares the nDCG of a judged list, by the same margin.
-
-    A list without a relevant item on both sides does not pass.
-    """
-    indexes = before[0], after[0]
-    queries = list[tuple[str, dict[str, int]]]()
-    for query_id, text in judged.texts.items():
-        grades = judged.grades[query_id].items()
-        known = {item: grade for item, grade in grades if None not in [index.row_of(item) for index in indexes]}
-        queries += [(text, known)] * any(known.values())
-    if not queries:
-        reason = f"{verdict.reason}; no relevant item of the judged list is in both indexes, so it compares nothing"
-        return replace(verdict, reason=reason, passed=False)
-    serving, rebuilt = (
-        {"judged_ndcg_at_10": _judged_ndcg(*side, queries, other)}
-        for side, other in zip((before, after), indexes[::-1], strict=True)
-    )
-    values = " -> ".join(f"{100 * side['judged_ndcg_at_10']:.1f}" for side in (serving, rebuilt))
-    return replace(
-        verdict,
-        reason=f"{verdict.reason}; judged nDCG@10 {values} percent over {len(queries):,} queries",
-        passed=verdict.passed and not losses(serving, rebuilt, verdict.margin),
-        compared=True,
-        judged=len(queries),
-        serving=(verdict.serving or {}) | serving,
-        rebuilt=(verdict.rebuilt or {}) | rebuilt,
-    )
-
-
-def _judged_ndcg(
-    index: IndexVersion, encode: EncodeTexts, queries: Sequence[tuple[str, dict[str, int]]], other: IndexVersion
-) -> float:
-    """Return the mean nDCG@10 of queries with graded items, among the items of both indexes."""
-    graded = [{index.row_of(item): grade for item, grade in grades.items()} for _, grades in queries]
-    rows = index.search(encode([text for text, _ in queries]), 10, _shared_rows(index, other))[1]
-    grades = [[own.get(row, 0) for row in ranked] for own, ranked in zip(graded, rows.tolist(), strict=True)]
-    measures = graded_measures(np.array(grades), [np.array([*own.values()]) for own in graded])
-    return round(float(measures["nDCG@10"].mean()) / 100, 4)
 
 
 def _shared_rows(index: IndexVersion, other: IndexVersion) -> RowFilter | None:

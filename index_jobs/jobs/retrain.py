@@ -27,7 +27,6 @@ import numpy as np
 import torch
 from torch import nn
 
-from dcar_core.data.judgements import JudgedList, read_judgements
 from dcar_core.data.records import IMAGE_COLUMNS, RECORD_SUFFIXES, label_text, read_records, required_text, texts_of
 from dcar_core.data.samples import fold_text
 from dcar_core.encoder.encoder import Encoder, add_portable_export, has_started_portable, load_exact
@@ -137,23 +136,23 @@ class RetrainSummary:
 
 
 def retrain(
-    index: Path, files: Sequence[Path], *, validation: Path | None = None, judgements: Path | None = None,
+    index: Path, files: Sequence[Path], *, validation: Path | None = None,
     margin: float = BuildOptions.margin, device: str = "auto",
 ) -> RetrainSummary:  # fmt: skip
     """Tune the served model on pairs, and publish a version with it if it ranks better.
 
     Args:
         files: tables with the columns caption and id or image, or directories with pairs.jsonl.
-        validation, judgements, margin: as in `BuildOptions`. device: auto, cpu, cuda, cuda:1 or mps.
+        validation, margin: as in `BuildOptions`. device: auto, cpu, cuda, cuda:1 or mps.
 
     Raises:
         DataError: a file cannot be read, and the message names line and field; or there are too few pairs.
         GateError: the candidate is not published; `retrain.json` in the index has its figures.
     """
-    start, judged = time.perf_counter(), read_judgements([judgements]) if judgements else None
+    start = time.perf_counter()
     with versions.report_os_errors(index), versions.new_version(index) as new:
         run = Retraining(index, open_current(index), device)
-        summary = run.compare(files, validation, judged, margin)
+        summary = run.compare(files, validation, margin)
         if summary.published:
             summary = replace(summary, version=run.publish(new, summary))
         summary = replace(summary, seconds=round(time.perf_counter() - start, 1))
@@ -252,9 +251,7 @@ class Retraining:
             self._known.update(zip(new, self._bare.encode_text(new), strict=True))
         return torch.from_numpy(np.stack([self._known[text] for text in texts]))
 
-    def compare(
-        self, files: Sequence[Path], validation: Path | None, judged: JudgedList | None, margin: float
-    ) -> RetrainSummary:
+    def compare(self, files: Sequence[Path], validation: Path | None, margin: float) -> RetrainSummary:
         """Learn, and compare with the served model; the summary says whether to publish."""
         served, gallery = self.served, live_gallery(self.served)
         pairs, captions, left_out = read_pairs(files, served, gallery)
@@ -285,8 +282,6 @@ class Retraining:
         before, after = ((served, each.encode_text) for each in (self.before, self.after))
         if anchors:
             verdicts[anchors.source] = gate.compare(before, after, anchors, margin)
-        if judged:
-            verdicts["held-out pairs"] = gate.add_judged(verdicts["held-out pairs"], judged, before, after)
         if validation and "pairs" in self.cutoff:
             self.cutoff = gate.cutoff_of_pairs(served, self.after.encode_text(anchored.texts), rows)
         elif self.cutoff:

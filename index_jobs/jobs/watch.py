@@ -64,31 +64,25 @@ def watch(index: Path, say: Callable[[str], object], **options: Any) -> None:
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, end)
     while not stop.is_set():
-        started, is_due, rested = time.monotonic(), True, 0.0
         try:
-            folder = watched.open()
+            folder, is_due = watched.open(), True
             device = folder.stat().st_dev, folder.stat().st_ino
             for notices in watchfiles.watch(
                 folder, watch_filter=None, debounce=_BURST_MS, step=_QUIET_MS, stop_event=stop, rust_timeout=TICK_MS,
                 yield_on_timeout=True,
             ):  # fmt: skip
-                started, now, is_due = time.monotonic(), folder.stat(), is_due or bool(notices)
-                if is_due and started >= rested:
+                now = folder.stat()
+                if is_due or notices:
                     is_due, reason = watched.update(stop), ""
-                    if is_due:  # a long copy: at most a fifth of the time goes into scans
-                        rested = time.monotonic() + 8 * watched.scan_seconds
                 if parent is not None and not parent.is_alive():
                     return
                 if (now.st_dev, now.st_ino) != device:  # mounted anew; the former folder sends no notices
                     break
         except (DcarError, OSError) as error:
-            text = (
-                f"{error.filename}: {error.strerror}" if isinstance(error, OSError) and error.filename else str(error)
-            )
-            if text != reason:
-                say(f"nothing is changed while this lasts: {text}")
-            reason = text
-            stop.wait(max(RETRY_S, 10 * (time.monotonic() - started)))
+            if str(error) != reason:
+                say(f"nothing is changed while this lasts: {error}")
+            reason = str(error)
+            stop.wait(RETRY_S)
 
 
 class _WatchedGallery:
@@ -97,7 +91,6 @@ class _WatchedGallery:
     def __init__(self, index: Path, say: Callable[[str], object], options: BuildOptions) -> None:
         self._index, self._say, self._options = index, say, options
         self._location, self._known, self._replicas = "", dict[str, _State](), list[Encoder]()
-        self.scan_seconds = 0.0  # that the last scan took; an update scans once or twice
 
     def open(self) -> Path:
         """Return the folder to watch. Raise DataError if there is none."""
@@ -117,11 +110,10 @@ class _WatchedGallery:
             DcarError: the gallery cannot be read, or nothing can be published now.
         """
         started, before = time.monotonic(), _states(scan(self._location))
-        self.scan_seconds = time.monotonic() - started
         self._known = known = self._known or _indexed_states(open_current(self._index), before)
         if before == known:
             return False
-        stop.wait(SETTLE_S)
+        stop.wait(max(SETTLE_S, 4 * (time.monotonic() - started)))  # scans take a small part of a long copy's time
         gallery = scan(self._location)
         states = _states(gallery)
         gone = [item_id for item_id in known if item_id not in states and item_id not in before]
@@ -138,8 +130,7 @@ class _WatchedGallery:
             self._known = {key: state for key, state in known.items() if key not in gone} | changed
             if done := ", ".join(f"{count:,} {name}" for name, count in counts.items() if count):
                 manifest = open_current(self._index).manifest
-                version, seconds = f"version {manifest.version}, {manifest.count:,} images", time.monotonic() - started
-                self._say(f"{done}: {version}, after {seconds:.1f} s")
+                self._say(f"{done}: version {manifest.version}, {manifest.count:,} images")
         return self._known != states
 
     def _publish(self, changed: Gallery, gone: list[str]) -> dict[str, int]:

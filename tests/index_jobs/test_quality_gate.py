@@ -96,41 +96,6 @@ def test_larger_gallery_does_not_count_as_a_worse_model(
     assert (summary.count, summary.gate["serving"]) == (64, summary.gate["rebuilt"])
 
 
-@pytest.mark.slow
-def test_a_judged_list_decides_without_captions(
-    build: Build, models: Models, gallery: Path, tiny_gallery: Path, tmp_path: Path
-) -> None:
-    rows = [json.loads(line) for line in (tiny_gallery / "metadata.jsonl").read_text().splitlines()]
-    write_jsonl(gallery / "metadata.jsonl", *({"file_name": row["file_name"]} for row in rows))
-    build(gallery, checkpoint=models.better)
-    served = open_current(tmp_path / "index")
-    ids = {served.item(row).metadata["file_name"]: served.item(row).id for row in range(served.rows)}
-    judged = tmp_path / "judged.csv"
-    lines = [f"{row['caption']},{ids[row['file_name']]},3\n{row['caption']},sold,3\n" for row in rows]
-    judged.write_text("query,item_id,grade\n" + "".join(lines))
-    says = r"judged nDCG@10 .* percent over 24 queries; its vectors are kept"
-    with pytest.raises(GateError, match=says):
-        build(gallery, checkpoint=models.worse, judgements=judged)
-    allowed = tmp_path / "allowed.csv"
-    allowed.write_text(f"query,item_id,grade\nred,sold,3\nred,{ids['circle/red.png']},0\n")
-    with pytest.raises(GateError, match="no relevant item of the judged list is in both indexes, so it compares"):
-        build(gallery, checkpoint=models.worse, judgements=allowed)
-    verdict = build(gallery, checkpoint=models.worse, judgements=judged, margin=1).gate or {}
-    assert (verdict["compared"], verdict["pairs"], verdict["judged"]) == (True, 0, 24)
-    images = [gallery / row["file_name"] for row in rows]
-    for checkpoint, side in zip(models, ("serving", "rebuilt"), strict=False):
-        ranks = ranks_of(checkpoint, [row["caption"] for row in rows], images)
-        wanted = np.where(ranks < 10, 1 / np.log2(2 + ranks), 0).mean()
-        assert verdict[side] == {"judged_ndcg_at_10": pytest.approx(wanted, abs=0.0001)}
-
-
-def test_a_bad_judged_list_ends_the_build_before_it_begins(build: Build, tmp_path: Path) -> None:
-    (tmp_path / "judged.csv").write_text("query,item_id,grade\nred,a,7\n")
-    with pytest.raises(DataError, match="line 2: field 'grade'"):
-        build(judgements=tmp_path / "judged.csv")
-    assert not (tmp_path / "index").exists()
-
-
 def test_removed_items_are_not_compared(index: Path, tiny_gallery: Path) -> None:
     whole = open_current(index)
     encoder = Encoder.load(whole.checkpoint, device="cpu")
@@ -140,7 +105,7 @@ def test_removed_items_are_not_compared(index: Path, tiny_gallery: Path) -> None
     assert (verdict.pool, verdict.pairs) == (23, 23)
     assert verdict.serving == verdict.rebuilt
     gone = gate.QueryPairs(["a sold lamp"], ["sold"], [0], "captions")
-    assert gate.compare((whole, encode), (whole, encode), gone).reason == "no image of the pairs is in both indexes"
+    assert not gate.compare((whole, encode), (whole, encode), gone).compared
 
 
 def test_missing_served_model_is_an_error_before_encoding(
@@ -255,7 +220,6 @@ def test_missing_validation_images_are_left_out(
 
 
 def test_validation_pairs_are_found_behind_links(tiny_data: Path, tmp_path: Path) -> None:
-    """Symbolic links to the folder, on either side, and images that are links."""
     data = tmp_path / "data"
     shutil.copytree(tiny_data, data)
     (tmp_path / "alias").symlink_to(data)
@@ -288,8 +252,6 @@ def test_validation_pairs_are_found_by_name_in_a_gallery_elsewhere(store: Any, t
     lines = [{"file_name": f"{ELSEWHERE[0]}{name}?v=1"} for name in gallery.table["name"].to_pylist()]
     by_url = named(scan(write_jsonl(tmp_path / "list.jsonl", *lines)), tiny_data)
     assert by_url == {f"{ELSEWHERE[0]}{name}?v=1": text for name, text in expected.items()}
-    here = [{"file_name": f"file://{tiny_data}/{name}"} for name in gallery.table["name"].to_pylist()]
-    assert len(named(scan(write_jsonl(tmp_path / "here.jsonl", *here)), tiny_data)) == 6
 
 
 def test_validation_pairs_are_found_in_tars(store: Any, tiny_data: Path, tmp_path: Path) -> None:

@@ -72,10 +72,6 @@ def test_ids_and_names_of_several_galleries(cameras: list[Path], tmp_path: Path)
         (path / "metadata.jsonl").write_text('{"file_name": "IMG_0.png", "id": "first"}\n')
     ids = scan([first, second]).table["id"].to_pylist()
     assert (ids[0], ids[2]) == ("first", "cam2/first")
-    camera(cameras[0] / "cam2", "cyan")
-    third = camera(tmp_path / "other" / "cam2", "black")
-    taken = ["cam2/IMG_0.png", "cam2-2/IMG_0.png", "cam2-2/IMG_1.png", "cam2-3/IMG_0.png"]
-    assert names(first, second, str(third))[2:] == taken, "an own name that is taken gets a number"
 
 
 def test_adding_a_photo_of_the_same_name_advises_nothing_that_loses_one(

@@ -255,35 +255,29 @@ def test_many_small_additions_are_merged_into_few_segments(index: Path, tmp_path
 
 
 def test_a_field_of_the_index_does_not_become_text(index: Path, tmp_path: Path) -> None:
-    given: Fields = {"price": 5, "new": True, "tags": ["x"], "note": "7"}
+    given: Fields = {"price": 5, "tags": ["x"], "note": "7"}
     add(index, write_images(tmp_path / "typed", "pink", **given), progress=False)
     before = open_current(index).fields
     for name, value, said in (
-        ("price", "5 EUR", "the field 'price' is int64 in the index and string in"),
-        ("new", "true", "the field 'new' is bool in the index and string in"),
+        ("price", "5 EUR", "the field 'price' is int64 in the index and string in .* give values of type int64"),
         ("tags", "x", "the field 'tags' is list"),
         ("note", ["x"], "the field 'note' is string in the index and list"),
-        ("price", [1, 2], "give values of type int64, rename the field, or rebuild"),
     ):
-        gallery = write_images(tmp_path / f"{name}{len(value)}", "cyan", **(given | {name: value}))
+        gallery = write_images(tmp_path / name, "cyan", **(given | {name: value}))
         (gallery / "cyan.png").write_bytes(b"")  # which would be the error if it were encoded first
         with pytest.raises(DataError, match=said):
             add(index, gallery, progress=False)
     gallery = write_images(tmp_path / "csv", "lime", "navy")
     (gallery / "metadata.jsonl").unlink()
-    (gallery / "metadata.csv").write_text("file_name,id,price,note\nlime.png,lime,6.5,8\nnavy.png,navy,,9\n")
-    with pytest.raises(DataError, match="the field 'note' is string in the index and int64 in"):
-        add(index, gallery, progress=False)
     (gallery / "metadata.csv").write_text("file_name,id,price,note\nlime.png,lime,6.5,8\nnavy.png,navy,,x\n")
     add(index, gallery, progress=False)
     artifact = open_current(index)
     assert artifact.fields == before | {"price": "double"}
     assert artifact.column("price").to_pylist()[-3:] == [5.0, 6.5, None]
-    assert artifact.column("price", np.arange(25, 27)).to_pylist() == [6.5, None]
     assert match_rows(artifact, {"price": {"gt": 5}}).sum() == 1
 
 
-@pytest.mark.parametrize("kind", ["hnsw", "ivf", "ivf-pq", "ivf-pq-fp16"])
+@pytest.mark.parametrize("kind", ["hnsw", "ivf-pq"])
 @pytest.mark.slow
 def test_every_kind_of_built_index_takes_updates(
     kind: str, build: Build, encoder: Encoder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -352,40 +346,16 @@ def test_unchanged_files_are_shared_and_damage_to_others_is_found(index: Path, t
     remove(index, ids(index)[:1])
     for name in ("index.faiss", "items.arrow", "checkpoint/config.json", "failed.jsonl"):
         assert len({file_of(index, name, number) for number in (1, 2, 3)}) == 1, name
-    for name in ("removed.npy", "added-2/index.faiss", "added-2/items.arrow"):
-        path = file_of(index, name)
-        content = path.read_bytes()
-        path.write_bytes(content[:-1] + b"\x7f")
-        with pytest.raises(ArtifactError, match=name):
-            verify_index(index)
-        path.unlink()
-        with pytest.raises(ArtifactError, match=f"is missing: {name} of version 3"):
-            open_version(index, 3)
-        path.write_bytes(content)
+    path = file_of(index, "added-2/index.faiss")
+    content = path.read_bytes()
+    path.write_bytes(content[:-1] + b"\x7f")
+    with pytest.raises(ArtifactError, match=r"added-2/index\.faiss"):
+        verify_index(index)
+    path.unlink()
+    with pytest.raises(ArtifactError, match=r"is missing: added-2/index\.faiss of version 3"):
+        open_version(index, 3)
+    path.write_bytes(content)
     verify_index(index)
-
-
-@pytest.mark.slow
-def test_full_disk_changes_nothing(index: Path, tmp_path: Path) -> None:
-    """Limit file sizes below those of the manifest and of the added files."""
-    gallery = write_images(tmp_path / "more", "pink", caption="pink " * 1000)
-    kept = ("blobs", "versions")
-    before = sorted(path for folder in kept for path in (index / folder).iterdir())
-    for limit, command in ((100, ["remove", index, ids(index)[0]]), (3000, ["add", index, "--gallery", gallery])):
-        done = dcar("index", *command, file_size=limit)
-        assert (done.returncode, "Traceback" in done.stderr) == (1, False), done.stderr
-        assert "cannot be written: File too large" in done.stderr
-        assert sorted(path for folder in kept for path in (index / folder).iterdir()) == before
-        assert [manifest.version for manifest in verify_index(index)] == [1]
-    assert add(index, gallery, progress=False).version == 2
-    done = dcar("index", "rollback", index, file_size=1)
-    assert (done.returncode, "Traceback" in done.stderr, current_version(index)) == (1, False, 2)
-    assert "cannot be written: File too large" in done.stderr
-    (index / "CURRENT").write_bytes(b"")
-    listed = CliRunner().invoke(app, ["index", "list", str(index)])
-    assert (listed.exit_code, "*" in listed.stdout) == (0, False)
-    with pytest.raises(ArtifactError, match="holds no published index; make one with"):
-        add(index, gallery, progress=False)
 
 
 def test_commands_add_list_and_remove(index: Path, tmp_path: Path) -> None:
@@ -405,12 +375,10 @@ def test_commands_add_list_and_remove(index: Path, tmp_path: Path) -> None:
         run("remove", index, "pink")
     assert "version 3, 24 images (0 removed)" in run("remove", index, "pink", "--missing-ok")
     shown = [json.loads(line) for line in run("items", index)[2:].splitlines()]
-    assert len(shown) == 24
-    assert shown[0].keys() >= {"id", "caption", "category", "file_name"}
+    assert (len(shown), shown[0].keys() >= {"id", "caption", "category", "file_name"}) == (24, True)
     some = [json.loads(line) for line in run("items", index, "--filter", CIRCLES)[2:].splitlines()]
     assert some == [each for each in shown if each["category"] == "circle"]
     assert "version 4, 18 images (6 removed)" in run("remove", index, "--filter", CIRCLES)
-    assert "version 4, 18 images (0 removed)" in run("remove", index, "--filter", CIRCLES)
 
 
 def test_a_change_writes_the_files_of_its_items_and_words_alone(index: Path, tmp_path: Path) -> None:
@@ -466,9 +434,6 @@ def test_update_command_merges_a_table(index: Path, tmp_path: Path) -> None:
     dcar("index", "update", index, "--metadata", lines)
     artifact = open_current(index)
     assert (artifact.item(0).category, "brand" in artifact.fields) == ("tools", False)
-    table.write_text(f"id,prise\n{first},1\n")
-    refused = dcar("index", "update", index, "--metadata", table, "--strict")
-    assert (refused.returncode, "no item has the field 'prise'" in refused.stderr) == (3, True)
     for name, text, said in (
         ("a.csv", "sku,price\na,1\n", r"row 2: no id; .* it has sku, price"),
         ("a.csv", "id,price\na,1\nb,2\na,3\n", "rows 2 and 4 both have the id 'a'; keep one"),
