@@ -94,12 +94,7 @@ class BuildOptions:
     """How a build runs. Apart from the spec, nothing here changes what is published."""
 
     spec: IndexSpec = field(default_factory=IndexSpec)
-    workers: int | None = option(
-        None,
-        "Decoding processes; 0 decodes in threads of the job, without limits. Default: all cores (beyond 4, all but "
-        "one), fewer for a small gallery.",
-        min=0,
-    )
+    workers: int | None = option(None, "Decoding processes; 0: threads, without limits. Default: by the cores.", min=0)
     batch_size: int = option(64, "Images per forward pass.", min=1)
     ray: str | None = option(
         None,
@@ -108,12 +103,7 @@ class BuildOptions:
         metavar="ADDRESS",
     )
     keep: int = option(3, "Versions to keep, with the new one. Changes over HTTP or by a watch are kept apart.", min=1)
-    max_vanished: float = option(
-        0.2,
-        "Share of the served index's images that may be gone from the gallery, 0 to 1; with more, nothing is "
-        "published.",
-        **_SHARE,
-    )
+    max_vanished: float = option(0.2, "Share of the served images that may be gone from the gallery.", **_SHARE)
     model: Path | None = option(
         None, "New directory or file of the checkpoint's backbone, if it was moved.", metavar="PLACE", exists=True
     )
@@ -126,10 +116,7 @@ class BuildOptions:
         metavar="DATA",
     )
     margin: float = option(0.02, "Recall at 1 or 10, or nDCG, that the new index may lose and still pass.", **_SHARE)
-    force: bool = option(
-        False,
-        "Publish without a comparison, although nothing has changed or the gallery has shrunk.",
-    )
+    force: bool = option(False, "Publish without a comparison, although nothing has changed or the gallery has shrunk.")
     origin: str = ""  # as in the manifest; with one, `keep` is the length of the history of changes
     progress: bool = True
     on_encoded: Callable[[int], None] | None = None  # called with a number of images once they have vectors

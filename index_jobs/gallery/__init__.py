@@ -1,5 +1,1 @@
-"""Galleries as tables: find images in folders, tars, lists or URLs, and read their captions and metadata.
-
-In: a path or URL. Out: an Arrow table with one row per image, in a stable order, and the bytes of each image.
-Every other folder of `index_jobs` may import it; it imports none of them.
-"""
+"""Galleries as tables: images in folders, tars, lists or URLs, their captions, metadata and bytes."""

@@ -186,13 +186,11 @@ class _Build:
         with contextlib.suppress(CheckpointError):  # whoever loads it says what is wrong
             lineage = read_config(self.served.checkpoint).get("training", {}).get("retrained", {}).get("from", ())
             if lineage and read_config(checkpoint)["fingerprint"] in lineage:
-                if self.options.force:
-                    logger.warning("what the served model learned since %s is lost, by --force", checkpoint)
-                    return checkpoint
-                logger.warning(
-                    "the served model was retrained from %s and is kept; --force goes back to that", checkpoint
+                outcome = (
+                    "is lost, by --force" if self.options.force else "is kept; --force goes back to the checkpoint"
                 )
-                return self.served.checkpoint
+                logger.warning("the served model was retrained from %s: what it learned %s", checkpoint, outcome)
+                return checkpoint if self.options.force else self.served.checkpoint
         return checkpoint
 
     def _is_published(self) -> bool:

@@ -11,6 +11,7 @@
 import logging
 import os
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -128,18 +129,16 @@ def _validation_pairs(gallery: Gallery, data: Path) -> list[tuple[str, int]]:
 def _image_keys(root: ImageRoot, name: str) -> list[_ImageKey]:
     """Return the keys that may identify a pair's image in a gallery: its file, then its names."""
     path, offset = root.locate(name)
-    if offset is None:
-        return [_file_key(str(path), WHOLE_FILE), name]
-    return [_file_key(str(path), offset), f"{path.name}/{name}", name]
+    names = [name] if offset is None else [f"{path.name}/{name}", name]
+    return [_file_key(str(path), WHOLE_FILE if offset is None else offset), *names]
 
 
 def _file_key(path: str, offset: int) -> _ImageKey:
     """Return what identifies a file behind links, and the offset of an image in it."""
-    try:
+    with suppress(OSError):
         status = os.stat(path)  # noqa: PTH116  a million times over
-    except OSError:
-        return path
-    return status.st_dev, status.st_ino, offset
+        return status.st_dev, status.st_ino, offset
+    return path
 
 
 def _rows_by_key(gallery: Gallery, keys: set[_ImageKey]) -> dict[_ImageKey, int]:

@@ -118,7 +118,7 @@ class RetrainSummary:
     reason: str
     pairs: int  # learned from
     captions: int = 0  # learned from as well: pairs without a relevance, beside others with one
-    left_out: dict[str, int]  # pairs, by reason
+    unknown: int  # pairs whose item is not in the index
     share: float = 0.0  # of the change
     gate: dict[str, dict[str, Any]] = field(default_factory=dict)  # `GateVerdict`s on held-out pairs and on anchors
     seconds: float = 0.0
@@ -128,7 +128,7 @@ class RetrainSummary:
         lines = [
             f"version {self.version} {'' if self.published else 'stays '}published: {self.reason}",
             f"learned from {self.pairs:,} pairs and {self.captions:,} captions, {self.share:.0%} of the change taken",
-            *(f"left out: {count:,} pairs {reason}" for reason, count in self.left_out.items()),
+            f"left out: {self.unknown:,} pairs whose item is not in the index",
             *(f"compared by {name}: {verdict['reason']}" for name, verdict in self.gate.items()),
             f"after {self.seconds:.1f} s",
         ]
@@ -163,10 +163,8 @@ def retrain(
     return summary
 
 
-def read_pairs(
-    files: Sequence[Path], served: IndexVersion, gallery: Gallery
-) -> tuple[ItemPairs, ItemPairs, dict[str, int]]:
-    """Return the pairs of items in the index, each once, the captions, and how many others there are, by reason.
+def read_pairs(files: Sequence[Path], served: IndexVersion, gallery: Gallery) -> tuple[ItemPairs, ItemPairs, int]:
+    """Return the pairs of items in the index, each once, the captions, and how many items are not in the index.
 
     Captions are pairs without a relevance, if others have one.
     An item is known by its id, or by its image's location or name in the gallery.
@@ -175,7 +173,7 @@ def read_pairs(
     live = np.flatnonzero(served.live).tolist()
     by_name = dict(zip(names, live, strict=True))
     by_name |= {place: row for place, offset, row in zip(places, offsets, live, strict=True) if offset == WHOLE_FILE}
-    found, skipped, unknown, repeated = dict[tuple[str, int], _Pair](), dict[str, set[int]](), 0, 0
+    found, skipped, unknown = dict[tuple[str, int], _Pair](), dict[str, set[int]](), 0
     for file in [path / "pairs.jsonl" if path.is_dir() else path for path in files]:
         if not file.is_file() or file.suffix.lower() not in RECORD_SUFFIXES:
             kinds = ", ".join(sorted(RECORD_SUFFIXES))
@@ -194,7 +192,6 @@ def read_pairs(
                 continue
             for wrong in texts_of(row, where, "negatives"):
                 skipped.setdefault(fold_text(wrong), set()).add(number)
-            repeated += (fold_text(text), number) in found
             found.setdefault((fold_text(text), number), (text, number, weight))
     clicked = {text for (text, _), pair in found.items() if pair[2] is not None}
     skipped = {text: rows for text, rows in skipped.items() if text in clicked}
@@ -202,9 +199,7 @@ def read_pairs(
     clicks, captions = ([pair for pair in kept if (pair[2] is None) == is_caption] for is_caption in (False, True))
     if not clicks:
         clicks, captions = captions, clicks
-    counts = {"not in the index": unknown, "repeated": repeated, f"beyond {MAX_PAIRS:,}": len(found) - len(kept)}
-    left_out = {reason: count for reason, count in counts.items() if count}
-    return ItemPairs.of(clicks, skipped), ItemPairs.of(captions, skipped), left_out
+    return ItemPairs.of(clicks, skipped), ItemPairs.of(captions, skipped), unknown
 
 
 def _weight(row: Mapping[str, Any], where: str) -> float | None:
@@ -254,7 +249,7 @@ class Retraining:
     def compare(self, files: Sequence[Path], validation: Path | None, margin: float) -> RetrainSummary:
         """Learn, and compare with the served model; the summary says whether to publish."""
         served, gallery = self.served, live_gallery(self.served)
-        pairs, captions, left_out = read_pairs(files, served, gallery)
+        pairs, captions, unknown = read_pairs(files, served, gallery)
         (clicked, *compared), (captions, *held_captions) = pairs.divide(), captions.divide()
         compared = [each.comparable() for each in compared]
         if (few := min(len({*each.texts}) for each in compared)) < MIN_HELD_OUT:
@@ -268,7 +263,7 @@ class Retraining:
         signature = hash_json([[each.texts, each.rows.tolist(), each.weights.tolist()] for each in (pairs, learned)])
         summary = RetrainSummary(
             version=served.manifest.version, reason="its model has learned from these pairs", pairs=len(clicked),
-            captions=len(captions), left_out=left_out,
+            captions=len(captions), unknown=unknown,
         )  # fmt: skip
         if self.notes.get("retrained", {}).get("pairs") == signature:
             return summary
@@ -285,8 +280,6 @@ class Retraining:
         if validation and "pairs" in self.cutoff:
             self.cutoff = gate.cutoff_of_pairs(served, self.after.encode_text(anchored.texts), rows)
         elif self.cutoff:
-            if "pairs" in self.cutoff:
-                logger.warning("the cut-off came from validation pairs, and now from common words; give --validation")
             found = gate.calibrate_by_words(served.parts[0].vectors, self.after.encode_text)
             self.cutoff = found.get("cutoff", self.cutoff)
         failed = next((name for name, verdict in verdicts.items() if not verdict.passed), "held-out pairs")

@@ -95,7 +95,7 @@ def remove(
         if len(rows):
             removed = np.union1d(np.flatnonzero(~current.live), rows)
             change = f"{counted(len(rows), 'item')} removed"
-            manifest = _publish(new, current, removed, manifest.additions, change, keep=keep, origin=origin)
+            manifest = _publish(new, current, removed, manifest.additions, change, keep, origin)
     return UpdateSummary(manifest.version, manifest.count, 0, len(rows), 0, manifest.rebuild)
 
 
@@ -158,7 +158,7 @@ def add(
         change = f"{counted(len(encoded), 'image')} added"
         change += f" from {scanned.location.rpartition('/')[2]}" if not settings.origin else ""
         change += f", {counted(len(rows), 'item')} removed or replaced" if len(rows) else ""
-        manifest = _publish(new, current, removed, additions, change, keep=settings.keep, origin=settings.origin)
+        manifest = _publish(new, current, removed, additions, change, settings.keep, settings.origin)
         shutil.rmtree(index / WORK, ignore_errors=True)
     return UpdateSummary(
         manifest.version, manifest.count, len(encoded), len(replaced), len(encoded.failed), manifest.rebuild
@@ -213,13 +213,8 @@ def _write_addition(
     created = load_engine(manifest.spec.engine).create(replace(manifest.spec, kind="auto"), new_index)
     sources = [source for addition in merged for source in addition.sources] + [gallery.location]
     roots = [root for addition in merged for root in addition.roots] + [root, *gallery.roots]
-    added = Addition(
-        folder=name,
-        count=table.num_rows,
-        kind=created.kind,
-        sources=list(dict.fromkeys(sources)),
-        roots=list(dict.fromkeys(roots)),
-    )
+    sources, roots = list(dict.fromkeys(sources)), list(dict.fromkeys(roots))
+    added = Addition(folder=name, count=table.num_rows, kind=created.kind, sources=sources, roots=roots)
     return [*manifest.additions[:kept], added], removed[removed < merged_from]
 
 
@@ -229,7 +224,6 @@ def _publish(
     removed: Rows,
     additions: list[Addition],
     change: str,
-    *,
     keep: int,
     origin: str,
 ) -> Manifest:
@@ -249,14 +243,8 @@ def _publish(
         items = Items(new.folder / additions[-1].folder / ITEMS)
         texts = item_texts(items.table(np.arange(len(items))), manifest.spec.text_fields)
         write_lexical(new.folder / LEXICAL, texts, rows - len(items))
-    manifest = replace(
-        manifest,
-        count=rows - len(removed),
-        removed=len(removed),
-        additions=additions,
-        change=f"{change} {origin}".rstrip(),
-        origin=origin,
-    )
+    change, count = f"{change} {origin}".rstrip(), rows - len(removed)
+    manifest = replace(manifest, count=count, removed=len(removed), additions=additions, change=change, origin=origin)
     return new.publish(manifest, keep=keep)
 
 

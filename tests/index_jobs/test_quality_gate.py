@@ -5,7 +5,6 @@ import shutil
 import tarfile
 from collections.abc import Iterator
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any, NamedTuple, cast
 
 import fsspec
@@ -16,8 +15,7 @@ import pytest
 from dcar_core import Encoder
 from dcar_core.data import Annotations
 from dcar_core.model.tokenizer import common_words
-from dcar_core.util.errors import DataError, GateError
-from index_jobs.engines.measure import caption_queries
+from dcar_core.util.errors import DataError
 from index_jobs.gallery.scan import Gallery, scan
 from index_jobs.index.versions import current_version, open_current, version_numbers
 from index_jobs.jobs import gate
@@ -272,23 +270,6 @@ def test_name_of_several_images_identifies_none(tiny_data: Path, tmp_path: Path)
     lines = [{"file_name": ELSEWHERE[0] + name} for name in expected] + [{"file_name": ELSEWHERE[1] + twice}]
     found = named(scan(write_jsonl(tmp_path / "list.jsonl", *lines)), tiny_data)
     assert found == {ELSEWHERE[0] + name: expected[name] for name in once}
-
-
-def test_captions_are_taken_from_more_text_than_an_array_holds(tmp_path: Path) -> None:
-    """2.6 GB, of which every chunk but the last is the same memory; those of several images are no queries."""
-    chunk = pa.array([f"{number:05}" + "x" * 1000 for number in range(65_536)])
-    last = pa.array(["", *(f"picture {number}" for number in range(10))])
-    captions, texts = pa.chunked_array([chunk] * 40 + [last]), list[str]()
-    count = len(captions)
-    table = pa.table({"caption": captions, "id": [str(row) for row in range(count)]})
-    rows = [*range(count - 10, count)]
-    wanted = gate.QueryPairs(last.to_pylist()[1:], [*map(str, rows)], rows, "captions")
-    assert gate.find_pairs(Gallery("", str(tmp_path), table, "", ""), None) == wanted
-    assert gate.QueryPairs(["a cat"], ["1"], [1], "").signature != gate.QueryPairs(["a dog"], ["1"], [1], "").signature
-    encoder: Any = SimpleNamespace(encode_text=texts.extend)
-    assert caption_queries(table, encoder) is not None
-    step = -(-count // 1000)
-    assert [text[:5] for text in texts] == [f"{row % 65_536:05}" for row in range(0, 40 * 65_536, step)]
 
 
 def test_cutoff_is_calibrated_on_validation_pairs(

@@ -53,11 +53,7 @@ def test_the_first_process_of_a_container_is_interrupted_by_sigterm(
     ("wrong", "message"),
     [
         (["--batch-size", "0"], "--batch-size"),
-        (["--workers", "-1"], "--workers"),
-        (["--keep", "two"], "--keep"),
         (["--max-failed", "2"], "--max-failed"),
-        (["--margin", "a bit"], "--margin"),
-        (["--target-recall", "nan"], "--target-recall"),
         (["--memory", "lots"], "'lots' is not a size of a megabyte or more; give one such as 800MiB or 4GiB"),
         (["--memory", "4"], "'4' is not a size of a megabyte or more"),
         (["--unknown"], "--unknown"),
@@ -90,11 +86,7 @@ def test_both_forms_have_the_same_help_and_output(
     shown = list[tuple[str, str, Any]]()
     for form in ("module", "dcar"):
         outputs = []
-        for options in (
-            ["--help"],
-            [*given, "--text"],
-            [*given, "--json", "--quiet"],
-        ):
+        for options in (["--help"], [*given, "--text"], [*given, "--json", "--quiet"]):
             assert run_as(form, *options, monkeypatch=monkeypatch) == 0
             outputs.append(capfd.readouterr().out)
         usage, _, text = outputs[0].partition("\n")

@@ -1,7 +1,5 @@
 """Several galleries in one index, galleries that have shrunk, and galleries or a model that were moved."""
 
-import json
-import re
 import shutil
 from pathlib import Path
 
@@ -9,7 +7,7 @@ import numpy as np
 import pytest
 
 from dcar_core import Encoder
-from dcar_core.util.errors import ArtifactError, CheckpointError, DataError, GalleryShrunkError, ModelError
+from dcar_core.util.errors import ArtifactError, DataError, GalleryShrunkError, ModelError
 from index_jobs.gallery.scan import scan
 from index_jobs.index.index_version import ImageAccess, IndexVersion
 from index_jobs.index.versions import current_version, open_current
@@ -64,7 +62,6 @@ def test_ids_and_names_of_several_galleries(cameras: list[Path], tmp_path: Path)
     for galleries, said in (
         ([first, first], "cam1 is given twice"),
         ([f"x={first}", f"x={second}"], "the name x is given twice; choose another"),
-        ([first, second, f"cam2={tmp_path}"], "the name cam2 is given twice"),
     ):
         with pytest.raises(DataError, match=said):
             scan(galleries)
@@ -152,23 +149,12 @@ def test_a_moved_model_is_named_to_the_build_and_encodes_nothing(
     base.rename(tmp_path / "moved")
     published = open_current(index)
     for place in (published.checkpoint, checkpoint):  # its path is absolute there, and relative here
-        says = "does not exist; if it was moved, name its new place: for an index by `dcar index build"
-        with pytest.raises(ModelError, match=says):
+        with pytest.raises(ModelError, match="does not exist; if it was moved, name its new place"):
             Encoder.load(place, device="cpu")
-    with pytest.raises(ModelError, match=rf"else as backbone\.model in {re.escape(str(checkpoint))}/config\.json"):
-        build(checkpoint=checkpoint, out=tmp_path / "other index")
     assert build(checkpoint=checkpoint).reused, "its own place is as it was"
     done = build(checkpoint=checkpoint, model=tmp_path / "moved")
     assert (done.version, done.encoded) == (2, 0)
     artifact = open_current(index)
     artifact.require(Encoder.load(artifact.checkpoint, device="cpu").fingerprint)
     assert build(checkpoint=checkpoint, model=tmp_path / "moved").reused
-    (tmp_path / "other").mkdir()
-    with pytest.raises((CheckpointError, ModelError)):
-        build(checkpoint=checkpoint, model=tmp_path / "other")
-    config = json.loads((checkpoint / "config.json").read_text())
-    config["backbone"] |= {"model": "ViT-B-32", "pretrained": "openai"}
-    (checkpoint / "config.json").write_text(json.dumps(config))
-    with pytest.raises(ModelError, match="the model ViT-B-32 comes from a hub, so it has no location to change"):
-        build(checkpoint=checkpoint, model=tmp_path)
     assert current_version(index) == 2
