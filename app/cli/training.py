@@ -165,7 +165,7 @@ def evaluate(
     from dcar_core.encoder.encoder import pick_device
     from dcar_core.evaluation import all_tables, compare
     from dcar_core.model.backbone import load_backbone
-    from dcar_core.model.methods import comparable_methods, find_method
+    from dcar_core.model.methods import UNTOUCHED, comparable_methods, find_method
 
     names = list(dict.fromkeys(name.strip() for name in methods.split(",") if name.strip()))
     for name in names:
@@ -174,8 +174,8 @@ def evaluate(
     if not names:
         names = comparable_methods(backbone)
         typer.echo(f"comparing {', '.join(names)}: methods for a model of level {backbone.level}", err=True)
-    elif "clip" not in names:
-        names.insert(0, "clip")  # the untouched model, which needs no training
+    elif UNTOUCHED.method not in names:
+        names.insert(0, UNTOUCHED.method)  # which needs no training
     results = compare(
         backbone, chosen.data, names, seeds, chosen.out, chosen.config(), grid=GRID if tune else (),
         on_message=lambda line: typer.echo(line, err=True),

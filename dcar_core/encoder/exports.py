@@ -53,7 +53,6 @@ _GPUS = ("/dev/nvidiactl", "/dev/kfd", "/dev/dxg")  # what `auto` might prefer t
 _DATACLASSES: dict[str, Any] = {
     kind.__name__: kind for kind in (EncoderState, FeatureAdapterArrays, Preprocess, TextLayout, TextTokenizer)
 }
-
 _FAULTS = (DcarError, OSError, SafetensorError, ValueError, KeyError, TypeError)
 
 Arrays = dict[str, NDArray[Any]]

@@ -21,7 +21,7 @@ from dcar_core.evaluation.tables import Results, best_method, plot_recall, resul
 from dcar_core.model.backbone import Backbone
 from dcar_core.model.config import LossDirection, ModelConfig, TrainConfig
 from dcar_core.model.dcar import DCAR, seeded_model
-from dcar_core.model.methods import find_method
+from dcar_core.model.methods import UNTOUCHED, find_method
 from dcar_core.negatives import add_negatives, backbone_functions
 from dcar_core.training.prepared_split import FeatureCache, FrozenFeatures, report_truncation
 from dcar_core.training.validation import new_categories
@@ -29,7 +29,7 @@ from dcar_core.util.errors import DataError, DivergedError
 from dcar_core.util.files import write_json
 from dcar_core.util.metrics import Comparison, Scores
 
-UNTOUCHED = "clip"
+CLIP = UNTOUCHED.method
 WITH_RERANK = " with rerank"  # behind the name of a method: the order of its second stage
 
 
@@ -123,11 +123,11 @@ def add_significance(results: Results, scores: Mapping[str, Sequence[Scores]]) -
     """
     means = {name: Scores.mean(runs) for name, runs in scores.items()}
     for name, result in results["methods"].items():
-        found = Comparison.of(means[name], means.get(UNTOUCHED, means[name]))
+        found = Comparison.of(means[name], means.get(CLIP, means[name]))
         result["intervals"], difference = (
             {measure: list(astuple(each)) for measure, each in side.items()} for side in (found.model, found.difference)
         )
-        result["difference"] = None if name == UNTOUCHED or UNTOUCHED not in means else difference
+        result["difference"] = None if name == CLIP or CLIP not in means else difference
     chosen, results["recommendation"] = _recommend(results, means)
     if reranked := means.get(chosen + WITH_RERANK):
         change = Comparison.of(reranked, means[chosen]).difference["t2i_r1"]
@@ -147,14 +147,14 @@ def _recommend(results: Results, means: Mapping[str, Scores]) -> tuple[str, str]
         if not name.endswith(WITH_RERANK) and (name == best or found[name].gain.low <= 0)
     )  # fmt: skip
     images = f"{found[best].images:,} test images"
-    if chosen == best == UNTOUCHED:
+    if chosen == best == CLIP:
         return chosen, f"Take the untouched model: no method was better on validation ({images})."
-    compared = UNTOUCHED if chosen == best and UNTOUCHED in found else chosen
+    compared = CLIP if chosen == best and CLIP in found else chosen
     gain = found[compared].gain.points(f"of mean R@1 among {images}")
     if chosen != best:
-        name = "the untouched model" if chosen == UNTOUCHED else f"{chosen}, which costs less"
+        name = "the untouched model" if chosen == CLIP else f"{chosen}, which costs less"
         return chosen, f"Take {name}: {best} is not certainly better, by {gain}."
-    if compared == UNTOUCHED:
+    if compared == CLIP:
         return chosen, f"Take {best}: it is better than the untouched model, by {gain}."
     return chosen, f"Take {best}: it was the best on validation."
 
