@@ -22,7 +22,7 @@ from dcar_core.util.machine import WEIGHTS_FILE
 from index_jobs.rebuild import rebuild
 from tests.support.files import write_file, write_json, write_jsonl
 from tests.support.images import draw
-from tests.support.tiny_clips import tiny_config
+from tests.support.tiny_models import tiny_config
 
 
 def test_a_file_that_the_system_refuses_is_one_line(

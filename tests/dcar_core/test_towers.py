@@ -19,7 +19,7 @@ from dcar_core.model.catalogue import RECOMMENDED, CatalogueEntry, list_catalogu
 from dcar_core.util.errors import ModelError
 from tests.support.parts import needs
 from tests.support.paths import ROOT
-from tests.support.tiny_clips import WIDTH, tiny_clip
+from tests.support.tiny_models import WIDTH, tiny_clip
 
 QUICK = {"RN50", "ViT-B-32", "ViT-B-16-SigLIP", "EVA02-B-16", "coca_ViT-B-32", "roberta-ViT-B-32", "convnext_base"}
 

@@ -23,8 +23,7 @@ from tests.support.images import png
 from tests.support.parts import PARTS, needs, uses_parts
 from tests.support.searches import Client
 from tests.support.service import ServiceClient, opened
-from tests.support.tiny_clips import small_timm_models
-from tests.support.tiny_models import write_tiny_model
+from tests.support.tiny_models import small_timm_models, write_tiny_model
 
 FAMILIES = {  # one for each kind of towers
     "ViT": "ViT-B-32", "SigLIP2": "ViT-B-16-SigLIP2", "ViTamin": "ViTamin-S", "PE-Core": "PE-Core-T-16-384",

@@ -1,18 +1,182 @@
-"""Model directories as users have them: a shrunk open_clip model of any family, with a small vocabulary of its kind."""
+"""Every open_clip configuration with few layers and small widths, in memory or as the model directory of a user."""
 
+import copy
 import gzip
 import json
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
+from unittest import mock
 
 import open_clip
+import timm
 import torch
 from safetensors.torch import save_file
+from timm.models.vision_transformer_hybrid import ConvStem
+from timm.models.vitamin import VitCfg, VitConvCfg
 from tokenizers import AddedToken, Regex, Tokenizer, models, normalizers, pre_tokenizers, processors, trainers
 
 from dcar_core.model.config import MODEL_CONFIG
-from tests.support.tiny_clips import image_size, shake, tiny_config
+from dcar_core.model.tokenizer import TextLayout
+
+WIDTH, HEADS, LAYERS, VOCABULARY = 32, 2, 3, 120
+
+_HF_CONFIGS: dict[str, dict[str, Any]] = {
+    "roberta": {"model_type": "roberta", "pad_token_id": 1, "eos_token_id": 2, "bos_token_id": 0},
+    "xlm-roberta": {"model_type": "xlm-roberta", "pad_token_id": 1, "eos_token_id": 2, "bos_token_id": 0},
+    "mt5": {
+        "model_type": "mt5", "d_model": WIDTH, "d_kv": WIDTH // HEADS, "d_ff": 48, "num_layers": LAYERS,
+        "num_decoder_layers": 1, "num_heads": HEADS, "pad_token_id": 0, "eos_token_id": 1,
+    },
+    "nllb": {
+        "model_type": "m2m_100", "d_model": WIDTH, "encoder_layers": LAYERS, "decoder_layers": 1,
+        "encoder_attention_heads": HEADS, "decoder_attention_heads": HEADS, "encoder_ffn_dim": 48,
+        "decoder_ffn_dim": 48, "pad_token_id": 1, "eos_token_id": 2, "bos_token_id": 0, "scale_embedding": True,
+    },
+}  # fmt: skip
+_ENCODER = {
+    "hidden_size": WIDTH, "num_attention_heads": HEADS, "num_hidden_layers": LAYERS, "intermediate_size": 48,
+    "max_position_embeddings": 130,
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class TinyClip:
+    """A shrunk model in eval mode; layout as its tokenizer would give it; size: S."""
+
+    clip: Any
+    layout: TextLayout
+    size: int
+
+    def tokens(self, *lengths: int) -> torch.Tensor:
+        """int64 (B, L): captions of these lengths, padded to the context."""
+        generator = torch.Generator().manual_seed(1)
+        rows = []
+        for length in lengths:
+            words = torch.randint(5, VOCABULARY - 5, (length,), generator=generator).tolist()
+            ids = [*self.layout.start_ids, *words, self.layout.end_id]
+            rows.append(ids + [self.layout.pad_id] * (self.layout.context_length - len(ids)))
+        return torch.tensor(rows)
+
+    def pixels(self, count: int) -> torch.Tensor:
+        return torch.randn(count, 3, self.size, self.size, generator=torch.Generator().manual_seed(2))
+
+
+def tiny_clip(name: str, directory: Path) -> TinyClip:
+    """Build the shrunk model of a built-in configuration, its weights random and away from their initial values.
+
+    directory: where a configuration for transformers may be written.
+    """
+    config = tiny_config(name, directory)
+    torch.manual_seed(0)
+    with small_timm_models(), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        clip = open_clip.create_model(name, load_weights=False, **config)
+    shake(clip)
+    return TinyClip(clip.eval().requires_grad_(False), layout_of(name, config), image_size(config))
+
+
+def shake(clip: torch.nn.Module) -> None:
+    """Move weights away from zeros and ones, so that every one of them shows in a feature."""
+    generator = torch.Generator().manual_seed(3)
+    with torch.no_grad():
+        for parameter in clip.parameters():
+            parameter.add_(0.05 * torch.randn(parameter.shape, generator=generator))
+
+
+def image_size(config: dict[str, Any]) -> int:
+    return int(config["vision_cfg"]["image_size"])
+
+
+def tiny_config(name: str, directory: Path) -> dict[str, Any]:
+    """The configuration with small numbers; kinds of layers, pooling and masks stay."""
+    config = copy.deepcopy(open_clip.get_model_config(name))
+    vision, text = config["vision_cfg"], config["text_cfg"]
+    if "timm_model_name" in vision:
+        vision |= {"image_size": _timm_size(vision["timm_model_name"]), "timm_model_pretrained": False}
+    elif isinstance(vision["layers"], list):
+        vision |= {"layers": [1, 1, 1, 1], "width": 8, "image_size": 64}
+    else:
+        vision |= {"layers": LAYERS, "width": WIDTH, "head_width": WIDTH // HEADS}
+        vision["image_size"] = 4 * vision["patch_size"]
+    if "hf_model_name" in text:
+        text |= {"hf_model_name": str(_write_hf_config(text["hf_model_name"], directory)), "hf_model_pretrained": False}
+    text |= {"width": WIDTH, "heads": HEADS, "layers": LAYERS, "vocab_size": VOCABULARY}
+    tiny = {"embed_dim": WIDTH, "vision_cfg": vision, "text_cfg": text}
+    if "multimodal_cfg" in config:
+        sizes = {"width": WIDTH, "heads": HEADS, "layers": 1}
+        tiny["multimodal_cfg"] = config["multimodal_cfg"] | sizes
+    return tiny
+
+
+def layout_of(name: str, config: dict[str, Any]) -> TextLayout:
+    """Start, end and padding as the model's tokenizer has them, within the small vocabulary."""
+    text = config["text_cfg"]
+    context = int(text.get("context_length", 77))
+    tokenizer = text.get("hf_tokenizer_name", "")
+    for name, ids in {  # the first that the tokenizer's name has: start, end and padding
+        "bert-base-uncased": ((101,), 0, 0), "SigLIP2": ((), 1, 0), "SigLIP": ((), 1, 1), "mt5": ((), 1, 0),
+        "nllb": ((118,), 2, 1), "": ((0,), 2, 1),
+    }.items():  # fmt: skip
+        if tokenizer and name in tokenizer:
+            return TextLayout(context, *ids)
+    return TextLayout(context, (VOCABULARY - 2,), VOCABULARY - 1, 0)
+
+
+@contextmanager
+def small_timm_models() -> Iterator[None]:
+    """Within it, timm builds every model with few layers and small widths."""
+    whole, whole_stem = timm.create_model, ConvStem
+
+    def create(name: str, **options: Any) -> Any:
+        return whole(name, **_timm_sizes(name), **options)
+
+    def stem(*, channels: tuple[int, ...], **options: Any) -> ConvStem:  # of vit_base_mci, which fixes the width
+        return whole_stem(channels=tuple(WIDTH * each // channels[-1] for each in channels), **options)
+
+    with mock.patch("timm.create_model", create), mock.patch(f"{ConvStem.__module__}.ConvStem", stem):
+        yield
+
+
+def _timm_size(name: str) -> int:
+    if name.startswith("swin"):
+        return 224
+    if name.startswith(("fastvit", "convnext")):
+        return 128
+    patch = next((int(part[5:]) for part in name.split("_") if part.startswith("patch")), 16)
+    return 4 * patch
+
+
+def _timm_sizes(name: str) -> dict[str, Any]:
+    if name.startswith("convnext"):
+        return {"depths": (1, 1, 1, 1), "dims": (8, 16, 16, 32)}
+    if name.startswith("swin"):
+        return {"embed_dim": 16, "depths": (1, 1, 1, 1), "num_heads": (1, 2, 2, 2)}
+    if name.startswith("fastvit"):
+        stages = 5 if name.endswith(("mci3", "mci4")) else 4
+        return {"layers": (1,) * stages, "embed_dims": (16, 32, 32, 32, 32)[:stages]}
+    sizes: dict[str, Any] = {
+        "embed_dim": WIDTH, "depth": LAYERS, "num_heads": HEADS, "img_size": _timm_size(name),
+    }  # fmt: skip
+    if name.startswith("vitamin"):
+        conv = VitConvCfg(norm_layer="layernorm2d", norm_eps=1e-6)
+        sizes["embed_cfg"] = VitCfg(
+            embed_dim=(8, 16, WIDTH), depths=(1, 1, 1), stem_width=8, conv_cfg=conv, head_type="1d"
+        )
+    return sizes
+
+
+def _write_hf_config(name: str, directory: Path) -> Path:
+    kind = next(kind for kind in ("xlm-roberta", "roberta", "mt5", "nllb") if kind in name)
+    path = directory / kind
+    path.mkdir(parents=True, exist_ok=True)
+    content = {"vocab_size": VOCABULARY} | (_ENCODER if "roberta" in kind else {}) | _HF_CONFIGS[kind]
+    (path / "config.json").write_text(json.dumps(content))
+    return path
+
 
 Kind = Literal["t5", "gemma", "xlm", "bert", "nllb"]
 
