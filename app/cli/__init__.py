@@ -12,11 +12,11 @@ from dcar_core.util.console import run_command
 from dcar_core.util.errors import DcarError
 from dcar_core.util.options import command
 
-__all__ = ["app", "data", "feedback", "indexing", "main", "serving", "training"]
+__all__ = ["add_plugins", "app", "data", "feedback", "indexing", "main", "serving", "training"]
 
 
-def _run() -> None:
-    """Run the command line, with the commands of plug-ins: entry points with names such as `data.caption`."""
+def add_plugins() -> None:
+    """Add the commands of plug-ins: entry points with names such as `data.caption`."""
     for entry in entry_points(group="dcar.commands"):
         *names, name = entry.name.split(".")
         parent = app
@@ -26,6 +26,10 @@ def _run() -> None:
             command(parent, name)(entry.load())
         except Exception as error:
             raise DcarError(f"the plug-in {entry.value} cannot be loaded ({error}); update or uninstall it") from error
+
+
+def _run() -> None:
+    add_plugins()
     app()
 
 

@@ -8,8 +8,7 @@ import pytest
 from typer.testing import CliRunner
 from vision_server import VisionServer
 
-from app.cli import app
-from app.cli.adapter import add_plugins
+from app.cli import add_plugins, app
 from index_jobs.index.versions import open_current
 from tests.support.images import draw
 from tests.support.shown import assert_shown, shown_blocks
@@ -22,7 +21,7 @@ def test_captions_of_a_vision_model_reach_the_index(
     tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    add_plugins(app)
+    add_plugins()
     for number, (shape, color) in enumerate((s, c) for s in SHAPES for c in COLORS):
         (tmp_path / "photos" / shape).mkdir(parents=True, exist_ok=True)
         draw(color, shape).save(tmp_path / "photos" / shape / f"photo {number}.png")
