@@ -1,17 +1,13 @@
 """The emoji example: what training may read, its captions and short queries, and the record of the checkpoints."""
 
-import importlib
 import json
 import random
 import re
 import runpy
-import sys
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-import torch
 
 from dcar_core.data import Annotations
 from tests.support.paths import ROOT
@@ -68,15 +64,6 @@ def test_the_bundled_checkpoint_is_small_and_the_run_that_the_results_name(domai
     limits = {"base/open_clip_model": 15e6, f"{domain}/checkpoint/trainables": 1e6}
     assert all((EMOJI / f"{name}.safetensors").stat().st_size < size for name, size in limits.items())
     assert (EMOJI / domain / "gallery.tar").stat().st_size < 8e6
-
-
-def test_a_pytorch_without_muon_is_refused_before_training(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.syspath_prepend(str(EMOJI))
-    monkeypatch.delattr(torch.optim, "Muon", raising=False)
-    monkeypatch.setattr(sys, "argv", ["train_base.py", "--renders", str(tmp_path), "--out", str(tmp_path / "out")])
-    with pytest.raises(SystemExit, match=r"Muon needs PyTorch 2\.9 or newer, not "):
-        importlib.import_module("train_base").main()
-    assert not (tmp_path / "out").exists()
 
 
 def test_spoken_captions_name_gender_and_skin_tone_as_people_do_and_have_typing_errors() -> None:

@@ -159,7 +159,6 @@ FDRD = '{"a": {"file_name": "a.png", "file_path": "", %s}}'
     ("name", "content"),
     [
         ("train.json", FDRD % f'"positive": {HALF}, "class_name": {HALF}'),
-        ("train.json", FDRD % f'"positive": [{HALF}], "negative": [{HALF}]'),
         ("train.jsonl", f'{{"image": "a.png", "captions": [{HALF}], "negatives": {HALF}, {HALF}: [{{"a": {HALF}}}]}}'),
         ("train.csv", f'image,captions\na.png,"[{HALF.replace(chr(34), chr(34) * 2)}]"\n'),
     ],

@@ -15,7 +15,6 @@ import torch
 from open_clip.transform import PreprocessCfg, image_transform_v2
 from PIL import Image, ImageOps
 
-from dcar_core import Encoder
 from dcar_core.data.image_lookup import ImageFinder
 from dcar_core.images import ImageFormat, ImageRoot, OpenedImage, decoding, index_tar, open_image, sniff_format
 from dcar_core.model import preprocess
@@ -144,19 +143,6 @@ def test_large_image_is_averaged_when_reduced(mode: str, monkeypatch: pytest.Mon
         assert np.abs(found - averaged).max() <= 1
 
 
-@pytest.mark.slow
-@pytest.mark.skipif(sys.platform != "linux", reason="measures memory as Linux tells it")
-def test_large_and_long_images_are_in_memory_once(tmp_path: Path) -> None:
-    side, room = 4000, 30 * 2**20
-    for image, own in (
-        (Image.new("RGBA", (side, side), (1, 2, 3, 9)), 4),
-        (Image.fromarray(np.full((side, side), 30_000, np.uint16)), 2),
-    ):
-        assert peak_memory(encoded(image), "fast", tmp_path) < own * side**2 + room
-        assert peak_memory(encoded(image), "exact", tmp_path) < (own + 4) * side**2 + room
-    assert peak_memory(encoded(Image.new("RGB", (1, 10_000))), "exact", tmp_path) < 50 * 2**20
-
-
 def tar_bytes(*names: str, fill: bytes = b"x") -> bytes:
     return tar_of(dict.fromkeys(names, fill * 700), {}, tarfile.USTAR_FORMAT)  # with its header 1536 bytes each
 
@@ -188,11 +174,8 @@ def odd(prefix: str = "GNU.sparse.", **headers: str) -> bytes:
         (TAR[:4000], "unexpected end of data"),
         (odd(map="0,3", size="4096"), r"at a\.png: it is a sparse file"),
         (odd(size="zz"), r"t\.tar "),
-        (odd(map="1,abc", size="3"), r"t\.tar "),
-        (odd(major="1", minor="0"), r"t\.tar "),
         (odd(major="1", minor="0", realsize="abc"), r"t\.tar "),
         (odd("", size="99999999999999999999"), r"t\.tar "),
-        (odd("", size="-5"), r"t\.tar "),
     ],
 )
 def test_damaged_and_odd_tars_are_refused(data: bytes, says: str, tmp_path: Path) -> None:
@@ -226,17 +209,12 @@ def noise(mode: str, side: int = 33) -> Image.Image:
         ("JPEG", "RGB", {"progressive": True}),
         ("JPEG", "RGB", {"quality": 95, "subsampling": 0, "comment": b"taken by hand"}),
         ("JPEG", "CMYK", {}),
-        ("JPEG", "L", {"restart_marker_blocks": 2}),
-        ("PNG", "RGB", {}),
         ("PNG", "P", {}),
         ("PNG", "1", {}),
         ("GIF", "P", {"comment": b"drawn by hand"}),
         ("WEBP", "RGB", {"lossless": True}),
         ("AVIF", "RGB", {"speed": 10}),
-        ("TIFF", "RGB", {}),
         ("TIFF", "RGB", {"compression": "jpeg"}),
-        ("TIFF", "CMYK", {"compression": "tiff_lzw"}),
-        ("TIFF", "YCbCr", {"compression": "tiff_adobe_deflate"}),
         ("TIFF", "1", {"compression": "group4"}),
         ("TIFF", "RGB", {"big_tiff": True, "compression": "zstd"}),
         ("BMP", "RGB", {}),
@@ -280,14 +258,11 @@ def test_limits_leave_honest_files_alone() -> None:
 @pytest.mark.parametrize(
     ("kind", "mode", "options"),
     [
-        ("JPEG", "RGB", {}),
         ("JPEG", "RGB", {"progressive": True}),
         ("JPEG", "CMYK", {"progressive": True, "subsampling": 0}),
         ("PNG", "RGBA", {"compress_level": 1}),
-        ("GIF", "P", {}),
         ("WEBP", "RGBA", {"quality": 50, "method": 0}),
         ("AVIF", "RGBA", {"speed": 10, "subsampling": "4:4:4"}),
-        ("TIFF", "RGB", {"compression": "tiff_adobe_deflate"}),
     ],
 )
 def test_decoding_takes_no_more_memory_than_expected(
@@ -334,34 +309,8 @@ def test_preprocess_equals_open_clips_transform() -> None:
     assert (line.reshape(3, -1) == 255).sum() == 3 * 32  # a side never rounds to nothing
 
 
-def jpegs(width: int, height: int, count: int) -> list[bytes]:
-    """Return JPEG files with detail at every scale."""
-    root = ImageRoot(EXAMPLE / "gallery.tar")
-    names = [name for name in root.names()[:: 3 * count] if name.endswith(".png")][: 6 * count]
-    tiles = [open_image(root.read(name)).resize((70, 70)) for name in names]
-    found = []
-    for start in range(count):
-        page, own = Image.new("RGB", (width, height), "white"), tiles[start::count]
-        for i, (x, y) in enumerate(product(range(0, width, 70), range(0, height, 70))):
-            page.paste(own[i % len(own)], (x, y))
-        found.append(encoded(page, "JPEG", quality=92))
-    return found
-
-
-@pytest.mark.slow
-def test_fast_mode_changes_embeddings_little() -> None:
-    """Of the bundled model, which is trained and so sees what people see."""
-    encoder = Encoder.load(EXAMPLE / "checkpoint", device="cpu")
-    exact, fast = encoder.model.backbone.preprocess, encoder.preprocess
-    assert (exact.exact, fast.exact) == (True, False)
-    for width, height in ((150, 120), (241, 260), (500, 400), (1400, 960)):
-        pages = jpegs(width, height, 8)
-        before, after = (encoder.encode_pixels(np.stack([mode(file) for file in pages])) for mode in (exact, fast))
-        assert (before * after).sum(1).min() > 0.995
-
-
 def test_jpeg_is_decoded_at_the_smallest_sufficient_size() -> None:
-    file = jpegs(1400, 960, 1)[0]
+    file = encoded(noisy(1400, 960), "JPEG")
     assert open_image(file).size == (1400, 960)
     assert open_image(file, at_least=121).size == (350, 240)  # an eighth would be 175 x 120
     assert open_image(file, at_least=120).size == (175, 120)
@@ -386,23 +335,6 @@ def test_pytorch_resizes_as_pillow_does_and_small_images_are_the_same_in_both_mo
         assert np.abs(before - after).max() <= 2
         assert np.abs(before - after).mean() < 0.05
         assert width > 200 or np.abs(before - exact.fast()(picture)).mean() < 0.5  # of 255
-
-
-def test_pillow_resizes_very_large_and_long_images_and_where_pytorch_is_slow(monkeypatch: pytest.MonkeyPatch) -> None:
-    fast = Preprocess(48, HALF, HALF).fast(torch=True)
-    pillow = replace(fast, resizer="pillow")
-    asked: list[object] = []
-    monkeypatch.setattr(preprocess, "resize_by_torch", lambda *_: asked.append(_))
-    for size in ((400, 300), (3, 90_000)):  # reduced by Pillow first; cut while it is scaled
-        picture = Image.linear_gradient("L").resize(size)
-        assert np.array_equal(fast(picture), pillow(picture))
-    assert not asked
-    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "DEFAULT")
-    preprocess.torch_is_fast.cache_clear()
-    try:
-        assert Preprocess(48, HALF, HALF).fast(torch=True).resizer == "pillow"
-    finally:
-        preprocess.torch_is_fast.cache_clear()
 
 
 def test_a_models_own_settings_are_followed_and_are_in_the_hash() -> None:

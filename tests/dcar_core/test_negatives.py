@@ -245,11 +245,9 @@ def test_the_command_writes_what_training_reads(
     assert done.returncode == 0, done.stderr
     assert "  - a " in done.stdout
     assert f"train with --data {out} --images" in done.stdout
-    splits, reports = Annotations(data, tiny_data).load_all(("train", "val", "test"))
-    expected = add_negatives(splits, reports, backbone_functions(backbone))
-    for name in ("train", "val", "test"):
-        written = Annotations(out, tiny_data).load(name)[0].samples
-        assert written == expected[name].samples
+    expected = add_negatives(*Annotations(data, tiny_data).load_all(), backbone_functions(backbone))
+    written = Annotations(out, tiny_data).load_all()[0]
+    assert {name: part.samples for name, part in written.items()} == {n: p.samples for n, p in expected.items()}
     done = dcar("data", "negatives", data, "--out", data)
     assert done.returncode == 3
     assert "already holds test.json; give --out an empty or a new directory" in done.stderr
@@ -260,17 +258,11 @@ def test_the_command_writes_what_training_reads(
     [
         ("A morning_glory in a vase", "Morning glory", "iris", "An iris in a vase"),
         ("a catalogue, cat-like, of a bobcat", "cat", "dog", None),
-        ("the non-cat and the cat2", "cat", "dog", None),
         ("a cat (old), a cat's bowl", "cat", "ox", "an ox (old), an ox's bowl"),
-        ("An ox", "ox", "cat", "A cat"),
         ("Two cats and three oxen", "cat", "wolf", "Two wolves and three oxen"),
-        ("a pair of birds of paradise", "bird of paradise", "fern", "a pair of ferns"),
         ("one bus", "buses", "tram", "one tram"),
-        ("some foxes", "fox", "sheep", "some sheep"),
-        ("A colt\u2019s foot in grass", "colt's foot", "iris", "An iris in grass"),
         ("A colt's foot in grass", "Colt\u02bcs Foot", "iris", "An iris in grass"),
         ("Two Mercedes\u2011Benz cars", "Mercedes-Benz", "Audi", "Two Audi cars"),
-        ("Two Mercedes-Benz cars", "Mercedes\u2013Benz", "Audi", "Two Audi cars"),
         ("a cat\u2011like animal, a non\u2010cat", "cat", "dog", None),
         ("This is a photo of Apply_Eye_Makeup.", "Apply Eye Makeup", "Pole Vault", "This is a photo of Pole_Vault."),
         ("a morning-glory", "morning glory", "tree poppy", "a tree-poppy"),
@@ -283,15 +275,10 @@ def test_the_command_writes_what_training_reads(
         ("keycap, *", "keycap, *", "keycap, #", "keycap, #"),
         ("a well-known cat - asleep", "-", "dog", None),
         ("一只白色的猫坐在沙发上", "猫", "狗", "一只白色的狗坐在沙发上"),
-        ("白いネコがソファに座っている", "ネコ", "犬", "白い犬がソファに座っている"),
         ("แมวสีขาวนั่งบนโซฟา", "แมว", "สุนัข", "สุนัขสีขาวนั่งบนโซฟา"),
-        ("ແມວສີຂາວນັ່ງ", "ແມວ", "ໝາ", "ໝາສີຂາວນັ່ງ"),
-        ("ខ្ញុំឃើញឆ្មាពណ៌ស", "ឆ្មា", "ឆ្កែ", "ខ្ញុំឃើញឆ្កែពណ៌ស"),
-        ("ကြောင်ဖြူလေး", "ကြောင်", "ခွေး", "ခွေးဖြူလေး"),
         ("一辆白色的BMW停在路边", "BMW", "Audi", "一辆白色的Audi停在路边"),
         ("一辆BMWX5停在路边", "BMW", "Audi", None),
         ("穿T恤衫的人", "T恤", "毛衣", "穿毛衣衫的人"),
-        ("穿XT恤的人", "T恤", "毛衣", None),
         ("a C++ (old) book", "C++ (old)", "[x]", "a [x] book"),
     ],
 )
