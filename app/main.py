@@ -83,7 +83,7 @@ def create_app(settings: Settings, *, on_start_failure: Callable[[DcarError], No
             CORSMiddleware,
             allow_origins=settings.cors_origins,
             allow_methods=["GET", "POST"],
-            allow_headers=["Authorization", "Content-Type", "X-API-Key", "X-Client-ID", "X-Request-ID"],
+            allow_headers=["Authorization", "Content-Type", "X-API-Key", "X-Request-ID"],
             expose_headers=["Retry-After", "X-Request-ID"],
         )
     app.add_middleware(Envelope, metrics=metrics, settings=settings)

@@ -1,7 +1,6 @@
 """The routes of feedback, and searches that its log notes."""
 
 import asyncio
-import re
 import time
 from contextlib import suppress
 from pathlib import Path
@@ -25,7 +24,7 @@ from dcar_core.util.errors import ArtifactError, DcarError
 from dcar_core.util.processes import in_own_process
 from index_jobs.index.versions import read_manifest, version_numbers
 
-routes = Routes("feedback")
+routes = Routes()
 MAX_EVENTS = 500
 _CLIENT = "^[!-~]{1,100}$"
 _LISTED = 20  # ignored events in a response
@@ -64,7 +63,7 @@ class FeedbackEvents(Strict, json_schema_extra={"examples": [_EXAMPLE]}):
 
 
 @routes.add(
-    "POST", "/feedback", Policy("read", "checked", body=lambda settings: 2**18 if settings.feedback else 2**10),
+    "POST", "/feedback", Policy("read", "checked", body=lambda _: 2**18),
     FeedbackResponse, accepts=FeedbackEvents,
 )  # fmt: skip
 async def feedback(request: Request) -> Response:
@@ -122,7 +121,5 @@ def noted(request: Request, query: Query, body: SearchResponse, *, has_image: bo
     """
     log = state_of(request).feedback
     if log is not None and not (query.k == 1 and (query.explain or query.facets)):
-        client = request.headers.get("x-client-id", "")
-        client = client if re.fullmatch(_CLIENT, client) else ""  # a name that an event could not have is none
         caller, collection = request.scope.get(CALLER, ""), collection_of(request)
-        body["query_id"] = log.note(caller, collection, query, body, has_image=has_image, client=client)
+        body["query_id"] = log.note(caller, collection, query, body, has_image=has_image)

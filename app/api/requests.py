@@ -14,7 +14,7 @@ import re
 import socket
 from collections.abc import Callable, Mapping
 from contextlib import suppress
-from functools import cache, partial
+from functools import partial
 from importlib.util import find_spec
 from typing import Annotated, Any, Literal, TypeVar
 
@@ -178,15 +178,7 @@ def validated(model: type[M], fields: dict[str, Any] | bytes, settings: Settings
             return model.model_validate_json(fields, context=settings)
         return model.model_validate(fields, context=settings)
     except ValidationError as error:
-        raise from_validation(error, _field_names(model)) from None
-
-
-@cache
-def _field_names(model: type[BaseModel]) -> frozenset[str]:
-    """Return the names of a model's fields, and of the models inside it."""
-    schema = model.model_json_schema()
-    parts = (schema, *schema.get("$defs", {}).values())
-    return frozenset(name for part in parts for name in part.get("properties", ()))
+        raise from_validation(error) from None
 
 
 def _check_content_type(request: Request, *expected: str) -> None:

@@ -42,20 +42,16 @@ _IMAGE_MAX_AGE_S = 3600
 _RELOAD_RETRY = {"Retry-After": "30"}  # a version that fails to load now will not load a second later
 
 
-search = Routes("search")
-gallery = Routes("items")
-embedding = Routes("embeddings")
-service = Routes("service")
+routes = Routes()
 
 
 def add_routes(app: FastAPI) -> None:
     """Add all routes to an application. Those of text searches are first, so that they are found first."""
-    of_items, others = (search, gallery, writing.items), (embedding, service, writing.collections)
-    for routes in (*of_items, *others, feedback.routes, page.routes):
-        routes.add_to(app)
+    for part in (routes, writing.routes, feedback.routes, page.routes):
+        part.add_to(app)
 
 
-@search.add("POST", "/search/text", _READ, SearchResponse, accepts=Query)
+@routes.add("POST", "/search/text", _READ, SearchResponse, accepts=Query)
 async def search_text(request: Request) -> Response:
     """Find the images that a text describes."""
     return await _search(request, await snapshot_of(request), await read_json(request, Query))
@@ -67,7 +63,7 @@ async def _search(request: Request, snapshot: Snapshot, query: Query, image: byt
     return await send_items(request, body, size)
 
 
-@search.add("POST", "/search/image", _UPLOAD, SearchResponse, accepts=requests.ImageForm)
+@routes.add("POST", "/search/image", _UPLOAD, SearchResponse, accepts=requests.ImageForm)
 async def search_image(request: Request) -> Response:
     """Find the images that resemble an uploaded image."""
     snapshot = await snapshot_of(request)
@@ -76,7 +72,7 @@ async def search_image(request: Request) -> Response:
     return await _search(request, snapshot, query, image)
 
 
-@search.add("POST", "/search/batch", _BATCH, responses.BatchResponse, accepts=requests.BatchQuery)
+@routes.add("POST", "/search/batch", _BATCH, responses.BatchResponse, accepts=requests.BatchQuery)
 async def search_batch(request: Request) -> Response:
     """Run several searches by text or image in one request. Each one counts against the caller's rate limit."""
     snapshot = await snapshot_of(request)
@@ -92,7 +88,7 @@ async def search_batch(request: Request) -> Response:
     return await send_items(request, answers, sum(size for _, size in pages))
 
 
-@gallery.add("GET", "/items", _READ, responses.ItemsResponse)
+@routes.add("GET", "/items", _READ, responses.ItemsResponse)
 async def items(request: Request, query: Annotated[requests.ItemsQuery, QueryParam()]) -> Response:
     """List the gallery's items page by page, in index order or sorted; of a group the first one."""
     if query.k > (most := state_of(request).settings.max_k):
@@ -124,7 +120,7 @@ def _list(snapshot: Snapshot, query: requests.ItemsQuery, path: str) -> tuple[re
     return body, sum(item.text_bytes + item.metadata_bytes for item in items)
 
 
-@gallery.add("GET", "/items/{item_id:path}/similar", _READ, SearchResponse)
+@routes.add("GET", "/items/{item_id:path}/similar", _READ, SearchResponse)
 async def similar(request: Request, item_id: ItemId, page: Annotated[requests.PageQuery, QueryParam()]) -> Response:
     """Find the items most similar to one of the gallery; the item itself is left out."""
     snapshot = await snapshot_of(request)
@@ -133,7 +129,7 @@ async def similar(request: Request, item_id: ItemId, page: Annotated[requests.Pa
     return await _search(request, snapshot, validated(Query, fields, state_of(request).settings))
 
 
-@gallery.add("GET", "/items/{item_id:path}/image", _READ, "image/*")
+@routes.add("GET", "/items/{item_id:path}/image", _READ, "image/*")
 async def picture(
     request: Request,
     item_id: ItemId,
@@ -153,7 +149,7 @@ async def picture(
     return not_modified(request, headers) or Response(data, media_type=f"image/{sniff_format(data)}", headers=headers)
 
 
-@gallery.add("GET", "/items/{item_id:path}", _READ, responses.ItemResponse)
+@routes.add("GET", "/items/{item_id:path}", _READ, responses.ItemResponse)
 async def item(request: Request, item_id: ItemId) -> Response:
     """Return an item with all its metadata."""
     snapshot = await snapshot_of(request)
@@ -161,7 +157,7 @@ async def item(request: Request, item_id: ItemId) -> Response:
     return JsonResponse({"index_version": snapshot.version, **responses.gallery_item(items_path(request), found)})
 
 
-@embedding.add("POST", "/v1/embeddings", _EMBED, responses.EmbeddingsResponse, accepts=requests.EmbeddingsQuery)
+@routes.add("POST", "/v1/embeddings", _EMBED, responses.EmbeddingsResponse, accepts=requests.EmbeddingsQuery)
 async def embeddings(request: Request) -> Response:
     """Return the vectors of texts and images, in the shape of OpenAI's API."""
     retriever, collections = state_of(request).retriever, state_of(request).collections
@@ -203,14 +199,14 @@ def _inputs(query: requests.EmbeddingsQuery, max_bytes: int) -> list[str | bytes
     ]
 
 
-@embedding.add("GET", "/v1/models", _CHECKED)
+@routes.add("GET", "/v1/models", _CHECKED)
 async def list_models(request: Request) -> Response:
     """List the collections that embed, those that the key opens, in the shape of OpenAI's API."""
     served = [(name, index.live) for name, index in state_of(request).collections if may_read(request, name)]
     return JsonResponse({"object": "list", "data": [_model(name, live) for name, live in served if live]})
 
 
-@embedding.add("GET", "/v1/models/{collection}", _CHECKED)
+@routes.add("GET", "/v1/models/{collection}", _CHECKED)
 async def model(request: Request, collection: str) -> Response:
     """Return one of the collections that embed, in the shape of OpenAI's API."""
     if not may_read(request, collection):
@@ -223,7 +219,7 @@ def _model(name: str, live: Snapshot) -> dict[str, Any]:
     return {"id": name, "object": "model", "created": created, "owned_by": "dcar"}
 
 
-@service.add("GET", "/collections", _CHECKED, responses.CollectionsResponse)
+@routes.add("GET", "/collections", _CHECKED, responses.CollectionsResponse)
 async def list_collections(request: Request) -> Response:
     """List the served collections that the key opens."""
     collections = state_of(request).collections
@@ -231,13 +227,13 @@ async def list_collections(request: Request) -> Response:
     return JsonResponse({"collections": entries})
 
 
-@service.add("GET", "/healthz", OPEN, responses.HealthResponse)
+@routes.add("GET", "/healthz", OPEN, responses.HealthResponse)
 async def healthz() -> Response:
     """Report that the process is alive, whether or not an index is loaded."""
     return JsonResponse({"status": "ok"})
 
 
-@service.add("GET", "/readyz", OPEN, responses.ReadinessResponse)
+@routes.add("GET", "/readyz", OPEN, responses.ReadinessResponse)
 async def readyz(request: Request) -> Response:
     """Report that searches work in all collections of the settings, or why not, to callers who may see them all."""
     collections = state_of(request).collections
@@ -257,13 +253,13 @@ async def readyz(request: Request) -> Response:
     return JsonResponse(body)
 
 
-@service.add("GET", "/metrics", Policy("monitor", "service", cost=0), "text/plain")
+@routes.add("GET", "/metrics", Policy("monitor", "service", cost=0), "text/plain")
 async def metrics(request: Request) -> Response:
     """Return the service's metrics. If API keys are required, an API key or the admin key opens it."""
     return Response(await run_in_new_thread(state_of(request).metrics.render), media_type=CONTENT_TYPE_LATEST)
 
 
-@service.add("POST", "/admin/reload", Policy("admin", "service"), responses.ReloadResponse)
+@routes.add("POST", "/admin/reload", Policy("admin", "service"), responses.ReloadResponse)
 async def reload(request: Request) -> Response:
     """Serve the published version of every collection now, without waiting for the next poll."""
     collections = state_of(request).collections

@@ -96,10 +96,9 @@ async def refuse_unknown(scope: Scope, receive: Receive, send: Send) -> None:
 
 
 class Routes:
-    """The routes of a module. tag: their heading in the documentation."""
+    """The routes of a module."""
 
-    def __init__(self, tag: str = "") -> None:
-        self._tag = tag
+    def __init__(self) -> None:
         self._routes: list[tuple[str, Policy, Callable[..., Any], dict[str, Any]]] = []
 
     def add(
@@ -127,7 +126,7 @@ class Routes:
         options: dict[str, Any] = {
             "methods": [method],
             "status_code": status,
-            "tags": [self._tag] if self._tag else None,
+            "tags": [path.split("/")[1]],
             "include_in_schema": not policy.is_private,
             "responses": {
                 status: {"description": "Success", **(success if returns else {})},

@@ -38,8 +38,7 @@ from index_jobs.index.jobs import JobKind, create_collection, drop_collection
 
 logger = logging.getLogger(__name__)
 
-items = Routes("items")
-collections = Routes("collections")
+routes = Routes()
 MAX_CHANGE_BYTES = 64 * 2**20  # of the fields that a job merges into all of its items
 _MAX_PUT = 256  # items of a request
 _MAX_CHOSEN = 10_000
@@ -144,12 +143,11 @@ def _items_bytes(settings: Settings) -> int:
 
 
 _ITEMS = Policy("write", body=_items_bytes)
-IsStrict = Annotated[bool, QueryParam(alias="strict", description="refuse metadata fields that no item has")]
 ItemPath = Annotated[NewItemId, PathParam(description="the id of an item")]
 
 
-@items.add("PUT", "/items", _ITEMS, JobResponse, status=202, accepts=PutItems)
-async def put_items(request: Request, strict: IsStrict = False) -> Response:
+@routes.add("PUT", "/items", _ITEMS, JobResponse, status=202, accepts=PutItems)
+async def put_items(request: Request) -> Response:
     """Add items, or replace those with the same ids, by a job."""
     items = (await read_json(request, PutItems)).items
     ids = [item.id for item in items]
@@ -157,45 +155,45 @@ async def put_items(request: Request, strict: IsStrict = False) -> Response:
         if ids.index(item_id) != number:
             raise field_problem(f"items.{number}.id", "is the id of an earlier item")
     await state_of(request).access.charge(len(items) - 1)
-    return await _put(request, items, strict)
+    return await _put(request, items)
 
 
-@items.add("PUT", "/items/{item_id:path}", _ITEMS, JobResponse, status=202, accepts=PutFields)
-async def put_item(request: Request, item_id: ItemPath, strict: IsStrict = False) -> Response:
+@routes.add("PUT", "/items/{item_id:path}", _ITEMS, JobResponse, status=202, accepts=PutFields)
+async def put_item(request: Request, item_id: ItemPath) -> Response:
     """Add an item, or replace the one with this id, by a job."""
     fields = await read_json(request, PutFields)
     try:
-        return await _put(request, [PutItem.model_construct(id=item_id, **dict(fields))], strict)
+        return await _put(request, [PutItem.model_construct(id=item_id, **dict(fields))])
     except Problem as problem:
         raise problem.without("items.0.") from None
 
 
-@items.add("PATCH", "/items", _ITEMS, JobResponse, status=202, accepts=PatchItems)
-async def patch_items(request: Request, strict: IsStrict = False) -> Response:
+@routes.add("PATCH", "/items", _ITEMS, JobResponse, status=202, accepts=PatchItems)
+async def patch_items(request: Request) -> Response:
     """Merge fields into items, without their images, by a job; ids that the index lacks are ignored."""
     patch = await read_json(request, PatchItems)
-    return await _change(request, patch, patch, strict)
+    return await _change(request, patch, patch)
 
 
-@items.add("PATCH", "/items/{item_id:path}", _ITEMS, JobResponse, status=202, accepts=PatchItem)
-async def patch_item(request: Request, item_id: ItemPath, strict: IsStrict = False) -> Response:
+@routes.add("PATCH", "/items/{item_id:path}", _ITEMS, JobResponse, status=202, accepts=PatchItem)
+async def patch_item(request: Request, item_id: ItemPath) -> Response:
     """Merge fields into an item, without its image, by a job."""
-    return await _change(request, ChosenItems(ids=[item_id]), await read_json(request, PatchItem), strict)
+    return await _change(request, ChosenItems(ids=[item_id]), await read_json(request, PatchItem))
 
 
-@items.add("DELETE", "/items", _ITEMS, JobResponse, status=202, accepts=ChosenItems)
+@routes.add("DELETE", "/items", _ITEMS, JobResponse, status=202, accepts=ChosenItems)
 async def delete_items(request: Request) -> Response:
     """Remove items by a job; ids that the index lacks are ignored."""
     return await _change(request, await read_json(request, ChosenItems))
 
 
-@items.add("DELETE", "/items/{item_id:path}", Policy("write"), JobResponse, status=202)
+@routes.add("DELETE", "/items/{item_id:path}", Policy("write"), JobResponse, status=202)
 async def delete_item(request: Request, item_id: ItemPath) -> Response:
     """Remove an item by a job."""
     return await _change(request, ChosenItems(ids=[item_id]))
 
 
-@items.add("GET", "/jobs", Policy("write", "checked"), JobsResponse)
+@routes.add("GET", "/jobs", Policy("write", "checked"), JobsResponse)
 async def jobs(
     request: Request, limit: Annotated[int, QueryParam(ge=1, le=_MAX_JOBS, description="number of jobs")] = 20
 ) -> Response:
@@ -204,7 +202,7 @@ async def jobs(
     return await asyncio.to_thread(JsonResponse, {"jobs": newest})
 
 
-@items.add("GET", "/jobs/{job_id}", Policy("write", "checked"), JobResponse)
+@routes.add("GET", "/jobs/{job_id}", Policy("write", "checked"), JobResponse)
 async def job(request: Request, job_id: str) -> Response:
     """Return the status of a change of items: how far it is, and how it ended."""
     names = await _readable(request)
@@ -221,7 +219,7 @@ async def _readable(request: Request) -> list[str]:
     return [name for name, _ in state_of(request).collections if may_read(request, name)]
 
 
-@collections.add("PUT", "/collections/{collection}", Policy("write"), Collection)
+@routes.add("PUT", "/collections/{collection}", Policy("write"), Collection)
 async def put_collection(
     request: Request,
     model: Annotated[str | None, QueryParam(description="the collection whose model encodes the items")] = None,
@@ -243,7 +241,7 @@ async def put_collection(
     return JsonResponse(collection_response(collections, name))
 
 
-@collections.add("DELETE", "/collections/{collection}", Policy("write"), status=204)
+@routes.add("DELETE", "/collections/{collection}", Policy("write"), status=204)
 async def delete_collection(request: Request) -> Response:
     """Drop a collection that was created over HTTP, with all of its items."""
     name, collections = _name(request), state_of(request).collections
@@ -271,10 +269,10 @@ async def _snapshot(request: Request) -> Snapshot:
     return await snapshot_of(request)
 
 
-async def _put(request: Request, items: list[PutItem], strict: bool) -> Response:
+async def _put(request: Request, items: list[PutItem]) -> Response:
     snapshot, state = await _snapshot(request), state_of(request)
     metadata = {f"items.{number}.metadata": item.metadata for number, item in enumerate(items)}
-    new_fields = _new_fields(snapshot.artifact, metadata, strict)
+    new_fields = _new_fields(snapshot.artifact, metadata)
     sources = {f"items.{number}": item.image for number, item in enumerate(items)}
     images = await state.fetcher.read(request.scope, sources)
     for name, image in images.items():
@@ -286,13 +284,11 @@ async def _put(request: Request, items: list[PutItem], strict: bool) -> Response
     return await _accept(request, "put", stored, [*images.values()], notes={"new_fields": new_fields})
 
 
-async def _change(
-    request: Request, chosen: ChosenItems, patch: PatchItem | None = None, strict: bool = False
-) -> Response:
+async def _change(request: Request, chosen: ChosenItems, patch: PatchItem | None = None) -> Response:
     """Accept a patch of chosen items, or their removal."""
     snapshot, fields, notes = await _snapshot(request), (patch.fields if patch else {}), dict[str, Any]()
     if patch:
-        notes["new_fields"] = _new_fields(snapshot.artifact, {"metadata": patch.metadata}, strict)
+        notes["new_fields"] = _new_fields(snapshot.artifact, {"metadata": patch.metadata})
     if (chosen.ids is None) == (chosen.filter is None):
         raise field_problem("ids", "give either ids or a filter")
     items = [{"id": item_id} for item_id in dict.fromkeys(chosen.ids or ())]
@@ -307,10 +303,10 @@ async def _change(
     return await _accept(request, "patch" if patch else "delete", items, filter=filter, fields=fields, notes=notes)
 
 
-def _new_fields(artifact: IndexVersion, metadata: Mapping[str, Mapping[str, Any]], strict: bool) -> list[str]:
+def _new_fields(artifact: IndexVersion, metadata: Mapping[str, Mapping[str, Any]]) -> list[str]:
     """Return the fields with a value that no item has, [] for a collection without items.
 
-    Raise Problem if there are any and `strict`, or if the collection would have too many fields.
+    Raise Problem if the collection would have too many fields.
 
     Args:
         metadata: of items, by its name in the request.
@@ -319,9 +315,6 @@ def _new_fields(artifact: IndexVersion, metadata: Mapping[str, Mapping[str, Any]
     new = {name: part for name, part in fields if name not in artifact.fields}
     if new and (count := len(artifact.fields) + len(new)) > _MAX_FIELDS:
         raise field_problem([*new.values()][-1], f"with it items have {count:,} fields, at most {_MAX_FIELDS:,}")
-    if strict and new and artifact.rows:
-        faults = [(f"{part}.{name}", "no item has this field") for name, part in new.items()][:_MAX_NAMED]
-        raise Problem(422, "; ".join(": ".join(fault) for fault in faults), errors=faults)
     return sorted(new)[:_MAX_NAMED] if artifact.rows else []
 
 

@@ -36,16 +36,16 @@ def export(
     folder, name = log or index / "feedback", collection or index.resolve().name
     report = run(folder, open_current(index), name, out, min_clients, judge or ())
     typer.echo(str(report))
-    train = f"dcar train --data {out}{f' --images {report.images}' if report.images else ''} ..."
     if report.pairs:
-        typer.echo(f"{out}: {f'dcar retrain --index {index} --pairs {out}' if report.without_image else train}")
+        train = f"dcar train --data {out}{f' --images {report.images}' if report.images else ''} ..."
+        typer.echo(f"{out}: dcar retrain --index {index} --pairs {out}, or with local images {train}")
 
 
 @command(commands, "forget", "dcar feedback forget 5f0c2a --log index/feedback")
 def forget(
     client: str = option(help="The client_id of the events."), *, log: Path = option(help="Directory of the log.")
 ) -> None:
-    """Remove a client's events and the searches that it made or alone acted on; a service may be running."""
+    """Remove a client's events and the searches that it alone acted on; a service may be running."""
     from app.feedback.log import forget as remove
 
     events, searches = remove(log, client)

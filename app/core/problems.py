@@ -5,9 +5,8 @@
 """
 
 import re
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from difflib import get_close_matches
 from http import HTTPStatus
 from typing import Any, cast
 
@@ -76,11 +75,8 @@ def field_problem(name: str, message: str, *, status: int = 422, **options: Any)
     return Problem(status, f"{name}: {message}", errors=[(name, message)], **options)
 
 
-def from_validation(error: ValidationError | RequestValidationError, known: Collection[str] = ()) -> Problem:
-    """Turn the faults that pydantic, or FastAPI on its behalf, found into one problem.
-
-    known: names that an unknown field may have been meant to be.
-    """
+def from_validation(error: ValidationError | RequestValidationError) -> Problem:
+    """Turn the faults that pydantic, or FastAPI on its behalf, found into one problem."""
     if isinstance(error, RequestValidationError):  # a location begins with the part of the request
         entries = [{**entry, "loc": entry["loc"][1:]} for entry in error.errors()]
     elif error.error_count() > _MAX_EXAMINED:
@@ -89,7 +85,7 @@ def from_validation(error: ValidationError | RequestValidationError, known: Coll
         entries = cast(list[Any], error.errors(include_url=False, include_context=False, include_input=False))
     if any(entry["type"] == "json_invalid" for entry in entries):
         return field_problem("body", "not valid JSON", status=400)
-    faults = [(_field_name(entry), _message(entry, known)) for entry in entries[:_MAX_FAULTS]]
+    faults = [(_field_name(entry), _message(entry)) for entry in entries[:_MAX_FAULTS]]
     detail = "; ".join(f"{name}: {message}" for name, message in faults)
     more = f"; and {len(entries) - _MAX_FAULTS:,} more" if len(entries) > _MAX_FAULTS else ""
     return Problem(422, detail + more, errors=faults)
@@ -101,11 +97,8 @@ def _field_name(fault: Mapping[str, Any]) -> str:
     return ".".join([*(part for part in parts if not _UNION_BRANCH.fullmatch(part)), *unknown]) or "body"
 
 
-def _message(fault: Mapping[str, Any], known: Collection[str]) -> str:
+def _message(fault: Mapping[str, Any]) -> str:
     if fault["type"] == "extra_forbidden":
-        name = str(fault["loc"][-1])[:40]
-        begun = sorted((field for field in known if field.startswith(name) and field != name), key=len)
-        meant = [*begun, *get_close_matches(name, {*known} - {name}, 1)]
-        return f"unknown field; did you mean {meant[0]}?" if meant else "unknown field"
+        return "unknown field; /docs names the fields"
     message: str = fault["msg"].removeprefix("Value error, ")
     return message[0].lower() + message[1:] if message[1:2].islower() else message  # acronyms such as EOF stay

@@ -4,7 +4,7 @@
   searches counts for it, and of the events on a search only those of its first client.
 - An image that was skipped above a clicked one is a hard negative of the query, if enough clients skipped it and hardly
   any clicked it. An image below the last click may not have been seen, and says nothing.
-- Everything that is left out is counted with its reason.
+- What is left out is counted with its reason.
 """
 
 import os
@@ -54,7 +54,7 @@ Evidence: TypeAlias = "np.recarray[Any, Any]"
 class Report:
     """What was exported, and what was left out.
 
-    images: the `--images` that `dcar train` needs, if any. without_image: rows whose image is no local file.
+    images: the `--images` that `dcar train` needs, if any.
     """
 
     searches: int = 0
@@ -66,7 +66,6 @@ class Report:
     propensities: list[float] = field(default_factory=list)
     pairs_at_several_positions: int = 0
     images: str | None = None
-    without_image: int = 0
     left_out: Counter[str] = field(default_factory=Counter)
 
     def __str__(self) -> str:
@@ -79,9 +78,6 @@ class Report:
             lines.append(f"propensities of positions, from {several:,} pairs seen at several: {chances}")
         else:
             lines.append("no position bias was corrected: too few items were seen at several positions")
-        if self.without_image:
-            rest = "have no local image; they are for `dcar retrain`, not `dcar train`"
-            lines.append(f"{self.without_image:,} rows {rest}")
         return "\n".join(lines + [f"left out: {number:,} {reason}" for reason, number in self.left_out.most_common()])
 
 
@@ -280,17 +276,13 @@ def _pairs(
     evidence: Evidence, log: _Log, artifact: IndexVersion, min_clients: int, report: Report
 ) -> list[dict[str, Any]]:
     """Return the training pairs as rows of an annotation file, most relevant first."""
-    clicks, skips, few = evidence.clicks, evidence.skips, f"fewer than {min_clients} clients"
-    enough, fits = clicks >= min_clients, (clicks >= min_clients) & (evidence.share >= _FIT)
-    for reason, mask in (
-        (f"clicked pairs with {few}", (clicks > 0) & ~enough),
-        ("clicked pairs of less than two thirds of the relevance of their query's best", enough & ~fits),
-        (f"images skipped by {few}", (skips > 0) & (skips < min_clients) & (clicks == 0)),
-    ):
-        report.left_out[reason] += int(mask.sum())
+    clicks, enough = evidence.clicks, evidence.clicks >= min_clients
+    fits = enough & (evidence.share >= _FIT)
+    report.left_out[f"clicked pairs with fewer than {min_clients} clients"] += int(((clicks > 0) & ~enough).sum())
+    report.left_out["clicked pairs of less than two thirds of their query's best"] += int((enough & ~fits).sum())
     row_of = cache(lambda item: _row(artifact, log.items[item], report))
     wrong, rows, counts = defaultdict[int, list[str]](list), list[dict[str, Any]](), Counter[int]()
-    for pair in evidence[(skips >= min_clients) & evidence.is_wrong]:
+    for pair in evidence[(evidence.skips >= min_clients) & evidence.is_wrong]:
         if row_of(pair.image) and len(wrong[pair.image]) < _MAX_NEGATIVES:
             wrong[pair.image].append(log.texts[pair.text])
     order = np.argsort(-evidence.relevance, kind="stable")
@@ -309,7 +301,6 @@ def _pairs(
         if (row := row_of(item))["id"] not in used and row["caption"]:
             rows.append({**row, "negatives": texts})
     report.negatives = sum({row["id"]: len(row.get("negatives", ())) for row in rows}.values())
-    report.without_image = sum("image" not in row for row in rows)
     return rows
 
 

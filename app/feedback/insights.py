@@ -31,17 +31,15 @@ def summarize(folder: Path, collection: str) -> dict[str, Any]:
         DcarError: a file cannot be read.
     """
     days, versions, texts = (defaultdict[Any, Counter[str]](Counter) for _ in range(3))
-    shown, clicks = (Counter[int](), Counter[int]()), Counter[int]()  # shown in searches without events, and with some
-    items, has_impressions = dict[str, list[str]](), False
+    shown, clicks, items = Counter[int](), Counter[int](), dict[str, list[str]]()
     for query, events in read_log(folder, time.time() - DAYS * 86_400):
         if query is None or query.collection != collection:
             continue
         own, seen = counted(query, events)
         clicked = {event.item for event in own if event.action in CLICKS}
-        has_impressions |= any(event.action == "impression" for event in own)
         for position, item in enumerate(query.hits, query.offset + 1):
             if item in seen:
-                shown[bool(own)][position] += 1
+                shown[position] += 1
                 clicks[position] += item in clicked
         if query.offset:
             continue
@@ -52,8 +50,7 @@ def summarize(folder: Path, collection: str) -> dict[str, Any]:
             items[text] = [*query.hits[:_FIRST]]
         for table in tables:
             table.update(searches=1, clicked=bool(clicked), nothing=query.nothing_fits or not query.hits)
-    seen_at = shown[True] if has_impressions else shown[True] + shown[False]
-    last = max((position for position in seen_at if position <= _POSITIONS), default=0)
+    last = max((position for position in shown if position <= _POSITIONS), default=0)
     total = sum(texts.values(), Counter())
     rate = total["clicked"] / max(1, total["searches"])
 
@@ -67,7 +64,7 @@ def summarize(folder: Path, collection: str) -> dict[str, Any]:
     ranks = range(1, last + 1)
     return {
         "days": [{"day": day, **counts} for day, counts in sorted(days.items())],
-        "positions": [{"position": rank, "shown": seen_at[rank], "clicked": clicks[rank]} for rank in ranks],
+        "positions": [{"position": rank, "shown": shown[rank], "clicked": clicks[rank]} for rank in ranks],
         "versions": versions,
         "worst": listed(missed),
         "unmet": listed(lambda counts: counts["nothing"]),

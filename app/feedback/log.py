@@ -73,7 +73,7 @@ SET rating = excluded.rating WHERE rating IS NOT excluded.rating
 
 
 class QueryRow(NamedTuple):
-    """A search that was answered; all but its id are one JSON object in its file.
+    """A search that was answered; in its file, it is one JSON object.
 
     time: in milliseconds. text: "" unless texts are stored, and for searches with more than words. hits: ids of the
     results.
@@ -81,7 +81,6 @@ class QueryRow(NamedTuple):
 
     query_id: str
     time: int
-    client: str | None
     collection: str
     text: str
     hits: Sequence[str]
@@ -123,8 +122,8 @@ class Store:
     def close(self) -> None:
         self._database.close()
 
-    def add(self, searches: Sequence[str], events: Sequence[EventRow | None]) -> list[Fault | None]:
-        """Store rows durably, searches as `"ID":{...}`. Return for each event why it changes nothing, if so.
+    def add(self, searches: Sequence[QueryRow], events: Sequence[EventRow | None]) -> list[Fault | None]:
+        """Store rows durably. Return for each event why it changes nothing, if so.
 
         None stands for an event on a search of somebody else.
 
@@ -133,7 +132,7 @@ class Store:
         """
         with self._database as database:
             if searches:
-                database.execute(_ADD_SEARCHES, (f"{{{','.join(searches)}}}",))
+                database.execute(_ADD_SEARCHES, (to_json({row.query_id: row._asdict() for row in searches}).decode(),))
             return [self._add(event) for event in events]
 
     def _add(self, event: EventRow | None) -> Fault | None:
@@ -151,7 +150,7 @@ class FeedbackLog:
     def __init__(self, folder: Path, settings: Settings, metrics: Metrics) -> None:
         self.folder, self._settings, self._metrics = folder, settings, metrics
         self._store, self._writing = Store(folder), ComputeThreads(1, "dcar-feedback")
-        self._searches = deque[str]()  # rows in JSON
+        self._searches = deque[QueryRow]()
         self._task: asyncio.Task[None] | None = None
         self._is_failing = False
         stored, lost = "Rows stored in the feedback log.", "Rows that the feedback log could not store."
@@ -169,10 +168,7 @@ class FeedbackLog:
                 await self._writing.run(self._store.close)
         self._writing.shutdown(wait=False, cancel_futures=True)
 
-    def note(
-        self, caller: str, collection: str | None, query: Query, body: SearchResponse, *, has_image: bool,
-        client: str = "",
-    ) -> str:  # fmt: skip
+    def note(self, caller: str, collection: str | None, query: Query, body: SearchResponse, *, has_image: bool) -> str:
         """Note a search of an API key, or "", in a collection, or the default one; return its query id."""
         now = time.time()
         query_id = self._sign(caller, f"{int(now):08x}{os.urandom(4).hex()}")
@@ -180,17 +176,11 @@ class FeedbackLog:
             self.lost.labels("queries").inc()
             return query_id
         is_text = not (has_image or query.more_like or query.less_like or query.without)
-        row = {
-            "time": int(now * 1000),
-            "client": client or None,
-            "collection": collection or self._settings.default_collection,
-            "text": query.query if is_text and self._settings.feedback_texts else "",
-            "hits": [result["id"] for result in body["results"]],
-            "offset": query.offset,
-            "version": body["index_version"],
-            "nothing_fits": body["nothing_fits"],
-        }
-        self._searches.append(f'"{query_id}":{to_json(row).decode()}')
+        text = query.query if is_text and self._settings.feedback_texts else ""
+        hits = [result["id"] for result in body["results"]]
+        name, version = collection or self._settings.default_collection, body["index_version"]
+        row = QueryRow(query_id, int(now * 1000), name, text, hits, query.offset, version, body["nothing_fits"])
+        self._searches.append(row)
         return query_id
 
     def _sign(self, caller: str, start: str) -> str:
@@ -292,9 +282,9 @@ def read_log(folder: Path, since: float = 0) -> Iterator[tuple[QueryRow | None, 
         DcarError: the folder holds no log, or a file cannot be read.
     """
     tables = [_rows(file, table, since) for table in _TABLES for file in _files(folder)]
-    for query_id, group in groupby(merge(*tables, key=itemgetter(0)), itemgetter(0)):
+    for _, group in groupby(merge(*tables, key=itemgetter(0)), itemgetter(0)):
         rows = [*group]
-        query = QueryRow(query_id, **from_json(rows.pop(0)[1])) if len(rows[0]) == 2 else None
+        query = QueryRow(**from_json(rows.pop(0)[1])) if len(rows[0]) == 2 else None
         yield query, sorted((EventRow(*row) for row in rows), key=itemgetter(1))
 
 
@@ -322,12 +312,12 @@ def prune(folder: Path, days: int, max_bytes: int) -> int:
 
 
 def forget(folder: Path, client: str) -> tuple[int, int]:
-    """Remove the events of a client, and the searches that it made or alone acted on; return their numbers."""
+    """Remove the events of a client, and the searches that it alone acted on; return their numbers."""
     events, searches, files = 0, 0, _files(folder)
     theirs = [
         (query.query_id,)
         for query, acts in read_log(folder)
-        if query is not None and (query.client == client or {event.client for event in acts} == {client})
+        if query is not None and {event.client for event in acts} == {client}
     ]
     for file in files:
         with _opened(file, "rw") as database:

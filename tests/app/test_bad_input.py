@@ -56,15 +56,14 @@ async def test_invalid_text_queries_name_the_field(started: ServiceClient) -> No
     assert (await started.post("/search/text", content=good, headers=charset)).status_code == 200
 
 
-async def test_a_misspelt_field_is_told_with_the_name_that_was_meant(started: ServiceClient) -> None:
-    for path, body, faults in (
-        ("search/text", {"q": "cat"}, {"q": "unknown field; did you mean query?"}),
-        ("search/batch", {"queries": [{"querry": "cat"}]}, {"queries.0.querry": "unknown field; did you mean query?"}),
-        ("search/text", {"query": "cat", "zzz": 1}, {"zzz": "unknown field"}),
-        ("search/batch", {"queries": [{"query": "cat"}], "k": 2}, {"k": "unknown field"}),
+async def test_unknown_fields_are_named(started: ServiceClient) -> None:
+    for path, body, field in (
+        ("search/text", {"query": "cat", "filters": {}}, "filters"),
+        ("search/batch", {"queries": [{"querry": "cat"}]}, "queries.0.querry"),
+        ("search/batch", {"queries": [{"query": "cat"}], "k": 2}, "k"),
     ):
-        problem = assert_problem(await started.post(f"/{path}", json=body), 422)
-        assert {fault["field"]: fault["message"] for fault in problem["errors"]} == faults
+        problem = assert_problem(await started.post(f"/{path}", json=body), 422, field)
+        assert "unknown field; /docs names the fields" in problem["detail"]
 
 
 async def test_hostile_names_numbers_and_counts_make_short_answers_soon(built_index: Path) -> None:

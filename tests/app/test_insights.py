@@ -19,7 +19,7 @@ DAYS = [time.strftime("%Y-%m-%d", time.gmtime(NOW - back * 86_400)) for back in 
 def search(number: int, text: str, back: int = 2, **fields: Any) -> QueryRow:
     """A search of some days ago, whose id has a random part."""
     seconds, part = NOW - back * 86_400, np.random.default_rng(number).integers(2**32)
-    row = QueryRow(f"{seconds:08x}{part:08x}", seconds * 1000 + number, None, "index", text, list("abc"), 0, 1)
+    row = QueryRow(f"{seconds:08x}{part:08x}", seconds * 1000 + number, "index", text, list("abc"), 0, 1)
     return row._replace(**fields)
 
 

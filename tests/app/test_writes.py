@@ -72,7 +72,7 @@ async def test_fields_are_merged_without_a_process(index: Path, in_process: list
 
         job = await patch("/items", ids=[first, second, "unknown"], metadata={"price": 3, "brand": None})
         assert (job["items"], job["changed"], job["unknown"], job["new_fields"]) == (3, 2, ["unknown"], [])
-        job = await patch("/items?strict=true", filter={"price": 3}, metadata={"price": 4})
+        job = await patch("/items", filter={"price": 3}, metadata={"price": 4})
         assert (job["items"], job["changed"]) == (2, 2)
         wrong = await client.patch("/items/circle%2Fred.png", json={"metadata": {"price": "4 EUR"}}, headers=ADMINS)
         assert "'price' is double in the index, not string" in (await ended(client, wrong))["reason"]

@@ -27,7 +27,7 @@ def write_days(folder: Path, name: str, ids: list[str], days: int = 12) -> None:
         for number in range(int(rng.integers(20, 60))):
             text = ["a red circle", 'a "blue", round square', "green", "a zebra"][number % 4]
             hits, query_id, moment = rng.permutation(ids)[:10].tolist(), f"{seconds:08x}{number:08x}", seconds * 1000
-            queries.append(QueryRow(query_id, moment, None, name, text, hits, 0, 1, text == "a zebra"))
+            queries.append(QueryRow(query_id, moment, name, text, hits, 0, 1, text == "a zebra"))
             places = np.flatnonzero(rng.random(10) < 0.4 / np.arange(1, 11)).tolist() if number % 2 == 0 else []
             clicks += [EventRow(query_id, moment, "c", "click", hits[place], None) for place in places]
     write_log(folder, queries, clicks)

@@ -148,32 +148,32 @@ def feedback(events: Sequence[NewEvent]) -> Call[FeedbackResponse]:
     return Call("POST", "/feedback", _reader(FeedbackResponse), {"json": {"events": [*events]}})
 
 
-def put_items(prefix: str, items: Sequence[NewItem], strict: bool) -> Call[JobResponse]:
+def put_items(prefix: str, items: Sequence[NewItem]) -> Call[JobResponse]:
     """PUT /items."""
     given = [_with_image(each) for each in items]
-    arguments = {"json": {"items": given}, "params": {"strict": strict}}
+    arguments = {"json": {"items": given}}
     return Call("PUT", f"{prefix}/items", _reader(JobResponse), arguments)
 
 
-def put_item(prefix: str, item: NewItem, strict: bool) -> Call[JobResponse]:
+def put_item(prefix: str, item: NewItem) -> Call[JobResponse]:
     """PUT /items/{id}."""
     given = _with_image(item)
     path = f"{prefix}/items/{path_segment(given.pop('id'))}"
-    return Call("PUT", path, _reader(JobResponse), {"json": given, "params": {"strict": strict}})
+    return Call("PUT", path, _reader(JobResponse), {"json": given})
 
 
 def patch_items(
-    prefix: str, fields: ItemFields, ids: Sequence[str] | None, filter: Mapping[str, Any] | None, strict: bool
+    prefix: str, fields: ItemFields, ids: Sequence[str] | None, filter: Mapping[str, Any] | None
 ) -> Call[JobResponse]:
     """PATCH /items."""
-    arguments = {"json": {**_chosen(ids, filter), **fields}, "params": {"strict": strict}}
+    arguments = {"json": {**_chosen(ids, filter), **fields}}
     return Call("PATCH", f"{prefix}/items", _reader(JobResponse), arguments)
 
 
-def patch_item(prefix: str, item_id: str, fields: ItemFields, strict: bool) -> Call[JobResponse]:
+def patch_item(prefix: str, item_id: str, fields: ItemFields) -> Call[JobResponse]:
     """PATCH /items/{id}."""
     path = f"{prefix}/items/{path_segment(item_id)}"
-    return Call("PATCH", path, _reader(JobResponse), {"json": fields, "params": {"strict": strict}})
+    return Call("PATCH", path, _reader(JobResponse), {"json": fields})
 
 
 def delete_items(prefix: str, ids: Sequence[str] | None, filter: Mapping[str, Any] | None) -> Call[JobResponse]:

@@ -134,17 +134,13 @@ class Client:
         """Report what was done with results, by the `query_id` of their response; the same event counts once."""
         return self._send(calls.feedback(events))
 
-    def put_items(self, items: Sequence[NewItem], *, strict: bool = False) -> JobResponse:
-        """Add items, or replace those with the same ids, by a job; needs a key that may write.
+    def put_items(self, items: Sequence[NewItem]) -> JobResponse:
+        """Add items, or replace those with the same ids, by a job; needs a key that may write."""
+        return self._send(calls.put_items(self._prefix, items))
 
-        Args:
-            strict: refuse metadata fields that no item has.
-        """
-        return self._send(calls.put_items(self._prefix, items, strict))
-
-    def put_item(self, item: NewItem, *, strict: bool = False) -> JobResponse:
+    def put_item(self, item: NewItem) -> JobResponse:
         """Add or replace one item, as `put_items` does."""
-        return self._send(calls.put_item(self._prefix, item, strict))
+        return self._send(calls.put_item(self._prefix, item))
 
     def patch_items(
         self,
@@ -152,14 +148,13 @@ class Client:
         *,
         ids: Sequence[str] | None = None,
         filter: Mapping[str, Any] | None = None,
-        strict: bool = False,
     ) -> JobResponse:
         """Merge fields into the items of some ids or of a filter, by a job; their images stay."""
-        return self._send(calls.patch_items(self._prefix, fields, ids, filter, strict))
+        return self._send(calls.patch_items(self._prefix, fields, ids, filter))
 
-    def patch_item(self, item_id: str, fields: ItemFields, *, strict: bool = False) -> JobResponse:
+    def patch_item(self, item_id: str, fields: ItemFields) -> JobResponse:
         """Merge fields into one item, by a job; its image stays."""
-        return self._send(calls.patch_item(self._prefix, item_id, fields, strict))
+        return self._send(calls.patch_item(self._prefix, item_id, fields))
 
     def delete_items(self, ids: Sequence[str] | None = None, *, filter: Mapping[str, Any] | None = None) -> JobResponse:
         """Remove the items of some ids or of a filter, by a job; needs a key that may write."""
@@ -320,17 +315,13 @@ class AsyncClient:
         """Report what was done with results, by the `query_id` of their response; the same event counts once."""
         return await self._send(calls.feedback(events))
 
-    async def put_items(self, items: Sequence[NewItem], *, strict: bool = False) -> JobResponse:
-        """Add items, or replace those with the same ids, by a job; needs a key that may write.
+    async def put_items(self, items: Sequence[NewItem]) -> JobResponse:
+        """Add items, or replace those with the same ids, by a job; needs a key that may write."""
+        return await self._send(calls.put_items(self._prefix, items))
 
-        Args:
-            strict: refuse metadata fields that no item has.
-        """
-        return await self._send(calls.put_items(self._prefix, items, strict))
-
-    async def put_item(self, item: NewItem, *, strict: bool = False) -> JobResponse:
+    async def put_item(self, item: NewItem) -> JobResponse:
         """Add or replace one item, as `put_items` does."""
-        return await self._send(calls.put_item(self._prefix, item, strict))
+        return await self._send(calls.put_item(self._prefix, item))
 
     async def patch_items(
         self,
@@ -338,14 +329,13 @@ class AsyncClient:
         *,
         ids: Sequence[str] | None = None,
         filter: Mapping[str, Any] | None = None,
-        strict: bool = False,
     ) -> JobResponse:
         """Merge fields into the items of some ids or of a filter, by a job; their images stay."""
-        return await self._send(calls.patch_items(self._prefix, fields, ids, filter, strict))
+        return await self._send(calls.patch_items(self._prefix, fields, ids, filter))
 
-    async def patch_item(self, item_id: str, fields: ItemFields, *, strict: bool = False) -> JobResponse:
+    async def patch_item(self, item_id: str, fields: ItemFields) -> JobResponse:
         """Merge fields into one item, by a job; its image stays."""
-        return await self._send(calls.patch_item(self._prefix, item_id, fields, strict))
+        return await self._send(calls.patch_item(self._prefix, item_id, fields))
 
     async def delete_items(
         self, ids: Sequence[str] | None = None, *, filter: Mapping[str, Any] | None = None
