@@ -136,10 +136,8 @@ def read_sidecars(tar: str, file: BinaryIO, members: Mapping[str, TarSpan]) -> d
 def read_changes(location: str) -> Iterator[tuple[str, Record]]:
     """Yield the ids of a table and the fields to merge into each item; None removes one.
 
-    An empty cell of a CSV or Parquet table changes nothing. The image of an item stays, so its file name does as well.
-
-    Raises:
-        DataError: the table cannot be read, a row has no id, or two have the same.
+    An empty cell of a CSV or Parquet table changes nothing, nor does a file name. Raise DataError for a row without an
+    id, and if two rows have the same.
     """
     has_nulls, seen = PurePosixPath(location).suffix.lower() == ".jsonl", dict[str, int]()
     for number, record in read_gallery_records(location):

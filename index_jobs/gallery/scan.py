@@ -8,7 +8,6 @@
 - Two signatures: `vectors` changes when an image may have changed, `content` also when its metadata has.
 """
 
-import errno
 import hashlib
 import logging
 import os
@@ -79,10 +78,7 @@ _NOT_READ = formats.HEIC_SUFFIXES | {  # of images, videos and compressed tars
 
 
 class GalleryImage(NamedTuple):
-    """An image of a gallery, with columns of its table.
-
-    mtime_ns: changes when the file does: its time of change, or a hash of its store's information; 0 if unknown.
-    """
+    """An image of a gallery: columns of its table, and its metadata."""
 
     name: str
     location: str
@@ -316,12 +312,9 @@ def _local_files(root: str, skipped: Counter[str]) -> Iterator[GalleryImage]:
             relative = name if relative_folder == "." else f"{relative_folder}/{name}"
             if not _is_read(relative, skipped):
                 continue
-            try:
+            state = 0, 0
+            with suppress(OSError):  # as of a broken link, which is reported with the images that cannot be read
                 state = file_state(f"{directory}/{name}")
-            except OSError as error:
-                if error.errno not in (errno.ENOENT, errno.ELOOP):
-                    raise
-                state = 0, 0  # a broken link counts as an unreadable image
             yield GalleryImage(relative, relative, WHOLE_FILE, *state)
 
 

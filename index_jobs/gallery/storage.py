@@ -1,8 +1,8 @@
 """Reading of a gallery's bytes: files of this machine, or the stores that an extra reads through fsspec.
 
 - A location is a string: a URL if it names a protocol, otherwise a path. The other modules treat both alike.
-- The images of a window are requested together, so that a network's latency is paid once per window.
-- A request that fails is repeated; an image fails only when it is missing or the retries are used up.
+- The images of a window are requested together, so that a network's latency is paid once per window, and again if a
+  request fails for a reason that may pass.
 - fsspec is imported at the first URL, so a decoding worker of a local gallery starts quickly.
 """
 
@@ -79,9 +79,7 @@ def file_suffix(location: str) -> str:
 def file_system(url: str) -> tuple[Any, str]:
     """Return the file system of a URL in fsspec, and the path in it.
 
-    Raises:
-        DataError: its scheme is not allowed, or it chains several: fsspec would read archives in it or ask other hosts.
-        MissingExtraError: its scheme needs a package that is not installed.
+    Raise DataError for other schemes and for chains of several: fsspec would read archives in it or ask other hosts.
     """
     import fsspec
 

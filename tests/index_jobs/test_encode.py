@@ -2,7 +2,6 @@
 
 import json
 import os
-import shutil
 import threading
 from collections.abc import Callable
 from pathlib import Path
@@ -11,7 +10,6 @@ import numpy as np
 import pytest
 import torch
 from numpy.typing import NDArray
-from PIL import Image
 
 from dcar_core import Encoder
 from dcar_core.encoder.graphs import TorchRuntime
@@ -24,7 +22,6 @@ from index_jobs.encoding.shards import IMAGE, ShardStore
 from index_jobs.gallery.scan import scan
 from index_jobs.gallery.storage import ImageLocation
 from index_jobs.spec import BuildOptions
-from tests.support.conversions import CrashOfWidth49
 from tests.support.encoding import cut, encode, flip, vectors_of
 from tests.support.images import png
 from tests.support.processes import children_of
@@ -125,19 +122,6 @@ def test_corrupted_shard_is_named_and_repaired_by_deleting_it(
     again = run()
     assert (again.encoded, again.resumed) == (8, 16)
     np.testing.assert_array_equal(vectors_of(again), first)
-
-
-@pytest.mark.slow
-def test_an_image_that_ends_its_worker_fails_alone(tiny_gallery: Path, tmp_path: Path) -> None:
-    shutil.copy(tiny_gallery / "circle" / "red.png", tmp_path / "good.png")
-    Image.new("RGB", (49, 3)).save(tmp_path / "bad.png")
-    names = ["good.png", "bad.png", "good.png"]
-    window = [ImageLocation(row, name, -1, 0) for row, name in enumerate(names)]
-    preprocess = CrashOfWidth49(16, (0.5,) * 3, (0.5,) * 3)
-    (result,) = decode_windows(str(tmp_path), iter([window]), preprocess, 1)
-    assert result.failed == ((1, "refused: it ends its decoder", ImageFault.HOSTILE),)
-    expected = Preprocess(16, (0.5,) * 3, (0.5,) * 3)(tmp_path / "good.png")
-    np.testing.assert_array_equal(result.pixels, [expected, expected])
 
 
 @pytest.mark.slow

@@ -1,6 +1,5 @@
 """A version carries what serves it without PyTorch; the next versions share it."""
 
-import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -12,7 +11,7 @@ import pytest
 from dcar_core import Encoder
 from dcar_core.encoder import exports
 from dcar_core.model.checkpoint import PORTABLE
-from dcar_core.util.errors import DcarError, RuntimeUnavailableError
+from dcar_core.util.errors import RuntimeUnavailableError
 from index_jobs.index.versions import open_current, open_version
 from index_jobs.jobs.retrain import retrain
 from index_jobs.jobs.update import remove
@@ -117,21 +116,3 @@ def test_an_export_that_cannot_be_used_is_passed_over_with_a_reason(
     damage(weights(index, 1))
     assert start().backbone is not None
     assert "is corrupted: image.bin changed" in caplog.text
-
-
-def test_the_space_that_an_export_takes_is_measured_before_encoding(
-    build: Build, exports: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setenv("DCAR_RUNTIME_CACHE", str(exports.parent))
-    usage, present = shutil.disk_usage(tmp_path), list[bool]()
-
-    def measure(index: Path) -> Any:
-        present.append(any(index.glob(f"blobs/.new/checkpoint/{PORTABLE}/image.bin")))
-        return usage._replace(free=0)
-
-    monkeypatch.setattr(shutil, "disk_usage", measure)
-    encoded = list[int]()
-    with pytest.raises(DcarError, match="make room"):
-        build(runtime="openvino", on_encoded=encoded.append)
-    assert all(present)
-    assert not encoded

@@ -186,9 +186,7 @@ def test_a_model_with_worse_ranks_fails_although_its_hits_are_nearly_as_many(cap
     assert verdict.difference["low"] < verdict.difference["value"] < verdict.difference["high"] < 0
     assert "among 895 images over 80 pairs" in verdict.reason
     assert "points (95 % interval -" in verdict.reason
-    caplog.clear()
     assert compare([0] * 100, [0] * 100).passed
-    assert not caplog.text
     assert compare([0] * 20, [0] * 20).visible == 0.05
     assert "20 pairs tell differences of 5.0 points from chance, but the margin is 2;" in caplog.text
 

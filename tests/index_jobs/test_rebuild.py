@@ -23,7 +23,7 @@ from dcar_core.util.errors import DataError, DcarError
 from index_jobs.encoding.shards import ShardStore
 from index_jobs.gallery.scan import scan
 from index_jobs.index.versions import current_version, open_current, verify_index, version_numbers
-from tests.support.commands import Command, run
+from tests.support.commands import Command
 from tests.support.files import write_jsonl
 from tests.support.images import draw
 from tests.support.processes import children_of, is_alive
@@ -212,27 +212,6 @@ def test_vectors_of_interrupted_jobs_are_reused_and_go_once_a_version_is_publish
 
 def contents(index: Path) -> list[str]:
     return sorted(path.name for folder in ("blobs", "versions") for path in (index / folder).glob("*"))
-
-
-@pytest.mark.slow
-def test_full_disk_changes_no_published_version(
-    build: Build, gallery: Path, tiny_checkpoint: Path, tmp_path: Path
-) -> None:
-    """No file may grow beyond a limit: first the checkpoint fails, then the items."""
-    index = tmp_path / "index"
-    build(gallery)
-    rename_captions(gallery, '"a ', '"' + "very " * 1000)
-    before = contents(index)
-    arguments = ["--gallery", gallery, "--checkpoint", tiny_checkpoint, "--out", index, "--quiet"]
-    for limit in (10_000, 50_000):
-        done = run("index_jobs.rebuild", *arguments, file_size=limit)
-        assert (done.returncode, done.stderr.count("\n")) == (1, 1)
-        assert "cannot be written: File too large" in done.stderr
-        assert "published versions are unchanged" in done.stderr
-    assert contents(index) == before
-    verify_index(index)
-    summary = build(gallery)
-    assert (summary.version, summary.resumed) == (2, 24)  # the second failure came after encoding
 
 
 def test_missing_disk_space_is_an_error_before_encoding(

@@ -29,7 +29,6 @@ from index_jobs.index.versions import (
     current_version,
     list_versions,
     open_current,
-    open_version,
     rollback,
     verify_index,
     version_numbers,
@@ -341,20 +340,11 @@ def test_refused_updates_change_nothing(
     assert (current_version(index), version_numbers(index)) == (1, [1])
 
 
-def test_unchanged_files_are_shared_and_damage_to_others_is_found(index: Path, tmp_path: Path) -> None:
+def test_unchanged_files_are_shared(index: Path, tmp_path: Path) -> None:
     add(index, write_images(tmp_path / "more", "pink"), progress=False)
     remove(index, ids(index)[:1])
     for name in ("index.faiss", "items.arrow", "checkpoint/config.json", "failed.jsonl"):
         assert len({file_of(index, name, number) for number in (1, 2, 3)}) == 1, name
-    path = file_of(index, "added-2/index.faiss")
-    content = path.read_bytes()
-    path.write_bytes(content[:-1] + b"\x7f")
-    with pytest.raises(ArtifactError, match=r"added-2/index\.faiss"):
-        verify_index(index)
-    path.unlink()
-    with pytest.raises(ArtifactError, match=r"is missing: added-2/index\.faiss of version 3"):
-        open_version(index, 3)
-    path.write_bytes(content)
     verify_index(index)
 
 
