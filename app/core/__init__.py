@@ -1,1 +1,4 @@
-"""Foundations of the service, which every folder of `app` may import; they import none of them."""
+"""Foundations of the service: settings, metrics, callers, turns and problem responses.
+
+Every folder of `app` may import it; it imports none of them.
+"""

@@ -20,6 +20,7 @@ from app.core.callers import current_caller, network_of, request_id
 from app.core.metrics import Metrics
 from app.core.problems import Problem, field_problem
 from app.core.settings import Settings
+from app.core.turns import ENDS
 from app.http.access import CALLER
 
 logger = logging.getLogger(__name__)
@@ -77,7 +78,9 @@ class Envelope:
             else:
                 message = "must be localhost; DCAR_ALLOWED_HOSTS adds the names of this service"
                 await field_problem("Host", message, status=421).response(scope)(inner, receive, observed)
-        except Exception:
+        except ENDS:
+            raise
+        except BaseException:  # a panic of a library in Rust is no Exception
             self._metrics.errors.inc()
             logger.exception("unexpected error in %s %s", method, path)
             if status == 0:
