@@ -32,7 +32,6 @@ _OTHER_VARIABLES = re.compile(
     r"|SERVICE_(HOST|PORT\w*)|PORT_\d+_(TCP|UDP)\w*"
 )
 _SUCCESSORS = {
-    "DCAR_CACHE_TTL_S": "each process caches embeddings by itself, as many as DCAR_CACHE_SIZE says",
     "DCAR_DRAIN_S": "let the proxy or the orchestrator stop sending requests first, such as by `preStop`",
     "DCAR_MAX_QUEUE_MS": "DCAR_MAX_PENDING and DCAR_DEADLINE_MS bound the searches in progress",
     "DCAR_TRACING": "start the service with `opentelemetry-instrument dcar serve`",
@@ -109,9 +108,11 @@ class Settings(BaseSettings):
     """Time limit of a search in milliseconds. After it the response is 503."""
 
     redis_url: Annotated[SecretStr, AfterValidator(_check_redis_url)] | None = None
-    """Redis, in which processes count together for the rate limit: redis://, rediss:// or unix://. Unset: alone."""
+    """Redis for cached embeddings and rate limits: redis://, rediss:// or unix://. Unset: processes share nothing."""
     cache_size: int = Field(10_000, ge=0)
     """Number of query embeddings cached in the process, and of pages of results (at most 1,000). 0 caches none."""
+    cache_ttl_s: int = Field(7 * 24 * 3600, ge=1)
+    """Lifetime in seconds of an embedding in Redis."""
 
     max_upload_bytes: int = Field(20 * 2**20, ge=1024)
     """Largest image file in bytes. Larger ones get 413."""

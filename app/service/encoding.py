@@ -1,7 +1,7 @@
 """Vectors of texts and images: from a cache, or from the model, whose forward passes all requests share.
 
-    text  -> cache or model thread (batched)
-    image -> hash -> cache, or decoding process -> model thread (batched)
+    text  -> cache, Redis, or model thread (batched)
+    image -> hash -> cache, Redis, or decoding process -> model thread (batched)
 
 - Equal queries at the same time share one computation, which is cancelled when its last waiter leaves.
 - Encoders that share a backbone share its forward passes: see `dcar_core.encoder.encoder`.
@@ -24,7 +24,8 @@ from app.core.turns import ComputeThreads, Decoders, FairQueue, FairTurns, Turn,
 from app.search.errors import UnavailableError
 from app.search.query import Crop
 from app.search.snapshots import Recent, Snapshot
-from dcar_core.encoder.encoder import ImageRow, TextRow, encode_image_rows, encode_text_rows
+from app.service.redis_cache import RedisCache
+from dcar_core.encoder.encoder import Encoder, ImageRow, TextRow, encode_image_rows, encode_text_rows
 from dcar_core.images import ALL_FORMATS, MAX_PIXELS
 from dcar_core.images.workers import Convert
 from dcar_core.model.preprocess import Preprocess
@@ -191,7 +192,9 @@ class QueryEncoder:
     def __init__(self, settings: Settings, metrics: Metrics) -> None:
         self._metrics = metrics
         self._vectors = Recent[Hashable, Floats](settings.cache_size)
-        self.computations = SharedTasks[Floats]()
+        url = settings.redis_url
+        self._redis = RedisCache(url.get_secret_value(), settings.cache_ttl_s) if url else None
+        self.computations = SharedTasks[tuple[Floats, bool]]()
         self.batcher = Batcher(max_batch=settings.batch_size, max_wait_s=settings.batch_wait_ms / 1000, metrics=metrics)
         self.image_threads = ComputeThreads(_IMAGE_THREADS, "dcar-image")  # the gallery may be on a slow disk
         self._pixel_threads = ComputeThreads(
@@ -204,6 +207,8 @@ class QueryEncoder:
     async def close(self) -> None:
         """Finish the accepted work of the model, then release threads. Images are given up."""
         await self.batcher.close()
+        if self._redis is not None:
+            await self._redis.close()
         self._decoders.close()
         for threads in (self._pixel_threads, self.image_threads):
             threads.shutdown(wait=False, cancel_futures=True)
@@ -216,7 +221,7 @@ class QueryEncoder:
             row = TextRow(encoder, text)
             return await self.batcher.submit(id(encoder.runtime), encode_text_rows, row)
 
-        return await self._find((encoder.fingerprint, text), embed)
+        return await self._find(encoder, text, embed)
 
     async def image(self, snapshot: Snapshot, data: bytes, crop: Crop | None = None) -> tuple[Floats, bool]:
         """Return the vector (E,) of an image file, or of a part of it, and True if it was cached. Raise ImageError."""
@@ -228,21 +233,29 @@ class QueryEncoder:
 
         quick = len(data) <= _QUICK_BYTES
         digest = hashlib.sha256(data) if quick else await self._pixel_threads.run(hashlib.sha256, data)
-        return await self._find((encoder.fingerprint, digest.digest(), crop), embed)
+        return await self._find(encoder, (digest.hexdigest(), crop), embed)
 
-    async def _find(self, key: Hashable, embed: Callable[[], Awaitable[Floats]]) -> tuple[Floats, bool]:
-        """Return the vector of a key, and True if it was cached."""
+    async def _find(
+        self, encoder: Encoder, query: Hashable, embed: Callable[[], Awaitable[Floats]]
+    ) -> tuple[Floats, bool]:
+        """Return the vector of a query, and True if it was cached."""
+        key = encoder.fingerprint, query
         vector = self._vectors.use(key)
-        self._metrics.lookups.labels("miss" if vector is None else "hit").inc()
-        if vector is not None:
-            return vector, True
 
-        async def compute() -> Floats:
-            vector = await embed()
-            self._vectors.keep(key, vector)
-            return vector
+        async def compute() -> tuple[Floats, bool]:
+            vector = await self._redis.get(*key, encoder.dim) if self._redis is not None else None
+            if is_cached := vector is not None:
+                self._vectors.keep(key, vector)
+            else:
+                vector = await embed()
+                self._vectors.keep(key, vector)
+                if self._redis is not None:
+                    self._redis.put(*key, vector)
+            return vector, is_cached
 
-        return await self.computations.run(key, compute), False
+        found = (vector, True) if vector is not None else await self.computations.run(key, compute)
+        self._metrics.lookups.labels("hit" if found[1] else "miss").inc()
+        return found
 
     async def call(self, call: Callable[..., Floats], *args: Any) -> Floats:
         """Return what a call of the model for a few images or texts returns; all who have many of these take turns."""
