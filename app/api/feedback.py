@@ -15,7 +15,7 @@ from app.api.responses import FeedbackResponse, JsonResponse
 from app.api.routing import Routes, collection_of, state_of
 from app.core.problems import Problem
 from app.core.turns import run_in_new_thread
-from app.feedback.insights import summarize
+from app.feedback.export import summarize
 from app.feedback.log import EventRow
 from app.http.access import CALLER, Policy
 from app.search.query import Query

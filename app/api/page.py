@@ -1,19 +1,15 @@
 """The search page and the API documentation: their files, and the private routes that the search page calls.
 
-- Files come from the package, and nothing is loaded from other sites. They are read once; a requested name is looked up
-  in that table and never joined to a path.
+- Files are read once; a requested name is looked up in that table and never joined to a path.
 - No page has an inline script or style, so the content security policy forbids them.
-- The other routes tell what a gallery can be sorted and filtered by. They are not part of the documented API.
 """
 
-import asyncio
 import hashlib
 from functools import cache
 from importlib.resources import files
 from pathlib import PurePath
 from typing import Annotated, Any
 
-import pyarrow.compute as pc
 from fastapi import Query as QueryParam
 from fastapi import Request
 from fastapi.responses import Response
@@ -26,7 +22,6 @@ from app.http.access import Policy
 from app.search.results import count_values
 from app.search.snapshots import filter_rows, group_field
 from index_jobs.index.index_version import IndexVersion
-from index_jobs.row_filter import EMPTY_IS_MISSING
 
 routes = Routes()
 _PRIVATE = Policy("read", is_private=True)
@@ -60,11 +55,7 @@ def _facet_fields(artifact: IndexVersion) -> list[str]:
 
 
 def _sort_fields(artifact: IndexVersion) -> list[dict[str, Any]]:
-    """Return the fields to sort by. The caption and the category are left out where no item has one."""
     types = {name: kind for name, kind in artifact.fields.items() if kind in {*_NUMBERS, "string"} and name != "id"}
-    for name in EMPTY_IS_MISSING & types.keys():
-        if not pc.any(pc.not_equal(artifact.column(name), "")).as_py():
-            del types[name]
     ordered = sorted(types, key=lambda name: (name != "caption", name != "category", name))
     return [{"name": name, "is_number": types[name] in _NUMBERS} for name in ordered[:_LISTED_FIELDS]]
 
@@ -76,7 +67,7 @@ async def catalogue(request: Request) -> Response:
     artifact = snapshot.artifact
     has_words = len(artifact.sample_vectors) > 0
     body = {
-        "fields": await asyncio.to_thread(snapshot.page_facts.find, "fields", lambda: _sort_fields(artifact)),
+        "fields": _sort_fields(artifact),
         "group_field": artifact.manifest.spec.group_field,
         "has_words": has_words,
         "has_cutoff": snapshot.min_score is not None,

@@ -38,7 +38,7 @@ from starlette.exceptions import HTTPException
 from starlette.types import Scope
 
 from app.core.problems import Problem, field_problem, from_validation
-from app.core.settings import DEFAULT_K, MAX_QUERIES, Settings
+from app.core.settings import DEFAULT_K, Settings
 from app.core.turns import FairTurns, run_in_new_thread
 from app.http.access import byte_counter, query_bytes
 from app.search.query import GroupBy, Query, check_text, parse_fields
@@ -58,8 +58,8 @@ _MAX_FIELD_BYTES = 16 * 2**10
 M = TypeVar("M", bound=BaseModel)
 
 
-def _check_count(values: list[Any], info: ValidationInfo) -> list[Any]:
-    if info.context is not None and len(values) > info.context.max_queries:
+def _check_count(values: Any, info: ValidationInfo) -> Any:
+    if info.context is not None and isinstance(values, list) and len(values) > info.context.max_queries:
         raise ValueError(f"at most {info.context.max_queries}, not {len(values)}")
     return values
 
@@ -143,9 +143,7 @@ class BatchEntry(Query):
 class BatchQuery(Strict, json_schema_extra={"examples": [{"queries": [{"query": "crying cat"}, {"query": "apple"}]}]}):
     """Several searches, answered together from one index version."""
 
-    queries: Annotated[
-        list[BatchEntry], Field(min_length=1, max_length=MAX_QUERIES), FailFast(), AfterValidator(_check_count)
-    ]
+    queries: Annotated[list[BatchEntry], Field(min_length=1), FailFast(), BeforeValidator(_check_count)]
 
 
 def batch_bytes(settings: Settings) -> int:
@@ -165,7 +163,6 @@ async def read_image_query(request: Request, settings: Settings) -> tuple[ImageF
             file = form.get("file")
             if not isinstance(file, UploadFile) or not file.size:
                 raise field_problem("file", "an image with a file name is required, as the form field `file`")
-            require_size(file.size, settings.max_upload_bytes, "file")
             return query, await file.read()
     except HTTPException as error:
         raise field_problem("body", error.detail, status=error.status_code) from None
@@ -188,11 +185,7 @@ def _check_content_type(request: Request, *expected: str) -> None:
 
 
 async def read_json(request: Request, model: type[M], *media_types: str) -> M:
-    """Read a JSON body, which is checked against the limits of the settings; a large one in a thread.
-
-    Args:
-        media_types: accepted beside that of JSON.
-    """
+    """Read a body of JSON, or of another type, and check it against the limits of the settings."""
     body, settings = await request.body(), request.app.state.settings
     _check_content_type(request, "application/json", *media_types)
     if len(body) <= _LARGE_JSON_BYTES:
@@ -287,11 +280,11 @@ class ImageFetcher:
             parsed = URL(url, encoded=True)
             host, port = (parsed.raw_host or "").lower(), parsed.port
         except ValueError:
-            raise field_problem("image", "is not a valid URL") from None
-        if not _URL.fullmatch(url) or parsed.raw_user is not None:
-            raise field_problem("image", "a URL has at most 8,192 printable ASCII characters, and no user name")
+            host, port = "", None
         if host not in self._settings.image_hosts or port not in self._settings.image_ports:
             raise field_problem("image", f"this service fetches no images from {host}:{port}")
+        if not _URL.fullmatch(url) or parsed.raw_user is not None:
+            raise field_problem("image", "a URL has at most 8,192 printable ASCII characters, and no user name")
         with suppress(ValueError):  # of a name, whose addresses the resolver checks
             _require_public(host)
         body, connector = bytearray(), aiohttp.TCPConnector(resolver=_PublicResolver(), use_dns_cache=False)

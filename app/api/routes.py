@@ -12,7 +12,6 @@ from fastapi import FastAPI, Request
 from fastapi import Query as QueryParam
 from fastapi.responses import Response
 from prometheus_client import CONTENT_TYPE_LATEST
-from pydantic import BeforeValidator
 
 from app.api import feedback, page, requests, responses, writing
 from app.api.feedback import noted
@@ -34,12 +33,8 @@ _READ, _CHECKED = Policy("read"), Policy("read", "checked")
 _UPLOAD = Policy("read", body=lambda settings: settings.max_upload_bytes + PART_BYTES)
 _BATCH = Policy("read", body=requests.batch_bytes)
 _EMBED = Policy("read", "checked", body=requests.batch_bytes)
-_Pixels = Annotated[
-    Literal[192, 384, 1280],  # of a card on screens with one and two dots per pixel, and of the detail view
-    BeforeValidator(lambda given: int(given) if given.isdecimal() else given),
-]
+_Pixels = Literal["192", "384", "1280"]  # of a card on screens with one and two dots per pixel, and of the detail view
 _IMAGE_MAX_AGE_S = 3600
-_RELOAD_RETRY = {"Retry-After": "30"}  # a version that fails to load now will not load a second later
 
 
 routes = Routes()
@@ -141,7 +136,7 @@ async def picture(
     """
     snapshot, retriever = await snapshot_of(request), state_of(request).retriever
     kind: ThumbnailFormat = "webp" if "image/webp" in request.headers.get("accept", "") else "jpeg"
-    name, data = await retriever.image(snapshot, item_id, size, kind)
+    name, data = await retriever.image(snapshot, item_id, size and int(size), kind)
     keeper = "private" if state_of(request).settings.api_keys else "public"  # which caches may keep it
     headers = {"Cache-Control": f"{keeper}, max-age={_IMAGE_MAX_AGE_S}", "ETag": f'"{name}"'}
     headers |= {} if size is None else {"Vary": "Accept"}
@@ -267,7 +262,7 @@ async def reload(request: Request) -> Response:
     try:
         changed = await collections.reload()
     except DcarError as error:
-        raise Problem(503, f"The published version cannot be served: {error}", headers=_RELOAD_RETRY) from None
+        raise Problem(503, f"The published version cannot be served: {error}", headers={"Retry-After": "30"}) from None
     versions = {name: index.live.version for name, index in collections if index.live is not None}
     default = collections[None].require().version
     return JsonResponse({"index_version": default, "versions": versions, "changed": any(changed.values())})

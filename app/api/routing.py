@@ -113,9 +113,7 @@ class Routes:
     ) -> Callable[[Endpoint], Endpoint]:
         """Return a decorator that declares an endpoint.
 
-        Args:
-            returns: type of the JSON response, or the media type of another one.
-            accepts: model of the body.
+        returns: type of the JSON response, or the media type of another one. accepts: model of the body.
         """
         success = {"content": {returns: {}}} if isinstance(returns, str) else {"model": returns}
         extra: dict[str, Any] = {"security": _SECURITY[policy.access]}

@@ -208,8 +208,6 @@ async def job(request: Request, job_id: str) -> Response:
     names = await _readable(request)
     if (status := await state_of(request).writer.status(names, job_id)) is not None:
         return JsonResponse(status)
-    if not may_read(request, state_of(request).collections.default):
-        raise out_of_scope()
     raise Problem(404, "There is no such job.", errors=[("job_id", "unknown")])
 
 

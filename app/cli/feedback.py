@@ -68,7 +68,7 @@ def judge(
     run: Path | None = option(None, "Write the results with their grades as CSV."),
     device: str = options.DEVICE,
 ) -> None:
-    """Measure an index by judged queries, or compare two: nDCG@10, MRR@10 and recall@10, overall and by class.
+    """Measure an index by judged queries, or compare two: nDCG@10, MRR@10 and recall@10, over all queries.
 
     Brackets hold 95 % intervals over the queries, paired in a comparison. Results without a judgement count as 0.
     """

@@ -1,4 +1,4 @@
-"""From the log to training pairs and judged lists: `dcar feedback export`.
+"""From the log to training pairs and judged lists (`dcar feedback export`), and to the figures of the insights page.
 
 - Evidence is counted by clients: however often one of them clicks, it has one vote on a pair, a bounded number of
   searches counts for it, and of the events on a search only those of its first client.
@@ -8,9 +8,10 @@
 """
 
 import os
+import time
 from array import array
 from collections import Counter, defaultdict
-from collections.abc import Collection, Iterable
+from collections.abc import Callable, Collection, Iterable
 from dataclasses import dataclass, field
 from functools import cache
 from itertools import count
@@ -26,6 +27,7 @@ from dcar_core.util.files import csv_text, write_bytes, write_json, write_json_l
 from index_jobs.index.index_version import IndexVersion
 
 CLICKS = ("click", "save", "purchase")
+_DAYS, _POSITIONS, _LISTED, _FIRST = 30, 24, 50, 10  # of insights: days, positions, queries, results of a query
 CLIENT_CAP = 100  # searches that count for a client
 ITEM_CAP = 100  # texts of an item in pairs
 CLIENT_ITEM_CAP = 3  # texts for which a client's clicks on one item count
@@ -42,12 +44,11 @@ _ROUNDS, _TOLERANCE = 2000, 1e-6
 # the rank in the response, from 1. version: of the index. acts: whether the search has events.
 _COLUMNS = ("search", "text", "image", "client", "position", "clicked", "version", "acts")
 IMPRESSION = np.dtype([(name, np.int64) for name in _COLUMNS])
-Impressions: TypeAlias = "np.recarray[Any, Any]"
+Table: TypeAlias = "np.recarray[Any, Any]"
 # What is known of each pair of a text and an image. relevance: chance of a click by a client who looks at it, at least.
 # estimate: the chance without this caution. clicks, skips: numbers of distinct clients. share: of the relevance of the
 # text's best image. is_wrong: hardly ever clicked, in comparison.
 _EVIDENCE = "text,image,relevance,estimate,clicks,skips,share,is_wrong"
-Evidence: TypeAlias = "np.recarray[Any, Any]"
 
 
 @dataclass
@@ -87,21 +88,16 @@ class _Log:
 
     texts: list[str]
     items: list[str]
-    seen: Impressions
+    seen: Table
     ratings: dict[tuple[int, int], dict[str, int]]
 
 
 def export(
     folder: Path, artifact: IndexVersion, collection: str, out: Path, min_clients: int = 2, judges: Collection[str] = ()
 ) -> Report:
-    """Write pairs.jsonl, judgements.csv and report.json.
+    """Write pairs.jsonl, judgements.csv and report.json. Raise DcarError if the log holds nothing of the collection.
 
-    Args:
-        min_clients: that a pair needs.
-        judges: clients whose judgements need no second opinion.
-
-    Raises:
-        DcarError: the log cannot be read, has no search of the collection, or `out` holds pairs already.
+    min_clients: that a pair needs. judges: clients whose judgements need no second opinion.
     """
     if (out / "pairs.jsonl").exists():
         raise DcarError(f"{out} already holds pairs.jsonl; give --out a new directory")
@@ -174,29 +170,27 @@ def _read(folder: Path, collection: str, report: Report) -> _Log:
                 of_client.add(text)
             rows.extend((number, text, items[item], client, position, item in clicked, query.version, bool(own)))
     report.clients = len(searches)
-    impressions: Impressions = np.array(rows).view(IMPRESSION).view(np.recarray)
+    impressions: Table = np.array(rows).view(IMPRESSION).view(np.recarray)
     return _Log([*texts], [*items], impressions[impressions.acts > 0] if has_impressions else impressions, ratings)
 
 
-def estimate_propensities(seen: Impressions) -> tuple[np.ndarray, int]:
+def estimate_propensities(seen: Table) -> tuple[np.ndarray, int]:
     """Estimate the chance that each position is looked at, as a part of that of position 1, by the click model
 
         P(click on item i for query q at position k) = examined[k] * attractive[q, i]
 
     of Chuklin, Markov, de Rijke, "Click Models for Web Search" (2015), sections 3.3 and 4.3. Only items that one query
-    showed at several positions tell the two factors apart [ours]. Pairs of each version of the index are used, and
-    across versions only if none stood at several positions: a new version moves up what was clicked by chance, so that
-    across versions, lower positions look better.
+    showed at several positions tell the two factors apart [ours]; of different versions of the index only if there are
+    no others: a new version moves up what was clicked by chance, so that lower positions would look better.
 
-    Returns:
-        (P,) the chances, and the number of pairs seen at several positions, which they come from; with 0, all are 1.
+    Return the chances (P,), and the number of pairs seen at several positions; with 0, all chances are 1.
     """
     pair = _pair(seen)
     within = _estimate(pair * (int(seen.version.max(initial=0)) + 1) + seen.version, seen.position, seen.clicked)
     return within if within[1] else _estimate(pair, seen.position, seen.clicked)
 
 
-def _pair(seen: Impressions) -> np.ndarray:
+def _pair(seen: Table) -> np.ndarray:
     codes: np.ndarray = seen.text * (int(seen.image.max(initial=0)) + 1) + seen.image
     return codes
 
@@ -239,7 +233,7 @@ def _solve(last: int, pair: np.ndarray, position: np.ndarray, shown: np.ndarray,
     return examined
 
 
-def weigh(seen: Impressions, examined: np.ndarray, min_clients: int) -> Evidence:
+def weigh(seen: Table, examined: np.ndarray, min_clients: int) -> Table:
     """Return the evidence of each pair.
 
     Its relevance is its clicks by what was looked at: the propensities of its positions, and _PRIOR to begin with. Of
@@ -268,12 +262,12 @@ def weigh(seen: Impressions, examined: np.ndarray, min_clients: int) -> Evidence
     best = best[text]
     share, is_wrong = relevance / np.maximum(best, 1e-9), (estimate <= _SKIPPED * best) & (best > 0)
     columns = [text, seen.image[first], relevance, estimate, clicks, skips, share, is_wrong]
-    evidence: Evidence = np.rec.fromarrays(columns, formats="i8,i8,f8,f8,i8,i8,f8,?", names=_EVIDENCE)
+    evidence: Table = np.rec.fromarrays(columns, formats="i8,i8,f8,f8,i8,i8,f8,?", names=_EVIDENCE)
     return evidence
 
 
 def _pairs(
-    evidence: Evidence, log: _Log, artifact: IndexVersion, min_clients: int, report: Report
+    evidence: Table, log: _Log, artifact: IndexVersion, min_clients: int, report: Report
 ) -> list[dict[str, Any]]:
     """Return the training pairs as rows of an annotation file, most relevant first."""
     clicks, enough = evidence.clicks, evidence.clicks >= min_clients
@@ -324,7 +318,7 @@ def _members(tar: Path) -> dict[int, str]:
 
 
 def _judged(
-    evidence: Evidence, log: _Log, min_clients: int, judges: Collection[str], report: Report
+    evidence: Table, log: _Log, min_clients: int, judges: Collection[str], report: Report
 ) -> list[tuple[str, str, int, str, int]]:
     """Return (text, item id, grade 0 to 3, source, clients). Judgements by hand come before clicks."""
     clients = evidence.clicks + evidence.skips
@@ -339,3 +333,55 @@ def _judged(
         else:
             report.left_out[f"pairs judged by fewer than {min_clients} clients"] += 1
     return [(log.texts[text], log.items[item], *rest) for (text, item), rest in sorted(judged.items())]
+
+
+def summarize(folder: Path, collection: str) -> dict[str, Any]:
+    """Return the figures of a collection in the last days. A search counts with its first page.
+
+    - days: oldest first: searches; those with a click; those without a result, or where nothing fits.
+    - positions: how often results were shown there and clicked. versions: searches by the index's version.
+    - worst: queries with less clicks than the average one, by their searches without a click. unmet: those that
+      nothing fits. Both with their first results, as the last search showed them.
+
+    Raises:
+        DcarError: a file cannot be read.
+    """
+    days, versions, texts = (defaultdict[Any, Counter[str]](Counter) for _ in range(3))
+    shown, clicks, items = Counter[int](), Counter[int](), dict[str, list[str]]()
+    for query, events in read_log(folder, time.time() - _DAYS * 86_400):
+        if query is None or query.collection != collection:
+            continue
+        own, seen = counted(query, events)
+        clicked = {event.item for event in own if event.action in CLICKS}
+        for position, item in enumerate(query.hits, query.offset + 1):
+            if item in seen:
+                shown[position] += 1
+                clicks[position] += item in clicked
+        if query.offset:
+            continue
+        day, text = time.strftime("%Y-%m-%d", time.gmtime(query.time / 1000)), query.text.lower()
+        tables = [days[day], versions[query.version]]
+        if text:
+            tables.append(texts[text])
+            items[text] = [*query.hits[:_FIRST]]
+        for table in tables:
+            table.update(searches=1, clicked=bool(clicked), nothing=query.nothing_fits or not query.hits)
+    last = max((position for position in shown if position <= _POSITIONS), default=0)
+    total = sum(texts.values(), Counter())
+    rate = total["clicked"] / max(1, total["searches"])
+
+    def listed(value: Callable[[Counter[str]], float]) -> list[dict[str, Any]]:
+        top = sorted((text for text in texts if value(texts[text]) > 0), key=lambda text: -value(texts[text]))
+        return [{"query": text, **texts[text], "items": items[text]} for text in top[:_LISTED]]
+
+    def missed(counts: Counter[str]) -> float:
+        return counts["searches"] - counts["clicked"] if counts["clicked"] <= rate * counts["searches"] else 0
+
+    ranks = range(1, last + 1)
+    return {
+        "days": [{"day": day, **counts} for day, counts in sorted(days.items())],
+        "positions": [{"position": rank, "shown": shown[rank], "clicked": clicks[rank]} for rank in ranks],
+        "versions": versions,
+        "worst": listed(missed),
+        "unmet": listed(lambda counts: counts["nothing"]),
+    }

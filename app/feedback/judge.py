@@ -23,12 +23,11 @@ DEPTH = 10
 
 @dataclass(frozen=True)
 class Run:
-    """The first results of each query. results: ids of items, by the query's. missing: listed ids not in the index."""
+    """The first results of each query. results: ids of items, by the query's."""
 
     name: str
     judged: JudgedList
     results: dict[str, list[str]]
-    missing: list[str]
 
     @classmethod
     def of(cls, index: Index, name: str, judged: JudgedList, *, hybrid: bool = False) -> "Run":
@@ -37,14 +36,12 @@ class Run:
             if not normalize(text):
                 raise DataError(f"the query {query_id!r} has no words that can be searched; correct or remove it")
         listed = {item for grades in judged.grades.values() for item in grades}
-        missing = sorted(item for item in listed if index.snapshot.artifact.row_of(item) is None)
-        if len(missing) == len(listed):
-            hint = "item_id is the id of a search result"
-            raise DataError(f"no item of the list is in {name}: {shorten(missing)}; {hint}")
+        if all(index.snapshot.artifact.row_of(item) is None for item in listed):
+            raise DataError(f"no item of the list is in {name}: {shorten(sorted(listed))}; item_id is that of a result")
         bodies = index.search_each([*judged.texts.values()], k=DEPTH, hybrid=hybrid)
         shown = tqdm(bodies, name, total=len(judged.texts), unit="query", disable=None, leave=False)
         results = [[result["id"] for result in body["results"]] for body in shown]
-        return cls(name, judged, dict(zip(judged.texts, results, strict=True)), missing)
+        return cls(name, judged, dict(zip(judged.texts, results, strict=True)))
 
     @property
     def rows(self) -> list[tuple[str, int, str, int | None]]:
@@ -65,27 +62,20 @@ class Run:
 
 def describe(runs: Sequence[Run]) -> str:
     """Return the measures of one run, or of two and their difference, what is not judged, and a closing sentence."""
-    judged, measures = runs[0].judged, [run.measures() for run in runs]
-    names, values = [run.name for run in runs], [np.stack([*part.values()]) / 100 for part in measures]  # [3, Q]
-    labels = np.array([judged.classes.get(query_id, "") for query_id in judged.texts])
-    groups = {"all": np.ones(len(labels), bool)} | {label: labels == label for label in sorted({*labels} - {""})}
-    rows, compared = [["queries", "index", *measures[0]], ["---"] * 5], list[Comparison]()
-    for label, mask in groups.items():
-        counts = np.ones((len(measures[0]), np.count_nonzero(mask)))
-        sides = [Scores(counts, part[:, mask], [*measures[0]]) for part in values]
-        compared.append(comparison := Comparison.of(sides[0], sides[-1]))
-        figures = [(names[0], comparison.model, "")]
-        if len(runs) > 1:
-            figures += (names[1], comparison.baseline, ""), ("difference", comparison.difference, "+")
-        for name, estimates, sign in figures:
-            cells = [f"{estimate:{sign}}" for estimate in estimates.values()]
-            rows.append([f"{label}, {comparison.queries:,}", name, *cells])
+    names, measures = [run.name for run in runs], [run.measures() for run in runs]
+    counts = np.ones((len(measures[0]), len(runs[0].judged.texts)))
+    sides = [Scores(counts, np.stack([*part.values()]) / 100, [*part]) for part in measures]
+    comparison = Comparison.of(sides[0], sides[-1])
+    figures = [(names[0], comparison.model, "")]
+    if len(runs) > 1:
+        figures += (names[1], comparison.baseline, ""), ("difference", comparison.difference, "+")
+    rows = [["index", *measures[0]], ["---"] * 4]
+    rows += [[name, *(f"{value:{sign}}" for value in estimates.values())] for name, estimates, sign in figures]
     lines = [f"| {' | '.join(cell.replace('|', '/') for cell in row)} |" for row in rows]
     for run in runs:
-        unjudged = [f"{item} for {judged.texts[query_id]!r}" for query_id, _, item, grade in run.rows if grade is None]
-        missing = f"; {len(run.missing):,} listed items not in it, {shorten(run.missing)}" if run.missing else ""
-        lines.append(f"{run.name}: {len(unjudged):,} of {len(run.rows):,} results not judged, counted as 0{missing}")
-    return "\n".join([*lines, _conclude(names, compared[0])])
+        unjudged = sum(grade is None for *_, grade in run.rows)
+        lines.append(f"{run.name}: {unjudged:,} of {len(run.rows):,} results not judged, counted as 0")
+    return "\n".join([*lines, _conclude(names, comparison)])
 
 
 def _conclude(names: Sequence[str], compared: Comparison) -> str:

@@ -125,10 +125,7 @@ class Store:
     def add(self, searches: Sequence[QueryRow], events: Sequence[EventRow | None]) -> list[Fault | None]:
         """Store rows durably. Return for each event why it changes nothing, if so.
 
-        None stands for an event on a search of somebody else.
-
-        Raises:
-            sqlite3.Error: nothing was stored.
+        None stands for an event on a search of somebody else. After sqlite3.Error nothing is stored.
         """
         with self._database as database:
             if searches:
@@ -153,8 +150,7 @@ class FeedbackLog:
         self._searches = deque[QueryRow]()
         self._task: asyncio.Task[None] | None = None
         self._is_failing = False
-        stored, lost = "Rows stored in the feedback log.", "Rows that the feedback log could not store."
-        self._stored = Counter("dcar_feedback_rows_total", stored, ["kind"], registry=metrics.registry)
+        lost = "Rows that the feedback log could not store."
         self.lost = Counter("dcar_feedback_lost_total", lost, ["kind"], registry=metrics.registry)
 
     def start(self) -> None:
@@ -192,11 +188,7 @@ class FeedbackLog:
         return hmac.compare_digest(own, query_id.encode()) and time.time() - int(query_id[:8], 16) <= _DAY_S
 
     async def accept(self, caller: str, events: Sequence[EventRow]) -> list[Fault | None]:
-        """Store events durably. Return for each one why it changes nothing, if so.
-
-        Raises:
-            UnavailableError: they cannot be stored; the same request may be sent again.
-        """
+        """Store events durably, or raise UnavailableError. Return for each one why it changes nothing, if so."""
         own = [event if self._is_of(caller, event.query_id) else None for event in events]
         faults = await self._writing.run(self._write, own)
         if faults is None:
@@ -217,10 +209,9 @@ class FeedbackLog:
         except sqlite3.Error as error:
             if not self._is_failing:
                 logger.warning("feedback is lost until it can be stored again: %s; searches go on", error)
+            self.lost.labels("queries").inc(len(searches))
+            self.lost.labels("events").inc(sum(map(bool, events)))
         self._is_failing = faults is None
-        counter = self.lost if faults is None else self._stored
-        counter.labels("queries").inc(len(searches))
-        counter.labels("events").inc(sum(map(bool, events)) if faults is None else faults.count(None))
         return faults
 
     async def _run(self) -> None:

@@ -1,6 +1,6 @@
 """Judged lists: how well items answer queries, in grades from 0 (does not fit) to 3.
 
-A table (.csv, .jsonl, .parquet) has columns query, item_id and grade, and may have query_id and class. A row with an
+A table (.csv, .jsonl, .parquet) has columns query, item_id and grade, and may have query_id. A row with an
 empty grade does not count.
 """
 
@@ -20,12 +20,11 @@ _SHOWN = 20  # faults of a list
 class JudgedList:
     """Queries by their ids; one without an id has its text as id.
 
-    texts: of the queries. grades: of items by their ids. classes: of the queries that have one.
+    texts: of the queries. grades: of items by their ids.
     """
 
     texts: dict[str, str] = field(default_factory=dict)
     grades: dict[str, dict[str, int]] = field(default_factory=dict)
-    classes: dict[str, str] = field(default_factory=dict)
 
     def add(self, row: Mapping[str, Any], where: str) -> None:
         """Add a judgement. Raise DataError, which names the field, if it cannot be used."""
@@ -42,8 +41,6 @@ class JudgedList:
             raise DataError(f"{where}: query_id {query_id!r} is of {text!r} here, of {known!r} before; rename one")
         if (graded := self.grades.setdefault(query_id, {}).setdefault(item, int(grade))) != int(grade):
             raise DataError(f"{where}: field 'grade' is {grade}, but {item!r} had {graded} for this query; remove one")
-        if label := label_text(row, where, "class"):
-            self.classes.setdefault(query_id, label)
 
 
 def read_judgements(files: Sequence[Path]) -> JudgedList:

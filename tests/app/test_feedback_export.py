@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from app.feedback.export import IMPRESSION, Impressions, Report, estimate_propensities, export, weigh
+from app.feedback.export import IMPRESSION, Report, Table, estimate_propensities, export, weigh
 from app.feedback.log import EventRow, QueryRow
 from dcar_core.data import Annotations
 from dcar_core.data.judgements import read_judgements
@@ -209,16 +209,16 @@ def test_the_commands_make_what_training_reads(gallery: Path, tiny_checkpoint: P
     assert "holds no feedback log" in wrong.stderr
 
 
-def seen(*columns: Any) -> Impressions:
+def seen(*columns: Any) -> Table:
     rows = np.broadcast_arrays(*columns, 1)
-    made: Impressions = np.rec.fromarrays(rows, dtype=IMPRESSION)
+    made: Table = np.rec.fromarrays(rows, dtype=IMPRESSION)
     return made
 
 
 def test_propensities_hold_for_pairs_with_few_impressions_and_after_a_version_that_moved_up_what_was_clicked() -> None:
     rng, pairs, depth = np.random.default_rng(0), 20_000, 4
     attractive, examined = rng.choice([0.1, 0.8], pairs), 1 / np.arange(1, depth + 1)
-    parts, position = list[Impressions](), rng.integers(depth, size=pairs)
+    parts, position = list[Table](), rng.integers(depth, size=pairs)
     for version in (1, 2):
         for _ in range(6):
             place = np.clip(position + rng.integers(-1, 2, pairs), 0, depth - 1)  # as filters move them

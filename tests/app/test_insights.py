@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from app.feedback.insights import summarize
+from app.feedback.export import summarize
 from app.feedback.log import EventRow, QueryRow
 from tests.support.feedback_log import write_log
 from tests.support.responses import assert_problem

@@ -109,7 +109,7 @@ async def test_only_the_admin_and_keys_that_may_write_change_items(index: Path, 
         assert await statuses(ALICE) == [403, 403, 403, 200, 200, 200, 200, 200]
         assert await statuses(loader) == [422, 403, 404, 200, 403, 200, 403, 403]
         assert await statuses(reader) == [403, 403, 403, 200, 403, 200, 403, 403]
-        assert await statuses(other) == [403, 422, 403, 403, 200, 403, 200, 403]
+        assert await statuses(other) == [403, 422, 404, 403, 200, 403, 200, 403]
         assert await statuses("wrong") == [401] * 8
         for key, names in ((loader, ["index"]), (other, ["other"]), (ALICE, ["index", "other"])):
             listed = (await client.get("/collections", headers=bearer(key))).json()["collections"]
@@ -117,7 +117,7 @@ async def test_only_the_admin_and_keys_that_may_write_change_items(index: Path, 
         refused = await put(client, headers=bearer(ALICE))
         assert_problem(refused, 403, "Authorization")
         job = await ended(client, await put(client, item("a"), headers=bearer(loader)))
-        assert (await client.get(f"/jobs/{job['id']}", headers=bearer(other))).status_code == 403
+        assert (await client.get(f"/jobs/{job['id']}", headers=bearer(other))).status_code == 404
     async with opened(index, **KEYS) as client:
         assert (await put(client, item("a"))).status_code == 403, "off by default"
         assert (await client.get("/jobs/0", headers=ADMINS)).status_code == 403

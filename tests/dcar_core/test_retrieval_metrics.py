@@ -182,7 +182,6 @@ def test_tables_hold_the_same_list(tmp_path: Path) -> None:
     judged = read_judgements([write(tmp_path / "list.csv", table)])
     assert judged.texts == {"q1": "red shoe", "q 2": "é"}
     assert judged.grades == {"q1": {"a b.png": 3, "1%20.png": 0}, "q 2": {"c": 1}}
-    assert judged.classes == {"q1": "word"}
     lines = "".join(json.dumps(dict(zip(names, row, strict=True)) | {"source": "clicks"}) + "\n" for row in rows)
     assert read_judgements([write(tmp_path / "list.jsonl", lines)]) == judged
 
