@@ -177,7 +177,6 @@ def test_the_default_method_of_each_level_runs(level: str, blocks: int, method: 
     ("part", "values", "reason"),
     [
         ("text_cfg", {"tokenizer_kwargs": {"trust_remote_code": True}}, "sets trust_remote_code in tokenizer_kwargs"),
-        ("text_cfg", {"tokenizer_kwargs": {"reduction_mask": "syntax"}}, "sets reduction_mask in tokenizer_kwargs"),
         ("text_cfg", {"tokenizer_kwargs": {"bpe_path": "../bpe.txt.gz"}}, "must be a file in the model directory"),
         ("text_cfg", {"tokenizer_kwargs": {"clean": "no"}}, "sets clean 'no'; known are"),
         ("text_cfg", {"hf_tokenizer_name": "../../etc"}, "is not the name of a model"),
@@ -185,7 +184,6 @@ def test_the_default_method_of_each_level_runs(level: str, blocks: int, method: 
         ("text_cfg", {"tokenizer_mode": "clips"}, "sets tokenizer_mode"),
         ("text_cfg", {"hf_tokenizer_name": "google/mt5-base"}, "has no tokenizer.json, and no other"),
         ("vision_cfg", {"timm_model_name": "hf-hub:evil/repo"}, "is not the name of a model"),
-        ("vision_cfg", {"timm_model_name": "evil/repo"}, "is not the name of a model"),
         ("vision_cfg", {"no_such_setting": 1}, "sets no_such_setting in vision_cfg"),
         ("model_cfg", {"cast_dtype": "float16"}, "sets cast_dtype in model_cfg"),
     ],

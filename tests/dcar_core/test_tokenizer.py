@@ -37,10 +37,7 @@ HARD = [
 CONTROL = [
     "a <end_of_text> b",
     "a < / Start_Of_Text > b",
-    "a &lt;end_of_text&gt; b",
     "a &amp;amp;amp;lt;end_of_text&amp;amp;amp;gt; b",
-    "a ＜end_of_text＞ b",  # noqa: RUF001
-    "a <|endoftext|> b",
     "a < | startOfText | > b",
 ]
 
