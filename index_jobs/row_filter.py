@@ -17,11 +17,9 @@ EMPTY_IS_MISSING = frozenset({"caption", "category"})  # fields whose empty text
 class RowFilter:
     """Rows that a search may find, as a mask, and as conditions for an engine that has stored the fields of rows.
 
-    Attributes:
-        make_mask: returns the mask, bool (rows,).
-        filter: conditions on the stored fields, in the grammar of `index.filters`; {} for every row.
-        excluded: rows that the conditions do not cover, int64 (m,): removed ones, and those whose fields have changed.
-        included: rows that are found whatever was stored, int64 (m,).
+    make_mask: returns the mask, bool (rows,). filter: conditions in the grammar of `index.filters`; {} for every row.
+    excluded: rows that the conditions do not cover, int64 (m,): removed ones, and those whose fields have changed.
+    included: rows that are found whatever was stored, int64 (m,).
     """
 
     make_mask: Callable[[], Mask]

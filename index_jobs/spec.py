@@ -48,8 +48,7 @@ class IndexSpec:
     )
     engine: str = option(
         "faiss",
-        "What stores and searches the vectors: faiss, a file of the index, or another engine and its location; see "
-        "docs/explanation/index-kinds.md.",
+        "What searches the vectors: faiss, or another engine and its location; see docs/explanation/index-kinds.md.",
         metavar="NAME[=URI]",
     )
     memory: int | None = option(
