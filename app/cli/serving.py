@@ -15,7 +15,6 @@ from app.cli.options import EXAMPLES, app
 from dcar_core.model.catalogue import recommended_weights
 from dcar_core.util.console import show_progress
 from dcar_core.util.errors import DataError, DcarError, HubUnavailableError, ImageError, ImageFault
-from dcar_core.util.files import require_writable
 from dcar_core.util.options import command, option, with_options
 from index_jobs.spec import IndexSpec
 
@@ -42,10 +41,7 @@ def serve(
     """
     if index is None and not os.environ.get("DCAR_INDEX"):
         raise DcarError("no index: give --index DIR, a directory that `dcar index build --out DIR` wrote")
-    pairs = _pairs("--collection", "NAME=DIR", collection)
-    collections = {name: Path(path) for name, path in pairs}
-    if len(collections) < len(pairs):
-        raise DcarError("--collection gives two indexes one name; give each a name of its own")
+    collections = {name: Path(path) for name, path in _pairs("--collection", "NAME=DIR", collection)}
     serve_index(index=index, host=host, port=port, workers=workers, runtime=runtime, collections=collections or None)
 
 
@@ -138,15 +134,13 @@ def demo(
     by side.
     """
     show_progress()
-    from app.server import base_url, listen
+    from app.server import base_url
     from index_jobs.rebuild import rebuild
 
     domains = sorted(path.parent.name for path in EXAMPLES.glob("*/gallery.tar"))
     if domain not in domains:
         available = ", ".join(domains) or "none: use a source checkout"
         raise DcarError(f"no bundled domain is named {domain!r}; there are: {available}")
-    listen(host, port).close()  # report a taken port before minutes are spent on indexes
-    require_writable(data)
     clip = f"{domain}-clip"
     names = [domain, *(name for name in domains if name != domain), clip]
     typer.echo()
@@ -185,24 +179,19 @@ def quickstart(
     Without a metadata file, file names become titles and sub-folders become categories. The bundled model takes over if
     the model hub cannot be reached and has the weights. An interrupted run resumes with the same command.
     """
-    typer.echo(f"looking for images in {gallery}", err=True)
     show_progress()
-    from app.server import base_url, listen
-    from index_jobs.gallery.scan import scan
+    from app.server import base_url
     from index_jobs.rebuild import rebuild
 
-    listen(host, port).close()
     place = gallery.absolute()
-    if not place.exists():
+    if not place.exists():  # said before weights are fetched
         raise DataError(f"there is no gallery {gallery}; name a folder of images")
-    require_writable(data)
-    scanned = scan(place)  # report its faults before weights are fetched
     typer.echo(f"1 of 3: model {model}")
     checkpoint = _unadapted(model, pretrained or recommended_weights(model), data / "zero-shot")
     typer.echo(f"2 of 3: index {gallery}")
     out = data / "quickstart" / _short_hash(str(place)) / (place.stem or "gallery")
     build |= {"max_failed": 1.0, "max_vanished": 1.0}  # broken images are counted below, deleted ones are meant to be
-    summary = rebuild(scanned, checkpoint, out, **build)
+    summary = rebuild(place, checkpoint, out, **build)
     state = "already indexed" if summary.reused else f"indexed in {summary.seconds:.0f} s"
     typer.echo("\n".join([f"{summary.count:,} images, {state}", *summary.notes()]))
     typer.echo(

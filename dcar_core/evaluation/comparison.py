@@ -25,7 +25,7 @@ from dcar_core.model.methods import UNTOUCHED, find_method
 from dcar_core.negatives import add_negatives, backbone_functions
 from dcar_core.training.prepared_split import FeatureCache, FrozenFeatures, report_truncation
 from dcar_core.training.validation import new_categories
-from dcar_core.util.errors import DataError, DivergedError
+from dcar_core.util.errors import DivergedError
 from dcar_core.util.files import write_json
 from dcar_core.util.metrics import Comparison, Scores
 
@@ -68,8 +68,6 @@ def compare(
         DcarError: a method is unknown or needs other towers, the data cannot be read, or every method diverged.
     """
     configs = {name: find_method(name).config.with_loss_direction(loss) for name in methods}
-    if not configs:
-        raise DataError("no method was given; try --methods clip,coop,dcar")
     for each in configs.values():  # before hours of training
         DCAR(backbone, each)  # raises if the towers cannot run it
     splits, reports = Annotations(data, images).load_all(SPLITS, "skip" if skip_broken else "require")
@@ -207,7 +205,6 @@ def _summary(runs: list[dict[str, Any]]) -> dict[str, Any]:
     accuracy = [run["hard_negative_accuracy"] for run in runs if run["hard_negative_accuracy"] is not None]
     return {
         "hard_negative_accuracy": spread(accuracy) if accuracy else None,
-        "measures": {name: spread([run["measures"][name] for run in runs]) for name in runs[0]["measures"]},
         **summarise([run["test"] for run in runs]),
         "runs": runs,
     }

@@ -37,11 +37,10 @@ from dcar_core.util.metrics import (
     Scores,
     compute_ranks,
     hard_negative_accuracy,
-    ndcg,
     recall_of_ranks,
 )
 
-_BY_VECTORS_ALONE: dict[str, Any] = {"measures": {}, "hard_negative_accuracy": None}
+_BY_VECTORS_ALONE: dict[str, Any] = {"hard_negative_accuracy": None}
 _BATCH = 256  # negatives that are encoded at a time
 
 
@@ -140,20 +139,15 @@ def analyse(model: DCAR, data: Dataset, split: PreparedSplit) -> dict[str, Any]:
 
     Returns:
         test: the recall; hard_negative_accuracy, None without negatives; categories: name -> pairs, t2i_r1, i2t_r1;
-        scores: queries and sums of `metrics.Scores`; measures: others by their headings; reranked: what differs with
-        `rerank`, of a model with a second stage.
+        scores: queries and sums of `metrics.Scores`; reranked: what differs with `rerank`, of a model with a second
+        stage.
     """
     model.eval()
     text, image = encode_captions(model, split), encode_images(model, split)
     again = rerank(model, split, text, image) if model.config.rerank.blocks else None
-    images_of, texts_of = split.right_answers()
     return {
         **_by_ranks(data, split, compute_ranks(text, image, split.image_of)),
         "hard_negative_accuracy": hard_negative_accuracy(image[split.image_of], text, encode_negatives(model, data)),
-        "measures": {
-            "nDCG@10 text-to-image": ndcg(text, image, images_of),
-            "nDCG@10 image-to-text": ndcg(image, text, texts_of),
-        },
         **({"reranked": _by_ranks(data, split, again) | _BY_VECTORS_ALONE} if again else {}),
     }
 

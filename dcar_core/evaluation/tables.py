@@ -25,7 +25,6 @@ _BOOTSTRAP_NOTE = (
     "Paired bootstrap over the test images with their captions, or over whole categories if training has none of them; "
     "hits averaged over seeds. It measures the error of the test queries, the spread above that of training."
 )
-_MEASURES_NOTE = "nDCG@10 counts every image that a caption describes, and every caption of an image, as right."
 
 Results = dict[str, Any]
 Rows = list[list[str]]
@@ -33,8 +32,8 @@ Rows = list[list[str]]
 
 def all_tables(results: Results) -> str:
     """Return the tables of methods as Markdown, for a terminal, below a line with their unit."""
-    tables = (recall_rows, significance_rows, measures_rows, settings_rows)
-    unit = f"Percent{_pool_of(results)}; {_spread_of(results)}."
+    tables = (recall_rows, significance_rows, settings_rows)
+    unit = f"Percent among {results['test_images']:,} test images; {_spread_of(results)}."
     return "\n".join([unit, *(markdown(rows) for t in tables if (rows := t(results)))])
 
 
@@ -45,8 +44,8 @@ def results_markdown(results: Results, plot: str) -> str:
     loss = "" if results["loss"] == "both" else f" Only the {results['loss']} contrastive loss is used."
     summary = (
         f"Backbone {results['backbone']}; {pairs['train']:,} training pairs, {pairs['val']:,} validation pairs, "
-        f"{pairs['test']:,} test pairs{_pool_of(results)}. {settings['epochs']} epochs, batches of "
-        f"{settings['batch_size']}{tuning}; {_spread_of(results)}, percent.{loss}"
+        f"{pairs['test']:,} test pairs among {results['test_images']:,} images. {settings['epochs']} epochs, batches "
+        f"of {settings['batch_size']}{tuning}; {_spread_of(results)}, percent.{loss}"
     )
     notes = [f"{name} is left out: {reason}" for name, reason in results["diverged"].items()]
     notes = [summary, _RECALL_NOTE, *notes, *filter(None, [results.get("recommendation")])]
@@ -54,7 +53,6 @@ def results_markdown(results: Results, plot: str) -> str:
     sections = [
         ("Recall", notes, recall_rows(results)),
         ("Significance", [_BOOTSTRAP_NOTE], significance_rows(results)),
-        ("Other measures", [_MEASURES_NOTE], measures_rows(results)),
         ("Settings and cost", [], settings_rows(results)),
         ("Data", [], [["split", "cases", "finding"], *cleaned]),
         (f"Weakest categories of {best}", [], category_rows(results, best)),
@@ -82,15 +80,6 @@ def significance_rows(results: Results) -> Rows:
         own, difference = Estimate(*method["intervals"]["mean_r1"]), method["difference"]
         rows.append([name, f"{own}", f"{Estimate(*difference['mean_r1']):+}" if difference else "-"])
     return rows
-
-
-def measures_rows(results: Results) -> Rows:
-    """Return the other measures of each method."""
-    methods = results["methods"]
-    names = list(dict.fromkeys(measure for method in methods.values() for measure in method["measures"]))
-    return [["method", *names]] + [
-        [name, *_cells(method, map(method["measures"].get, names))] for name, method in methods.items()
-    ]
 
 
 def settings_rows(results: Results) -> Rows:
@@ -139,11 +128,6 @@ def summarise(runs: Sequence[dict[str, float]]) -> dict[str, dict[str, float]]:
     """Return mean and sample standard deviation over runs, for each measure."""
     spreads = {column: spread([run[column] for run in runs]) for column in COLUMNS}
     return {key: {column: spreads[column][key] for column in COLUMNS} for key in ("mean", "std")}
-
-
-def _pool_of(results: Results) -> str:
-    images = results.get("test_images")
-    return f" among {images:,} test images" if images else ""
 
 
 def _spread_of(results: Results) -> str:

@@ -83,22 +83,6 @@ def _ranks(query: Floats, target: Floats, truth: list[NDArray[np.int64]]) -> NDA
     return ranks
 
 
-def ndcg(query: Floats, target: Floats, right: Sequence[NDArray[np.int64]], k: int = 10) -> float:
-    """Return the mean normalized discounted cumulative gain among the first k targets, in percent.
-
-    Args:
-        right: the rows of every right target of each query, all equally right. A wrong target with an equal score
-            ranks above them.
-    """
-    discounts, gains = 1 / np.log2(np.arange(2, k + 2)), list[float]()
-    for scores, own in zip(_scores(query, target), right, strict=True):
-        best = np.sort(scores[own])[::-1][:k]
-        wrong = np.delete(scores, own)
-        places = np.arange(len(best)) + (~(wrong < best[:, None] - TIE_TOLERANCE)).sum(1)
-        gains.append(discounts[places[places < k]].sum() / discounts[: len(own)].sum())
-    return 100 * float(np.mean(gains))
-
-
 def graded_measures(found: NDArray[np.int64], judged: Sequence[NDArray[np.int64]]) -> dict[str, NDArray[np.float64]]:
     """Return nDCG@k, MRR@k and recall@k of each query in percent, as trec_eval computes them.
 

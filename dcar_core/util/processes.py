@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import Any, ParamSpec, TypeVar
+from typing import ParamSpec, TypeVar
 
 from filelock import FileLock, Timeout
 
@@ -19,15 +19,10 @@ P = ParamSpec("P")
 R = TypeVar("R")
 
 
-def process_context() -> Any:  # the classes of contexts differ by system
-    """Return the context of `multiprocessing` in which processes are started."""
-    method = "forkserver" if "forkserver" in multiprocessing.get_all_start_methods() else "spawn"
-    return multiprocessing.get_context(method)
-
-
 def in_own_process(function: Callable[P, R], *arguments: P.args, **options: P.kwargs) -> R:
     """Return the result of a function, called in a process of its own. Raise BrokenProcessPool if that died."""
-    with ProcessPoolExecutor(1, mp_context=process_context()) as process:
+    method = "forkserver" if "forkserver" in multiprocessing.get_all_start_methods() else "spawn"
+    with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context(method)) as process:
         return process.submit(function, *arguments, **options).result()
 
 

@@ -129,8 +129,7 @@ def test_a_directory_with_the_name_of_a_model_has_weights_of_its_own(
 
 
 def test_a_missing_folder_is_named_before_a_model_is_loaded(tmp_path: Path) -> None:
-    for folder, reason in ((tmp_path / "none", "there is no gallery"), (tmp_path, "is empty")):
-        done = quickstart(folder, fails=True)
-        assert isinstance(done.exception, DataError)
-        assert reason in str(done.exception)
-        assert "1 of 3" not in done.output
+    done = quickstart(tmp_path / "none", fails=True)
+    assert isinstance(done.exception, DataError)
+    assert "there is no gallery" in str(done.exception)
+    assert "1 of 3" not in done.output

@@ -22,7 +22,7 @@ from dcar_core.model.dcar import DCAR
 from dcar_core.model.methods import find_method
 from dcar_core.training.prepared_split import FeatureCache, prepare_split
 from dcar_core.training.train import TrainResult, train
-from dcar_core.training.validation import evaluate, new_categories
+from dcar_core.training.validation import evaluate
 from dcar_core.util.errors import DataError, DivergedError
 from dcar_core.util.metrics import Scores
 from tests.support.files import write_json
@@ -72,19 +72,6 @@ def test_results_are_written_and_reproduced_by_the_checkpoints(
     model, fingerprint = load_checkpoint(out / run["run"], backbone=backbone)
     test = prepare_split(Annotations(tiny_data).load("test")[0], model, for_training=False)
     assert (evaluate(model, test), fingerprint) == (run["test"], run["fingerprint"])
-
-
-def test_categories_without_training_pairs_are_resampled_whole(tiny_data: Path) -> None:
-    splits, _ = Annotations(tiny_data).load_all()
-    assert new_categories(splits["train"], splits["test"]) is None, "training has them"
-    test = splits["test"].samples
-    new = [replace(sample, category=f"new {number // 2}") for number, sample in enumerate(test)]
-    splits["test"] = replace(splits["test"], samples=[*new, test[0]])  # a second caption of the first image
-    found = new_categories(splits["train"], splits["test"])
-    assert found is not None
-    assert found.tolist() == [0, 0, 1, 1, 2, 2]
-    splits["test"] = replace(splits["test"], samples=[*new[:-1], replace(test[-1], category="")])
-    assert new_categories(splits["train"], splits["test"]) is None, "an image has none"
 
 
 def test_options_reach_the_data_and_what_is_odd_in_it_is_reported(

@@ -29,7 +29,7 @@ def example_run(seed: int, val: float, test: float, weak: float) -> dict[str, An
     return {
         "seed": seed, "lr": 2e-3, "trainable": 5, "query": "none", "epoch": 1, "seconds": 1.0,
         "val": dict.fromkeys(COLUMNS, val), "test": {c: test + i for i, c in enumerate(COLUMNS)},
-        "hard_negative_accuracy": test, "measures": {"nDCG@10 text-to-image": test},
+        "hard_negative_accuracy": test,
         "categories": {
             "known": {"pairs": 3, "t2i_r1": 90.0, "i2t_r1": 80.0},
             "rare": {"pairs": 2, "t2i_r1": 0.0, "i2t_r1": 0.0},
@@ -44,7 +44,7 @@ def example_results() -> dict[str, Any]:
         name: {
             "lr": 2e-3, "tuning": None, "trainable": 5, **summarise([run["test"] for run in runs]), "runs": runs,
             "hard_negative_accuracy": {"mean": runs[0]["test"]["t2i_r1"], "std": 0.0}, "difference": None,
-            "intervals": {"mean_r1": [50.0, 40.0, 60.0]}, "measures": {"nDCG@10 text-to-image": {"mean": 1, "std": 0}},
+            "intervals": {"mean_r1": [50.0, 40.0, 60.0]},
             "serving": {"bytes": 20, "backbone": "shared", "gallery": "unchanged"},
         }
         for name, runs in {
@@ -54,7 +54,7 @@ def example_results() -> dict[str, Any]:
     }  # fmt: skip
     return {
         "data": "d", "backbone": "b", "pairs": {"train": 3, "val": 2, "test": 1}, "grid": [], "methods": methods,
-        "training": {"epochs": 1, "batch_size": 2}, "diverged": {}, "loss": "both",
+        "training": {"epochs": 1, "batch_size": 2}, "diverged": {}, "loss": "both", "test_images": 1,
         "cleaning": {"train": {"captions are doubled": 2}},
     }  # fmt: skip
 

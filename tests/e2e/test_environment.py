@@ -81,7 +81,6 @@ def test_full_disk_ends_training_with_one_line(tiny_data: Path, tiny_model: Path
         ("serve --index /nowhere", "dcar index build"),
         ("serve", "no index: give --index DIR"),
         ("serve --index /nowhere --collection one", "--collection is NAME=DIR, not 'one'"),
-        ("serve --index /nowhere --collection one=/a --collection one=/b", "--collection gives two indexes one name"),
         ("evaluate --data /nowhere --methods dcarr --out /tmp/x --model {model}", "there are: clip"),
         ("train --data /nowhere --out /tmp/x", "/nowhere"),
         ("demo --domain notoemoji", "twemoji"),
