@@ -1,5 +1,5 @@
 # Images of the service and the index job (docs/how-to/containers.md), by --target:
-# - full, the default: with PyTorch; trains, builds indexes and serves.
+# - full, the default: with PyTorch; trains, builds indexes and serves. With EXTRAS=gpu it searches on an NVIDIA GPU.
 # - serve: only serves, versions with a portable export, without PyTorch.
 #
 # Build arguments:
@@ -17,7 +17,7 @@ COPY pyproject.toml .
 RUN for target in serve:openvino full:torch; do python -c "import sys, tomllib; \
     wanted = tomllib.load(open('pyproject.toml', 'rb'))['project']; extras = sys.argv[1].replace(',', ' ').split(); \
     parts = [wanted['optional-dependencies'][each] for each in extras]; lines = sum(parts, wanted['dependencies']); \
-    print(*lines, sep='\n')" \
+    print(*[line for line in lines if 'gpu' not in extras or not line.startswith('faiss-cpu')], sep='\n')" \
     "${target#*:},$EXTRAS" > "/${target%%:*}.txt"; done
 
 # Each stage names the arguments of pip: Buildah hands none down.
@@ -26,14 +26,15 @@ ENV PIP_ROOT_USER_ACTION=ignore PIP_DISABLE_PIP_VERSION_CHECK=1 PIP_CACHE_DIR=/v
 RUN python -m venv --without-pip /opt/venv
 COPY requirements*.lock /locks/
 
-# The locks leave out PyTorch, since the index decides its build; the second command adds it.
+# The locks leave out PyTorch, since the index decides its build; the second command adds it. faiss-gpu and faiss-cpu are
+# one module under two names.
 FROM builder AS installed-full
 ARG PIP_INDEX_URL PIP_EXTRA_INDEX_URL PIP_FIND_LINKS PIP_CONSTRAINT
 ARG LOCK="requirements.lock"
 COPY --from=requirements /full.txt /
 RUN --mount=type=cache,target=/var/cache/pip \
-    test -z "$LOCK" || \
-    pip --python /opt/venv/bin/python install --require-hashes --no-deps --requirement "/locks/$LOCK"
+    test -z "$LOCK" || { grep -q '^faiss-cpu' /full.txt || sed -i '/^faiss-cpu==/,/[^\\]$/d' "/locks/$LOCK"; \
+    pip --python /opt/venv/bin/python install --require-hashes --no-deps --requirement "/locks/$LOCK"; }
 RUN --mount=type=cache,target=/var/cache/pip \
     pip --python /opt/venv/bin/python install --requirement /full.txt
 

@@ -44,7 +44,7 @@ class IndexSpec:
     kind: str = option(
         "auto",
         "Kind of index: auto (by count, dimensions and memory), flat (exact), hnsw, ivf, ivf-pq-fp16, ivf-pq, "
-        "pq, or a FAISS index_factory string such as IVF1024,SQ8.",
+        "pq, gpu-flat, gpu-ivf, or a FAISS index_factory string such as IVF1024,SQ8.",
     )
     engine: str = option(
         "faiss",

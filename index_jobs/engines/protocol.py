@@ -106,8 +106,11 @@ class Engine(ABC):
         """Store the vectors, and measure the recall and latency of searches."""
 
     @abstractmethod
-    def open(self, files: Files) -> VectorIndex:
-        """Open the index of a version or addition. Raise ArtifactError if it is missing or damaged."""
+    def open(self, files: Files, kind: str = "") -> VectorIndex:
+        """Open the index of a version or addition, for which a build asked by the name of a kind.
+
+        Raise ArtifactError if it is missing or damaged.
+        """
 
     def sync(self, name: str, version: int, versions: Mapping[int, Sequence[Files]]) -> None:  # noqa: B027
         """Follow a publication or a rollback, once `version` is current, and drop what no version up to it names.

@@ -168,7 +168,7 @@ class IndexVersion:
         places += [(f"{addition.folder}/", own, addition.roots) for addition in manifest.additions]
         parts, start = list[Part](), 0
         for prefix, root, roots in places:
-            vectors = engine.open(manifest.paths(index, prefix))
+            vectors = engine.open(manifest.paths(index, prefix), manifest.spec.kind)
             items = Items(manifest.path(index, f"{prefix}{ITEMS}"))
             parts.append(Part(range(start, start + len(items)), vectors, items, root, roots))
             start += len(items)

@@ -24,7 +24,7 @@ from index_jobs.engines.faiss.build import (
     fill_index,
     machine_memory,
 )
-from index_jobs.engines.faiss.index import FaissIndex, write_faiss
+from index_jobs.engines.faiss.index import MAX_GPU_K, FaissIndex, gpu_count, write_faiss
 from index_jobs.engines.measure import NEIGHBOURS, Benchmark, find_neighbours, gallery_queries, tune
 from index_jobs.engines.protocol import HeldOutQueries, merge_top_k
 from index_jobs.index.items import MAX_FIELDS, infer_types, typed_array
@@ -206,7 +206,8 @@ KNOWN = r"use auto, flat, hnsw, .* or an index_factory string"
     [
         ("PQ8", 100, DataError, r"PQ8 cannot be built of 100 vectors: .*256"),
         ("IDMap,Flat", 5000, DataError, r"IDMap,Flat cannot be built of 5,000 vectors: add does not make sense"),
-        *((kind, 1000, DataError, KNOWN) for kind in ("nonsense", "IVFx,Flat", "PQ7", "", "gpu-flat")),
+        *((kind, 1000, DataError, KNOWN) for kind in ("nonsense", "IVFx,Flat", "PQ7", "", "gpu-nonsense")),
+        ("gpu-flat", 1000, DataError, r"needs an NVIDIA GPU.*pip install 'dcar\[gpu\]'"),
     ],
 )
 def test_kind_that_cannot_be_built_says_why(
@@ -222,6 +223,38 @@ def test_broken_file_is_named(gallery: Floats, file: Path, keep: int | None) -> 
     file.unlink() if keep is None else file.write_bytes(file.read_bytes()[:keep])
     with pytest.raises(ArtifactError, match=r"index\.faiss (cannot be read as a FAISS index|is missing)"):
         FaissIndex.open(file)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("kind", ["gpu-flat", "gpu-ivf"])
+def test_gpu_results_equal_those_of_the_processor(kind: str, tmp_path: Path) -> None:
+    if not gpu_count():
+        pytest.skip("FAISS's CPU build: pip install 'dcar[gpu]' in faiss-cpu's place")
+    vectors, file = clustered(5000), tmp_path / "index.faiss"
+    build_index(file, blocks(vectors), 5000, DIM, choose_kinds(kind, 5000, DIM), target=0.9)
+    found, expected = (FaissIndex.open(file, on_gpu=on_gpu).search(vectors[:50], 10) for on_gpu in (True, False))
+    assert (found[1] == expected[1]).mean() > 0.99
+    np.testing.assert_allclose(found[0], expected[0], atol=1e-3)
+
+
+def test_more_results_than_a_gpu_gives_and_filtered_ones_come_from_the_processor(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    class Gpu:
+        def search(self, vectors: Floats, k: int) -> tuple[Floats, np.ndarray]:
+            assert k <= MAX_GPU_K
+            return np.zeros((len(vectors), k), np.float32), np.zeros((len(vectors), k), np.int64)
+
+    monkeypatch.setattr(faiss, "StandardGpuResources", object, raising=False)
+    monkeypatch.setattr(faiss, "index_cpu_to_gpu", lambda *_: Gpu(), raising=False)
+    vectors = clustered(3000)
+    flat = faiss.IndexFlatIP(vectors.shape[1])
+    flat.add(vectors)
+    index = FaissIndex(flat, on_gpu=True)
+    assert index.search(vectors[:1], MAX_GPU_K)[1].max() == 0
+    assert index.search(vectors[:1], MAX_GPU_K + 1)[1].max() > 0
+    odd = RowFilter.of_mask(np.arange(len(vectors)) % 2 == 1)
+    assert (index.search(vectors[:1], 10, odd)[1] % 2 == 1).all()
 
 
 class Found:

@@ -41,7 +41,7 @@ class ArrayEngine(Engine):
         benchmark = Benchmark(new.blocks, gallery_queries(new.blocks, new.count), target=spec.target_recall)
         return CreatedIndex(kind="array", reason="requested", measured=benchmark.measure(index))
 
-    def open(self, files: Files) -> ArrayIndex:
+    def open(self, files: Files, kind: str = "") -> ArrayIndex:
         return ArrayIndex(np.load(files["vectors.npy"], allow_pickle=False))
 
     def sync(self, name: str, version: int, versions: Mapping[int, Sequence[Files]]) -> None:

@@ -25,6 +25,7 @@ from index_jobs.engines.faiss.index import (
     FaissIndex,
     faiss,
     faiss_reason,
+    gpu_count,
     unwrap,
     write_faiss,
 )
@@ -44,7 +45,8 @@ _GRAPH_BYTES = 4 * 2 * 24 + 16  # links of a vector in a graph of degree 24
 _ENTRY_BYTES = 16  # number of a vector, in its list and in the map from row to list
 _COARSE_GRAPH_FROM = 16_384  # from this number of lists on, a graph finds the nearest ones
 
-NAMED = ("auto", "flat", "hnsw", "ivf-pq-fp16", "ivf-pq", "ivf", "pq")  # after flat, fastest first
+NAMED = ("auto", "flat", "hnsw", "ivf-pq-fp16", "ivf-pq", "ivf", "pq", "gpu-flat", "gpu-ivf")
+_GPU = "gpu-"  # begins the names of kinds that are searched on a GPU
 
 
 @dataclass(frozen=True)
@@ -54,6 +56,7 @@ class IndexChoice:
     factory: str
     reason: str
     bytes: int = 0  # estimated size, 0 if unknown
+    on_gpu: bool = False  # is built on a GPU
 
 
 class FaissEngine(Engine):
@@ -72,9 +75,9 @@ class FaissEngine(Engine):
         file, choices = new.folder / VECTORS, choose_kinds(spec.kind, new.count, new.dim, memory=spec.memory)
         return build_index(file, new.blocks, new.count, new.dim, choices, new.queries, target=spec.target_recall)
 
-    def open(self, files: Files) -> FaissIndex:
+    def open(self, files: Files, kind: str = "") -> FaissIndex:
         """Memory-map the file."""
-        return FaissIndex.open(files.get(VECTORS, Path(VECTORS)))
+        return FaissIndex.open(files.get(VECTORS, Path(VECTORS)), on_gpu=kind.startswith(_GPU))
 
 
 class SearchParameters:
@@ -160,13 +163,16 @@ def _recall(built: CreatedIndex) -> float:
 
 
 def fill_index(choice: IndexChoice, dim: int, blocks: Blocks, count: int) -> Any:
-    """Train and fill an index."""
+    """Train and fill an index, on a GPU if the choice says so, and return its CPU form."""
     index = create_index(choice.factory, dim)
     if (inverted := faiss.try_extract_index_ivf(index)) is not None:
         inverted.cp.min_points_per_centroid = 1  # no warnings on stderr for a small gallery
     if hasattr(index, "hnsw"):
         index.hnsw.efConstruction = _LARGE_CONSTRUCTION_WIDTH if count >= _LARGE_GRAPH else _CONSTRUCTION_WIDTH
     SearchParameters(index)  # sets the width of a graph over lists, which adding vectors needs too
+    if choice.on_gpu:
+        resources = faiss.StandardGpuResources()
+        index = faiss.index_cpu_to_gpu(resources, 0, index)
     try:
         if not index.is_trained:
             index.train(sample_vectors(blocks, count, 64 * max(list_count(count), 1024)))
@@ -175,6 +181,8 @@ def fill_index(choice: IndexChoice, dim: int, blocks: Blocks, count: int) -> Any
     except RuntimeError as error:
         reason = faiss_reason(error).rsplit(": ", 1)[-1]
         raise DataError(f"an index of kind {choice.factory} cannot be built of {count:,} vectors: {reason}") from error
+    if choice.on_gpu:
+        index = faiss.index_gpu_to_cpu(index)
     if (inverted := faiss.try_extract_index_ivf(index)) is not None:
         inverted.make_direct_map()  # vectors by row, for searches by an item
     return index
@@ -188,12 +196,15 @@ def choose_kinds(kind: str, count: int, dim: int, *, memory: int | None = None) 
         memory: bytes that the index may take; None for half of the memory of the machine or container.
 
     Raises:
-        DataError: FAISS does not know the kind, or none fits the memory.
+        DataError: FAISS does not know the kind, none fits the memory, or a GPU kind has no GPU.
     """
     if kind == "auto":
         return _choose_automatically(count, dim, machine_memory() // 2 if memory is None else memory)
-    named, reason = _kinds(count, dim).get(kind.lower()), f"requested: {kind}"
-    choice = replace(named, reason=reason) if named else IndexChoice(kind, reason)
+    named, reason = _kinds(count, dim).get(kind.lower().removeprefix(_GPU)), f"requested: {kind}"
+    choice = replace(named, reason=reason, on_gpu=kind.startswith(_GPU)) if named else IndexChoice(kind, reason)
+    if choice.on_gpu and not gpu_count():
+        remedy = "pip uninstall faiss-cpu, then pip install 'dcar[gpu]'"
+        raise DataError(f"{kind} needs an NVIDIA GPU and FAISS's build for it: {remedy}")
     create_index(choice.factory, dim)
     return [choice]
 

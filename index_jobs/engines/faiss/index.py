@@ -1,6 +1,7 @@
 """A FAISS index in a file, and its searches among all rows or a selection of rows.
 
-- The file is memory-mapped: processes on one machine share the pages, and it opens at once.
+- The file is memory-mapped: processes on one machine share the pages, and it opens at once. It holds the CPU form. With
+  a GPU kind, a copy on the GPU serves the searches among all rows, one at a time.
 - Graphs and inverted lists are tuned for ten results. More results need a wider search, since a search returns no more
   rows than it visits. A narrow search (`is_narrow`) is as wide as one for few results, and may miss the last ones.
 - A search among selected rows is wider, so that it visits as many selected rows as an unfiltered search visits rows. It
@@ -11,6 +12,7 @@
 """
 
 import math
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +28,7 @@ from index_jobs.row_filter import RowFilter
 faiss: Any = typed_faiss  # its type hints have the C++ signatures only
 
 VECTORS = "index.faiss"
+MAX_GPU_K = 2048  # results of a GPU search
 EXACT_UP_TO = 20_000  # rows that take a few milliseconds to compare one by one
 _TUNED_FOR = 12  # results that tuning covers: ten, and two that show whether there are more, or equal ones
 _NARROW = 16  # results that a narrow search is wide enough for
@@ -42,8 +45,12 @@ DECODED_SHARE = 0.001  # from this share on, going through all stored vectors is
 class FaissIndex(VectorIndex):
     """An index with the search parameters that it has when this is created. Safe for concurrent searches."""
 
-    def __init__(self, index: Any) -> None:
+    def __init__(self, index: Any, *, on_gpu: bool = False) -> None:
         self._index = index
+        self._on_gpu, self._turn = None, threading.Lock()  # FAISS's GPU indexes are not safe for concurrent searches
+        if on_gpu:
+            self._resources = faiss.StandardGpuResources()  # must outlive the copy
+            self._on_gpu = faiss.index_cpu_to_gpu(self._resources, 0, index)
         self.count, self.dim = int(index.ntotal), int(index.d)
         innermost, self._factor = unwrap(index)
         self._has_lists = isinstance(innermost, faiss.IndexIVF)
@@ -60,8 +67,11 @@ class FaissIndex(VectorIndex):
             self._storage = faiss.downcast_index(stored)
 
     @classmethod
-    def open(cls, path: Path) -> "FaissIndex":
-        """Memory-map an index where its kind allows, read it otherwise. Raise ArtifactError if the file is no index."""
+    def open(cls, path: Path, *, on_gpu: bool = False) -> "FaissIndex":
+        """Memory-map an index where its kind allows, read it otherwise. Raise ArtifactError if the file is no index.
+
+        on_gpu: search on a GPU, if there is one.
+        """
         if not path.is_file():
             raise ArtifactError(f"{path} is missing")
         try:
@@ -69,7 +79,7 @@ class FaissIndex(VectorIndex):
                 index = faiss.read_index(str(path), faiss.IO_FLAG_MMAP_IFC)
             except RuntimeError:
                 index = faiss.read_index(str(path))
-            return cls(index)
+            return cls(index, on_gpu=on_gpu and gpu_count() > 0)
         except RuntimeError as error:
             raise ArtifactError(f"{path} cannot be read as a FAISS index: {faiss_reason(error)}") from error
 
@@ -82,6 +92,9 @@ class FaissIndex(VectorIndex):
         if self._maximum and self.count and k > _TUNED_FOR:
             power = 1 << (k - 1).bit_length()  # most pages of one result list then have the same width
             width = max(width, min(self._maximum, self._width_for(_NARROW if is_narrow else power)))
+        if self._on_gpu is not None and k <= MAX_GPU_K:
+            with self._turn:
+                return self._on_gpu.search(vectors, k)  # type: ignore[no-any-return]
         if width == self._tuned:
             scores, found = self._index.search(vectors, k)
         else:
@@ -149,6 +162,11 @@ class FaissIndex(VectorIndex):
             raise ArtifactError(f"this kind of index cannot reconstruct a vector: {faiss_reason(error)}") from error
         faiss.normalize_L2(vectors)
         return vectors
+
+
+def gpu_count() -> int:
+    """Return the number of GPUs that FAISS can use; 0 for its CPU build."""
+    return int(faiss.get_num_gpus()) if hasattr(faiss, "StandardGpuResources") else 0
 
 
 def _selector(mask: Mask) -> Any:

@@ -108,7 +108,7 @@ class QdrantEngine(Engine):
         measured["build_seconds"] = round(seconds, 1)
         return CreatedIndex(kind="Flat" if is_flat else f"HNSW{_DEGREE}", reason=reason, measured=measured)
 
-    def open(self, files: Files) -> QdrantIndex:
+    def open(self, files: Files, kind: str = "") -> QdrantIndex:
         """Connect to the collection that `qdrant.json` names."""
         return QdrantIndex(QdrantLocation.read(files.get(LOCATION, Path(LOCATION))))
 
