@@ -6,7 +6,6 @@ empty grade does not count.
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -52,7 +51,7 @@ def read_judgements(files: Sequence[Path]) -> JudgedList:
     faults, judged = list[DataError](), JudgedList()
     for file in files:
         unit = "row" if file.suffix.lower() == ".parquet" else "line"
-        for number, row in read_records(str(file), partial(file.open, "rb"), on_bad_line=faults.append):
+        for number, row in read_records(str(file), lambda path=file: path.open("rb"), on_bad_line=faults.append):
             try:
                 judged.add(row, f"{file}, {unit} {number}")
             except DataError as error:

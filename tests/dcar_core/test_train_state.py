@@ -3,6 +3,7 @@
 import csv
 import os
 import signal
+import time
 from itertools import count
 from pathlib import Path
 from typing import Any
@@ -21,42 +22,10 @@ from dcar_core.model.methods import find_method
 from dcar_core.training.objective import accumulate_gradients
 from dcar_core.training.train import STATE_FILE, delete_state, train
 from dcar_core.util.errors import DcarError
-from tests.support.commands import Command, run
+from tests.support.commands import Command, dcar
 
 Pairs = tuple[Dataset, Dataset]
-# MODEL DATA OUT [PARTS]
-TRAIN = """
-import sys
-from pathlib import Path
-from unittest import mock
-from dcar_core.data import Annotations
-from dcar_core.model.backbone import BackboneSource, load_backbone
-from dcar_core.model.checkpoint import save_checkpoint
-from dcar_core.model.config import TrainConfig
-from dcar_core.model.dcar import seeded_model
-from dcar_core.model.methods import find_method
-from dcar_core.training.prepared_split import FeatureCache
-from dcar_core.training.train import train, write_csv
-
-data, out = map(Path, sys.argv[2:4])
-model = seeded_model(load_backbone(BackboneSource(sys.argv[1])), find_method("dcar").config, 0)
-
-def tell(directory, history):
-    write_csv(directory, history)
-    print("epoch", len(history), flush=True)
-
-with mock.patch("dcar_core.training.train.write_csv", tell):
-    splits = (Annotations(data).load(split)[0] for split in ("train", "val"))
-    config = TrainConfig(epochs=6, batch_size=5, lr=5e-3, accumulate=int(sys.argv[4]))
-    train(model, *splits, config, run=out, cache=FeatureCache(out / "features", model.backbone))
-save_checkpoint(model, out)
-"""
-
-
-def train_in_process(*arguments: object, parts: int = 1) -> str:
-    done = run("-c", TRAIN, *arguments, parts)
-    assert done.returncode == 0, done.stderr
-    return done.stdout
+TRAIN = ("train", "--method", "dcar", "--epochs", 6, "--batch-size", 5, "--lr", "5e-3")
 
 
 def weights(path: Path) -> dict[str, Tensor]:
@@ -73,22 +42,28 @@ def test_killed_and_partitioned_training_end_with_the_same_weights(
     tiny_model: Path, tiny_data: Path, tmp_path: Path
 ) -> None:
     whole, killed, parts = (tmp_path / name for name in ("whole", "killed", "parts"))
-    train_in_process(tiny_model, tiny_data, whole)
-    process = Command("-c", TRAIN, tiny_model, tiny_data, killed, 1)
-    for _ in range(3):  # in the middle of the run, wherever it is by then
-        assert process.stdout.readline().startswith("epoch")
+    command = (*TRAIN, "--data", tiny_data, "--model", tiny_model)
+    assert dcar(*command, "--out", whole).returncode in (0, 3)
+    process = Command("app.cli", *command, "--out", killed)
+    while not (killed / "log.csv").is_file() or len(column(killed, "epoch")) < 3:  # in the middle of the run
+        assert process.poll() is None
+        time.sleep(0.01)
     os.kill(process.pid, signal.SIGKILL)
     assert process.wait() == -signal.SIGKILL
     process.communicate()
+    before = column(killed, "seconds")
     assert (killed / STATE_FILE).is_file()
     assert not (killed / "trainables.safetensors").exists()
-    went_on = train_in_process(tiny_model, tiny_data, killed).splitlines()
-    assert 0 < len(went_on) < 6, "it did not start anew"
+    assert dcar(*command, "--out", killed).returncode in (0, 3)
+    assert column(killed, "seconds")[: len(before)] == before, "it did not start anew"
     assert column(killed, "epoch") == [1, 2, 3, 4, 5, 6]
     expected, found = weights(whole), weights(killed)
     assert expected.keys() == found.keys()
     assert all(torch.equal(expected[name], found[name]) for name in expected)
-    train_in_process(tiny_model, tiny_data, parts, parts=3)  # batches of five and two: some parts are empty
+    assert dcar(*command, "--out", parts, "--accumulate", 3).returncode in (
+        0,
+        3,
+    )  # batches of five and two: some parts are empty
     found = weights(parts)
     for name in expected:  # Adam turns the rounding of a gradient near zero (the head's bias) into steps of full size
         torch.testing.assert_close(found[name], expected[name], rtol=1e-3, atol=2e-3)
