@@ -6,8 +6,9 @@ empty grade does not count.
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from dcar_core.data.records import label_text, read_records
 from dcar_core.util.errors import DataError
@@ -51,7 +52,7 @@ def read_judgements(files: Sequence[Path]) -> JudgedList:
     faults, judged = list[DataError](), JudgedList()
     for file in files:
         unit = "row" if file.suffix.lower() == ".parquet" else "line"
-        for number, row in read_records(str(file), lambda path=file: path.open("rb"), on_bad_line=faults.append):
+        for number, row in read_records(str(file), partial(_open, file), on_bad_line=faults.append):
             try:
                 judged.add(row, f"{file}, {unit} {number}")
             except DataError as error:
@@ -62,3 +63,7 @@ def read_judgements(files: Sequence[Path]) -> JudgedList:
     if not judged.texts:
         raise DataError(f"{', '.join(map(str, files))} has no judgement: give rows of query, item_id and grade")
     return judged
+
+
+def _open(file: Path) -> BinaryIO:
+    return file.open("rb")
