@@ -96,9 +96,7 @@ class Engine(ABC):
     def plan(self, spec: IndexSpec, count: int, dim: int) -> int:
         """Check that an index can be created, before anything is encoded. Return the least bytes of its file, or 0.
 
-        Raises:
-            DataError: the engine has no such kind, or none that fits the memory.
-            StoreUnavailableError, MissingExtraError: the store does not respond, or a library is missing.
+        Raise DataError without such a kind, or one that fits the memory, StoreUnavailableError, or MissingExtraError.
         """
 
     @abstractmethod
@@ -124,11 +122,7 @@ class Engine(ABC):
 
 
 def load_engine(text: str) -> Engine:
-    """Return the engine that a spec's `engine` names: NAME, or NAME=URI for one that stores vectors elsewhere.
-
-    Raises:
-        DataError: no engine has this name, or it needs a URI, or takes none.
-    """
+    """Return the engine that a spec's `engine` names: NAME or NAME=URI. Raise DataError if there is none."""
     name, _, uri = text.partition("=")
     if name in _BUILT_IN:
         engine: Engine = resolve_name(_BUILT_IN[name])(uri)

@@ -16,7 +16,7 @@ from dcar_core.util.files import canonical_json
 from index_jobs.checks import MAX_METADATA_BYTES, MAX_METADATA_LEVELS, is_too_deep
 from index_jobs.index.index_version import IndexVersion, write_rows
 from index_jobs.index.items import Items, fit_one_field, type_of
-from index_jobs.index.lexical import item_texts, replace_texts
+from index_jobs.index.lexical import item_texts, write_lexical
 from index_jobs.index.manifest import CHANGED, ITEMS, LEXICAL, Manifest, counted
 from index_jobs.index.versions import NewVersion, new_version, open_current, report_os_errors
 from index_jobs.spec import BuildOptions
@@ -48,9 +48,7 @@ class FieldChanges:
     def merge(self, rows: Iterable[int], fields: Mapping[str, Any]) -> int:
         """Merge fields into items, and return how many changed.
 
-        Raises:
-            DataError: a value has another type than its field or too many levels, or an item would become too large;
-                none is changed.
+        Raise DataError, and change none, for a value of another type than its field, or too many levels or bytes.
         """
         if is_too_deep(fields):
             raise DataError(f"the fields have more than {MAX_METADATA_LEVELS} nested levels; flatten them")
@@ -96,7 +94,7 @@ class FieldChanges:
         if not manifest.spec.is_local:  # the engine keeps the fields as they were
             write_rows(new.folder / CHANGED, np.union1d(version.changed, [*self.records]))
         if texts:
-            replace_texts(new.folder / LEXICAL, texts)
+            write_lexical(new.folder / LEXICAL, texts)
         change, changed = f"{change} {origin}".rstrip(), manifest.changed + len(self.records)
         return new.publish(replace(manifest, changed=changed, change=change, origin=origin), keep=keep)
 
@@ -106,14 +104,8 @@ def change_metadata(
 ) -> ChangeSummary:
     """Publish a version with changed fields of items, unless nothing changes.
 
-    Args:
-        changes: ids and the fields to merge.
-        source: where they come from, for the history.
-
-    Raises:
-        DataError: no id is in the index, or a value does not fit its field.
-        ArtifactError: nothing is published.
-        LockedError: another job is writing.
+    changes: ids and the fields to merge. source: where they come from, for the history. Raise DataError if no id is in
+    the index, or a value does not fit its field; other errors as of `update.remove`.
     """
     with report_os_errors(index), new_version(index) as new:
         current = open_current(index)

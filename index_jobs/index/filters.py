@@ -44,20 +44,13 @@ class FilterError(DataError):
 
 
 def match_rows(artifact: IndexVersion, filter: Mapping[str, Any]) -> Mask:
-    """Return the live items that meet every condition, bool (rows,).
-
-    Raises:
-        FilterError: no item has such a field, a condition does not fit it, or there are too many conditions.
-    """
+    """Return the live items that meet every condition, bool (rows,). Raise FilterError for a wrong or long filter."""
     _require_few(filter)
     return _match_all(artifact, filter)
 
 
 def filter_rows(artifact: IndexVersion, filter: Mapping[str, Any]) -> RowFilter:
-    """Return the live items that meet every condition. The mask is made by `match_rows` when it is first read.
-
-    Raise FilterError if no item has such a field, or a condition does not fit it.
-    """
+    """Return the live items that meet every condition, whose mask is made when it is first read; see `match_rows`."""
     _require_few(filter)
     changed = artifact.changed
     included = changed[_match_all(artifact, filter, changed)]

@@ -45,8 +45,7 @@ _CACHED_ITEMS = 4096  # some 2 MB of objects
 class Item:
     """One image of the gallery. Missing texts are "".
 
-    fields: the metadata as JSON, which stay in the mapped file until they are parsed. width, height: of the upright
-    image in pixels; None if the index does not know them.
+    fields: the metadata as JSON, in the mapped file. width, height: of the upright image in pixels, if they are known.
     """
 
     id: str
@@ -75,13 +74,9 @@ class Item:
 
 @dataclass(frozen=True, slots=True)
 class ImageAccess:
-    """Limits of a service on the images that it reads from a gallery.
+    """What a service reads of a gallery, which can change after indexing: nothing beyond its root, unless allowed.
 
-    A gallery can change after indexing: a file becomes a link to another one, and a list may name any path or URL. The
-    index records the gallery's root, and a service reads nothing beyond it unless its operator allows more.
-
-    roots: directories that may be read in addition to the gallery's root. hosts: hosts, or buckets, that rows with a
-    URL may name. max_bytes: largest image file.
+    roots: further directories. hosts: hosts, or buckets, that rows with a URL may name. max_bytes: of an image file.
     """
 
     roots: tuple[Path, ...] = ()
@@ -89,18 +84,13 @@ class ImageAccess:
     max_bytes: int = 64 * 2**20
 
     def resolve(self, root: str, location: str, offset: int, size: int, roots: Sequence[str] = ()) -> str:
-        """Return the location to read an image from, with links resolved.
+        """Return the location to read an image from, with links resolved. The first arguments are as for `open_image`.
 
-        Args:
-            root, location, offset, size: as for `open_image`.
-            roots: further folders or URLs of the index, for absolute locations.
-
-        Raises:
-            OSError: the location may not be read, or the file is too large.
+        roots: further folders or URLs of the index. Raise OSError if it may not be read, or the file is too large.
         """
         if is_url(location):
             url, folder = urlsplit(location), location.rpartition("/")[0] + "/"
-            if ".." not in location.split("/") and any(folder.startswith(each.rstrip("/") + "/") for each in roots):
+            if ".." not in location.split("/") and any(folder.startswith(place.rstrip("/") + "/") for place in roots):
                 return location
             if url.scheme not in REMOTE_SCHEMES or "::" in location or url.hostname not in self.hosts:
                 raise PermissionError(errno.EACCES, "its host is not in DCAR_IMAGE_HOSTS", location)
@@ -153,11 +143,7 @@ class IndexVersion:
 
     @classmethod
     def open(cls, index: Path, manifest: Manifest, image_access: ImageAccess | None = None) -> "IndexVersion":
-        """Open a version of an index directory; see `index_jobs.index.versions`.
-
-        Raises:
-            ArtifactError: a file is missing, too short or unreadable.
-        """
+        """Open a version of an index directory. Raise ArtifactError if a file is missing, too short or unreadable."""
         _check_sizes(index, manifest)
         try:
             engine = load_engine(manifest.spec.engine)
@@ -234,18 +220,9 @@ class IndexVersion:
         return (self.folder if self.manifest.version else self.index) / CHECKPOINT
 
     def search(self, vectors: Floats, k: int, rows: RowFilter | None = None, *, is_narrow: bool = False) -> ScoredRows:
-        """Return the k best rows for each query.
+        """Return the k best rows for each normalized query (n, E), as `VectorIndex.search` does.
 
-        Args:
-            vectors: float32 (n, E), L2-normalized.
-            rows: live rows that may be found; None for all of them.
-            is_narrow: as in `VectorIndex.search`.
-
-        Returns:
-            scores float32 (n, k), best first, and rows int64 (n, k), -1 where there are fewer than k.
-
-        Raises:
-            ArtifactError: the vectors have another length than those of the index.
+        rows: live rows that may be found; None for all. Raise ArtifactError for vectors of another length.
         """
         if vectors.ndim != 2 or vectors.shape[1] != self.manifest.dim:
             raise ArtifactError(f"the index has vectors of {self.manifest.dim}, but the queries are {vectors.shape}")
@@ -262,12 +239,7 @@ class IndexVersion:
         return merge_top_k(scores, found, k)
 
     def vectors(self, rows: Rows) -> Floats:
-        """Return the vectors of rows int64 (m,): float32 (m, E), normalized; approximate for a compressing kind.
-
-        Raises:
-            IndexError: the row does not exist.
-            ArtifactError: this kind of index cannot reconstruct vectors.
-        """
+        """Return the vectors of rows, as `VectorIndex.vectors`. Raise IndexError if one does not exist."""
         for row in rows[(rows < 0) | (rows >= self.rows)][:1]:
             self.locate(int(row))  # raises
         vectors = np.empty((len(rows), self.manifest.dim), np.float32)
@@ -313,10 +285,7 @@ class IndexVersion:
         return {name: str(field_type) for name, field_type in self._types.items()}
 
     def column(self, name: str, rows: Rows | None = None) -> pa.ChunkedArray:
-        """Return one field of every row, or of some, ascending; null where an item lacks it.
-
-        Raise DataError if no item has the field.
-        """
+        """Return one field of every row, or of some, ascending; null where an item lacks it. Raise DataError."""
         if name not in self._types:
             raise DataError(f"no item has the field {name!r}; there are: {list_fields(self.fields)}")
         target, chunks = self._types[name], list[pa.Array]()
@@ -343,8 +312,8 @@ class IndexVersion:
     def image_location(self, row: int) -> tuple[str, int]:
         """Return the file of a row's image, and the offset in it."""
         part, position = self.locate(row)
-        location = join_location(part.root, part.items.cell(position, "location"))
-        return location, part.items.cell(position, "offset")
+        location, offset = (part.items.cell(position, name) for name in ("location", "offset"))
+        return join_location(part.root, location), offset
 
     def image_bytes(self, row: int) -> bytes:
         """Return the file of the row's image. Raise IndexError for no row, ArtifactError if it cannot be read."""

@@ -198,9 +198,7 @@ class Items:
     def write_changed(self, path: Path, records: Mapping[int, Mapping[str, Any]], changed: Set[str]) -> None:
         """Write these items with other fields in some rows, as `write_items` would; other columns are copied.
 
-        Args:
-            records: by row, all of its fields, `caption` and `category` included.
-            changed: names of the fields that may differ.
+        records: by row, all of its fields, `caption` and `category` included. changed: names of those that may differ.
         """
         rows = np.array(sorted(records), np.int64)
         columns = {name: [batch.column(name) for batch in self._batches] for name in self._schema.names}

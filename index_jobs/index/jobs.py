@@ -28,7 +28,6 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, closing, contextmanager, suppress
 from dataclasses import dataclass
-from functools import cache
 from pathlib import Path
 from typing import Any, Literal
 
@@ -77,10 +76,8 @@ class Job:
     """A job that waits.
 
     items: of a put, objects with `id`, `caption`, `category`, `metadata` and `image`, a name below INDEX; of others,
-        objects with `id`.
-    filter: instead of items, which ones a patch or a delete changes.
-    fields: of a patch, what to merge; None removes a field.
-    starts: how often it was begun before; each time, the process has died.
+    objects with `id`. filter: instead of items, which ones a patch or a delete changes. fields: of a patch, what to
+    merge; None removes a field. starts: how often it was begun before; each time, the process has died.
     """
 
     number: int
@@ -128,29 +125,23 @@ class JobQueue:
     ) -> str:
         """Store a job durably and return its id.
 
-        Args:
-            items, filter, fields: as in `Job`, without `image`.
-            images: of a put, the image file of each item.
-            notes: what the status of the job shows as well.
+        items, filter, fields: as in `Job`, without `image`. images: of a put, the image file of each item. notes: what
+        the status of the job shows as well.
         """
         job, names = secrets.token_hex(16), [hashlib.sha256(data).hexdigest() for data in images]
         if images:
             items = [{**item, "image": f"{IMAGES}/{name}"} for item, name in zip(items, names, strict=True)]
         summary = {"kind": kind, "items": len(items), "accepted": _now(), **(notes or {})}
         body = {"items": [*items], "filter": filter, "fields": fields or {}}
-        self._store_images(names, images)
         with self._database() as database:
-            database.execute("BEGIN IMMEDIATE")
-            self._store_images(names, images)  # a sweep may have removed one that was there
+            database.execute("BEGIN IMMEDIATE")  # against a sweep
+            for name, data in zip(names, images, strict=True):
+                self.images.mkdir(exist_ok=True)
+                if not (self.images / name).exists():
+                    write_bytes(self.images / name, data, shared=True)
             values = job, kind, json.dumps(summary), json.dumps(body)
             database.execute("INSERT INTO jobs (id, kind, summary, body) VALUES (?, ?, ?, ?)", values)
         return job
-
-    def _store_images(self, names: Sequence[str], images: Sequence[bytes]) -> None:
-        for name, data in zip(names, images, strict=True):
-            self.images.mkdir(exist_ok=True)
-            if not (self.images / name).exists():
-                write_bytes(self.images / name, data, shared=True)
 
     def waiting(self) -> int:
         """Return the number of jobs that have not ended."""
@@ -222,11 +213,7 @@ class JobQueue:
         return hold_lock(self.index / ".jobs.lock", message, wait_s)
 
     def sweep(self, *, older_s: float = _SWEEP_S) -> None:
-        """Remove pictures that no version shows and no waiting job puts; within `lock`, at most once in `older_s`.
-
-        Args:
-            older_s: younger pictures stay, since their job may not be committed yet.
-        """
+        """Remove pictures that no version shows and no waiting job puts; within `lock`, at most once in `older_s`."""
         mark, now = self.images / ".swept", time.time()
         if not self.images.is_dir() or (mark.exists() and now - mark.stat().st_mtime < older_s):
             return
@@ -271,22 +258,12 @@ def list_collections(folder: Path) -> dict[str, Path]:
         except FileNotFoundError:  # dropped meanwhile
             continue
         except (OSError, ValueError, LookupError, TypeError) as error:
-            _report(path, str(error))
+            logger.error("the collection in %s is not served: %s", path.parent, error)
     return collections
 
 
-@cache
-def _report(path: Path, reason: str) -> None:
-    """Log a damaged description once: it is read every few seconds."""
-    logger.error("the collection in %s is not served: %s cannot be read: %s", path.parent, path.name, reason)
-
-
 def create_collection(folder: Path, name: str, checkpoint: Path) -> None:
-    """Create a collection without items, unless there is one of this name.
-
-    Args:
-        checkpoint: is copied.
-    """
+    """Create a collection without items, with a copy of a checkpoint, unless there is one of this name."""
     target, staging = folder / hashlib.sha256(name.encode()).hexdigest()[:32], folder / f"{_NEW}{secrets.token_hex(8)}"
     with hold_lock(folder / _LOCK, f"another collection is being created in {folder}", wait_s=-1):
         if (target / _DESCRIPTION).exists():  # another request has created it
@@ -312,5 +289,4 @@ def drop_collection(index: Path) -> None:
 
 
 def _put_aside(index: Path) -> None:
-    """Give a folder a name under which it is removed."""
     index.rename(index.with_name(f"{_OLD}{secrets.token_hex(8)}"))

@@ -122,35 +122,22 @@ def item_texts(table: pa.Table, fields: Collection[str] | None) -> Iterator[str]
             yield "\n".join(value for value in values if isinstance(value, str))
 
 
-def write_lexical(path: Path, texts: Iterable[str], first_row: int = 0) -> None:
-    """Write the texts of the rows from `first_row` on, which replace those that the directory has.
+def write_lexical(path: Path, texts: Iterable[str] | Mapping[int, str], first_row: int = 0) -> None:
+    """Write the texts of the rows from `first_row` on, or of some rows, in place of those that the directory has.
 
     The files of an existing index may be links to blobs: tantivy writes new files and never changes one.
 
     Raise ArtifactError if the index cannot be read, and OSError if the disk is full or cannot be written.
     """
-
-    def later(schema: Any) -> Any:
-        unsigned = tantivy.FieldType.Unsigned
-        return tantivy.Query.range_query(schema, _ROW, unsigned, lower_bound=first_row, upper_bound=2**62)
-
-    _write(path, enumerate(texts, first_row), later)
-
-
-def replace_texts(path: Path, texts: Mapping[int, str]) -> None:
-    """Write the texts of some rows of an existing index again, as `write_lexical` does."""
-    _write(path, texts.items(), lambda schema: tantivy.Query.term_set_query(schema, _ROW, [*texts]))
-
-
-def _write(path: Path, texts: Iterable[tuple[int, str]], replaced: Callable[[Any], Any]) -> None:
-    """Write the texts of rows. replaced: returns the query of the documents that they replace."""
-    is_new = not (path / "meta.json").exists()
+    is_new, some = not (path / "meta.json").exists(), isinstance(texts, Mapping)
     path.mkdir(exist_ok=True)
     try:
         index = _prepare(tantivy.Index(_schema(), path=str(path))) if is_new else _open(path, str(path))
-        writer = index.writer(heap_size=_HEAP_BYTES, num_threads=1)
-        writer.delete_documents_by_query(replaced(index.schema))
-        for row, text in texts:
+        writer, kind = index.writer(heap_size=_HEAP_BYTES, num_threads=1), tantivy.FieldType.Unsigned
+        later = tantivy.Query.range_query(index.schema, _ROW, kind, lower_bound=first_row, upper_bound=2**62)
+        replaced = tantivy.Query.term_set_query(index.schema, _ROW, [*texts]) if some else later
+        writer.delete_documents_by_query(replaced)
+        for row, text in texts.items() if isinstance(texts, Mapping) else enumerate(texts, first_row):
             document = tantivy.Document()
             document.add_unsigned(_ROW, row)
             document.add_text(_TERMS, " ".join(dict.fromkeys(index_terms(text))))
@@ -190,13 +177,9 @@ class LexicalIndex:
         return count
 
     def search(self, text: str, k: int, allowed: Mask | None = None) -> tuple[Floats, Rows]:
-        """Return the k rows with the highest scores among the allowed ones; rows without any term are left out.
+        """Return scores float32 (m,) and rows int64 (m,) of the k best among allowed rows, bool (rows,), None for all.
 
-        Args:
-            allowed: bool (rows,); None for all rows.
-
-        Returns:
-            scores float32 (m,), best first, and rows int64 (m,), with m at most k.
+        Rows without any term are left out.
         """
         parts, best, _ = self._parse(text)
         if allowed is None:
@@ -298,11 +281,7 @@ def _prepare(index: Any) -> Any:
 
 
 def text_bonus(sample_vectors: Floats, vector: Floats, weight: float) -> float:
-    """Return the rank score of a text score of 1.
-
-    Args:
-        sample_vectors: of evenly spread items, (m, E).
-    """
+    """Return the rank score of a text score of 1. sample_vectors: of evenly spread items, (m, E)."""
     return _SPREADS * weight / max(1 - weight, _LEAST_REST) * float(np.std(sample_vectors @ vector))
 
 

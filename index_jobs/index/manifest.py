@@ -19,11 +19,6 @@ _HASH = re.compile("[0-9a-f]{64}")
 OVER_HTTP, BY_WATCH = "over HTTP", "by a watch"  # origins of changes
 
 
-def utc_now() -> str:
-    """Return the time in UTC to the second, ISO 8601: the `created` of a manifest."""
-    return datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
-
-
 def manifest_key(version: int) -> str:
     """Return the place of a manifest in an index."""
     return f"{VERSIONS}/{version}.json"

@@ -196,17 +196,14 @@ class ObjectStore(Storage):
                 return None, "create"
 
     def _write(self, key: str, data: bytes, mode: Any) -> None:
-        """Write an object on a condition. Raise LockedError if it does not hold.
-
-        A store that writes but does not respond refuses the next attempt, so what it has then decides.
-        """
+        """Write an object on a condition. Raise LockedError if it does not hold."""
         from obstore.exceptions import AlreadyExistsError, BaseError, PreconditionError
 
         with self._report():
             try:
                 self.objects.put(key, data, mode=mode)
             except BaseError as error:
-                with suppress(BaseError, FileNotFoundError):
+                with suppress(BaseError, FileNotFoundError):  # an attempt before may have been written, unheard
                     if bytes(self.objects.get(key).bytes()) == data:
                         return
                 if isinstance(error, (AlreadyExistsError, PreconditionError)):
@@ -236,10 +233,7 @@ def _first_line(error: Exception) -> str:
 def index_path(location: str | Path) -> Path:
     """Return the directory of an index: a path as it is, or the mirror of a URL, which is created.
 
-    Raises:
-        DataError: the URL names no index.
-        MissingExtraError: obstore is not installed.
-        DcarError: the cache cannot be written.
+    Raise DataError if the URL names no index, and MissingExtraError without obstore.
     """
     match = _URL.fullmatch(str(location).rstrip("/"))
     if match is None and not _OTHER_URL.match(str(location)):
@@ -286,11 +280,7 @@ def _open(mirror: Path) -> ObjectStore:
 
 
 def copy_blobs(source: Storage, target: Storage, infos: Iterable[FileInfo], named: Collection[str]) -> None:
-    """Put the blobs that a storage lacks.
-
-    Args:
-        named: hashes of blobs that stay there; older ones may be collected before a manifest names them.
-    """
+    """Put the blobs that a storage lacks, or may collect before a manifest names them. named: hashes that stay."""
     stored, safe = target.entries(BLOBS), time.time() - GRACE_S / 2
     for info in dict.fromkeys(infos):
         blob = stored.get(info.sha256, Stored(-1))
@@ -299,10 +289,7 @@ def copy_blobs(source: Storage, target: Storage, infos: Iterable[FileInfo], name
 
 
 def verify(storage: Storage, manifest: Manifest, known: set[FileInfo]) -> None:
-    """Read all files of a version but those that are known to be whole, which become known.
-
-    Raise ArtifactError for the first that is missing or differs from its hash.
-    """
+    """Read the files of a version that are not known to be whole. Raise ArtifactError for one that is not."""
     for name, info in manifest.files.items():
         try:
             for _ in () if info in known else storage.get(info):

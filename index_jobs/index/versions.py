@@ -8,6 +8,7 @@
   appears there once its hash has been compared, and CURRENT once its version is complete.
 """
 
+import datetime
 import hashlib
 import logging
 import os
@@ -27,18 +28,7 @@ from dcar_core.util.files import fsync_path, sha256_of
 from dcar_core.util.processes import hold_lock
 from index_jobs.engines.protocol import load_engine
 from index_jobs.index.index_version import ImageAccess, IndexVersion, link_files, read_rows
-from index_jobs.index.manifest import (
-    BLOBS,
-    CHANGED,
-    CURRENT,
-    REMOVED,
-    VERSIONS,
-    Current,
-    FileInfo,
-    Manifest,
-    manifest_key,
-    utc_now,
-)  # fmt: skip
+from index_jobs.index.manifest import BLOBS, CHANGED, CURRENT, REMOVED, Current, FileInfo, Manifest, manifest_key
 from index_jobs.index.storage import (
     GRACE_S,
     Directory,
@@ -63,11 +53,7 @@ _KEPT = 3  # versions on the disk of a replica: those that were in use last
 
 
 def read_current(index: Path) -> Current | None:
-    """Return what CURRENT says, None if nothing is published. Reads one line; fit for polling.
-
-    Raises:
-        ArtifactError: CURRENT cannot be read or names no version.
-    """
+    """Return what CURRENT says, None if nothing is published. Raise ArtifactError if it names no version."""
     data = Directory(index).read(CURRENT)
     return None if data is None else Current.parse(data, location_of(index))
 
@@ -84,10 +70,9 @@ def require_index(index: Path) -> Current:
 
 
 def open_current(index: Path, access: ImageAccess | None = None) -> IndexVersion:
-    """Open the published version. access: limits on the images that are read; None for no limit.
+    """Open the published version. Raise ArtifactError if there is none, or it is incomplete.
 
-    Raises:
-        ArtifactError: nothing is published, or the version is incomplete.
+    access: limits on the images that are read; None for no limit.
     """
     while True:
         current = require_index(index)
@@ -129,10 +114,7 @@ def list_versions(index: Path) -> list[Manifest]:
 
 
 def verify_index(index: Path) -> list[Manifest]:
-    """Compare every file of every version with its hash, in the store of a mirror, and return the manifests.
-
-    Raise ArtifactError at the first fault found.
-    """
+    """Compare every file of every version with its hash, in the store of a mirror. Raise ArtifactError for a fault."""
     pull_history(index)
     storage, known = store_of(index) or Directory(index), set[FileInfo]()
     read_manifest(index, Current.parse(storage.read(CURRENT), location_of(index)).version)
@@ -196,8 +178,7 @@ def new_version(index: Path) -> Iterator["NewVersion"]:
 class NewVersion:
     """A version that is being written.
 
-    folder: where its files are written, by their names. A link to a blob stands for a file of another version. index:
-    the directory. number: of the version.
+    folder: where its files are, by their names; a link to a blob stands for a file of another version.
     """
 
     def __init__(self, index: Path) -> None:
@@ -218,12 +199,8 @@ class NewVersion:
     def prepare(self, manifest: Manifest) -> IndexVersion:
         """Put the files as blobs, flush and read them back, and return the opened version.
 
-        Args:
-            manifest: its version, time, files and the reasons for a rebuild are filled in here.
-
-        Raises:
-            ArtifactError: the version does not open, or does not read back as it was written.
-            OSError: the disk is full or cannot be written.
+        The version, time, files and reasons for a rebuild of the manifest are filled in. Raise ArtifactError if the
+        version does not open, or does not read back as it was written.
         """
         files, known = dict[str, FileInfo](), set[FileInfo]()
         for path in sorted(self.folder.rglob("*")):
@@ -242,7 +219,7 @@ class NewVersion:
         fsync_path(self.index / BLOBS)
         hidden = [read_rows(self.folder / name) for name in (REMOVED, CHANGED) if name in files]
         manifest = replace(
-            manifest, version=self.number, created=utc_now(), files=files, replaced=self._replaced,
+            manifest, version=self.number, created=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"), files=files, replaced=self._replaced,
             rebuild="; ".join(_rebuild_reasons(manifest, len(reduce(np.union1d, hidden, NO_ROWS)))),
         )  # fmt: skip
         version = IndexVersion.open(self.index, manifest)
@@ -256,9 +233,8 @@ class NewVersion:
     def commit(self, manifest: Manifest, *, keep: int = BuildOptions.keep) -> Manifest:
         """Make a prepared version the current one, and remove the oldest.
 
-        Args:
-            keep: versions to keep of its own history, builds or changes: the new one and the one that it replaces
-                first, then the newest. Changes that are older than every build that is kept go with the builds.
+        keep: versions to keep of its own history, builds or changes: the new one and the one that it replaces first,
+        then the newest. Changes that are older than every build that is kept go with the builds.
         """
         index, local, store = self.index, Directory(self.index), store_of(self.index)
         manifests = {each.version: each for each in [*list_versions(index), manifest]}
@@ -309,16 +285,10 @@ def _rebuild_reasons(manifest: Manifest, hidden: int) -> Iterator[str]:
 
 
 def rollback(index: Path, to: int | None = None) -> int:
-    """Make an earlier version current and return its number.
+    """Make an earlier version current and return its number. Raise ArtifactError if it is missing or incomplete.
 
-    Args:
-        to: the version; None for the one that the current version replaced, or the newest before it if that is gone, or
-            the newest of all if CURRENT is lost or damaged.
-
-    Raises:
-        ArtifactError: the version does not exist or is incomplete; CURRENT is then unchanged.
-        LockedError: another writer is at work.
-        DcarError: CURRENT cannot be written.
+    to: the version; None for the one that the current version replaced, or the newest before it if that is gone, or the
+    newest of all if CURRENT is lost or damaged.
     """
     pull(index, history=True)
     if not version_numbers(index):
@@ -382,9 +352,7 @@ def published_index(location: str | Path, version: int | None = None) -> Path:
 def pull(index: Path, *, history: bool = False) -> None:
     """Bring the published version to a mirror. Other indexes stay as they are.
 
-    Args:
-        history: bring the manifests of all versions as well, as jobs need, and remove versions that the store lacks.
-            There may be no published version yet, or a broken one.
+    history: bring all manifests as well, as jobs need; there may then be no published version yet, or a broken one.
     """
     if (store := store_of(index)) is None:
         return
@@ -460,7 +428,8 @@ def _pull_version(store: Storage, mirror: Directory, version: int, sha256: str =
 
 def _trim(index: Path) -> None:
     """Remove the versions that were not in use lately."""
-    paths = sorted((index / VERSIONS).glob("*.json"), key=lambda path: path.stat().st_mtime)
+    paths = [index / manifest_key(number) for number in version_numbers(index)]
+    paths.sort(key=lambda path: path.stat().st_mtime)
     for path in paths[:-_KEPT]:
         path.unlink()
     if paths[:-_KEPT]:

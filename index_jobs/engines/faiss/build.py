@@ -119,14 +119,8 @@ def build_index(
 ) -> CreatedIndex:
     """Build and tune an index, and write it; row numbers are the order of the vectors.
 
-    Args:
-        blocks: count vectors of length dim, L2-normalized.
-        choices: what to build, and what to build next while the recall stays below the target.
-        queries: held-out queries; None for vectors of the gallery, each without itself.
-        target: recall at 10 against exact search.
-
-    Raises:
-        DataError: the kind needs more vectors than there are.
+    blocks: count vectors (dim,), L2-normalized. choices: what to build, and what next while the recall is below the
+    target. queries: None for vectors of the gallery. Raise DataError if the kind needs more vectors than there are.
     """
     is_exact = [choice.factory for choice in choices] == ["Flat"]
     benchmark = Benchmark(blocks, queries or gallery_queries(blocks, count), target=target, exact=is_exact)
@@ -191,12 +185,9 @@ def fill_index(choice: IndexChoice, dim: int, blocks: Blocks, count: int) -> Any
 def choose_kinds(kind: str, count: int, dim: int, *, memory: int | None = None) -> list[IndexChoice]:
     """Return the index to build, and for "auto" the alternatives if its recall is too low.
 
-    Args:
-        kind: one of NAMED, or any index_factory string.
-        memory: bytes that the index may take; None for half of the memory of the machine or container.
-
-    Raises:
-        DataError: FAISS does not know the kind, none fits the memory, or a GPU kind has no GPU.
+    kind: one of NAMED, or any index_factory string. memory: bytes that the index may take; None for half of the memory
+    of the machine or container. Raise DataError if FAISS does not know the kind, none fits the memory, or a GPU kind
+    has no GPU.
     """
     if kind == "auto":
         return _choose_automatically(count, dim, machine_memory() // 2 if memory is None else memory)
