@@ -218,8 +218,9 @@ class NewVersion:
                 path.symlink_to(blob.absolute())
         fsync_path(self.index / BLOBS)
         hidden = [read_rows(self.folder / name) for name in (REMOVED, CHANGED) if name in files]
+        now = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
         manifest = replace(
-            manifest, version=self.number, created=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"), files=files, replaced=self._replaced,
+            manifest, version=self.number, created=now, files=files, replaced=self._replaced,
             rebuild="; ".join(_rebuild_reasons(manifest, len(reduce(np.union1d, hidden, NO_ROWS)))),
         )  # fmt: skip
         version = IndexVersion.open(self.index, manifest)
