@@ -136,7 +136,6 @@ class IndexVersion:
         self, index: Path, manifest: Manifest, parts: Sequence[Part], removed: Rows = NO_ROWS, changed: Rows = NO_ROWS,
         image_access: ImageAccess | None = None,
     ) -> None:  # fmt: skip
-        """Take the opened parts of a version; `open` opens them."""
         self.index, self.manifest, self.parts, self.image_access = index, manifest, parts, image_access
         self.removed, self.changed, self._items = removed, changed, dict[int, Item]()
         self.rows = parts[-1].rows.stop if parts else 0
@@ -388,7 +387,6 @@ def write_rows(path: Path, rows: Rows) -> None:
 def read_rows(path: Path) -> Rows:
     """Read row numbers. Raise ArtifactError if the file is damaged."""
     try:
-        rows: Rows = np.load(path, allow_pickle=False)
+        return np.asarray(np.load(path, allow_pickle=False), np.int64)
     except (OSError, ValueError) as error:
         raise ArtifactError(f"{path} cannot be read: {error}; roll back, or rebuild the index") from error
-    return rows

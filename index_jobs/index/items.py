@@ -233,10 +233,7 @@ class Items:
 
     def row_of(self, item_id: str) -> int | None:
         """Return the row of an id, or None, by binary search over UTF-8 bytes, which is Arrow's sort order."""
-        try:
-            target = item_id.encode()
-        except UnicodeEncodeError:
-            return None
+        target = item_id.encode(errors="surrogatepass")
 
         def id_at(rank: int) -> bytes:
             return bytes(self.cell(self.cell(rank, _BY_ID), "id").encode())

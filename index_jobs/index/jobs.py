@@ -28,6 +28,7 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, closing, contextmanager, suppress
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any, Literal
 
@@ -258,8 +259,14 @@ def list_collections(folder: Path) -> dict[str, Path]:
         except FileNotFoundError:  # dropped meanwhile
             continue
         except (OSError, ValueError, LookupError, TypeError) as error:
-            logger.error("the collection in %s is not served: %s", path.parent, error)
+            _report(path, str(error))
     return collections
+
+
+@cache
+def _report(path: Path, reason: str) -> None:
+    """Log a damaged description once: it is read every few seconds."""
+    logger.error("the collection in %s is not served: %s cannot be read: %s", path.parent, path.name, reason)
 
 
 def create_collection(folder: Path, name: str, checkpoint: Path) -> None:

@@ -173,8 +173,7 @@ class LexicalIndex:
         self._searcher, self._schema = index.searcher(), index.schema
 
     def __len__(self) -> int:
-        count: int = self._searcher.num_docs
-        return count
+        return int(self._searcher.num_docs)
 
     def search(self, text: str, k: int, allowed: Mask | None = None) -> tuple[Floats, Rows]:
         """Return scores float32 (m,) and rows int64 (m,) of the k best among allowed rows, bool (rows,), None for all.
@@ -224,8 +223,7 @@ class LexicalIndex:
 
     def _frequency(self, term: str) -> int:
         with _readable(self.name):
-            frequency: int = self._searcher.doc_freq(_TERMS, term)
-        return frequency
+            return int(self._searcher.doc_freq(_TERMS, term))
 
     def _parse(self, text: str) -> tuple[list[Any], float, int]:
         """Return tantivy's query for each term that items may contain, the best score, and `count_matches`.

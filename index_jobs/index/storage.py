@@ -174,10 +174,8 @@ class ObjectStore(Storage):
 
     def entries(self, folder: str) -> dict[str, Stored]:
         with self._report():
-            objects = [item for chunk in self.objects.list(f"{folder}/") for item in chunk]
-        return {
-            item["path"].rpartition("/")[2]: Stored(item["size"], item["last_modified"].timestamp()) for item in objects
-        }
+            metas = [meta for chunk in self.objects.list(f"{folder}/") for meta in chunk]
+        return {Path(meta["path"]).name: Stored(meta["size"], meta["last_modified"].timestamp()) for meta in metas}
 
     def delete(self, keys: Collection[str]) -> None:
         with self._report():
