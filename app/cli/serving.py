@@ -4,6 +4,7 @@ import gc
 import hashlib
 import json
 import os
+import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -172,6 +173,7 @@ def quickstart(
     host: str = HOST,
     port: int = PORT,
     data: Path = option(Path("data"), "Directory for the checkpoint and the index."),
+    watch: bool = option(False, "Follow new, changed and removed images while serving."),
     **build: Any,
 ) -> None:
     """Index a folder of images with an unadapted model, and serve it with a search page.
@@ -194,12 +196,17 @@ def quickstart(
     summary = rebuild(place, checkpoint, out, **build)
     state = "already indexed" if summary.reused else f"indexed in {summary.seconds:.0f} s"
     typer.echo("\n".join([f"{summary.count:,} images, {state}", *summary.notes()]))
-    typer.echo(
-        f"3 of 3: serve {base_url(host, port)}/\n"
-        f"Stop with Ctrl-C. `dcar index watch {out}` follows the gallery; docs/tutorial.md adapts the model."
-    )
+    follows = "New photos are followed." if watch else "`--watch` follows new photos."
+    typer.echo(f"3 of 3: serve {base_url(host, port)}/\nStop with Ctrl-C. {follows} docs/tutorial.md adapts the model.")
     sys.stdout.flush()
-    serve_index(index=out, host=host, port=port, runtime=build["runtime"])
+    command = [sys.executable, "-m", "app.cli", "index", "watch", str(out), "--runtime", build["runtime"]]
+    watcher = subprocess.Popen(command) if watch else None  # so that encoding holds up no search
+    try:
+        serve_index(index=out, host=host, port=port, runtime=build["runtime"])
+    finally:
+        if watcher is not None:
+            watcher.terminate()
+            watcher.wait()
 
 
 def _unadapted(model: str, pretrained: str | None, folder: Path) -> Path:

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import time
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ from dcar_core.model.checkpoint import read_config
 from dcar_core.model.config import MODEL_CONFIG
 from dcar_core.util.errors import DataError, HubUnavailableError, ModelError
 from dcar_core.util.machine import WEIGHTS_FILE
-from index_jobs.index.versions import open_current
+from index_jobs.index.versions import current_version, open_current, read_manifest
 from tests.support.images import png
 from tests.support.processes import free_port
 
@@ -133,3 +134,18 @@ def test_a_missing_folder_is_named_before_a_model_is_loaded(tmp_path: Path) -> N
     assert isinstance(done.exception, DataError)
     assert "there is no gallery" in str(done.exception)
     assert "1 of 3" not in done.output
+
+
+def test_a_photo_that_is_added_while_it_serves_is_published(
+    photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def serve(index: Path, **flags: Any) -> None:
+        (photos / "heron.png").write_bytes(png("navy"))
+        end = time.monotonic() + 60
+        while current_version(index) == 1 and time.monotonic() < end:
+            time.sleep(0.1)
+
+    monkeypatch.setattr("app.cli.serving.serve_index", serve)
+    assert "New photos are followed" in quickstart(photos, "--watch", data=tmp_path / "data").output
+    (index,) = (path.parents[1] for path in (tmp_path / "data").rglob("versions/2.json"))
+    assert read_manifest(index, 2).change == "1 image added by a watch"
