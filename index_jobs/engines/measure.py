@@ -9,7 +9,7 @@
 import time
 from bisect import bisect_left
 from collections.abc import Mapping
-from typing import Any, Protocol
+from typing import Any
 
 import faiss
 import numpy as np
@@ -140,23 +140,11 @@ def measure_latency(index: Any, vectors: Floats) -> dict[str, float]:
     return {"latency_ms_p50": round(float(p50), 3), "latency_ms_p99": round(float(p99), 3)}
 
 
-class Tunable(Protocol):
-    """Search parameters of an index. width: name of the one that widens a search, None for kinds without one."""
-
-    @property
-    def width(self) -> str | None: ...
-
-    min_width: int
-    max_width: int
-    has_reranking: bool  # it has a k_factor, candidates to re-rank in multiples of k
-
-    def set(self, name: str, value: int) -> None: ...
-
-
-def tune(benchmark: Benchmark, index: Any, tunable: Tunable) -> dict[str, Any]:
+def tune(benchmark: Benchmark, index: Any, tunable: Any) -> dict[str, Any]:
     """Set the fastest search parameters that reach the target, of anything with a `search`.
 
-    Return the measurements, as in the manifest.
+    Return the measurements, as in the manifest. `tunable` has a method `set` for parameters by name, and the `width` of
+    searches, the name of a parameter or None, with `min_width`, `max_width` and `has_reranking`, of a k_factor.
 
     - The width is doubled until the recall reaches the target, then bisected to a 32nd. Kinds that re-rank candidates
       start with many; with fewer, they need a wider search. The lowest latency wins.
@@ -167,7 +155,7 @@ def tune(benchmark: Benchmark, index: Any, tunable: Tunable) -> dict[str, Any]:
     return benchmark.measure(index, parameters) | {"tuning_recall_at_10": recall}
 
 
-def _choose(benchmark: Benchmark, index: Any, tunable: Tunable) -> dict[str, int]:
+def _choose(benchmark: Benchmark, index: Any, tunable: Any) -> dict[str, int]:
     """Set and return the fastest parameters that reach the aim."""
     target, aim = benchmark.target, benchmark.aim
     timed = benchmark.queries.vectors[benchmark.tuning_queries][: TIMED_QUERIES // 2]
@@ -192,7 +180,7 @@ def _choose(benchmark: Benchmark, index: Any, tunable: Tunable) -> dict[str, int
     return best
 
 
-def _narrowest(benchmark: Benchmark, index: Any, tunable: Tunable, lowest: int) -> tuple[float, int | None]:
+def _narrowest(benchmark: Benchmark, index: Any, tunable: Any, lowest: int) -> tuple[float, int | None]:
     """Set the narrowest search, at least `lowest`, that reaches the aim or the ceiling; return its recall and width."""
     if not (name := tunable.width):
         return benchmark.recall(index, benchmark.tuning_queries), None

@@ -1,10 +1,8 @@
 """Vector engines by name, and what one does: plan, create, open and sync, and of an opened index search and vectors.
 
 - The metric is the inner product of normalized vectors, which is the cosine similarity.
-- Rows are numbered from 0 in the order of the vectors, so items, filters, additions and removals work alike with
-  every engine.
-- What an engine keeps of a version, or of an addition, is in its files: the vectors, or in NAME.json the name of what
-  stores them elsewhere.
+- Rows are numbered from 0 in the order of the vectors, so items, filters, additions and removals work with any engine.
+- What an engine keeps of a version is in its files: vectors, or in NAME.json the name of what stores them elsewhere.
 - An engine other than FAISS is a plug-in: a distribution with an entry point `NAME = "module:Class"` in the group
   `dcar.engines`. Its class extends `Engine`, and what it opens `VectorIndex`.
 """
@@ -76,9 +74,8 @@ class VectorIndex(ABC):
     def search(self, vectors: Floats, k: int, rows: RowFilter | None = None, *, is_narrow: bool = False) -> ScoredRows:
         """Return the k best rows for each query, float32 (n, E).
 
-        Args:
-            rows: those that may be found, by their mask or by conditions; None for all.
-            is_narrow: without `rows`, search no wider than for a few results; more of the last ones are missed.
+        rows: those that may be found, by their mask or by conditions; None for all. is_narrow: without `rows`, search
+        no wider than for a few results; more of the last ones are missed.
         """
 
     @abstractmethod
@@ -113,11 +110,8 @@ class Engine(ABC):
     def sync(self, name: str, version: int, versions: Mapping[int, Sequence[Files]]) -> None:  # noqa: B027
         """Follow a publication or a rollback, once `version` is current, and drop what no version up to it names.
 
-        A failure is logged: CURRENT decides what is served.
-
-        Args:
-            name: of the index, the same on every machine that publishes it.
-            versions: by number, the files of what was built, and of each addition.
+        A failure is logged: CURRENT decides what is served. name: of the index, on every machine that publishes it.
+        versions: by number, the files of what was built, and of each addition.
         """
 
 

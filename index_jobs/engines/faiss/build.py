@@ -81,10 +81,7 @@ class FaissEngine(Engine):
 
 
 class SearchParameters:
-    """Tunable parameters of an index: the width of its search, and the number of re-ranked candidates.
-
-    width: name of the width parameter, None for kinds without one.
-    """
+    """Parameters of an index for `tune`: the width of its search, and the number of re-ranked candidates."""
 
     def __init__(self, index: Any) -> None:
         self._index, (self._inner, _) = index, unwrap(index)

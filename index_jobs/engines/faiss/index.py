@@ -4,11 +4,9 @@
   a GPU kind, a copy on the GPU serves the searches among all rows, one at a time.
 - Graphs and inverted lists are tuned for ten results. More results need a wider search, since a search returns no more
   rows than it visits. A narrow search (`is_narrow`) is as wide as one for few results, and may miss the last ones.
-- A search among selected rows is wider, so that it visits as many selected rows as an unfiltered search visits rows. It
-  requests twice the results that evenly spread rows would need, and drops those that are not selected.
-- If these contain too few selected rows, most of them are far from the query. Its search then widens further, and FAISS
-  skips the other rows itself, by an IDSelector with one bit for each row.
-- A small selection, or one that needs too wide a search, is compared exactly. So are kinds of neither family.
+- A search among selected rows is wider, so that it visits as many of them as an unfiltered search visits rows; it
+  drops the others of its results. If too few are left, most selected rows are far from the query: the search widens,
+  and FAISS skips the other rows itself. A small selection, or one that needs too wide a search, is compared exactly.
 """
 
 import math

@@ -50,7 +50,7 @@ class QdrantLocation:
 
 
 class QdrantIndex(VectorIndex):
-    """One collection. Safe for concurrent searches. It is a `Tunable` of `index_jobs.engines.measure`."""
+    """One collection. Safe for concurrent searches. It is tunable as `index_jobs.engines.measure.tune` describes."""
 
     width, min_width, max_width, has_reranking = "hnsw_ef", 16, 4096, False
 
