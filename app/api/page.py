@@ -86,19 +86,17 @@ async def facets(request: Request, query: Annotated[ItemsQuery, QueryParam()]) -
     Each field is counted without its own part of the filter, so that another of its values can be chosen.
     """
     snapshot = await snapshot_of(request)
-    artifact = snapshot.artifact
+    artifact, group_by = snapshot.artifact, snapshot.artifact.manifest.spec.group_field
 
-    def count(name: str) -> dict[str, Any]:
-        others = {field: part for field, part in (query.filter or {}).items() if field != name}
-        mask = filter_rows(snapshot, others).mask if others else artifact.live
-        group_by = artifact.manifest.spec.group_field
-        groups = group_field(snapshot, group_by) if group_by else None
-        return {"name": name, "values": count_values(artifact, name, mask, groups)}
+    def count() -> list[dict[str, Any]]:
+        counted, groups = list[dict[str, Any]](), group_field(snapshot, group_by) if group_by else None
+        for name in snapshot.page_facts.find("facets", lambda: _facet_fields(artifact)):
+            others = {field: part for field, part in (query.filter or {}).items() if field != name}
+            mask = filter_rows(snapshot, others).mask if others else artifact.live
+            counted.append({"name": name, "values": count_values(artifact, name, mask, groups)})
+        return counted
 
-    def count_all() -> list[dict[str, Any]]:
-        return [count(name) for name in snapshot.page_facts.find("facets", lambda: _facet_fields(artifact))]
-
-    return JsonResponse({"facets": await state_of(request).retriever.examine(count_all)})
+    return JsonResponse({"facets": await state_of(request).retriever.examine(count)})
 
 
 @routes.add("GET", "/openapi.json", _PUBLIC)

@@ -1,10 +1,9 @@
 """Requests: the models of bodies and parameters, the reading of bodies, and the images that bodies hold or name.
 
 - JSON is parsed and validated by pydantic in one step. FastAPI's own body handling costs 11 to 15 % of a cached search.
-- By URL, images are fetched only from the hosts in `DCAR_IMAGE_HOSTS`, and from the ports in `DCAR_IMAGE_PORTS`. A host
-  that has an address which is not public is refused; the connection goes to a checked address and not to the name,
-  whose address may change after the check. Redirects are not followed. Size, time, and the number of simultaneous
-  requests are bounded, and the bytes count against the budget of request bodies.
+- By URL, images are fetched only from the hosts in `DCAR_IMAGE_HOSTS`. One that has an address which is not public is
+  refused; the connection goes to a checked address, since that of a name may change. Redirects are not followed. Size,
+  time, and simultaneous requests are bounded, and the bytes count against the budget of request bodies.
 """
 
 import asyncio
@@ -267,10 +266,7 @@ class ImageFetcher:
         return await asyncio.to_thread(decode_base64, image, self._settings.max_upload_bytes, "image")
 
     async def fetch(self, url: str, count: Callable[[int], None]) -> bytes:
-        """Return the file at a URL. Raise Problem with the field "image" if it may not be fetched, or cannot be.
-
-        count: is called with the size of each part, and raises Problem if the budget is exceeded.
-        """
+        """Return the file at a URL. Raise Problem with the field "image" on failure. count: gets each part's size."""
         if not self._settings.image_hosts:
             raise field_problem("image", "this service fetches no images by URL; send the file in base64")
         import aiohttp

@@ -1,9 +1,7 @@
-"""Responses: JSON bodies as plain dicts, whose types document the API and are the source of truth for clients; images;
-errors.
+"""Responses: JSON bodies as plain dicts, whose types document the API and are the source of truth for clients; errors.
 
 - Handlers do not validate what they send; tests check it against the types. `app.search.results` has those of searches.
-- Every error of the service becomes the document of a `Problem`, so routes need no try/except. An unforeseen exception
-  passes through; `envelope` logs it and responds 500.
+- Every foreseen error becomes the document of a `Problem`, so routes need no try/except; others pass to `envelope`.
 """
 
 import asyncio
@@ -259,11 +257,9 @@ class HealthResponse(TypedDict):
 
 
 class ReadinessResponse(TypedDict):
-    """ready: searches work in every open collection. degraded: they work, but a newer version cannot be served;
-    `reason` says why.
+    """ready: searches work in every open collection. degraded: they work, but a newer version cannot be served.
 
-    index_version and count, the number of items, belong to the default collection. model_note: what to know about a
-    model, such as one that stands in.
+    index_version and count belong to the default collection. model_note: tells of a model that stands in.
     """
 
     status: str

@@ -295,19 +295,17 @@ async def _change(request: Request, chosen: ChosenItems, patch: PatchItem | None
         notes["items"] = int(np.count_nonzero(mask))
     count, size = notes.get("items", len(items)), len(canonical_json(fields))
     if patch and count * size > MAX_CHANGE_BYTES:
-        message = f"{count:,} items with {size:,} bytes of fields take more than {MAX_CHANGE_BYTES // 2**20} MiB; "
-        message += "choose fewer items at a time, or send shorter fields"
+        message = (
+            f"{count:,} times {size:,} bytes of fields are over {MAX_CHANGE_BYTES // 2**20} MiB; choose fewer items"
+        )
         raise field_problem("ids" if filter is None else "filter", message)
     return await _accept(request, "patch" if patch else "delete", items, filter=filter, fields=fields, notes=notes)
 
 
 def _new_fields(artifact: IndexVersion, metadata: Mapping[str, Mapping[str, Any]]) -> list[str]:
-    """Return the fields with a value that no item has, [] for a collection without items.
+    """Return the fields with a value that no item has. Raise Problem if the collection would have too many.
 
-    Raise Problem if the collection would have too many fields.
-
-    Args:
-        metadata: of items, by its name in the request.
+    metadata: of items, by its name in the request.
     """
     fields = [(name, part) for part, values in metadata.items() for name in values if values[name] is not None]
     new = {name: part for name, part in fields if name not in artifact.fields}

@@ -4,7 +4,6 @@
   searches counts for it, and of the events on a search only those of its first client.
 - An image that was skipped above a clicked one is a hard negative of the query, if enough clients skipped it and hardly
   any clicked it. An image below the last click may not have been seen, and says nothing.
-- What is left out is counted with its reason.
 """
 
 import os
@@ -40,8 +39,8 @@ _MAX_NEGATIVES = 16  # texts of an image
 _MIN_CLICKS, _MIN_SHOWN = 20, 100  # of a position, for a propensity of its own
 _ROUNDS, _TOLERANCE = 2000, 1e-6
 
-# What clients saw: a row for each result of a search, sorted by search. search, text, image, client: codes. position:
-# the rank in the response, from 1. version: of the index. acts: whether the search has events.
+# What clients saw: a row for each result of a search, sorted by search. search, text, image, client: codes. acts:
+# whether the search has events.
 _COLUMNS = ("search", "text", "image", "client", "position", "clicked", "version", "acts")
 IMPRESSION = np.dtype([(name, np.int64) for name in _COLUMNS])
 Table: TypeAlias = "np.recarray[Any, Any]"
@@ -60,7 +59,6 @@ class Report:
 
     searches: int = 0
     events: int = 0
-    clients: int = 0
     pairs: int = 0
     negatives: int = 0
     judged: int = 0
@@ -71,7 +69,7 @@ class Report:
 
     def __str__(self) -> str:
         lines = [
-            f"log: {self.searches:,} searches, {self.events:,} events, {self.clients:,} clients",
+            f"log: {self.searches:,} searches, {self.events:,} events",
             f"pairs: {self.pairs:,}, with {self.negatives:,} hard negatives; judged: {self.judged:,}",
         ]
         if several := self.pairs_at_several_positions:
@@ -169,7 +167,6 @@ def _read(folder: Path, collection: str, report: Report) -> _Log:
                     continue
                 of_client.add(text)
             rows.extend((number, text, items[item], client, position, item in clicked, query.version, bool(own)))
-    report.clients = len(searches)
     impressions: Table = np.array(rows).view(IMPRESSION).view(np.recarray)
     return _Log([*texts], [*items], impressions[impressions.acts > 0] if has_impressions else impressions, ratings)
 

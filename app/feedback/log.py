@@ -3,10 +3,8 @@
 FOLDER/key            secret of the service: signs query ids
 FOLDER/<host>.sqlite  what the processes of a host have noted; readers take the files of all hosts
 
-- A query id is its time in hexadecimal digits, a random number, and a keyed hash over them and the name of the API key:
-  any process of the service recognizes its caller. Without API keys, whoever got the response knows its id.
-- A search waits for nothing: its row is stored within a second, or with the next events. Accepted events are on disk.
-- If the disk is full, rows are dropped and counted, and events get 503.
+- A query id is its time in hexadecimal digits, a random number, and a keyed hash over them and the name of the API key.
+- A search waits for nothing: its row is stored within a second. Accepted events are on disk, or get 503.
 """
 
 import asyncio

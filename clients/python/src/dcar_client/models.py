@@ -278,11 +278,9 @@ class HealthResponse(Model):
 
 
 class ReadinessResponse(Model):
-    """ready: searches work in every open collection. degraded: they work, but a newer version cannot be served;
-    `reason` says why.
+    """ready: searches work in every open collection. degraded: they work, but a newer version cannot be served.
 
-    index_version and count, the number of items, belong to the default collection. model_note: what to know about a
-    model, such as one that stands in.
+    index_version and count belong to the default collection. model_note: tells of a model that stands in.
     """
 
     status: str
