@@ -53,10 +53,7 @@ class FeedbackEvent(BaseModel):
     )
 
 
-_EXAMPLE = {"events": [{"query_id": "3xUf", "client_id": "u1", "action_name": "click", "object_id": "1f63f"}]}
-
-
-class FeedbackEvents(Strict, json_schema_extra={"examples": [_EXAMPLE]}):
+class FeedbackEvents(Strict):
     """Events of one client or several, of one search or several."""
 
     events: Annotated[list[FeedbackEvent], Field(min_length=1, max_length=MAX_EVENTS), FailFast()]

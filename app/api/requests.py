@@ -47,6 +47,7 @@ TIMEOUT_S = 10.0  # of one image, including the time in the queue
 MAX_URLS = 8  # of one request
 _AT_ONCE = 16
 _AT_ONCE_EACH = 4  # of one caller
+_SCHEMES = ("http://", "https://")
 _URL = re.compile("[!-~]{1,8192}")  # printable ASCII
 _HEADERS = {"Accept": "image/*", "Accept-Encoding": "identity"}
 _GLOBAL_UNICAST = ipaddress.IPv6Network("2000::/3")
@@ -223,10 +224,6 @@ def _require_public(*addresses: str) -> None:
         raise field_problem("image", "the host has an address that is not public")
 
 
-def _is_url(image: str) -> bool:
-    return image.startswith(("http://", "https://"))
-
-
 class _PublicResolver:
     """What aiohttp finds the addresses of a host with. It raises Problem if one of them is not public."""
 
@@ -249,7 +246,7 @@ class ImageFetcher:
 
     async def read(self, scope: Scope, images: Mapping[str, str]) -> dict[str, bytes]:
         """Return the files of images in base64 or at URLs, by their names. Raise Problem with the name of a fault."""
-        urls = [name for name, image in images.items() if _is_url(image)]
+        urls = [name for name, image in images.items() if image.startswith(_SCHEMES)]
         if len(urls) > MAX_URLS:
             raise field_problem(urls[0].partition(".")[0], f"at most {MAX_URLS} images by URL, not {len(urls)}")
         reads = (self._read(scope, image) for image in images.values())
@@ -261,7 +258,7 @@ class ImageFetcher:
         return files
 
     async def _read(self, scope: Scope, image: str) -> bytes:
-        if _is_url(image):
+        if image.startswith(_SCHEMES):
             return await self.fetch(image, byte_counter(scope))
         return await asyncio.to_thread(decode_base64, image, self._settings.max_upload_bytes, "image")
 

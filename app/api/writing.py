@@ -295,9 +295,7 @@ async def _change(request: Request, chosen: ChosenItems, patch: PatchItem | None
         notes["items"] = int(np.count_nonzero(mask))
     count, size = notes.get("items", len(items)), len(canonical_json(fields))
     if patch and count * size > MAX_CHANGE_BYTES:
-        message = (
-            f"{count:,} times {size:,} bytes of fields are over {MAX_CHANGE_BYTES // 2**20} MiB; choose fewer items"
-        )
+        message = f"{count:,} times {size:,} bytes of fields are too many; choose fewer items at a time"
         raise field_problem("ids" if filter is None else "filter", message)
     return await _accept(request, "patch" if patch else "delete", items, filter=filter, fields=fields, notes=notes)
 

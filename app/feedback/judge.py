@@ -9,7 +9,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
-from tqdm import tqdm
 
 from app.search import Index
 from app.search.query import normalize
@@ -39,8 +38,7 @@ class Run:
         if all(index.snapshot.artifact.row_of(item) is None for item in listed):
             raise DataError(f"no item of the list is in {name}: {shorten(sorted(listed))}; item_id is that of a result")
         bodies = index.search_each([*judged.texts.values()], k=DEPTH, hybrid=hybrid)
-        shown = tqdm(bodies, name, total=len(judged.texts), unit="query", disable=None, leave=False)
-        results = [[result["id"] for result in body["results"]] for body in shown]
+        results = [[result["id"] for result in body["results"]] for body in bodies]
         return cls(name, judged, dict(zip(judged.texts, results, strict=True)))
 
     @property

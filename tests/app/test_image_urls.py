@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 
 from app.api.requests import ImageFetcher, is_public
+from app.core.callers import current_caller
 from app.core.problems import Problem
 from app.core.settings import Settings
 from app.main import create_app
@@ -20,7 +21,7 @@ from dcar_core.util.errors import MissingExtraError
 from tests.support.images import png
 from tests.support.parts import needs
 from tests.support.responses import assert_problem
-from tests.support.service import opened
+from tests.support.service import opened, until
 from tests.support.writes import WRITES, put
 
 HOST = "pictures.example"
@@ -214,3 +215,22 @@ async def test_encodings_are_not_undone_and_slow_hosts_are_given_up(
         with pytest.raises(Problem, match="more than") as caught:
             await fetcher(tmp_path, port).fetch(url_of(port), ignore)
     assert caught.value.status == 422
+
+
+@needs("http")
+@pytest.mark.usefixtures("all_public")
+async def test_slow_hosts_of_one_caller_leave_places_to_others(tmp_path: Path) -> None:
+    async with served(b"", stays_open=True) as (slow, requests), served(ok(b"image")) as (quick, _):
+        both = fetcher(tmp_path, slow, quick)
+
+        async def fetch(caller: int, port: int) -> bytes:
+            current_caller.set(f"192.0.2.{caller}")
+            return await both.fetch(url_of(port), ignore)
+
+        waits = [asyncio.create_task(fetch(caller, slow)) for caller in (0, 1) * 8]
+        await until(lambda: len(requests) == 8)
+        assert await asyncio.create_task(fetch(2, quick)) == b"image"
+        for wait in waits:
+            wait.cancel()
+        await asyncio.wait(waits)
+        assert len(requests) == 8
