@@ -52,10 +52,7 @@ _EVIDENCE = "text,image,relevance,estimate,clicks,skips,share,is_wrong"
 
 @dataclass
 class Report:
-    """What was exported, and what was left out.
-
-    images: the `--images` that `dcar train` needs, if any.
-    """
+    """What was exported, and what was left out. images: the `--images` that `dcar train` needs, if any."""
 
     searches: int = 0
     events: int = 0
@@ -339,9 +336,6 @@ def summarize(folder: Path, collection: str) -> dict[str, Any]:
     - positions: how often results were shown there and clicked. versions: searches by the index's version.
     - worst: queries with less clicks than the average one, by their searches without a click. unmet: those that
       nothing fits. Both with their first results, as the last search showed them.
-
-    Raises:
-        DcarError: a file cannot be read.
     """
     days, versions, texts = (defaultdict[Any, Counter[str]](Counter) for _ in range(3))
     shown, clicks, items = Counter[int](), Counter[int](), dict[str, list[str]]()

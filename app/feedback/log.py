@@ -71,11 +71,7 @@ SET rating = excluded.rating WHERE rating IS NOT excluded.rating
 
 
 class QueryRow(NamedTuple):
-    """A search that was answered; in its file, it is one JSON object.
-
-    time: in milliseconds. text: "" unless texts are stored, and for searches with more than words. hits: ids of the
-    results.
-    """
+    """A search. time: in milliseconds. text: "" unless texts are stored, and for searches with more than words."""
 
     query_id: str
     time: int
@@ -265,11 +261,7 @@ def _rows(file: Path, table: str, since: float) -> Iterator[tuple[Any, ...]]:
 
 
 def read_log(folder: Path, since: float = 0) -> Iterator[tuple[QueryRow | None, list[EventRow]]]:
-    """Yield searches since a time in seconds, in their order, with their events; None for a search not in the log.
-
-    Raises:
-        DcarError: the folder holds no log, or a file cannot be read.
-    """
+    """Yield searches since a time in seconds, in their order, with their events; None for a search not in the log."""
     tables = [_rows(file, table, since) for table in _TABLES for file in _files(folder)]
     for _, group in groupby(merge(*tables, key=itemgetter(0)), itemgetter(0)):
         rows = [*group]
