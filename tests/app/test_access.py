@@ -1,4 +1,4 @@
-"""API keys, rate limits and cross-origin access."""
+"""API keys, rate limits, cross-origin access, and the policy of every route."""
 
 from pathlib import Path
 
@@ -6,7 +6,13 @@ import httpx
 import pytest
 
 from app.core.callers import is_key, key_hash, key_in, new_key, parse_keys
+from app.core.settings import Settings
+from app.http.access import Policy
+from app.main import create_app
+from tests.support.responses import assert_problem
 from tests.support.service import ADMIN, ALICE, BOB, KEYS, WORDS, bearer, opened
+
+PUBLIC = {"/", "/docs", "/openapi.json", "/favicon.ico", "/healthz", "/readyz", "/ui/insights", "/ui/{name}"}
 
 
 async def test_every_route_except_pages_and_probes_needs_a_key(built_index: Path) -> None:
@@ -61,16 +67,8 @@ async def test_caller_over_its_rate_is_refused_429(built_index: Path) -> None:
             client.transport.client = address, 1
             return (await client.get("/collections")).status_code
 
-        addresses = (
-            "10.0.0.1",
-            "::ffff:10.0.0.1",
-            "10.0.0.2",
-            "2001:db8::1",
-            "2001:db8::2",
-            "2001:db8:0:1::1",
-            "socket",
-        )
-        asked = [await collections(address) for address in addresses]
+        addresses = "10.0.0.1 ::ffff:10.0.0.1 10.0.0.2 2001:db8::1 2001:db8::2 2001:db8:0:1::1 socket"
+        asked = [await collections(address) for address in addresses.split()]
         assert asked == [200, 429, 200, 200, 429, 200, 200], "without keys, callers are addresses and networks"
         assert [(await client.get("/metrics")).status_code for _ in range(2)] == [200, 200]
 
@@ -145,3 +143,30 @@ def test_a_key_is_read_from_two_headers() -> None:
     assert (new_key()[:5], len(new_key())) == ("dcar_", 48)
     assert is_key("secret", "secret")
     assert not is_key(f"sha256:{key_hash('secret')}", f"sha256:{key_hash('secret')}"), "the hash itself is not a key"
+
+
+def test_every_route_has_a_policy_and_few_are_open(tmp_path: Path) -> None:
+    app = create_app(Settings(index=tmp_path))
+    policies: dict[tuple[str, str], Policy] = {
+        (route.path, method): route.policy  # type: ignore[attr-defined]
+        for route in app.routes
+        for method in route.methods - {"HEAD"}  # type: ignore[attr-defined]
+    }
+    assert {path for (path, _), policy in policies.items() if policy.access == "open"} == PUBLIC
+    changes = [policy for (_, method), policy in policies.items() if method in ("PUT", "DELETE", "PATCH")]
+    assert {policy.access for policy in changes} == {"write"}
+    private = {path for (path, _), policy in policies.items() if policy.is_private and path not in PUBLIC}
+    assert all(path.startswith(("/ui/", "/collections/{collection}/ui/")) for path in private)
+
+
+async def test_a_route_without_a_policy_is_not_reachable(built_index: Path) -> None:
+    async with opened(built_index, **KEYS) as client:
+
+        @client.app.get("/bare")
+        async def bare() -> dict[str, str]:
+            return {"secret": "shown"}
+
+        assert_problem(await client.get("/bare"), 401, "Authorization")
+        response = await client.get("/bare", headers=bearer(ALICE))
+        assert_problem(response, 404)
+        assert "nothing at /bare" in response.json()["detail"]

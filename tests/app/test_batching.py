@@ -134,18 +134,6 @@ async def test_an_invalid_output_fails_its_caller_and_a_failure_of_the_batcher_n
     assert metrics.registry.get_sample_value("dcar_task_failures_total", {"task": "batcher"}) == 1
 
 
-async def test_cancelled_queries_take_no_place_in_a_batch(bench: Callable[..., Bench]) -> None:
-    made = bench(max_batch=2)
-    first = await made.held()
-    gone, stays, behind, waits = await made.submit("gone", "stays", "gone as well", "waits")
-    for each in (gone, behind, first):  # the batch of the first one is running
-        each.cancel()
-    await asyncio.sleep(0)
-    made.recorder.gate.set()
-    await asyncio.gather(stays, waits)
-    assert made.recorder.batches == [["first"], ["stays", "waits"]]
-
-
 async def test_close_finishes_accepted_queries_and_refuses_new_ones(bench: Callable[..., Bench]) -> None:
     made = bench(max_batch=1)
     first = await made.held()

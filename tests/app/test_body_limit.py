@@ -11,7 +11,7 @@ from starlette.types import Message, Receive, Scope, Send
 
 from app.core.problems import Problem
 from app.core.settings import Settings
-from app.http.access import UNCOUNTED_BYTES, BodyLimit, Policy, byte_counter
+from app.http.access import UNCOUNTED_BYTES, BodyLimit, Policy
 
 LIMIT = 2**20 + 2 * UNCOUNTED_BYTES
 CHUNKED = [(b"transfer-encoding", b"chunked")]
@@ -119,17 +119,3 @@ async def test_an_unfinished_body_is_refused_in_time_and_a_finished_one_is_not()
     status, _, body = await served(b"x", hangs=asyncio.Event())
     assert (status, served.refusals.count("slow_body")) == (408, 1)
     assert json.loads(body)["detail"] == "The body did not arrive within 0.1 seconds."
-
-
-async def test_fetched_bytes_have_room_in_the_budget_or_end_the_request() -> None:
-    async def fetch(scope: Scope, receive: Receive, send: Send) -> None:
-        byte_counter(scope)(LIMIT - 2)
-        await count(scope, receive, send)
-
-    fetching = Served(fetch, in_flight=2**20)
-    assert (await fetching(b"x"))[0] == 200, "one alone always has room"
-    done = asyncio.Event()
-    both = [asyncio.create_task(fetching(b"x", hangs=done)) for _ in range(2)]
-    await asyncio.sleep(0.01)
-    done.set()
-    assert sorted([(await each)[0] for each in both]) == [200, 503]

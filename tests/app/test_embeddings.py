@@ -11,7 +11,7 @@ from dcar_client.models import EmbeddingsResponse
 from dcar_core import Encoder
 from tests.support.images import png
 from tests.support.responses import assert_problem
-from tests.support.service import ALICE, KEYS, ServiceClient, bearer, opened
+from tests.support.service import ALICE, BOB, KEYS, ServiceClient, bearer, opened
 
 IMAGE = base64.b64encode(png("red")).decode()
 
@@ -68,16 +68,13 @@ async def test_a_body_beyond_the_upload_limit_is_refused(built_index: Path) -> N
         assert_problem(response, 413, "body")
 
 
-@pytest.mark.parametrize("path", ["/v1/embeddings", "/search/batch"])
-async def test_a_body_of_very_many_values_is_refused_unparsed(built_index: Path, path: str) -> None:
-    body = b'{"user": [' + b"0," * 600_000 + b"0]}"
-    async with opened(built_index) as client:
-        response = await client.post(path, content=body, headers={"Content-Type": "application/json"})
-        assert_problem(response, 413, "body")
-
-
-async def test_keys_and_rates_apply_and_each_input_counts(built_index: Path) -> None:
+async def test_keys_and_rates_apply_each_input_counts_and_very_many_values_are_refused_unparsed(
+    built_index: Path,
+) -> None:
     async with opened(built_index, **KEYS, rate_limit="5/minute") as client:
+        many, headers = b'{"user": [' + b"0," * 600_000 + b"0]}", {"Content-Type": "application/json", **bearer(BOB)}
+        for path in ("/v1/embeddings", "/search/batch"):
+            assert_problem(await client.post(path, content=many, headers=headers), 413, "body")
         body = {"input": ["red", "blue", "green"]}
         assert (await client.post("/v1/embeddings", json=body)).status_code == 401
         assert (await client.post("/v1/embeddings", json=body, headers=bearer(ALICE))).status_code == 200

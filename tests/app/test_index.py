@@ -1,5 +1,6 @@
 """`Index`, the engine in this process: it searches as the service does."""
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -11,44 +12,32 @@ from app.search.errors import InvalidQueryError, ItemNotFoundError
 from dcar_core.util.errors import ImageError
 from tests.support.images import png
 from tests.support.searches import close
-from tests.support.service import ServiceClient, opened
+from tests.support.service import opened
 
 
-@pytest.fixture(scope="module")
-def opened_index(built_index: Path) -> Index:
-    return Index.open(built_index, device="cpu")
-
-
-async def test_index_reranks_as_the_service_does(reranking_index: Path) -> None:
-    options: dict[str, Any] = {"query": "a red square", "rerank": True}
-    async with opened(reranking_index) as client:
-        answer = await client.post("/search/text", json=options)
-    _compare(Index.open(reranking_index, device="cpu").search(**options), answer)
-
-
-async def test_index_searches_by_image_as_the_service_does(
-    started: ServiceClient, opened_index: Index, tmp_path: Path
-) -> None:
+async def test_index_answers_as_the_service_does(reranking_index: Path, tmp_path: Path) -> None:
     (tmp_path / "red.png").write_bytes(png("red"))
-    crop = {"x": 0, "y": 0, "width": 0.5, "height": 1}
-    body = {"query": "circle", "crop": '{"x": 0, "y": 0, "width": 0.5, "height": 1}'}
-    answer = await started.post("/search/image", files={"file": png("red")}, data=body)
+    options, crop = {"query": "a red square", "rerank": True}, {"x": 0, "y": 0, "width": 0.5, "height": 1}
+    async with opened(reranking_index) as client:
+        reranked = await client.post("/search/text", json=options)
+        form = {"query": "circle", "crop": json.dumps(crop)}
+        cropped = await client.post("/search/image", files={"file": png("red")}, data=form)
+    index = Index.open(reranking_index, device="cpu")
+    answers: list[tuple[Any, httpx.Response]] = [(index.search(**options), reranked)]
     for image in (png("red"), tmp_path / "red.png", str(tmp_path / "red.png")):
-        _compare(opened_index.search("circle", image=image, crop=crop), answer)
-
-
-def _compare(results: Any, answer: httpx.Response) -> None:
-    body = answer.json()
-    assert answer.status_code == 200, body
-    close(body, [(each["id"], each["score"]) for each in results["results"]])
+        answers.append((index.search("circle", image=image, crop=crop), cropped))
     own, scores = {"took_ms", "cached", "results"}, {"score", "text_score", "rerank_score", "explanation"}
-    for one, other in zip(results["results"], body["results"], strict=True):
-        assert one.keys() == other.keys()
-        assert {k: v for k, v in one.items() if k not in scores} == {k: v for k, v in other.items() if k not in scores}
-    assert {k: v for k, v in results.items() if k not in own} == {k: v for k, v in body.items() if k not in own}
+    for found, answer in answers:
+        body = answer.json()
+        close(body, [(each["id"], each["score"]) for each in found["results"]])
+        for one, other in zip(found["results"], body["results"], strict=True):
+            assert one.keys() == other.keys()
+            assert {k: one[k] for k in one.keys() - scores} == {k: other[k] for k in other.keys() - scores}
+        assert {k: found[k] for k in found.keys() - own} == {k: body[k] for k in body.keys() - own}
 
 
-def test_wrong_options_and_images_are_errors_that_name_them(opened_index: Index, tmp_path: Path) -> None:
+def test_wrong_options_and_images_are_errors_that_name_them(built_index: Path, tmp_path: Path) -> None:
+    opened_index = Index.open(built_index, device="cpu")
     for options, field in (
         ({}, "query"),
         ({"query": " "}, "query"),

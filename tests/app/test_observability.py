@@ -89,6 +89,7 @@ def test_a_shutdown_finishes_requests_and_logs_json(built_index: Path) -> None:
 
         kind = {"Content-Type": "multipart/form-data; boundary=b", "X-Request-ID": "the-last"}
         assert client.post("/search/image", content=slowly(), headers=kind).status_code == 200
+    assert process.returncode in (0, -signal.SIGTERM)
     lines = [json.loads(line) for line in log]
     assert all({"time", "level", "logger", "message", "request_id"} <= line.keys() for line in lines)
     last = next(line for line in lines if line["request_id"] == "the-last" and line["logger"] == REQUEST_LOG)

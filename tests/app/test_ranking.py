@@ -93,15 +93,6 @@ def test_only_tied_scores_widen_the_search(copies: tuple[Any, np.ndarray]) -> No
         assert artifact.asked == widest
 
 
-def test_identical_vectors_fold_at_a_threshold_of_one(copies: tuple[Any, np.ndarray]) -> None:
-    """The product of a float32 vector with itself may be slightly below 1."""
-    artifact, vector = copies
-    assert not np.all((artifact.all**2).sum(1) >= 1)
-    hits = best_rows(artifact, Plan(fold=1.0), vector, 300, None)
-    assert sorted(map(len, hits.folded))[-2:] == [39, 59]
-    assert len(hits.rows) == 300 - 98
-
-
 def test_common_words_are_ranked_among_the_nearest_rows(tmp_path: Any) -> None:
     rng = np.random.default_rng(0)
     words = rng.choice(["smile", "ghost", "cake"], 2000, p=[0.5, 0.3, 0.2])

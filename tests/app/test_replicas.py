@@ -7,24 +7,18 @@ from collections import Counter
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import Any
 
 import httpx
 import pytest
 import yaml  # type: ignore[import-untyped]
-from fastapi import FastAPI
 
-from index_jobs.index.versions import rollback
 from tests.support.load import searching
 from tests.support.nginx import behind_nginx
 from tests.support.parts import needs
 from tests.support.paths import ROOT
 from tests.support.service import serving, serving_process
-from tests.support.versions import publish_copy
 
 pytestmark = needs("nginx")
-
-
 HEALTH = b"GET /healthz HTTP/1.1\r\nHost: localhost\r\n\r\n"
 HIDDEN = b"GET /collections HTTP/1.1\r\nHost: localhost\r\n\r\n"
 POST = b"POST /search/text HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\nContent-Length: %d\r\n"
@@ -32,35 +26,23 @@ OFFER = b"Connection: Upgrade\r\nUpgrade: h2c\r\n"
 
 
 @contextmanager
-def replicas(index: Path, folder: Path, count: int = 2, **settings: Any) -> Iterator[tuple[list[FastAPI], str]]:
-    """Services behind nginx, and its URL."""
+def replicas(index: Path, folder: Path, count: int) -> Iterator[str]:
+    """The URL of an nginx before services."""
     with ExitStack() as stack:
-        services = [stack.enter_context(serving(index, **settings)) for _ in range(count)]
+        services = [stack.enter_context(serving(index)) for _ in range(count)]
         port = stack.enter_context(behind_nginx(folder, *(port for _, port in services)))
-        yield [app for app, _ in services], f"http://127.0.0.1:{port}"
+        yield f"http://127.0.0.1:{port}"
 
 
 def connect(url: str) -> socket.socket:
     return socket.create_connection(("127.0.0.1", httpx.URL(url).port or 0), timeout=20)
 
 
-def test_a_publish_under_load_fails_no_request(index: Path, tmp_path: Path) -> None:
-    publish_copy(index)
-    with replicas(index, tmp_path, poll_s=0.05) as (apps, url), searching(url) as statuses:
-        for version in (1, 2, 1):
-            rollback(index, version)
-            end, seen = time.monotonic() + 20, len(statuses)
-            while {app.state.collections[None].live.version for app in apps} != {version} or len(statuses) < seen + 20:
-                assert time.monotonic() < end
-                time.sleep(0.01)
-    assert Counter(statuses) == {200: len(statuses)}
-
-
 @pytest.mark.parametrize("count", [1, 2])
 def test_strangers_reach_neither_metrics_nor_admin_nor_a_hidden_request(
     built_index: Path, tmp_path: Path, count: int
 ) -> None:
-    with replicas(built_index, tmp_path, count) as (_, url):
+    with replicas(built_index, tmp_path, count) as url:
         for path in ("/metrics", "//metrics", "/%6detrics", "/admin/reload", "/ui/../admin/reload"):
             with connect(url) as connection:
                 connection.sendall(HEALTH.replace(b"/healthz", path.encode()))
@@ -84,7 +66,7 @@ def test_strangers_reach_neither_metrics_nor_admin_nor_a_hidden_request(
 
 @pytest.mark.slow
 def test_half_heads_delay_nobody_and_end(built_index: Path, tmp_path: Path) -> None:
-    with replicas(built_index, tmp_path, 1) as (_, url), ExitStack() as stack:
+    with replicas(built_index, tmp_path, 1) as url, ExitStack() as stack:
         began = time.monotonic()
         half = [stack.enter_context(connect(url)) for _ in range(600)]
         for connection in half:

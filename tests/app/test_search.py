@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from dcar_client.models import ItemResponse, ReadinessResponse
+from dcar_client.models import ItemResponse
 
 from app.api.responses import JsonResponse
 from app.core.settings import Settings
@@ -24,14 +24,13 @@ from tests.support.service import ALICE, BOB, KEYS, ServiceClient, bearer, befor
 from tests.support.versions import write_manifest
 
 
-async def test_a_text_is_normalized_before_it_is_cached(built_index: Path) -> None:
-    async with opened(built_index) as client:
-        for query in ("a red square", "🙂"):
-            asked = [query, f" {query.replace(' ', '  ')}\n"]
-            one, two = [(await client.post("/search/text", json={"query": each})).json() for each in asked]
-            assert (one["cached"], two["cached"], two["results"]) == (False, True, one["results"])
-            assert len(one["results"]) == 10
-            assert one["took_ms"] > 0
+async def test_a_text_is_normalized_before_it_is_cached(started: ServiceClient) -> None:
+    for query in ("a red square", "🙂"):
+        asked = [query, f" {query.replace(' ', '  ')}\n"]
+        one, two = [(await started.post("/search/text", json={"query": each})).json() for each in asked]
+        assert (one["cached"], two["cached"], two["results"]) == (False, True, one["results"])
+        assert len(one["results"]) == 10
+        assert one["took_ms"] > 0
 
 
 async def test_a_repeated_query_is_not_ranked_again(built_index: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -77,20 +76,6 @@ async def test_concurrent_queries_share_forward_passes_and_keep_their_results(bu
         wanted = singles[query]["results"]
         scores = [r["score"] for r in response.json()["results"]]
         np.testing.assert_allclose(scores, [r["score"] for r in wanted], atol=5e-5)
-
-
-async def test_other_requests_are_served_while_the_model_works(built_index: Path) -> None:
-    async with opened(built_index) as client:
-        encoder = client.app.state.collections[None].live.encoder
-        gate, _ = hold(encoder)
-        search = asyncio.create_task(client.post("/search/text", json={"query": "slow"}))
-        await asyncio.sleep(0.05)
-        assert (await client.get("/healthz")).json() == {"status": "ok"}
-        similar = await client.get("/items/circle%2Fred.png/similar")
-        assert similar.status_code == 200
-        assert not search.done()
-        gate.set()
-        assert (await search).status_code == 200
 
 
 async def test_searches_beyond_max_pending_are_refused(built_index: Path) -> None:
@@ -141,14 +126,6 @@ async def test_items_have_images_and_similar_items(started: ServiceClient, galle
     ids = [r["id"] for r in similar["results"]]
     assert len(ids) == 23
     assert "circle/red.png" not in ids
-
-
-async def test_readiness_names_the_version(started: ServiceClient) -> None:
-    ready = (await started.get("/readyz")).json()
-    ReadinessResponse.model_validate(ready, strict=True)
-    assert ready == {
-        "status": "ready", "index_version": 1, "count": 24, "reason": None, "model_note": None,
-    }  # fmt: skip
 
 
 def test_an_index_of_another_encoder_is_refused(index: Path) -> None:

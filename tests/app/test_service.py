@@ -1,43 +1,33 @@
-"""The service around the search: version swaps, admin, pages, unexpected errors."""
+"""The service around the search: version swaps, admin, pages, unexpected errors, background tasks that fail."""
 
 import asyncio
+import re
 import shutil
-import threading
-import time
 from pathlib import Path
 
 import pytest
 from dcar_client.models import ReloadResponse
 
-from app.search.snapshots import load_snapshot
-from index_jobs.index.versions import rollback, version_numbers
-from index_jobs.jobs.update import remove
+from app.core.metrics import Metrics
+from app.core.turns import supervise
+from index_jobs.index.manifest import Current
+from index_jobs.index.versions import current_version, rollback
 from index_jobs.rebuild import rebuild
 from tests.support.images import png
-from tests.support.parts import needs
-from tests.support.responses import assert_problem
-from tests.support.service import ADMIN_ONLY, before_encoding, opened, restore, until, until_ready
+from tests.support.responses import assert_problem, scrape
+from tests.support.service import ADMIN_ONLY, ServiceClient, before_encoding, opened, restore, until, until_ready
 from tests.support.versions import file_of, point, publish_copy
 from tests.support.writes import ADMINS
 
 
-@pytest.fixture
-def newer(index: Path) -> Path:
-    """Version 2; version 1 is current."""
+async def test_broken_version_keeps_the_old_one_served_until_it_is_repaired(
+    index: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
     publish_copy(index)
     rollback(index, 1)
-    return index
-
-
-@pytest.fixture
-def newer_weights(newer: Path) -> Path:
-    return file_of(newer, "checkpoint/trainables.safetensors", 2)
-
-
-async def test_broken_version_keeps_the_old_one_served(
-    index: Path, newer_weights: Path, caplog: pytest.LogCaptureFixture
-) -> None:
+    newer_weights = file_of(index, "checkpoint/trainables.safetensors", 2)
     whole = newer_weights.read_bytes()
+    monkeypatch.setattr("app.service.collections.RETRY_S", 0.1)
     async with opened(index, poll_s=0.02, **ADMIN_ONLY) as client:
         newer_weights.write_bytes(whole[:100])
         point(index, 2)
@@ -50,78 +40,15 @@ async def test_broken_version_keeps_the_old_one_served(
         assert int(refused.headers["retry-after"]) > 0
         assert (await client.post("/search/text", json={"query": "x"})).json()["index_version"] == 1
         newer_weights.write_bytes(whole)
-        reloaded = (await client.post("/admin/reload", headers=ADMINS)).json()
-        ReloadResponse.model_validate(reloaded, strict=True)
-        assert reloaded == {"index_version": 2, "versions": {index.name: 2}, "changed": True}
-        await until_ready(client, status="ready")
-        (index / "CURRENT").write_text("junk\n")
-        await until_ready(client, status="degraded")
-        point(index, 2)
-        await until_ready(client, status="ready")
+        await until_ready(client, status="ready", index_version=2)
+        for version in (b"junk\n", b"7" * 5000, Current(7, "0" * 64).to_bytes()):
+            (index / "CURRENT").write_bytes(version)
+            ready = await until_ready(client, status="degraded")
+            assert str(index.parent) not in str(ready)
+            point(index, 2)
+            await until_ready(client, status="ready")
+        assert ready["reason"].startswith("index has no version 7")
     assert not [record for record in caplog.records if record.exc_info]
-
-
-async def test_repaired_version_is_loaded_later(
-    index: Path, newer_weights: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    whole = newer_weights.read_bytes()
-    monkeypatch.setattr("app.service.collections.RETRY_S", 0.1)
-    async with opened(index, poll_s=0.02) as client:
-        newer_weights.write_bytes(whole[:100])
-        point(index, 2)
-        await until_ready(client, status="degraded")
-        newer_weights.write_bytes(whole)
-        await until_ready(client, index_version=2)
-
-
-@pytest.mark.slow
-@pytest.mark.usefixtures("newer")
-async def test_a_load_continues_when_its_caller_leaves(index: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    whole, lock = load_snapshot, threading.Lock()
-    running = most = 0
-
-    def slow(*given: object) -> object:
-        nonlocal running, most
-        with lock:
-            running += 1
-            most = max(most, running)
-        time.sleep(0.25)
-        with lock:
-            running -= 1
-        return whole(*given)  # type: ignore[arg-type]
-
-    async with opened(index, poll_s=0, upload_timeout_s=0.15, **ADMIN_ONLY) as client:
-        monkeypatch.setattr("app.service.collections.load_snapshot", slow)
-        rollback(index, 2)
-        first = asyncio.create_task(client.post("/admin/reload", headers=ADMINS))
-        await asyncio.sleep(0.1)
-        first.cancel()
-        again = await client.post("/admin/reload", headers=ADMINS, json={})
-        assert again.json()["index_version"] == 2, "its body has arrived, however long the load takes"
-        assert not again.json()["changed"], "the first load was used"
-        assert most == 1
-
-
-@needs("openvino")
-@pytest.mark.slow
-async def test_the_model_is_loaded_from_the_served_version(reranking_index: Path, tmp_path: Path) -> None:
-    """Start without the model, then update until the first version is deleted."""
-    index, cache = Path(shutil.copytree(reranking_index, tmp_path / "reranking")), tmp_path / "cache"
-
-    for start in range(2):
-        async with opened(index, runtime="openvino", runtime_cache=cache, poll_s=0, **ADMIN_ONLY) as client:
-            if start == 0:
-                assert list(cache.glob("exports/*/encoder-*"))
-                continue
-            live = client.app.state.collections[None].live
-            assert live.encoder.backbone is None
-            for row in range(4):
-                await asyncio.to_thread(remove, index, [live.artifact.item(row).id])
-                assert (await client.post("/admin/reload", headers=ADMINS)).json()["changed"]
-            assert 1 not in version_numbers(index)
-            for what in ("rerank", "explain"):
-                response = await client.post("/search/text", json={"query": "a red square", "k": 3, what: True})
-                assert response.status_code == 200, response.text
 
 
 async def test_a_rebuilt_index_with_the_same_version_number_is_served(
@@ -136,7 +63,9 @@ async def test_a_rebuilt_index_with_the_same_version_number_is_served(
         assert (await client.get("/readyz")).json()["status"] == "ready", "the served version is intact"
         shutil.rmtree(index)
         await asyncio.to_thread(rebuild, gallery, other_checkpoint, index, workers=0, progress=False)
-        assert (await client.post("/admin/reload", headers=ADMINS)).json()["changed"]
+        reloaded = (await client.post("/admin/reload", headers=ADMINS)).json()
+        ReloadResponse.model_validate(reloaded, strict=True)
+        assert reloaded == {"index_version": 1, "versions": {index.name: 1}, "changed": True}
         after = (await client.post("/search/text", json={"query": "red"})).json()
         assert after["index_version"] == before["index_version"] == 1
         assert [r["score"] for r in after["results"]] != [r["score"] for r in before["results"]]
@@ -159,11 +88,6 @@ async def test_searches_are_refused_503_until_the_model_is_loaded(index: Path) -
         assert (await client.get("/readyz")).status_code == 503
         assert (await client.get("/items/x")).status_code == 503
         assert client.app.state.collections[None].live is None
-
-
-async def test_without_an_admin_key_there_are_no_admin_routes(built_index: Path) -> None:
-    async with opened(built_index) as client:
-        assert "DCAR_ADMIN_KEY" in assert_problem(await client.post("/admin/reload"), 403)["detail"]
 
 
 async def test_missing_broken_and_outside_images_are_404(tmp_path: Path, gallery: Path, tiny_checkpoint: Path) -> None:
@@ -207,17 +131,48 @@ async def test_unexpected_errors_reveal_no_internals(
         assert (await client.post("/search/text", json={"query": "x"})).status_code == 200
 
 
-async def test_pages_load_nothing_from_other_sites(built_index: Path) -> None:
-    async with opened(built_index) as client:
-        for path in ("/", "/docs"):
-            page = await client.get(path)
-            assert page.headers["content-type"].startswith("text/html")
-            assert "http:" not in page.text
-            assert "https:" not in page.text
-            policy = page.headers["content-security-policy"]
-            assert "script-src 'self';" in policy
-            assert "access-control-allow-origin" not in page.headers
-            again = await client.get(path, headers={"If-None-Match": page.headers["etag"]})
-            assert again.status_code == 304
-            for name in [part.split('"')[0] for part in page.text.split('"ui/')[1:]]:
-                assert (await client.get(f"/ui/{name}")).status_code == 200, name
+async def test_pages_load_nothing_from_other_sites_and_admin_routes_need_a_key(started: ServiceClient) -> None:
+    for path in ("/", "/docs"):
+        page = await started.get(path)
+        assert page.headers["content-type"].startswith("text/html")
+        assert not re.search("https?:", page.text)
+        assert "script-src 'self';" in page.headers["content-security-policy"]
+        assert (await started.get(path, headers={"If-None-Match": page.headers["etag"]})).status_code == 304
+        for name in [part.split('"')[0] for part in page.text.split('"ui/')[1:]]:
+            assert (await started.get(f"/ui/{name}")).status_code == 200, name
+    assert "DCAR_ADMIN_KEY" in assert_problem(await started.post("/admin/reload"), 403)["detail"]
+
+
+async def test_a_failing_task_is_counted_and_restarted_until_it_returns(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("app.core.turns.RESTART_S", 0.01)
+    metrics, errors, runs = Metrics(), list[BaseException](), 0
+
+    async def run() -> None:
+        nonlocal runs
+        runs += 1
+        if runs < 3:
+            raise (ValueError if runs == 1 else BaseException)(runs)  # a panic in Rust is no Exception
+
+    await supervise("test task", run, metrics, on_failure=errors.append)
+    assert [str(error) for error in errors] == ["1", "2"]
+    assert metrics.registry.get_sample_value("dcar_task_failures_total", {"task": "test task"}) == 2
+
+
+async def test_a_failure_of_the_poller_degrades_readiness_until_it_works_again(
+    built_index: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("app.core.turns.RESTART_S", 0.01)
+    async with opened(built_index, poll_s=0.02) as client:
+
+        def fail(_: Path) -> int:
+            raise RecursionError("from /a/place/in/the/file/system")
+
+        monkeypatch.setattr("app.service.collections.current_version", fail)
+        reason = (await until_ready(client, status="degraded"))["reason"]
+        assert "check for new versions failed: RecursionError" in reason
+        assert "/a/place" not in reason
+        metrics = await scrape(client)
+        assert metrics["dcar_task_failures_total", (("task", "version poller"),)] >= 1
+        assert metrics["dcar_index_degraded", (("collection", "index"),)] == 1
+        monkeypatch.setattr("app.service.collections.current_version", current_version)
+        await until_ready(client, status="ready")

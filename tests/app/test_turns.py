@@ -1,15 +1,13 @@
-"""Turns of threads, decoding processes and asynchronous work are shared out between callers, and memory by images."""
+"""Turns of decoding processes and asynchronous work are shared out between callers, and memory by images."""
 
 import asyncio
-import threading
-import time
 from collections.abc import AsyncIterator
 
 import pytest
 from PIL import Image
 
 from app.core.callers import current_caller, request_id
-from app.core.turns import Decoders, FairQueue, FairThreads, FairTurns
+from app.core.turns import Decoders, FairQueue, FairTurns
 from dcar_core.images import ALL_FORMATS, MAX_PIXELS
 from dcar_core.images.workers import Convert, DecodeWorker, Limits
 from tests.support import conversions
@@ -62,32 +60,6 @@ async def test_turns_of_a_caller_are_limited_and_pass_over_one_that_gives_up() -
     await asyncio.gather(*tasks, return_exceptions=True)
     assert (max(all for all, _ in most), max(own for _, own in most)) == (3, 2)
     assert not turns.running
-
-
-async def test_the_thread_of_filters_is_shared_out_between_callers() -> None:
-    thread, order, gate = FairThreads(1, "dcar-test"), list[str](), threading.Event()
-
-    def work(caller: str, seconds: float) -> None:
-        assert gate.wait(60)
-        time.sleep(seconds)
-        order.append(caller)
-
-    async def call(caller: str, seconds: float) -> None:
-        current_caller.set(caller)
-        await thread.run(work, caller, seconds)
-
-    greedy = [asyncio.create_task(call("greedy", 0.02)) for _ in range(8)]
-    await asyncio.sleep(0.05)
-    modest = [asyncio.create_task(call("modest", 0.001)) for _ in range(8)]
-    given_up = asyncio.create_task(call("given up", 0))
-    await asyncio.sleep(0.05)
-    given_up.cancel()
-    gate.set()
-    await asyncio.gather(*greedy, *modest)
-    assert order == ["greedy", *["modest"] * 8, *["greedy"] * 7]
-    with pytest.raises(ZeroDivisionError):
-        await thread.run(lambda: 1 // 0)
-    thread.shutdown()
 
 
 @pytest.fixture

@@ -1,7 +1,9 @@
 """With exported graphs the service starts without the model, and loads it when a query needs it."""
 
+import asyncio
 import base64
 import json
+import shutil
 import subprocess
 import sys
 import time
@@ -14,7 +16,8 @@ import pytest
 
 from dcar_core import Encoder
 from dcar_core.model.checkpoint import PORTABLE
-from index_jobs.index.versions import open_current
+from index_jobs.index.versions import open_current, version_numbers
+from index_jobs.jobs.update import remove
 from index_jobs.rebuild import rebuild
 from tests.support.commands import dcar
 from tests.support.files import copy_exports
@@ -22,7 +25,8 @@ from tests.support.images import png
 from tests.support.parts import needs
 from tests.support.processes import without_pytorch
 from tests.support.responses import assert_problem
-from tests.support.service import ADMIN, opened, serving_by
+from tests.support.searches import ids
+from tests.support.service import ADMIN, ADMIN_ONLY, ServiceClient, opened, serving_by
 from tests.support.writes import ADMINS, item
 
 pytestmark = needs("openvino")
@@ -38,8 +42,8 @@ def runtime_cache(exports: Path, tmp_path: Path) -> Path:
     return tmp_path / "cache" / "dcar"
 
 
-def live(http: httpx.AsyncClient) -> Encoder:
-    encoder: Encoder = http.app.state.collections[None].live.encoder  # type: ignore[attr-defined]
+def live(http: ServiceClient) -> Encoder:
+    encoder: Encoder = http.app.state.collections[None].live.encoder
     return encoder
 
 
@@ -51,18 +55,27 @@ async def ask(http: httpx.AsyncClient, body: dict[str, Any]) -> dict[str, Any]:
 
 @pytest.mark.slow
 async def test_a_later_start_loads_no_model_and_has_the_same_results(
-    reranking_index: Path, runtime_cache: Path
+    reranking_index: Path, runtime_cache: Path, tmp_path: Path
 ) -> None:
-    settings: dict[str, Any] = {"runtime": "openvino", "runtime_cache": runtime_cache}
-
-    async with opened(reranking_index, **settings) as http:
+    """Though the version that it started with is deleted."""
+    index = Path(shutil.copytree(reranking_index, tmp_path / "reranking"))
+    settings: dict[str, Any] = {"runtime": "openvino", "runtime_cache": runtime_cache, "poll_s": 0, **ADMIN_ONLY}
+    async with opened(index, **settings) as http:
         assert live(http).backbone is not None
         first = await ask(http, PLAIN), await ask(http, DEEP)
-    async with opened(reranking_index, **settings) as http:
+    others = {item_id for body in first for item_id in ids(body)}
+    async with opened(index, **settings) as http:
         assert live(http).backbone is None
         assert await ask(http, PLAIN) == first[0]
         assert live(http).backbone is None, "a plain search needs no model"
-        assert await ask(http, DEEP) == first[1]
+        artifact = http.app.state.collections[None].live.artifact
+        listed = [artifact.item(row).id for row in range(artifact.rows)]
+        for item_id in [item_id for item_id in listed if item_id not in others][-4:]:
+            await asyncio.to_thread(remove, index, [item_id])
+            assert (await http.post("/admin/reload", headers=ADMINS)).json()["changed"]
+        assert 1 not in version_numbers(index)
+        deep = await ask(http, DEEP)
+        assert deep["results"] == first[1]["results"], "the model is that of the served version"
         assert live(http).backbone is not None
 
 

@@ -1,6 +1,5 @@
 """Jobs that change items: applied in versions, also after faults and restarts."""
 
-import asyncio
 import errno
 import os
 import signal
@@ -92,18 +91,6 @@ async def test_fields_are_merged_without_a_process(index: Path, in_process: list
         assert (await client.get("/items/a")).status_code == 404
         await ended(client, await client.delete("/items/circle%2Fblue.png", headers=ADMINS))
         assert (await client.get("/items")).json()["count"] == 22
-
-
-async def test_two_services_of_one_index_apply_each_others_jobs(
-    index: Path, in_process: list[int], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(write_worker, "RETRY_S", 0.05)
-    async with opened(index, poll_s=0.05, **WRITES) as one, opened(index, poll_s=0.05, **WRITES) as other:
-        accepted = await asyncio.gather(*(put(client, item(f"{i}")) for i, client in enumerate((one, other) * 4)))
-        for client in (one, other):
-            assert {(await ended(client, response))["status"] for response in accepted} == {"done"}
-            assert (await client.get("/items")).json()["count"] == 32
-    assert set(in_process) <= {0, 5}
 
 
 async def test_full_disk_refuses_a_job_as_a_whole(
