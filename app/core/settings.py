@@ -33,7 +33,9 @@ _OTHER_VARIABLES = re.compile(
 )
 _SUCCESSORS = {
     "DCAR_DRAIN_S": "let the proxy or the orchestrator stop sending requests first, such as by `preStop`",
+    "DCAR_MAX_COLLECTIONS": "a key that may write can create any number of collections",
     "DCAR_MAX_QUEUE_MS": "DCAR_MAX_PENDING and DCAR_DEADLINE_MS bound the searches in progress",
+    "DCAR_REDIS_TIMEOUT_MS": "Redis has a tenth of a second",
     "DCAR_TRACING": "start the service with `opentelemetry-instrument dcar serve`",
 }
 
