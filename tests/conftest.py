@@ -65,10 +65,6 @@ os.environ["SSL_CERT_DIR"] = os.environ["XDG_CACHE_HOME"]
 sys.modules["openvino_telemetry"] = None  # type: ignore[assignment]
 
 
-def pytest_report_header() -> str:
-    return parts.header()
-
-
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     parts.skip_without_parts(items)

@@ -155,12 +155,6 @@ def test_the_chart_and_the_service_agree() -> None:
     assert names == [f"{'r' * 47}-dcar"], "the alerts recognize the job of the longest release"
 
 
-def test_the_notes_name_a_network_policy_that_blocks_what_is_elsewhere() -> None:
-    for remote in ({"redis_url": "redis://redis"}, {"image_hosts": "pictures.example"}):
-        assert "networkPolicy.egress" in notes(settings=remote)
-    assert "networkPolicy.egress" not in notes(index=STORE, networkPolicy={"egress": [{"ports": [{"port": 443}]}]})
-
-
 @pytest.mark.parametrize(
     ("values", "reason"),
     [

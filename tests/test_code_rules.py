@@ -44,11 +44,6 @@ def test_help_teaches_and_loads_no_model_library() -> None:
         assert command in done.stdout
 
 
-def test_the_image_has_what_the_compose_file_names() -> None:
-    assert '--validation "$$emoji"' in (ROOT / "docker-compose.yml").read_text()
-    assert "!examples/emoji/*/val.json" in (ROOT / ".dockerignore").read_text().splitlines()
-
-
 def test_test_modules_share_helpers_through_support_alone() -> None:
     for path in TESTS:
         names = re.findall(r"^\s*(?:from|import) (tests\b[\w.]*|test_\w+)", path.read_text(), re.M)
@@ -81,11 +76,6 @@ def test_tests_use_public_names_alone() -> None:
     uses = {path.relative_to(ROOT / "tests").as_posix(): [*private_uses(path, private)] for path in TESTS}
     assert {name: found for name, found in uses.items() if found and name not in PRIVATE.split()} == {}
     assert [name for name in PRIVATE.split() if not uses.get(name)] == [], "these are done: shorten the list"
-
-
-def test_async_tests_run_on_anyio() -> None:
-    """Write `async def test_...` instead of running a coroutine."""
-    assert [path for path in TESTS if re.search(r"\basyncio\.run\(", path.read_text())] == []
 
 
 def test_optional_parts_of_tests_are_named_in_one_place() -> None:

@@ -6,7 +6,6 @@ import re
 import runpy
 from typing import Any
 
-import numpy as np
 import pytest
 
 from dcar_core.data import Annotations
@@ -114,15 +113,6 @@ def test_an_answer_names_one_emoji_in_any_skin_tone_or_several(
     found = [row["category"] for row in rows if script["answer_test"](answer)(row)]
     assert labels <= {*found}
     assert count is None or len(found) == count
-
-
-def test_figures_count_the_first_answer_the_first_five_and_all(script: dict[str, Any]) -> None:
-    query = script["Query"]("word", "boat", frozenset({2, 9}))
-    scores = -np.arange(20.0)[None]
-    scores[0, 9] = 1  # then rows 0, 1, 2, ..
-    first, five, gain = script["measure"](scores, [query])[0]
-    assert (first, five) == (1, 1)
-    assert gain == pytest.approx((1 + 1 / np.log2(5)) / (1 + 1 / np.log2(3)))
 
 
 def test_queries_that_training_answers_can_be_left_out(script: dict[str, Any]) -> None:

@@ -102,13 +102,10 @@ def test_pair_weights_and_their_blend_equal_a_hand_calculation() -> None:
     gentle = blend(raw, real, ReweightConfig(strength=0.1))[0, 1:3]
     torch.testing.assert_close(gentle, 1 + 0.1 * torch.tensor([2 * half - 1, 1 - 2 * half]))
     assert blend(torch.zeros(1, 4), real, ReweightConfig()).isfinite().all()  # a white image
-
-
-def test_pair_weights_can_use_the_most_similar_patch() -> None:
     words = torch.tensor([[[1.0, 0.0], [0.0, 1.0]]])
-    patches = torch.tensor([[[3.0, 4.0], [0.0, -1.0]]])
-    white = torch.tensor([[1.0, 0.0], [5.0, 12.0]])
-    torch.testing.assert_close(pair_weights(words, patches, white), torch.tensor([[1 - 0.6, 12 / 13 - 0.8]]))
+    patches, white = torch.tensor([[[3.0, 4.0], [0.0, -1.0]]]), torch.tensor([[1.0, 0.0], [5.0, 12.0]])
+    best = pair_weights(words, patches, white)  # by the most similar patch
+    torch.testing.assert_close(best, torch.tensor([[1 - 0.6, 12 / 13 - 0.8]]))
 
 
 def gradients(model: DCAR) -> dict[str, Tensor]:
@@ -136,7 +133,6 @@ def test_a_batch_in_parts_has_the_gradients_of_the_whole(name: str, uneven: Back
     found = check_parts(model, data, np.random.default_rng(0).permutation(len(data)))
     learned = {part for part, _ in model.trainables() if not part.startswith("query_prompts.")}  # trained afterwards
     assert learned == found.keys()
-    assert all(gradient.isfinite().all() for gradient in found.values())
 
 
 def check_parts(model: DCAR, data: PreparedSplit, rows: Rows) -> dict[str, Tensor]:

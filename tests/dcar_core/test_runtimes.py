@@ -235,6 +235,17 @@ def flip(cache: Path) -> None:
     (export(cache) / "text.bin").write_bytes(values)
 
 
+TEXT = OpenVinoRuntime.text
+
+
+def reverse(*given: Any) -> Any:
+    return TEXT(*given)[:, ::-1].copy()
+
+
+def fail(*_: Any) -> Any:
+    raise RuntimeError("Failed to find C compiler.\nand a long story")  # as a library pleases
+
+
 @pytest.mark.parametrize(
     ("fault", "says"),
     [
@@ -242,21 +253,25 @@ def flip(cache: Path) -> None:
         (lambda cache: (export(cache) / "text.bin").unlink(), "is incomplete.* delete it for a new one"),
         (lambda cache: shutil.rmtree(cache / "exports"), "cannot be exported for openvino: aten::something is not"),
         (block, "cannot be used: .* name another directory"),
+        (reverse, "cannot be used: its vectors are not float32's here: cosine"),
+        (fail, r"cannot be used: RuntimeError: Failed to find C compiler\."),
     ],
-    ids=["flipped", "gone", "fails", "unwritable"],
 )
-def test_export_that_cannot_be_used_is_refused_or_replaced_by_torch(
+def test_runtime_that_cannot_be_used_is_refused_or_replaced_by_the_next(
     tiny_checkpoint: Path, chosen: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch,
-    fault: Callable[[Path], object], says: str,
+    fault: Callable[..., object], says: str,
 ) -> None:  # fmt: skip
     import openvino
 
     monkeypatch.setattr(openvino, "convert_model", refuse_to_convert)
-    fault(chosen)
+    if fault in (reverse, fail):
+        monkeypatch.setattr(OpenVinoRuntime, "text", fault)
+    else:
+        fault(chosen)
     name, warnings = auto(tiny_checkpoint, chosen, caplog)
     assert name == "torch"
-    assert len(warnings) == len(NAMES)
-    assert all(re.search(says.partition(".*")[0], warning) for warning in warnings)
+    for following, warning in zip([*NAMES[1:], "torch"], warnings, strict=True):
+        assert re.search(rf"{says.partition('.*')[0]}.*; using the runtime {following} instead", warning)
     with pytest.raises(RuntimeUnavailableError, match=says):
         by_name(tiny_checkpoint, chosen)
 
@@ -267,30 +282,6 @@ def test_remains_of_a_killed_export_are_replaced(tiny_checkpoint: Path, chosen: 
     by_name(tiny_checkpoint, chosen)
     assert export(chosen) == whole
     assert not left.exists()
-
-
-TEXT = OpenVinoRuntime.text
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("is_wrong", [True, False], ids=["wrong vectors", "no vectors"])
-def test_runtime_that_opens_but_does_not_work_is_replaced(
-    tiny_checkpoint: Path, chosen: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch,
-    is_wrong: bool,
-) -> None:  # fmt: skip
-    def broken(*given: Any) -> Any:
-        if is_wrong:
-            return TEXT(*given)[:, ::-1].copy()
-        raise RuntimeError("Failed to find C compiler.\nand a long story")  # as a library pleases
-
-    says = "its vectors are not float32's here: cosine" if is_wrong else r"RuntimeError: Failed to find C compiler\."
-    monkeypatch.setattr(OpenVinoRuntime, "text", broken)
-    name, warnings = auto(tiny_checkpoint, chosen, caplog)
-    assert name == "torch"
-    for runtime, following, warning in zip(NAMES, [*NAMES[1:], "torch"], warnings, strict=True):
-        assert re.search(f"{runtime} cannot be used: {says}.*; using the runtime {following} instead", warning)
-    with pytest.raises(RuntimeUnavailableError, match=f"{NAME} cannot be used: {says}"):
-        by_name(tiny_checkpoint, chosen)
 
 
 @needs("openvino")

@@ -121,18 +121,6 @@ def test_ids_are_those_of_open_clip(kind: Kind, clean: str, strip_end: bool, tmp
         assert [*ids, *[found.pad_id] * (24 - len(ids))] == stock([text])[0].tolist(), text
 
 
-def test_settings_overrule_the_file(tmp_path: Path) -> None:
-    write_tokenizer("gemma", tmp_path)
-    content = json.loads((tmp_path / "tokenizer.json").read_text())
-    content["post_processor"]["single"] = [
-        {"SpecialToken": {"id": "<bos>", "type_id": 0}}, {"Sequence": {"id": "A", "type_id": 0}},
-    ]  # fmt: skip
-    content["post_processor"]["special_tokens"] = {"<bos>": {"id": "<bos>", "ids": [2], "tokens": ["<bos>"]}}
-    (tmp_path / "tokenizer.json").write_text(json.dumps(content))
-    tokenizer = load(tmp_path, 24)
-    assert (tokenizer.start_ids, tokenizer.end_id, tokenizer.pad_id) == ((), 1, 0)
-
-
 @pytest.mark.parametrize(("kind", "pad_id"), [("t5", 0), ("gemma", 0), ("xlm", 1), ("bert", 0), ("nllb", 1)])
 def test_padding_is_found_and_no_text_places_a_control_token(kind: Kind, pad_id: int, tmp_path: Path) -> None:
     """Whether the settings name the padding or not."""

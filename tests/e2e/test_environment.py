@@ -11,7 +11,6 @@ import pytest
 
 from index_jobs.index.versions import open_current, verify_index
 from tests.support.commands import dcar, run
-from tests.support.paths import ROOT
 
 FULL = Path("/dev/full")
 
@@ -32,14 +31,6 @@ def test_output_that_cannot_be_written_is_one_line() -> None:
     assert done.returncode == 1
     assert done.stderr.startswith("error: No space left on device;")
     assert len(done.stderr.splitlines()) == 1
-
-
-def test_output_in_another_encoding_is_escaped(tiny_checkpoint: Path, tmp_path: Path) -> None:
-    shutil.copy(ROOT / "examples/emoji/query.png", tmp_path / "1.png")
-    (tmp_path / "metadata.jsonl").write_text(json.dumps({"file_name": "1.png", "caption": "日本"}))
-    assert build(tmp_path, tiny_checkpoint, tmp_path / "index").returncode == 0
-    done = dcar("search", "cat", "--index", tmp_path / "index", environment={"PYTHONIOENCODING": "latin1"})
-    assert r"\u65e5\u672c" in done.stdout
 
 
 def test_special_files_are_unreadable_images(tiny_gallery: Path, tiny_checkpoint: Path, tmp_path: Path) -> None:

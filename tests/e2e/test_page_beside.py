@@ -19,9 +19,6 @@ def others(page: Page, count: int) -> list[Any]:
 
 
 def test_collection_can_be_chosen(page: Page, site: str, many: str) -> None:
-    def examples() -> str:
-        return page.texts("#examples")[0]
-
     page.open(site, 24)
     assert not page.has("#where"), "there is only one collection"
     page.open(many)
@@ -32,7 +29,6 @@ def test_collection_can_be_chosen(page: Page, site: str, many: str) -> None:
     choose(page, "collection", "circles")
     page.settled(6)
     assert "in=circles" in page.url
-    until(lambda: "square" not in examples())
     assert page.value("#query") == "red"
     page.detail()
     page.similar(5)
@@ -43,7 +39,6 @@ def test_collection_can_be_chosen(page: Page, site: str, many: str) -> None:
     page.back()
     page.settled(24)
     assert page.value("#collection") == "shapes"
-    until(lambda: "square" in examples())
     page.open(link, 5)
     assert page.value("#collection") == "circles"
     page.open(f"{many}/#q=red&in=gone")
@@ -76,9 +71,6 @@ def test_two_models_over_one_gallery_are_compared(page: Page, site: str, many: s
         ]
     assert page.texts("#results .place") + page.texts("#others .place") == marks
     assert {"only here"} < {*marks}, "the lists differ in part"
-    first = ids[0][0]
-    ranked = f"rank {ids[1].index(first) + 1} in another" if first in ids[1] else "not in the first 12 of another"
-    assert page.one("#results .place").get_attribute("title") == ranked
 
     link = page.url
     page.detail(of="#others")
@@ -87,13 +79,6 @@ def test_two_models_over_one_gallery_are_compared(page: Page, site: str, many: s
     others(page, 12)
     assert f"item={ids[1][0]}" in page.url
     assert page.value("#collection") == "shapes"
-    page.back()
-    page.appears("#detail")
-    page.back()
-    until(lambda: page.url == link)
-    others(page, 12)
-    page.back()
-    page.vanishes("#other")
     page.open(link)
     others(page, 12)
     choose(page, "collection", "another")  # the sides swap
@@ -123,16 +108,6 @@ def test_two_galleries_are_compared(page: Page, many: str) -> None:
     assert not page.has("#error")
     assert ["422" in message for message in page.errors()] == [True], "the gallery beside has no such item"
 
-    page.open(f"{many}/#q=red&beside=circles", 12)
-    others(page, 6)
-    caption = page.text("#others .caption")
-    page.detail(of="#others")
-    page.similar(5)
-    assert page.value("#collection") == "circles"
-    page.says("#chips", caption)
-    page.says("#other-status", "no item")
-    assert page.all("#others .card") == []
-    assert not page.has("#error")
     page.open(f"{many}/#q=red&beside=gone")
     page.says("#error", "no gallery “gone”")
     assert not page.has("#other")

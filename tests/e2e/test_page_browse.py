@@ -1,13 +1,12 @@
 """The gallery without words: scrolling, sorting, filters with their counts, one image for each product."""
 
 import json
-from pathlib import Path
 
 import httpx
 import pytest
 from selenium.webdriver.common.keys import Keys
 
-from tests.support.page import COLUMNS, COUNT, Page, searched, served, until
+from tests.support.page import COUNT, Page, searched, until
 
 pytestmark = pytest.mark.browser
 
@@ -62,14 +61,9 @@ def test_gallery_grows_while_it_is_scrolled_and_back_returns_to_the_place(both: 
     until(is_at_its_place)
     page.driver.refresh()
     until(is_at_its_place)
-    page.js("document.querySelectorAll('#results .select')[12].click()")
-    page.click("#selected-more")
-    until(lambda: page.js("return scrollY") == 0 and page.text("#status").startswith("The best"))
-    page.back()
-    until(is_at_its_place)
 
 
-def test_images_are_sorted_by_a_field(page: Page, large: str, large_index: Path) -> None:
+def test_images_are_sorted_by_a_field(page: Page, large: str) -> None:
     def sort(value: str) -> None:
         until(lambda: page.all("#sort option[value='-price']"))
         page.click(f"#sort option[value='{value}']")
@@ -90,34 +84,6 @@ def test_images_are_sorted_by_a_field(page: Page, large: str, large_index: Path)
     page.says("#nothing", "Nothing fits “zebra” well")
     sort("")
     page.says("#status", "The best")
-    with served(large_index, max_k=10) as address:  # the page asks for no more than the service allows
-        for subject in ("", "#q=red", "#q=circle&words=1&sort=price"):
-            page.open(f"{address}/{subject}")
-            until(lambda: count(page) >= 10 and page.text("#status"))
-
-
-def test_cards_have_the_chosen_size_and_the_whole_window(page: Page, large: str) -> None:
-    wide = {"width": 1920, "height": 900, "deviceScaleFactor": 1, "mobile": False}
-    page.cdp("Emulation.setDeviceMetricsOverride", **wide)
-    try:
-        page.open(large)
-        page.counts(48)
-        right = "return document.getElementById('results').getBoundingClientRect().right / document.body.clientWidth"
-        assert page.js(right) > 0.98
-        assert page.js(COLUMNS) >= 7
-        page.js("""
-            const size = document.getElementById('size');
-            size.value = 400;
-            for (const name of ['input', 'change']) size.dispatchEvent(new Event(name));
-        """)
-        until(lambda: page.js(COLUMNS) == 3)
-        assert "size=384 1x" in page.one("#results img").get_attribute("srcset"), "and sharp"
-        page.driver.refresh()
-        page.counts(48)
-        assert page.js(COLUMNS) == 3
-    finally:
-        page.js("localStorage.clear()")
-        page.cdp("Emulation.clearDeviceMetricsOverride")
 
 
 def test_numbers_are_filtered_from_a_least_to_a_greatest_one(page: Page, large: str) -> None:
@@ -138,9 +104,6 @@ def test_numbers_are_filtered_from_a_least_to_a_greatest_one(page: Page, large: 
     assert bounds()[1] == "9", "typing goes on"
     enter(1, "109.5")
     images(10)
-    page.open(page.url)  # as a shared link
-    images(10)
-    until(lambda: bounds() == ["100", "109.5"])
     for place in (0, 1):
         enter(place, "")
     images(COUNT)
@@ -184,26 +147,12 @@ def test_facets_count_and_filter(both: Page, site: str, large: str) -> None:
     assert page.js(SEARCHES) == ["/search/text", "/search/batch"]
     choose(page, "square")
     counted(page, "Category", circle="33")
-    page.open(f"{large}/#q=zebra&words=1")
-    until(lambda: len(facet(page, "Category")) == 4)
-
-
-def test_category_of_a_result_filters(page: Page, site: str) -> None:
-    page.open(f"{site}/#q=red", 24)
-    name = page.text("#results .category")
-    page.click("#results .category")
-    page.settled(6)
-    assert {*page.texts("#results .category")} == {name}
-    assert page.texts("#facets [aria-pressed=true]") == [f"{name}6"]
-    page.one("#query").clear()
-    page.type("#query", "green")  # the filter stays
-    page.arrives("q=green")
-    page.settled(6)
     page.open(f"{site}/#q=red&category=nothing")
     page.says("#nothing", "No images have all of these filters")
     page.click("#clear-filters")
     page.settled(24)
-    assert page.url.endswith("#q=red")
+    page.click("#results .category")
+    page.settled(6)
 
 
 def test_products_and_near_duplicates_are_shown_once_and_open_the_others(page: Page, many: str) -> None:
@@ -214,14 +163,9 @@ def test_products_and_near_duplicates_are_shown_once_and_open_the_others(page: P
     page.type("#query", "circle")
     page.shows(searched(url, query="circle"))
     assert count(page) == 6
-    first = page.ids()[0]
     page.js("document.querySelector('#results .near').click()")
     page.appears("#folded")
     assert page.text("#folded h3") == "Same color"
-    color = httpx.get(f"{url}/items/{first}").json()["metadata"]["color"]
-    page.counts(3, "#folded button")
-    page.click("#folded button")
-    until(lambda: page.text("#detail-title").startswith(f"a {color}") and str(first) not in page.url)
     page.counts(3, "#folded button")
 
     results = httpx.post(f"{many}/search/text", json={"query": "red", "k": 24, "fold": 0.95}).json()["results"]

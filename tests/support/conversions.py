@@ -3,16 +3,8 @@
 import os
 import signal
 import time
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict
-from functools import partial
-from typing import Any
-
-import numpy as np
-from numpy.typing import NDArray
 
 from dcar_core.images import OpenedImage
-from dcar_core.model.preprocess import Preprocess, decode_image
 
 
 def sleep(opened: OpenedImage) -> bytes:
@@ -51,17 +43,3 @@ def vanish(opened: OpenedImage) -> bytes:
 def fail(opened: OpenedImage) -> bytes:
     """Raise an error that no decoder is known to raise."""
     raise ZeroDivisionError("in a decoder")
-
-
-def crash_of_width_49(opened: OpenedImage, preprocess: Mapping[str, Any]) -> NDArray[np.uint8]:
-    """End the process with an image that is 49 pixels wide; decode others."""
-    if opened.width == 49:
-        crash(opened)
-    return decode_image(opened, preprocess)
-
-
-class CrashOfWidth49(Preprocess):
-    """Has images decoded by `crash_of_width_49`."""
-
-    def decoder(self, box: Sequence[float] | None = None) -> Callable[[OpenedImage], NDArray[np.uint8]]:
-        return partial(crash_of_width_49, preprocess=asdict(self))

@@ -112,13 +112,6 @@ def skip_without_parts(items: list[pytest.Item]) -> None:
             item.add_marker(pytest.mark.skip(reason=f"needs {missing[0]}"))
 
 
-def header() -> str:
-    """Name the optional parts that a run uses, and those that it goes without."""
-    present = [name for name, part in PARTS.items() if part.is_present]
-    missing = [name for name in PARTS if name not in present]
-    return f"optional parts: {', '.join(present) or 'none'}; without: {', '.join(missing) or 'none'}"
-
-
 def summary(reasons: list[str]) -> list[str]:
     """Return a line for each missing part, and one for each other reason to skip."""
     lines = []
