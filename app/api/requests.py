@@ -93,7 +93,7 @@ class ItemsQuery(PageQuery):
 def _describe_form(schema: dict[str, Any]) -> None:
     """Declare the file, and the objects that a form holds as JSON; OpenAPI would send each as a file of its own."""
     for name in ("filter", "weights", "crop"):
-        schema["properties"][name] = {"type": "string", "description": "as in text searches; as JSON"}
+        schema["properties"][name] = {"type": "string", "default": "", "description": "as in text searches; as JSON"}
     schema["properties"]["file"] = {"type": "string", "format": "binary"}
     schema["required"] = ["file"]
 

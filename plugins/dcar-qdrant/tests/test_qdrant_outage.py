@@ -28,32 +28,23 @@ def index(build: Build, server: QdrantServer, tmp_path: Path, monkeypatch: pytes
     return tmp_path / "index"
 
 
-async def test_a_lost_qdrant_degrades_the_service_until_it_is_back(index: Path, server: QdrantServer) -> None:
-    async with opened(index, poll_s=0.02) as client:
-        assert (await until_ready(client, status="ready"))["reason"] is None
+async def test_a_lost_qdrant_refuses_searches_until_it_is_back(index: Path, server: QdrantServer) -> None:
+    async with opened(index) as client:
         respond, server.respond = server.respond, lambda *_: (404, None)  # type: ignore[method-assign]
         assert (await client.post("/search/text", json=WORDS)).status_code == 503
-        assert "404" in (await until_ready(client, status="degraded"))["reason"]
-        metrics = await scrape(client)
-        assert metrics["dcar_index_degraded", (("collection", "index"),)] == 1
-        assert metrics["dcar_refused_total", (("reason", "vector_store"),)] == 1
+        assert (await scrape(client))["dcar_refused_total", (("reason", "vector_store"),)] == 1
         server.respond = respond  # type: ignore[method-assign]
-        await until_ready(client, status="ready")
-        assert (await scrape(client))["dcar_index_degraded", (("collection", "index"),)] == 0
         assert (await client.post("/search/text", json=WORDS)).status_code == 200
 
 
-async def test_lost_points_degrade_the_service_until_they_are_back(index: Path, server: QdrantServer) -> None:
+async def test_lost_points_are_a_missing_store_and_no_index_without_vectors(index: Path, server: QdrantServer) -> None:
     client, name = server.client, server.client.get_collections().collections[0].name
     lost = client.retrieve(name, [3])[0]
     similar = f"/items/{quote(open_current(index).item(3).id, safe='')}/similar"
-    async with opened(index, poll_s=0.02) as service:
-        await until_ready(service, status="ready")
+    async with opened(index) as service:
         client.delete(name, [3])
-        assert "has 23 vectors, not 24" in (await until_ready(service, status="degraded"))["reason"]
-        assert (await service.get(similar)).status_code == 503, "not that the index keeps no vectors"
+        assert (await service.get(similar)).status_code == 503
         client.upsert(name, [models.PointStruct(id=3, vector=lost.vector, payload={})])
-        await until_ready(service, status="ready")
         assert (await service.get(similar)).status_code == 200
 
 
@@ -76,10 +67,8 @@ async def test_a_qdrant_that_hangs_holds_no_search_to_the_deadline_and_no_item(
             responses = await asyncio.gather(*asked, client.get(place))
             assert time.monotonic() - began < 8, "the first threads wait for two attempts of a second"
             assert [each.status_code for each in responses] == [503] * 30 + [200]
-            assert "timed out" in (await until_ready(client, status="degraded"))["reason"]
         finally:
             goes_on.set()
-        await until_ready(client, status="ready")
 
 
 def test_one_slow_search_stops_no_other(index: Path, server: QdrantServer, monkeypatch: pytest.MonkeyPatch) -> None:
