@@ -1,4 +1,4 @@
-"""Batching of queries and sharing of computations, with plain functions in place of the model."""
+"""Batches of queries, and turns of callers at batches, threads and decoding processes."""
 
 import asyncio
 import random
@@ -13,16 +13,22 @@ from typing import Any, NamedTuple, cast
 
 import numpy as np
 import pytest
+from PIL import Image
 
-from app.core.callers import current_caller
+from app.core.callers import current_caller, request_id
 from app.core.metrics import Metrics
 from app.core.settings import Settings
+from app.core.turns import Decoders, FairQueue, FairTurns
 from app.search.errors import UnavailableError
 from app.search.snapshots import Snapshot
-from app.service.encoding import Batcher, QueryEncoder, SharedTasks
+from app.service.encoding import Batcher, QueryEncoder
 from dcar_core.encoder.encoder import TextRow
+from dcar_core.images import ALL_FORMATS, MAX_PIXELS
+from dcar_core.images.workers import Convert, DecodeWorker, Limits
 from dcar_core.util.arrays import Floats
 from dcar_core.util.errors import DataError
+from tests.support import conversions
+from tests.support.images import encoded
 
 
 class Panic(BaseException):
@@ -134,19 +140,6 @@ async def test_an_invalid_output_fails_its_caller_and_a_failure_of_the_batcher_n
     assert metrics.registry.get_sample_value("dcar_task_failures_total", {"task": "batcher"}) == 1
 
 
-async def test_close_finishes_accepted_queries_and_refuses_new_ones(bench: Callable[..., Bench]) -> None:
-    made = bench(max_batch=1)
-    first = await made.held()
-    rest = await made.submit("a", "bb")
-    closing = asyncio.create_task(made.batcher.close())
-    await asyncio.sleep(0)
-    with pytest.raises(UnavailableError):
-        await made.one("late")
-    made.recorder.gate.set()
-    await closing
-    assert [int((await task)[0]) for task in (first, *rest)] == [5, 1, 2]
-
-
 async def test_a_busy_batcher_waits_for_more_queries_and_an_idle_one_starts_at_once(
     bench: Callable[..., Bench],
 ) -> None:
@@ -224,35 +217,101 @@ async def test_nobody_ever_gets_the_vector_of_another_text(seed: int) -> None:
         ended = await asyncio.gather(*tasks, return_exceptions=True)
         await encoder.close()
     assert not [error for error in ended if isinstance(error, Exception)]
+    assert len([error for error in ended if error is not None]) <= 60, "one that is cancelled takes nobody along"
     assert outcomes["answered"] > 100
     assert outcomes["TimeoutError"]
     assert outcomes["DataError"]
     assert not len(encoder.computations)
 
 
-async def test_callers_with_one_key_share_a_computation_which_the_last_to_leave_cancels() -> None:
-    tasks, events = SharedTasks[int](), list[str]()
+async def test_the_caller_and_then_the_request_that_had_least_is_next() -> None:
+    queue, loop = FairQueue(), asyncio.get_running_loop()
 
-    async def compute() -> int:
-        events.append("started")
+    def put(caller: str, request: str) -> None:
+        current_caller.set(caller)
+        request_id.set(request)
+        queue.put(caller + request, loop.create_future())
+
+    def take(cost: float) -> str:
+        turn = queue.take()
+        assert turn is not None
+        queue.end(turn, cost)
+        return str(turn.item)
+
+    for place in ("a1", "a1", "a1", "a2", "a2"):
+        put(*place)
+    assert [take(5), take(1), take(1)] == ["a1", "a2", "a2"]
+    put("b", "1")
+    put("b", "1")
+    put("a", "3")
+    assert [take(1) for _ in range(5)] == ["b1", "a1", "b1", "a3", "a1"], "new ones begin with what others have had"
+    put("a", "1")
+    queue.waiting[0].future.cancel()
+    assert queue.take() is None
+
+
+async def test_turns_of_a_caller_are_limited_and_pass_over_one_that_gives_up() -> None:
+    turns, running, most = FairTurns(3, 2), list[str](), set[tuple[int, int]]()
+
+    async def work(caller: str) -> None:
+        current_caller.set(caller)
+        async with turns.turn():
+            running.append(caller)
+            most.add((len(running), running.count("many")))
+            try:
+                await asyncio.sleep(0.01)
+            finally:
+                running.remove(caller)
+
+    tasks = [asyncio.create_task(work(caller)) for caller in ["many"] * 9 + ["one", "two"]]
+    await asyncio.sleep(0)
+    for task in tasks[:5]:  # two of them have begun
+        task.cancel()
+    await asyncio.gather(*tasks, return_exceptions=True)
+    assert (max(all for all, _ in most), max(own for _, own in most)) == (3, 2)
+    assert not turns.running
+
+
+@pytest.fixture
+async def decoders(monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[Decoders]:
+    monkeypatch.setattr("app.core.turns.available_cores", lambda: 2)
+    decoders = Decoders(MAX_PIXELS)
+    yield decoders
+    decoders.close()
+
+
+def send(decoders: Decoders, caller: str, tenths: int) -> asyncio.Task[None]:
+    """Send an image for a caller, whose decoding takes so many tenths of a second."""
+
+    async def run() -> None:
+        current_caller.set(caller)
+        await decoders.run(conversions.sleep, encoded(Image.new("L", (tenths, 1))), MAX_PIXELS, ALL_FORMATS)
+
+    return asyncio.create_task(run())
+
+
+async def test_one_caller_leaves_workers_to_the_others(decoders: Decoders) -> None:
+    flood = [send(decoders, "flood", 30) for _ in range(20)]
+    await asyncio.sleep(0)
+    await send(decoders, "honest", 1)
+    assert not any(task.done() for task in flood), "at once, though 18 images wait"
+    for task in flood:
+        task.cancel()
+
+
+async def test_large_images_take_turns(decoders: Decoders, monkeypatch: pytest.MonkeyPatch) -> None:
+    running, counts, run = list[object](), list[int](), DecodeWorker.run
+
+    def noted(self: DecodeWorker, convert: Convert, data: bytes, limits: Limits) -> object:
+        is_large = limits.expected is None
+        running.extend([self] * is_large)
+        counts.append(len(running))
         try:
-            await asyncio.sleep(0.05)
-        except asyncio.CancelledError:
-            events.append("cancelled")
-            raise
-        return 7
+            return run(self, convert, data, limits)
+        finally:
+            del running[:is_large]
 
-    def ask() -> asyncio.Task[int]:
-        return asyncio.create_task(tasks.run("key", compute))
-
-    one, two = ask(), ask()
-    await asyncio.sleep(0)
-    one.cancel()
-    assert (await two, events) == (7, ["started"])
-    three = ask()
-    await asyncio.sleep(0.01)
-    three.cancel()
-    await asyncio.sleep(0)
-    assert await ask() == 7, "it does not join the cancelled task"
-    assert sorted(events) == ["cancelled", *["started"] * 3]
-    assert not len(tasks)
+    monkeypatch.setattr(DecodeWorker, "run", noted)
+    monkeypatch.setattr("app.core.turns.MEMORY", 1)
+    await asyncio.gather(*(send(decoders, caller, 2) for caller in ("one", "one", "one", "two", "three")))
+    assert (max(counts), len(counts)) == (2, 10)

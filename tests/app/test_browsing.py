@@ -23,7 +23,6 @@ from tests.support.parts import needs
 from tests.support.responses import assert_problem
 from tests.support.service import ODD_ID, ServiceClient, opened
 
-PNG = b"\x89PNG\r\n\x1a\n"
 WEBP = {"Accept": "image/avif,image/webp,*/*"}
 
 

@@ -1,8 +1,11 @@
-"""Several collections in one process: own checkpoints and indexes, a shared backbone and shared batches."""
+"""Several collections in one process, named in the settings or created over HTTP: a shared backbone, own indexes."""
 
 import asyncio
 import gc
 import shutil
+import threading
+from collections.abc import Awaitable, Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -11,14 +14,21 @@ import numpy as np
 import pytest
 from dcar_client.models import CollectionsResponse
 
-from app.core.callers import key_hash
+from app.core.callers import key_hash, new_key
+from app.search.snapshots import Snapshot, load_snapshot
+from app.service import collections as collections_module
+from dcar_core.util.errors import DcarError
+from index_jobs.index.jobs import JobQueue, create_collection, drop_collection, list_collections
+from index_jobs.index.manifest import CHECKPOINT
+from index_jobs.index.versions import open_current
 from index_jobs.rebuild import rebuild
+from tests.support.images import png
 from tests.support.responses import assert_problem, scrape
-from tests.support.service import ADMIN_ONLY, ALICE, BOB, bearer, opened, until
+from tests.support.service import ADMIN, ADMIN_ONLY, ALICE, BOB, WORDS, bearer, opened, until
 from tests.support.versions import file_of
-from tests.support.writes import ADMINS
+from tests.support.writes import ADMINS, WRITES, delete, ended, item, put
 
-WORDS = ("red", "a blue circle", "green cross", "square")
+QUERIES = ("red", "a blue circle", "green cross", "square")
 
 
 @pytest.fixture(scope="module")
@@ -84,7 +94,7 @@ async def test_collections_share_the_batches_of_one_backbone(built_index: Path, 
         encoders = [snapshots.live.encoder for _, snapshots in client.app.state.collections]
         assert encoders[0] is not encoders[1]
         assert encoders[0].model.backbone is encoders[1].model.backbone
-        asked = [(prefix, query) for query in WORDS for prefix in ("", "/collections/round")]
+        asked = [(prefix, query) for query in QUERIES for prefix in ("", "/collections/round")]
         alone = [await text(client, *each) for each in asked]
         before = await scrape(client)
         together = await asyncio.gather(*(text(client, *each) for each in asked))
@@ -127,3 +137,219 @@ async def test_a_collection_that_cannot_be_loaded_is_named_and_the_others_are_se
         found = await scrape(client)
         assert found["dcar_index_items", (("collection", "round"),)] == 6
         assert found["dcar_index_items", (("collection", "index"),)] == 24
+
+
+def create(folder: Path, index: Path, *names: str) -> None:
+    """Create collections without items, as another process would."""
+    folder.mkdir(exist_ok=True)
+    served = open_current(index)
+    for name in names:
+        create_collection(folder, name, served.checkpoint)
+
+
+@pytest.mark.usefixtures("in_process")
+@pytest.mark.slow
+async def test_collection_is_created_filled_and_dropped(index: Path, tmp_path: Path) -> None:
+    given = {**WRITES, "collections_dir": tmp_path / "created", "poll_s": 0.05}
+    path = "/collections/lamps"
+    async with opened(index, **given) as client, opened(index, **given) as other:
+        created = await client.put(path, headers=ADMINS)
+        assert created.json() == {
+            "name": "lamps", "default": False, "count": 0, "index_version": 0, "min_score": None
+        }  # fmt: skip
+        assert (await client.put(path, headers=ADMINS)).json() == created.json(), "idempotent"
+        assert (await client.get("/readyz")).json()["status"] == "ready"
+        assert (await client.post(f"{path}/search/text", json=WORDS)).json()["results"] == []
+        await ended(client, await put(client, item("a"), item("b", "cyan"), path=f"{path}/items"))
+        found = (await client.post(f"{path}/search/text", json={"query": "pink", "k": 5})).json()["results"]
+        assert {each["id"] for each in found} == {"a", "b"}
+        assert (await client.get(f"{path}/items/b/image")).content == png("cyan")
+        await ended(client, await put(client, item("c"), path=f"{path}/items"))
+        assert (await client.get(f"{path}/items")).json()["count"] == 3
+        assert (await client.get("/items")).json()["count"] == 24
+
+        async def count_elsewhere() -> bool:
+            listed = {each["name"]: each["count"] for each in (await other.get("/collections")).json()["collections"]}
+            return listed == {"index": 24, "lamps": 3}
+
+        await until(count_elsewhere)
+    async with opened(index, **given) as client:
+        await until(lambda: len(client.app.state.collections.loaded) == 2)
+        assert (await client.get(f"{path}/items")).json()["count"] == 3, "after a restart"
+        assert (await client.delete(path, headers=ADMINS)).status_code == 204
+        assert (await client.get(f"{path}/items")).status_code == 404
+        assert (await client.delete(path, headers=ADMINS)).status_code == 404
+        assert not list((tmp_path / "created").glob("*/"))
+        assert (await client.put(path, headers=ADMINS)).json()["count"] == 0
+
+
+async def test_created_collections_are_opened_one_by_one_behind_a_ready_service(
+    index: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder, gate, opened_paths = tmp_path / "created", threading.Event(), list[Path]()
+    create(folder, index, "one", "two")
+
+    def load(path: Path, *given: Any) -> Snapshot:
+        if path != index:
+            opened_paths.append(path)
+            assert gate.wait(60)
+        return load_snapshot(path, *given)
+
+    monkeypatch.setattr(collections_module, "load_snapshot", load)
+    async with opened(index, collections_dir=folder, poll_s=0, **WRITES) as client:
+        await until(lambda: bool(opened_paths))
+        assert (await client.get("/readyz")).json()["status"] == "ready"
+        assert (await client.post("/search/text", json=WORDS)).status_code == 200
+        refused = await client.post("/collections/two/search/text", json=WORDS)
+        assert "is being opened" in assert_problem(refused, 503)["detail"]
+        assert "retry-after" in refused.headers
+        assert len(opened_paths) == 1
+        gate.set()
+        await until(lambda: len(client.app.state.collections.loaded) == 3)
+        assert (await client.post("/collections/two/search/text", json=WORDS)).status_code == 200
+        assert opened_paths == [*list_collections(folder).values()]
+
+
+async def test_empty_collection_has_no_results_and_checks_requests(index: Path, tmp_path: Path) -> None:
+    async with opened(index, collections_dir=tmp_path / "created", **WRITES) as client:
+        path = "/collections/lamps"
+        await client.put(path, headers=ADMINS)
+        options = {
+            "filter": {"price": 3},
+            "fields": ["price"],
+            "group_by": "price",
+            "hybrid": True,
+            "min_score": "auto",
+        }
+        text = {"query": "red", "facets": ["price"], "explain": True, "rerank": True, **options}
+        found = (await client.post(f"{path}/search/text", json=text)).json()
+        took_ms = found.pop("took_ms")
+        assert found == {
+            "index_version": 0, "cached": False, "nothing_fits": False, "results": [], "facets": {"price": []}
+        }  # fmt: skip
+        assert took_ms >= 0
+        by_image = await client.post(f"{path}/search/image", files={"file": png()}, data={"filter": '{"price": 3}'})
+        assert by_image.json()["results"] == []
+        batch = await client.post(f"{path}/search/batch", json={"queries": [text, {"query": "blue", "k": 5}]})
+        assert [each["results"] for each in batch.json()["answers"]] == [[], []]
+        for route in ("items?group_by=price", 'items?filter={"price": 3}', "items?sort=-price"):
+            listed = (await client.get(f"{path}/{route}")).json()
+            assert listed == {"index_version": 0, "count": 0, "items": []}
+        assert (await client.get(f"{path}/ui/facets")).json() == {"facets": []}
+        assert (await client.get(f"{path}/ui/catalogue")).json()["fields"] == []
+        for route in ("items/a", "items/a/similar", "items/a/image", "items/a/image?size=192"):
+            assert_problem(await client.get(f"{path}/{route}"), 404, "id")
+        assert_problem(
+            await client.post(f"{path}/search/text", json={"query": "red", "more_like": ["a"]}), 422, "more_like"
+        )
+
+
+async def test_only_collections_of_writers_are_created_and_dropped(index: Path, tmp_path: Path) -> None:
+    lamps, shoes = new_key(), new_key()
+    writers = f"lamps:{key_hash(lamps)}:write:lamps+index, shoes:{key_hash(shoes)}:write:shoes"
+    keys: dict[str, Any] = {"api_keys": f"alice:{key_hash(ALICE)}, {writers}"}
+    async with opened(index, collections_dir=tmp_path / "created", **WRITES, **keys) as client:
+
+        async def send(method: str, name: str, key: str) -> int:
+            return (await client.request(method, f"/collections/{name}", headers=bearer(key))).status_code
+
+        assert [await send("PUT", "lamps", key) for key in (ALICE, "wrong", lamps)] == [403, 401, 200]
+        assert [await send("PUT", "other", key) for key in (ALICE, lamps)] == [403, 403]
+        assert await send("PUT", "shoes", shoes) == 403, "its model is of a collection that the key does not open"
+        assert_problem(await client.put("/collections/lamps2?model=none", headers=ADMINS), 404, "model")
+        assert await send("DELETE", "index", ADMIN) == 409
+        assert await send("DELETE", "none", ADMIN) == 404
+        for name in (".hidden", "..%2Fx", "a b", "x" * 65, "%00"):
+            assert await send("PUT", name, ADMIN) in (404, 405, 422), name
+        assert len(list((tmp_path / "created").glob("*/"))) == 1
+        assert [await send("DELETE", "lamps", key) for key in (ALICE, lamps)] == [403, 204]
+    async with opened(index, **WRITES) as client:
+        assert (await client.put("/collections/lamps", headers=ADMINS)).status_code == 403
+
+
+async def test_created_collection_that_cannot_be_loaded_is_logged_and_degrades_readiness_alone(
+    index: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    folder, failures = tmp_path / "created", list[DcarError]()  # with which `dcar serve` ends
+    create(folder, index, "shoes", "lamps")
+    (list_collections(folder)["lamps"] / CHECKPOINT / "config.json").write_bytes(b"{")
+    async with opened(index, collections_dir=folder, on_start_failure=failures.append, poll_s=0, **WRITES) as client:
+        create(folder, index, "later")
+        (list_collections(folder)["later"] / CHECKPOINT / "config.json").write_bytes(b"{")
+        await client.app.state.collections.sync()
+        await until(lambda: all(served.was_tried.is_set() for _, served in client.app.state.collections))
+        ready = await client.get("/readyz")
+        assert (ready.status_code, ready.json()["status"]) == (200, "degraded")
+        assert all(f"{name}: " in ready.json()["reason"] for name in ("lamps", "later"))
+        for name, status in (("shoes", 200), ("lamps", 503), ("later", 503)):
+            answer = await client.post(f"/collections/{name}/search/text", json=WORDS)
+            assert answer.status_code == status
+    assert failures == []
+    assert [record.levelname for record in caplog.records if "is not served" in record.getMessage()] == ["ERROR"] * 2
+
+
+async def test_drops_at_once_wait_for_each_other_and_for_changes_of_metadata(index: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "created"
+    async with opened(index, collections_dir=folder, poll_s=0, **WRITES) as client:
+        assert (await client.put("/collections/lamps", headers=ADMINS)).status_code == 200
+        with JobQueue(list_collections(folder)["lamps"]).lock():
+            drops = [asyncio.create_task(client.delete("/collections/lamps", headers=ADMINS)) for _ in range(8)]
+            await asyncio.sleep(0.2)
+        statuses = [(await each).status_code for each in drops]
+        assert sorted(statuses) == [204] + [404] * 7
+        assert not [*folder.glob("*/")]
+
+
+async def test_changes_see_at_once_what_another_process_has_created_or_dropped(index: Path, tmp_path: Path) -> None:
+    folder, path = tmp_path / "created", "/collections/lamps"
+    given = {**WRITES, "collections_dir": folder, "poll_s": 0}
+    async with opened(index, **given) as client, opened(index, **given) as other:
+        requests: list[tuple[Callable[[httpx.AsyncClient], Awaitable[httpx.Response]], int, str]] = [
+            (lambda by: put(by, item("a"), path=f"{path}/items"), 202, "collection"),
+            (lambda by: delete(by, "a", path=f"{path}/items"), 202, "collection"),
+            (lambda by: by.delete(path, headers=ADMINS), 204, "collection"),
+            (lambda by: by.put("/collections/shoes?model=lamps", headers=ADMINS), 200, "model"),
+        ]
+        for request, status, field in requests:
+            assert (await client.put(path, headers=ADMINS)).json()["count"] == 0
+            if field == "collection":
+                changed = await request(other)
+                assert changed.status_code == status
+            if status == 202:
+                job = await client.get(changed.headers["location"], headers=ADMINS)
+                assert job.json()["collection"] == "lamps"
+            with suppress(KeyError):
+                drop_collection(list_collections(folder)["lamps"])
+            assert_problem(await request(client), 404, field)
+            listed = (await client.get("/collections")).json()["collections"]
+            assert [each["name"] for each in listed] == ["index"]
+
+
+async def test_reload_follows_collections_of_another_process_and_logs_damaged_ones_once(
+    index: Path, other_checkpoint: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    folder = tmp_path / "created"
+    create(folder, index, "shoes")
+    (list_collections(folder)["shoes"] / "collection.json").write_text("{")
+    async with opened(index, collections_dir=folder, poll_s=0, **WRITES) as client:
+
+        async def embedded(model: str) -> Any:
+            return (await client.post("/v1/embeddings", json={"input": "red", "model": model})).json()["data"]
+
+        async def reloaded() -> Any:
+            with caplog.at_level("INFO"):
+                return (await client.post("/admin/reload", headers=ADMINS)).json()
+
+        create(folder, index, "lamps")
+        assert (await reloaded())["versions"] == {"index": 1, "lamps": 0}
+        assert await embedded("lamps") == await embedded("index")
+        drop_collection(list_collections(folder)["lamps"])
+        create_collection(folder, "lamps", other_checkpoint)
+        await reloaded()
+        assert await embedded("lamps") != await embedded("index"), "it has its new model"
+        assert not (await reloaded())["changed"]
+        drop_collection(list_collections(folder)["lamps"])
+        assert (await reloaded())["versions"] == {"index": 1}
+        assert (await client.get("/readyz")).status_code == 200
+    assert "no longer serving the collection lamps" in caplog.text
+    assert caplog.text.count("collection.json cannot be read") == 1

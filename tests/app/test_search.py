@@ -1,25 +1,31 @@
-"""Searches over HTTP equal the results of encoder and index."""
+"""Searches over HTTP and by `Index`, and embeddings, equal the results of encoder and index."""
 
 import asyncio
+import base64
 import json
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import httpx
 import numpy as np
 import pytest
-from dcar_client.models import ItemResponse
+from dcar_client.models import EmbeddingsResponse, ItemResponse
 
 from app.api.responses import JsonResponse
 from app.core.settings import Settings
-from app.search import results
+from app.search import Index, results
+from app.search.errors import InvalidQueryError, ItemNotFoundError
 from app.search.hits import Hits, find_hits
 from app.search.query import Plan
 from app.search.snapshots import Snapshot, load_snapshot
-from dcar_core.util.errors import ArtifactError, StoreUnavailableError
+from dcar_core import Encoder
+from dcar_core.util.errors import ArtifactError, ImageError, StoreUnavailableError
 from index_jobs.index.versions import open_current
 from index_jobs.rebuild import rebuild
-from tests.support.searches import VALID
+from tests.support.images import png
+from tests.support.responses import assert_problem
+from tests.support.searches import VALID, close
 from tests.support.service import ALICE, BOB, KEYS, ServiceClient, bearer, before_encoding, hold, opened, until
 from tests.support.versions import write_manifest
 
@@ -171,3 +177,116 @@ async def test_responses_show_no_absolute_path(gallery: Path, tiny_checkpoint: P
         for metadata in (item["metadata"], found["metadata"]):
             assert metadata["file_name"] == "red.png"
             assert place not in metadata.values()
+
+
+async def test_index_answers_as_the_service_does(reranking_index: Path, tmp_path: Path) -> None:
+    (tmp_path / "red.png").write_bytes(png("red"))
+    options, crop = {"query": "a red square", "rerank": True}, {"x": 0, "y": 0, "width": 0.5, "height": 1}
+    async with opened(reranking_index) as client:
+        reranked = await client.post("/search/text", json=options)
+        form = {"query": "circle", "crop": json.dumps(crop)}
+        cropped = await client.post("/search/image", files={"file": png("red")}, data=form)
+    index = Index.open(reranking_index, device="cpu")
+    answers: list[tuple[Any, httpx.Response]] = [(index.search(**options), reranked)]
+    for image in (png("red"), tmp_path / "red.png", str(tmp_path / "red.png")):
+        answers.append((index.search("circle", image=image, crop=crop), cropped))
+    own, scores = {"took_ms", "cached", "results"}, {"score", "text_score", "rerank_score", "explanation"}
+    for found, answer in answers:
+        body = answer.json()
+        close(body, [(each["id"], each["score"]) for each in found["results"]])
+        for one, other in zip(found["results"], body["results"], strict=True):
+            assert one.keys() == other.keys()
+            assert {k: one[k] for k in one.keys() - scores} == {k: other[k] for k in other.keys() - scores}
+        assert {k: found[k] for k in found.keys() - own} == {k: body[k] for k in body.keys() - own}
+
+
+def test_wrong_options_and_images_are_errors_that_name_them(built_index: Path, tmp_path: Path) -> None:
+    opened_index = Index.open(built_index, device="cpu")
+    for options, field in (
+        ({}, "query"),
+        ({"query": " "}, "query"),
+        ({"query": "red", "limit": 3}, "limit"),
+        ({"query": "red", "k": 0}, "k"),
+        ({"query": "red", "crop": {"x": 0, "y": 0, "width": 1, "height": 1}}, "crop"),
+        ({"less_like": ["circle/red.png"]}, "less_like"),
+    ):
+        with pytest.raises(InvalidQueryError) as caught:
+            opened_index.search(**options)
+        assert caught.value.field == field
+    with pytest.raises(InvalidQueryError, match=r"limit: unknown option; there are: .*, k, "):
+        opened_index.search("red", limit=3)
+    with pytest.raises(ItemNotFoundError):
+        opened_index.search(more_like=["nothing"])
+    with pytest.raises(ImageError, match=r"none\.png: No such file"):
+        opened_index.search(image=tmp_path / "none.png")
+    with pytest.raises(ImageError):
+        opened_index.search(image=b"no image")
+
+
+IMAGE = base64.b64encode(png("red")).decode()
+
+
+async def test_texts_and_images_have_the_vectors_of_searches(
+    started: ServiceClient, encoder: Encoder, tmp_path: Path
+) -> None:
+    (tmp_path / "red.png").write_bytes(png("red"))
+    texts = encoder.encode_text(["a red circle", "cafe"])
+    image = encoder.encode_images([tmp_path / "red.png"])[0]
+    given: list[Any] = ["  a red  circle", {"image": IMAGE}, "cafe", {"image": f"data:image/png;base64,{IMAGE}"}]
+    response = await started.post("/v1/embeddings", json={"input": given, "user": "someone"})
+    found = EmbeddingsResponse.model_validate(response.json())
+    assert (found.object, found.model, found.fingerprint) == ("list", "index", encoder.fingerprint)
+    assert [each.index for each in found.data] == [0, 1, 2, 3]
+    expected = np.array([texts[0], image, texts[1], image])
+    np.testing.assert_allclose(np.array([each.embedding for each in found.data], np.float64), expected, atol=1e-6)
+    body = {"input": "cafe", "encoding_format": "base64", "model": "index", "dimensions": encoder.dim}
+    (packed,) = (await started.post("/v1/embeddings", json=body)).json()["data"]
+    np.testing.assert_allclose(np.frombuffer(base64.b64decode(packed["embedding"]), "<f4"), expected[2], atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("given", "status", "field"),
+    [
+        ({}, 422, "input"),
+        ({"input": []}, 422, "input"),
+        ({"input": None}, 422, "input.0"),
+        ({"input": [[1, 2, 3]]}, 422, "input.0"),
+        ({"input": ["red", 5]}, 422, "input.1"),
+        ({"input": ["red", " "]}, 422, "input.1"),
+        ({"input": ["red"] * 33}, 422, "input"),
+        ({"input": "x" * 1001}, 422, "input.0"),
+        ({"input": {"image": ""}}, 422, "input.0.image"),
+        ({"input": {"image": "no base64!"}}, 422, "input.0.image"),
+        ({"input": ["red", {"image": base64.b64encode(b"no image").decode()}]}, 422, "input.1.image"),
+        ({"input": {"image": base64.b64encode(png("red") + bytes(20_000)).decode()}}, 413, "input.0.image"),
+        ({"input": {"image": IMAGE, "url": "http://x"}}, 422, "input.0.url"),
+        ({"input": "red", "dimensions": 8}, 422, "dimensions"),
+        ({"input": "red", "encoding_format": "int8"}, 422, "encoding_format"),
+        ({"input": "red", "model": "text-embedding-3-small"}, 404, "model"),
+        ({"input": "red", "modell": "index"}, 422, "modell"),
+    ],
+)
+async def test_invalid_input_is_refused_by_name(
+    started: ServiceClient, given: dict[str, Any], status: int, field: str
+) -> None:
+    assert_problem(await started.post("/v1/embeddings", json=given), status, field)
+
+
+async def test_a_body_beyond_the_upload_limit_is_refused(built_index: Path) -> None:
+    async with opened(built_index, max_upload_bytes=20_000, max_queries=1) as client:
+        response = await client.post("/v1/embeddings", json={"input": {"image": "A" * 100_000}})
+        assert_problem(response, 413, "body")
+
+
+async def test_keys_and_rates_apply_each_input_counts_and_very_many_values_are_refused_unparsed(
+    built_index: Path,
+) -> None:
+    async with opened(built_index, **KEYS, rate_limit="5/minute") as client:
+        many, headers = b'{"user": [' + b"0," * 600_000 + b"0]}", {"Content-Type": "application/json", **bearer(BOB)}
+        for path in ("/v1/embeddings", "/search/batch"):
+            assert_problem(await client.post(path, content=many, headers=headers), 413, "body")
+        body = {"input": ["red", "blue", "green"]}
+        assert (await client.post("/v1/embeddings", json=body)).status_code == 401
+        assert (await client.post("/v1/embeddings", json=body, headers=bearer(ALICE))).status_code == 200
+        refused = await client.post("/v1/embeddings", json=body, headers=bearer(ALICE))
+        assert_problem(refused, 429)

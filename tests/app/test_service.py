@@ -1,21 +1,31 @@
-"""The service around the search: version swaps, admin, pages, unexpected errors, background tasks that fail."""
+"""The service around the search: starts, swaps of versions, admin, pages, unexpected errors and failing tasks."""
 
 import asyncio
+import gc
+import itertools
 import re
 import shutil
+import socket
+import weakref
 from pathlib import Path
+from typing import Any
 
 import pytest
 from dcar_client.models import ReloadResponse
 
 from app.core.metrics import Metrics
+from app.core.settings import Settings
 from app.core.turns import supervise
+from app.server import serve
+from dcar_core.util.errors import DcarError
 from index_jobs.index.manifest import Current
 from index_jobs.index.versions import current_version, rollback
 from index_jobs.rebuild import rebuild
+from tests.support.commands import Command
 from tests.support.images import png
+from tests.support.processes import free_port
 from tests.support.responses import assert_problem, scrape
-from tests.support.service import ADMIN_ONLY, ServiceClient, before_encoding, opened, restore, until, until_ready
+from tests.support.service import ADMIN_ONLY, SERVE, ServiceClient, before_encoding, opened, restore, until, until_ready
 from tests.support.versions import file_of, point, publish_copy
 from tests.support.writes import ADMINS
 
@@ -176,3 +186,87 @@ async def test_a_failure_of_the_poller_degrades_readiness_until_it_works_again(
         assert metrics["dcar_index_degraded", (("collection", "index"),)] == 1
         monkeypatch.setattr("app.service.collections.current_version", current_version)
         await until_ready(client, status="ready")
+
+
+@pytest.mark.slow
+async def test_swaps_under_load_drop_no_request_and_free_what_they_replace(
+    index: Path, gallery: Path, tiny_checkpoint: Path, other_checkpoint: Path
+) -> None:
+    checkpoints = {1: tiny_checkpoint, 2: other_checkpoint, 3: tiny_checkpoint}
+    for version in (2, 3):
+        rebuild(gallery, checkpoints[version], index, workers=0, progress=False, force=True, keep=3)
+    rollback(index, 1)
+    sizes = itertools.cycle(range(40, 90))
+    words = (f"a red square {number}" for number in itertools.count())  # never cached
+    seen, expected, asked, done = list[tuple[int, weakref.ref[Any]]](), dict[Path, Any](), 0, False
+
+    async with opened(index, poll_s=0, deadline_ms=60_000, **ADMIN_ONLY) as client:
+
+        async def ask(number: int) -> None:
+            nonlocal asked
+            search = "/search/text"
+            while not done:
+                sent = [
+                    lambda: client.post(search, json={"query": "a red square", "k": 24}),
+                    lambda: client.post(search, json={"query": next(words)}),
+                    lambda: client.post(search, json={"query": next(words), "explain": True, "k": 2}),
+                    lambda: client.post("/search/image", files={"file": png(size=(next(sizes), 40))}),
+                    lambda: client.get("/items/circle%2Fred.png/similar"),
+                ]
+                response = await sent[number]()
+                assert response.status_code == 200, response.text
+                checkpoint, results = checkpoints[response.json()["index_version"]], response.json()["results"]
+                assert number or results == expected.setdefault(checkpoint, results), "results of one version"
+                asked += 1
+                await asyncio.sleep(0.01)  # leave the interpreter to the loading thread
+
+        async def swap(version: int) -> None:
+            await asyncio.to_thread(rollback, index, version)
+            reloaded = (await client.post("/admin/reload", headers=ADMINS)).json()
+            assert (reloaded["index_version"], reloaded["changed"]) == (version, True)
+            live = client.app.state.collections[None].live
+            seen.extend((version, weakref.ref(part)) for part in (live.encoder, live.encoder.model, live.artifact))
+
+        load = [asyncio.create_task(ask(number)) for number in (0, 0, 0, 0, 1, 2, 3, 4)]
+        for version in [2, 1, 3, 1] * 3:
+            await swap(version)
+        done = True
+        await asyncio.gather(*load)
+        assert asked > 12
+        assert len(expected) == 2
+        assert (await client.post("/search/text", json={"query": next(words)})).is_success  # of the replaced version
+        await swap(2)  # no search follows that would free memory
+        for _ in range(50):  # threads of replaced versions may take a moment to end
+            gc.unfreeze()  # what earlier modules left, and is garbage by now, may hold others
+            gc.collect()
+            alive = {(version, type(part).__name__) for version, each in seen if (part := each()) is not None}
+            if len(alive) == 3:
+                break
+            await asyncio.sleep(0.1)
+        assert alive == {(2, name) for name in ("DCAR", "Encoder", "IndexVersion")}
+
+
+def test_start_fails_without_an_index_or_on_a_taken_port(tmp_path: Path, built_index: Path) -> None:
+    with pytest.raises(DcarError, match="dcar index build"):
+        serve(Settings(index=tmp_path))
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        with pytest.raises(DcarError, match=f"port {port} of 127.0.0.1: Address already in use") as caught:
+            serve(Settings(index=built_index, port=port))
+    assert "\n" not in str(caught.value)
+    with pytest.raises(DcarError, match=r"192\.0\.2\.1"):
+        serve(Settings(index=built_index, host="192.0.2.1"))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("workers", ["1", "2"])
+def test_server_with_a_broken_index_exits_with_the_reason(workers: str, index: Path) -> None:
+    file_of(index, "checkpoint/trainables.safetensors").unlink()
+    environment = {"DCAR_INDEX": str(index), "DCAR_PORT": str(free_port()), "DCAR_DEVICE": "cpu"}
+    process = Command("-c", SERVE, environment=environment | {"DCAR_WORKERS": workers})
+    _, log = process.communicate(timeout=60)
+    assert process.returncode == 1
+    assert "trainables.safetensors" in log.splitlines()[-1]
+    assert workers != "1" or log.count("trainables.safetensors") == 1, "logged once"
