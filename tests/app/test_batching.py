@@ -9,7 +9,7 @@ from collections import Counter
 from collections.abc import AsyncIterator, Callable
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any, NamedTuple, cast
+from typing import Any, cast
 
 import numpy as np
 import pytest
@@ -18,7 +18,7 @@ from PIL import Image
 from app.core.callers import current_caller, request_id
 from app.core.metrics import Metrics
 from app.core.settings import Settings
-from app.core.turns import Decoders, FairQueue, FairTurns
+from app.core.turns import Decoders, FairQueue
 from app.search.errors import UnavailableError
 from app.search.snapshots import Snapshot
 from app.service.encoding import Batcher, QueryEncoder
@@ -55,21 +55,22 @@ class Recorder:
         return np.array([[np.nan if payload == "nan" else len(payload), 1] for payload in payloads], np.float32)
 
 
-class Bench(NamedTuple):
-    """A batcher at work, one group of queries, and the recorder that answers them."""
+class Bench(Recorder):
+    """A batcher at work, and the recorder that answers its queries."""
 
-    batcher: Batcher
-    run: Callable[[list[Any]], Floats]
-    recorder: Recorder
+    def __init__(self, **given: Any) -> None:
+        super().__init__()
+        self.batcher = Batcher(**{"max_batch": 8, "max_wait_s": 0, **given})
+        self.batcher.start()
 
-    async def one(self, payload: str, run: Callable[[list[Any]], Floats] | None = None) -> Floats:
-        return await self.batcher.submit("key", run or self.run, payload)
+    async def one(self, payload: str, run: Recorder | None = None) -> Floats:
+        return await self.batcher.submit("key", run or self, payload)
 
     async def held(self) -> asyncio.Task[Floats]:
         """Keep the model thread busy, so following queries queue up."""
-        self.recorder.gate.clear()
+        self.gate.clear()
         task = asyncio.create_task(self.one("first"))
-        while not self.recorder.batches:
+        while not self.batches:
             await asyncio.sleep(0.001)
         return task
 
@@ -85,10 +86,7 @@ async def bench() -> AsyncIterator[Callable[..., Bench]]:
     made: list[Bench] = []
 
     def make(**given: Any) -> Bench:
-        recorder = Recorder()
-        batcher = Batcher(**{"max_batch": 8, "max_wait_s": 0, **given})
-        batcher.start()
-        made.append(Bench(batcher, recorder, recorder))
+        made.append(Bench(**given))
         return made[-1]
 
     yield make
@@ -101,13 +99,13 @@ async def test_queries_of_a_group_that_arrive_during_a_forward_pass_form_the_nex
 ) -> None:
     made = bench(max_batch=3)
     images, first, tasks = Recorder(), await made.held(), []
-    images.batches = made.recorder.batches
+    images.batches = made.batches
     for run, payload in [(None, "a"), (images, "i1"), (None, "bb"), (images, "i2"), (None, "ccc"), (None, "dddd")]:
         tasks += await made.submit(payload, run=run)
-    made.recorder.gate.set()
+    made.gate.set()
     assert [int(v[0]) for v in await asyncio.gather(first, *tasks)] == [5, 1, 2, 2, 2, 3, 4]
-    assert made.recorder.batches == [["first"], ["a", "bb", "ccc"], ["i1", "i2"], ["dddd"]]
-    assert made.recorder.threads == images.threads
+    assert made.batches == [["first"], ["a", "bb", "ccc"], ["i1", "i2"], ["dddd"]]
+    assert made.threads == images.threads
 
 
 @pytest.mark.parametrize(("poison", "error"), [("bad", DataError), ("nan", DataError), ("panic", RuntimeError)])
@@ -115,7 +113,7 @@ async def test_a_bad_query_fails_alone(bench: Callable[..., Bench], poison: str,
     made = bench()
     first = await made.held()
     rest = await made.submit("a", "bb", poison, "dddd", "eeeee")
-    made.recorder.gate.set()
+    made.gate.set()
     await first
     outcomes = await asyncio.gather(*rest, return_exceptions=True)
     assert isinstance(outcomes.pop(2), error)
@@ -140,22 +138,9 @@ async def test_an_invalid_output_fails_its_caller_and_a_failure_of_the_batcher_n
     assert metrics.registry.get_sample_value("dcar_task_failures_total", {"task": "batcher"}) == 1
 
 
-async def test_a_busy_batcher_waits_for_more_queries_and_an_idle_one_starts_at_once(
-    bench: Callable[..., Bench],
-) -> None:
-    made = bench(max_wait_s=0.5)
-    began = time.monotonic()
-    await made.one("alone")
-    assert time.monotonic() - began < 0.25
-    first = await made.held()
-    pair = await made.submit("a", "bb")
-    made.recorder.gate.set()
-    await asyncio.gather(first, *pair)
-    early = await made.submit("early")
-    await asyncio.sleep(0.05)
-    late = await made.submit("late")
-    await asyncio.gather(*early, *late)
-    assert made.recorder.batches[-1] == ["early", "late"]
+async def test_an_idle_batcher_starts_at_once(bench: Callable[..., Bench]) -> None:
+    async with asyncio.timeout(5):
+        await bench(max_wait_s=60).one("alone")
 
 
 async def test_callers_take_turns_whatever_one_of_them_sends(bench: Callable[..., Bench]) -> None:
@@ -170,10 +155,10 @@ async def test_callers_take_turns_whatever_one_of_them_sends(bench: Callable[...
     await submit("b", "b0", "b1")
     await submit("c", "c0", run=images)
     await submit("d", "d0")
-    made.recorder.gate.set()
+    made.gate.set()
     await asyncio.gather(*waiting)
-    assert made.recorder.batches[1:3] == [["a0", "b0", "d0", "a1"], ["b1", "a2", "a3", "a4"]]
-    assert made.recorder.batches[3:] == [["a5", "a6", "a7", "a8"], ["a9"]]
+    assert made.batches[1:3] == [["a0", "b0", "d0", "a1"], ["b1", "a2", "a3", "a4"]]
+    assert made.batches[3:] == [["a5", "a6", "a7", "a8"], ["a9"]]
     assert images.batches == [["c0"]]
 
 
@@ -248,28 +233,6 @@ async def test_the_caller_and_then_the_request_that_had_least_is_next() -> None:
     put("a", "1")
     queue.waiting[0].future.cancel()
     assert queue.take() is None
-
-
-async def test_turns_of_a_caller_are_limited_and_pass_over_one_that_gives_up() -> None:
-    turns, running, most = FairTurns(3, 2), list[str](), set[tuple[int, int]]()
-
-    async def work(caller: str) -> None:
-        current_caller.set(caller)
-        async with turns.turn():
-            running.append(caller)
-            most.add((len(running), running.count("many")))
-            try:
-                await asyncio.sleep(0.01)
-            finally:
-                running.remove(caller)
-
-    tasks = [asyncio.create_task(work(caller)) for caller in ["many"] * 9 + ["one", "two"]]
-    await asyncio.sleep(0)
-    for task in tasks[:5]:  # two of them have begun
-        task.cancel()
-    await asyncio.gather(*tasks, return_exceptions=True)
-    assert (max(all for all, _ in most), max(own for _, own in most)) == (3, 2)
-    assert not turns.running
 
 
 @pytest.fixture

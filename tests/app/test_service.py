@@ -25,7 +25,7 @@ from tests.support.commands import Command
 from tests.support.images import png
 from tests.support.processes import free_port
 from tests.support.responses import assert_problem, scrape
-from tests.support.service import ADMIN_ONLY, SERVE, ServiceClient, before_encoding, opened, restore, until, until_ready
+from tests.support.service import ADMIN_ONLY, SERVE, ServiceClient, before_encoding, opened, restore, until_ready
 from tests.support.versions import file_of, point, publish_copy
 from tests.support.writes import ADMINS
 
@@ -80,24 +80,6 @@ async def test_a_rebuilt_index_with_the_same_version_number_is_served(
         assert after["index_version"] == before["index_version"] == 1
         assert [r["score"] for r in after["results"]] != [r["score"] for r in before["results"]]
         assert not (await client.post("/admin/reload", headers=ADMINS)).json()["changed"]
-
-
-async def test_searches_are_refused_503_until_the_model_is_loaded(index: Path) -> None:
-    file_of(index, "items.arrow").write_bytes(b"")
-    async with opened(index, ready=False, poll_s=0) as client:
-        assert (await client.get("/healthz")).status_code == 200
-        early = await client.post("/search/text", json={"query": "x"})
-        assert early.status_code == 503
-        assert early.headers["retry-after"]
-        assert early.headers["content-type"] == "application/problem+json"
-
-        async def failed() -> bool:
-            return "items.arrow" in (await client.get("/readyz")).json()["detail"]
-
-        await until(failed)
-        assert (await client.get("/readyz")).status_code == 503
-        assert (await client.get("/items/x")).status_code == 503
-        assert client.app.state.collections[None].live is None
 
 
 async def test_missing_broken_and_outside_images_are_404(tmp_path: Path, gallery: Path, tiny_checkpoint: Path) -> None:
