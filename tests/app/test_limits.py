@@ -54,19 +54,26 @@ async def test_many_closed_loops_of_one_caller_are_refused_nothing(built_index: 
         assert {status for each in await asyncio.gather(*map(ask, range(256))) for status in each} == {200}
 
 
-async def test_an_upload_without_room_is_not_read(built_index: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    async with opened(built_index, max_pending=1) as client:
+async def test_searches_beyond_max_pending_are_refused_and_their_uploads_not_read(
+    built_index: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with opened(built_index, max_pending=2) as client:
         gate, seen = hold(client.app.state.collections[None].live.encoder)
-        first = asyncio.create_task(client.post("/search/text", json=WORDS))
-        await until(lambda: bool(seen))
+        tasks = [asyncio.create_task(client.post("/search/text", json={"query": f"q{i}"})) for i in range(10)]
+        await until(lambda: bool(seen) and sum(task.done() for task in tasks) == 8)
         with monkeypatch.context() as patch:
             patch.setattr("app.api.requests.read_image_query", None)
-            response = await client.post("/search/image", files={"file": png()})
-        assert (response.status_code, response.headers["retry-after"]) == (503, "1")
-        assert (await client.post("/v1/embeddings", json={"input": "red"})).status_code == 503
+            refused = [await client.post("/search/image", files={"file": png()})]
+        refused.append(await client.post("/v1/embeddings", json={"input": "red"}))
         gate.set()
-        assert (await first).is_success
+        responses = await asyncio.gather(*tasks)
+        assert sorted(response.status_code for response in responses) == [200] * 2 + [503] * 8
+        refused += [response for response in responses if response.status_code == 503]
+        assert {(response.status_code, response.headers["retry-after"]) for response in refused} == {(503, "1")}
         assert (await client.post("/search/image", files={"file": png()})).is_success
+        for count, status in ((2, 200), (3, 503), (2, 200)):  # each search of a batch counts
+            batch = {"queries": [{"query": f"q{i}"} for i in range(count)]}
+            assert (await client.post("/search/batch", json=batch)).status_code == status
 
 
 LIMIT = 2**20 + 2 * UNCOUNTED_BYTES

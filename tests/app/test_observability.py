@@ -1,4 +1,4 @@
-"""Metrics, request ids, logs, and a shutdown that drops no request; the dashboard and the alerts ask for what there is."""
+"""Metrics, request ids, logs, and a shutdown that drops no request; the dashboard and the alerts."""
 
 import importlib
 import json

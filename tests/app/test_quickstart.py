@@ -83,7 +83,10 @@ def test_without_a_hub_a_model_is_looked_for_in_the_cache_alone(tmp_path: Path) 
 def test_a_model_that_the_hub_does_not_have_is_not_replaced(
     model: str, photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    assert recommended_weights(DEFAULT.name) == DEFAULT.pretrained
     monkeypatch.chdir(tmp_path)
+    Path(DEFAULT.name).mkdir()
+    assert recommended_weights(DEFAULT.name) is None, "a directory has weights of its own"
     Path("model").mkdir()
     Path("model/open_clip_config.json").write_text(json.dumps({"model_cfg": {}}))
     assert isinstance(quickstart(photos, "--model", *model.split(), fails=True).exception, ModelError)
@@ -118,15 +121,6 @@ def test_the_named_files_of_a_model_are_what_the_index_is_made_with(
     assert indexed("Tiny", "--pretrained", str(weights)) == f"made: {weights}"
     change(weights)
     assert indexed("Tiny", "--pretrained", str(weights)) == f"made: {weights}"
-
-
-def test_a_directory_with_the_name_of_a_model_has_weights_of_its_own(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    assert recommended_weights(DEFAULT.name) == DEFAULT.pretrained
-    (tmp_path / DEFAULT.name).mkdir()
-    monkeypatch.chdir(tmp_path)
-    assert recommended_weights(DEFAULT.name) is None
 
 
 def test_a_missing_folder_is_named_before_a_model_is_loaded(tmp_path: Path) -> None:

@@ -1,5 +1,6 @@
 """Ranking on vectors made for it: ties, folding, wide searches, groups, facets and sorts of many rows."""
 
+import itertools
 import math
 from types import SimpleNamespace
 from typing import Any
@@ -117,10 +118,12 @@ def test_groups_equal_those_of_all_rows_on_every_page(kind: str) -> None:
     rng, count = np.random.default_rng(0), 600
     values = [f"p{number}" if number else None for number in (rng.zipf(1.5, count) % 90).tolist()]
     vectors = unit(rng, count, 16)
-    snapshot = snapshot_of(ArtifactStub(vectors, kind, product=values))
-    groups = group_field(snapshot, "product")
-    for allowed in (None, RowFilter.of_mask(rng.random(count) < 0.5)):
-        expected = first_of_each(ranked(snapshot.artifact, vectors[0], PLAIN, count, allowed), values)
+    columns = {"product": values, "huge": ["huge"] * 570 + values[:30]}
+    snapshot = snapshot_of(ArtifactStub(vectors, kind, **columns))
+    half = RowFilter.of_mask(rng.random(count) < 0.5)
+    for name, allowed in itertools.product(columns, (None, half)):
+        groups = group_field(snapshot, name)
+        expected = first_of_each(ranked(snapshot.artifact, vectors[0], PLAIN, count, allowed), columns[name])
         for size in (1, 5, 24, len(expected), len(expected) + 5):
             found = best_of_groups(snapshot.artifact, Plan(end=size - 1, allowed=allowed), vectors[0], groups)
             assert found.rows.tolist() == expected[:size]
@@ -145,16 +148,6 @@ def test_search_for_other_products_is_as_narrow_as_without_items(names: list[str
     assert len(found) == (0 if names == ["a"] else 10)
     assert "a" not in found
     assert max(widths) < 100
-
-
-def test_one_huge_group_does_not_hide_the_others() -> None:
-    vectors = unit(np.random.default_rng(0), 3000, 16)
-    vectors[:2950] = vectors[0] + 0.01 * vectors[:2950]
-    vectors /= np.linalg.norm(vectors, axis=1, keepdims=True)
-    values = ["huge"] * 2950 + [f"p{number}" for number in range(50)]
-    plan = Plan(end=9, group_by="product")
-    hits = find_hits(snapshot_of(ArtifactStub(vectors, product=values)), plan, vectors[0])
-    assert len({values[row] for row in hits.rows}) == 10
 
 
 def test_cache_keeps_the_entries_that_were_used_last() -> None:
