@@ -19,6 +19,7 @@ from tests.support import commands
 from tests.support.files import write_json, write_jsonl
 from tests.support.parts import needs
 from tests.support.paths import ROOT
+from tests.support.vectors import clustered
 
 EMOJI, DOMAINS = ROOT / "examples" / "emoji", ("twemoji", "openmoji")
 TABLES = {  # commands, and patterns of what they print
@@ -26,6 +27,8 @@ TABLES = {  # commands, and patterns of what they print
         r"\| clip-adapter \| 2,144 \|",  # two bottlenecks of 32 -> 16 -> 32
     "runtimes.py --checkpoint {work}/tiny-checkpoint --runtimes torch --pictures 4 --work {work}":
         r"\| reference \| .*\n\| torch \| \d+ \(.*\n\n4 captions, 4 images, ",
+    "encode.py --memory 60 --threads 1": r"(?s)scanned 60 pictures; the table takes \d+ MiB, \d\d\d bytes a picture"
+        r".*encoded 60 pictures, \d+/s; peak \d+ MiB, \d+ MiB in a worker",
     "caption_counts.py {data} --model {model} --methods clip-adapter --seeds 1 --counts 10": r"\n\| 0 \|.*\n\| 10 \|",
     "word_weights.py {data} {work}/tiny-checkpoint --model {model}":
         r"\| no weights \|(.*\n)+\| exact, shuffled \|",
@@ -65,6 +68,22 @@ def test_a_script_prints_its_table(
     (tmp_path / "tiny-checkpoint").symlink_to(tiny_checkpoint)  # in place of a model of real size
     printed = run(*command.format(model=tiny_model, data=tiny_data, work=tmp_path).split()).stdout
     assert re.search(TABLES[command], printed), printed
+
+
+@pytest.mark.slow
+def test_index_kinds_takes_vectors_of_a_file_and_more_like_them(tmp_path: Path) -> None:
+    """Each target, filter and update has its figures; peers that are not installed are left out."""
+    np.save(tmp_path / "v.npy", clustered(200))
+    np.save(tmp_path / "q.npy", clustered(100, seed=3))
+    files = ("--vectors", tmp_path / "v.npy", "--queries", tmp_path / "q.npy", "--count", "300", "--query-count", "50")
+    tasks = ["--kind", "flat", "--kind", "IVF8,Flat", "--filters", "--target", "0.99", "--target", "0.5", "--peers"]
+    table = run("index_kinds.py", *files, *tasks).stdout.splitlines()
+    assert table[0].startswith("300 vectors of 32, from v; ")
+    rows = [line.strip("| ").split(" | ") for line in table if line.startswith(("| `flat`", "| `IVF8,Flat`"))]
+    kinds = (["`flat`", "`Flat`"], ["`IVF8,Flat`", "`IVF8,Flat`"])
+    assert [row[:3] for row in rows] == [[*kind, target] for kind in kinds for target in ("0.99", "0.5")]
+    assert float(rows[2][-1]) >= 0.95 > float(rows[3][-1]) >= 0.5
+    assert all(float(filtered.rsplit(", ")[1]) >= 0.9 for row in rows for filtered in row[-4:-1])
 
 
 @pytest.mark.parametrize("domain", DOMAINS)

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from dcar_core.util.files import apply_umask, atomic_writer, canonical_json, fsync_path, sha256_of, write_json
+from dcar_core.util.files import atomic_writer, canonical_json, fsync_path, write_json
 
 
 def test_the_whole_content_is_on_the_disk_before_the_file_gets_its_name(
@@ -84,13 +84,3 @@ def test_json_is_written_readably_and_hashed_canonically(tmp_path: Path) -> None
     with pytest.raises(ValueError, match="not JSON compliant"):
         write_json(tmp_path / "file", math.nan)
     assert canonical_json({"b": "é", "a": [1, 2]}) == '{"a":[1,2],"b":"é"}'.encode()
-    digest = sha256_of(tmp_path / "file")
-    assert (len(digest), digest) == (64, digest.lower())
-
-
-def test_the_umask_of_the_process_is_applied_and_kept() -> None:
-    umask = os.umask(0o022)
-    os.umask(umask)
-    assert apply_umask(0o777) == 0o777 & ~umask
-    assert apply_umask(0o700) == 0o700
-    assert umask != 0o077, "which the module sets while it reads it"

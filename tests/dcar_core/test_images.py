@@ -1,10 +1,18 @@
-"""Image files to RGB and to a model's pixels: formats, transparency, tiles, memory; images in folders and tars."""
+"""Image files to RGB and to a model's pixels: formats, tiles, memory, folders and tars; decoders with limits."""
 
 import io
+import os
+import signal
+import subprocess
 import sys
 import tarfile
+import threading
+import time
 import tracemalloc
+from collections.abc import Callable, Iterator
+from contextlib import closing
 from dataclasses import asdict, replace
+from functools import partial
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -16,17 +24,20 @@ from open_clip.transform import PreprocessCfg, image_transform_v2
 from PIL import Image, ImageOps
 
 from dcar_core.data.image_lookup import ImageFinder
-from dcar_core.images import ImageFormat, ImageRoot, OpenedImage, decoding, index_tar, open_image, sniff_format
+from dcar_core.images import ImageFormat, ImageRoot, OpenedImage, decoding, index_tar, open_image, sniff_format, workers
+from dcar_core.images.decoding import make_thumbnail
+from dcar_core.images.formats import WEB_FORMATS
+from dcar_core.images.workers import DecodeWorker, LargeImageError, Limits
 from dcar_core.model import preprocess
 from dcar_core.model.preprocess import Preprocess
 from dcar_core.util.errors import DataError, ImageError, ImageFault
-from tests.support.files import write_file
-from tests.support.hostile_images import png_of_size, png_with_profile
+from tests.support import conversions
+from tests.support import hostile_images as hostile
+from tests.support.files import tar_bytes, write_file, write_tar
 from tests.support.images import encoded, peak_memory
 from tests.support.parts import needs
-from tests.support.paths import ROOT
+from tests.support.processes import children_of, is_alive
 
-EXAMPLE = ROOT / "examples" / "emoji" / "twemoji"
 HALF = (0.5,) * 3
 
 
@@ -44,12 +55,9 @@ def deep_or_clear(mode: str, width: int, height: int) -> Image.Image:
     rng = np.random.default_rng(0)
     rgba = Image.fromarray(rng.integers(0, 256, (height, width, 4), dtype=np.uint8))
     deep = rng.integers(0, 65536, (height, width), dtype=np.uint16)
-    if mode == "I;16":
-        return Image.fromarray(deep)
-    if mode == "I;16B":
-        return Image.frombytes("I;16B", (width, height), deep.astype(">u2").tobytes())
-    if mode == "I":
-        return Image.fromarray(deep.astype(np.int32) * 2 - 30_000)
+    if mode[0] == "I":
+        values = {"I;16": deep, "I;16B": deep.astype(">u2"), "I": deep.astype(np.int32) * 2 - 30_000}
+        return Image.frombytes(mode, (width, height), values[mode].tobytes())
     if mode == "RGB":
         keyed = rgba.convert(mode)
         keyed.paste((1, 2, 3), (0, 0, width // 2, height))
@@ -71,21 +79,6 @@ def test_the_transparent_colour_of_a_png_is_drawn_white(mode: str) -> None:
     data = encoded(image, transparency=(0, 0, 0) if mode == "RGB" else 0)
     expected = np.where(drawn & (mode == "I;16"), 1000 // 257 + 1, 255)
     np.testing.assert_array_equal(np.asarray(open_image(data)), np.repeat(expected[:, :, None], 3, axis=2))
-
-
-@pytest.mark.parametrize(
-    ("data", "reason"),
-    [
-        (Path("none.png"), "no such file"),
-        (b"", "empty"),
-        (b"hello", "not an image"),
-        (encoded(Image.effect_noise((64, 64), 50))[:-600], "broken or truncated"),
-        (png_of_size(20_000, 20_000), "20000 x 20000 pixels"),
-    ],
-)
-def test_unreadable_files_are_refused_with_the_reason(data: bytes | Path, reason: str) -> None:
-    with pytest.raises(ImageError, match=reason):
-        open_image(data)
 
 
 def test_images_are_read_from_folders_and_tars(tmp_path: Path) -> None:
@@ -110,11 +103,11 @@ def test_images_are_read_from_folders_and_tars(tmp_path: Path) -> None:
 
 def test_members_that_several_tars_have_are_known_by_their_tar_alone(tmp_path: Path) -> None:
     for shard in ("a", "b"):
-        (tmp_path / f"{shard}.tar").write_bytes(tar_bytes("1.png", f"{shard}.png", fill=shard.encode()))
+        write_tar(tmp_path / f"{shard}.tar", dict.fromkeys(("1.png", f"{shard}.png"), shard.encode()))
     root = ImageRoot(tmp_path)
     assert root.names() == ["a.png", "a.tar/1.png", "b.png", "b.tar/1.png"]
     assert [name for name in ("1.png", "a.png", "a.tar/a.png", "b.tar/1.png") if name not in root] == ["1.png"]
-    assert (root.read("a.tar/1.png")[:1], root.read("b.tar/1.png")[:1]) == (b"a", b"b")
+    assert (root.read("a.tar/1.png"), root.read("b.tar/1.png")) == (b"a", b"b")
     with pytest.raises(ImageError, match=r"no file 1\.png"):
         root.read("1.png")
     finder, names = ImageFinder(root, frozenset()), ("1.png", "other/1.png", "other/a.png", "b.tar/1.png")
@@ -143,25 +136,9 @@ def test_large_image_is_averaged_when_reduced(mode: str, monkeypatch: pytest.Mon
         assert np.abs(found - averaged).max() <= 1
 
 
-def tar_bytes(*names: str, fill: bytes = b"x") -> bytes:
-    return tar_of(dict.fromkeys(names, fill * 700), {}, tarfile.USTAR_FORMAT)  # with its header 1536 bytes each
-
-
-def tar_of(members: dict[str, bytes], headers: dict[str, str], form: int = tarfile.PAX_FORMAT) -> bytes:
-    buffer = io.BytesIO()
-    with tarfile.open(fileobj=buffer, mode="w", format=form) as tar:
-        for name, data in members.items():
-            member = tarfile.TarInfo(name)
-            member.size, member.pax_headers = len(data), headers
-            tar.addfile(member, io.BytesIO(data))
-    return buffer.getvalue()
-
-
-TAR = tar_bytes(*(f"pic{i}.p" for i in range(5)))
-
-
-def odd(prefix: str = "GNU.sparse.", **headers: str) -> bytes:
-    return tar_of({"a.png": b"abc"}, {prefix + name: value for name, value in headers.items()})
+TAR = tar_bytes({f"pic{i}.p": b"x" * 700 for i in range(5)})  # with its header 1536 bytes each
+SPARSE = tarfile.TarInfo("a.png")
+SPARSE.pax_headers = {"GNU.sparse.map": "0,3", "GNU.sparse.size": "4096"}
 
 
 @pytest.mark.parametrize(
@@ -170,12 +147,9 @@ def odd(prefix: str = "GNU.sparse.", **headers: str) -> bytes:
         (TAR[:3082] + b"?" + TAR[3083:], r"at pic1\.p: more data after byte 3,072"),
         (TAR[: 3072 + 300], r"at pic1\.p: more data after byte 3,072"),
         (TAR[:3072] + bytes(512) + TAR[3584:], r"at pic1\.p: more data after byte 3,072"),
-        (TAR + tar_bytes("more.p"), r"at pic4\.p: more data after byte 7,680.* two tars were concatenated"),
+        (TAR + tar_bytes({"more.p": b"x"}), r"at pic4\.p: more data after byte 7,680.* two tars were concatenated"),
         (TAR[:4000], "unexpected end of data"),
-        (odd(map="0,3", size="4096"), r"at a\.png: it is a sparse file"),
-        (odd(size="zz"), r"t\.tar "),
-        (odd(major="1", minor="0", realsize="abc"), r"t\.tar "),
-        (odd("", size="99999999999999999999"), r"t\.tar "),
+        (SPARSE.tobuf() + bytes(512), r"at a\.png: it is a sparse file"),
     ],
 )
 def test_damaged_and_odd_tars_are_refused(data: bytes, says: str, tmp_path: Path) -> None:
@@ -198,9 +172,8 @@ def test_many_members_take_little_memory_and_any_number_of_zeros_may_follow(tmp_
     assert peak < 2_000_000
 
 
-def noise(mode: str, side: int = 33) -> Image.Image:
-    values = np.random.default_rng(0).integers(0, 256, (side, side + 7, 4), dtype=np.uint8)
-    return Image.fromarray(values[..., :3]).convert(mode)
+def noisy(width: int, height: int) -> Image.Image:
+    return Image.fromarray(np.random.default_rng(0).integers(0, 256, (height, width, 3), dtype=np.uint8))
 
 
 @pytest.mark.parametrize(
@@ -228,7 +201,7 @@ def test_an_honest_file_is_decoded_as_pillow_does(
         exif = Image.Exif()
         exif[0x010E], exif[0x0112] = "a description", orientation
         options = {**options, "exif": exif, "icc_profile": b"p" * 5_000}
-    data = encoded(noise(mode), kind, **options)
+    data = encoded(noisy(40, 33).convert(mode), kind, **options)
     with Image.open(io.BytesIO(data)) as image:
         expected = ImageOps.exif_transpose(image).convert("RGB")
     assert OpenedImage(data).upright_size == expected.size
@@ -246,7 +219,7 @@ def test_the_first_frame_of_an_animation_is_read() -> None:
 
 def test_limits_leave_honest_files_alone() -> None:
     """Neither a warning, which would be an error here, nor Pillow's refusal; Pillow itself keeps its limit."""
-    assert open_image(png_with_profile(8_000_000)).size == (16, 16)
+    assert open_image(hostile.png_with_profile(8_000_000)).size == (16, 16)
     data = encoded(Image.new("1", (15_000, 12_500)), compress_level=1)
     assert open_image(data, max_pixels=200_000_000, at_least=100).size == (120, 100)
     with pytest.raises(Image.DecompressionBombError):
@@ -270,15 +243,14 @@ def test_decoding_takes_no_more_memory_than_expected(
 ) -> None:
     small = np.random.default_rng(0).integers(0, 256, (375, 375, 4), dtype=np.uint8)
     data = encoded(Image.fromarray(small).resize((3_000, 3_000)).convert(mode), kind, **options)
-    assert peak_memory(data, "fast", tmp_path) < OpenedImage(data).memory + 2 * len(data) + 24 * 2**20
+    assert peak_memory(data, tmp_path) < OpenedImage(data).memory + 2 * len(data) + 24 * 2**20
 
 
 @needs("heic")
 def test_heic_is_read_with_its_extra_and_named_without(monkeypatch: pytest.MonkeyPatch) -> None:
     import pillow_heif
 
-    values = np.random.default_rng(0).integers(0, 256, (8, 12, 3), dtype=np.uint8)
-    image = Image.fromarray(values).resize((96, 64))
+    image = noisy(12, 8).resize((96, 64))
     buffer = io.BytesIO()
     exif = Image.Exif()
     exif[0x0112] = 6
@@ -292,14 +264,9 @@ def test_heic_is_read_with_its_extra_and_named_without(monkeypatch: pytest.Monke
     assert caught.value.fault == ImageFault.MISSING_DECODER
 
 
-def noisy(width: int, height: int) -> Image.Image:
-    return Image.fromarray(np.random.default_rng(0).integers(0, 256, (height, width, 3), dtype=np.uint8))
-
-
 def test_preprocess_equals_open_clips_transform() -> None:
-    rng = np.random.default_rng(0)
     for height, width in ((57, 83), (64, 70), (70, 64)):  # of 35 pixels, 32 are cut out from the second on
-        picture = Image.fromarray(rng.integers(0, 256, (height, width, 3), dtype=np.uint8))
+        picture = noisy(width, height)
         for mode, interpolation in product(("squash", "shortest", "longest"), ("bicubic", "bilinear")):
             config = PreprocessCfg(32, "RGB", (0.4, 0.5, 0.6), (0.2, 0.3, 0.4), interpolation, mode, 114)
             ours = Preprocess.from_open_clip(asdict(config))
@@ -362,3 +329,157 @@ def test_long_image_is_cropped_while_scaling(monkeypatch: pytest.MonkeyPatch) ->
     before = [exact(picture).astype(int) for picture in pictures]
     monkeypatch.setattr(preprocess, "MAX_SCALED_PIXELS", 48 * 48)
     assert max(np.abs(one - exact(picture)).max() for one, picture in zip(before, pictures, strict=True)) <= 1
+
+
+FAST = Preprocess(32, (0.5,) * 3, (0.5,) * 3).fast()
+LIMITS = Limits(64 * 2**20, seconds=0.5, seconds_per_pixel=0.0)
+PNG = encoded(Image.new("RGB", (5, 3), "red"))
+
+needs_limits = pytest.mark.skipif(sys.platform != "linux", reason="the system does not limit the memory of a process")
+
+BOMBS = {
+    "scans": lambda: hostile.jpeg_with_scans(10_000),
+    "exif segments": lambda: hostile.jpeg_with_segments(100_000),
+    "fill bytes": lambda: b"\xff\xd8" + b"\xff" * 20_000_000,
+    "png text": lambda: hostile.png_with_chunks(1_000_000, b"tEXt", b""),
+    "png profile": lambda: hostile.png_with_profile(200_000_000),
+    "gif comment": lambda: hostile.gif_with_comment_blocks(5_000_000),
+    "avif frame": lambda: hostile.avif_of_frame(16_000, 16_000),
+    "tiff tile": lambda: hostile.tiff_with_tile(37_000),
+    "pixels": lambda: hostile.png_of_size(60_000, 60_000),
+    "canvas": lambda: encoded(Image.new("RGB", (7_900, 7_900)), "WEBP"),
+}
+
+
+@pytest.fixture(scope="module")
+def worker() -> Iterator[DecodeWorker]:
+    with closing(DecodeWorker()) as worker:
+        yield worker
+
+
+def refusal(worker: DecodeWorker, convert: Callable[[OpenedImage], bytes], data: bytes = PNG) -> tuple[ImageFault, str]:
+    with pytest.raises(ImageError) as caught:
+        worker.run(convert, data, LIMITS)
+    return caught.value.fault, str(caught.value)
+
+
+def process_of(worker: DecodeWorker) -> int:
+    worker.start()
+    assert worker.process is not None
+    return worker.process.pid
+
+
+@pytest.mark.slow
+@needs_limits
+@pytest.mark.parametrize("name", BOMBS)
+def test_a_bomb_is_refused_within_the_limits(name: str, worker: DecodeWorker) -> None:
+    used = os.times()
+    with pytest.raises(ImageError) as caught:
+        worker.run(FAST.decoder(), BOMBS[name](), LIMITS)
+    assert caught.value.fault in {ImageFault.HOSTILE, ImageFault.TOO_LARGE, ImageFault.BROKEN}
+    assert os.times().children_user - used.children_user < 2, "of processor time, with the start of a process"
+    status = Path(f"/proc/{process_of(worker)}/status").read_text()
+    assert int(status.split("VmHWM:")[1].split()[0]) < 200 * 2**10, "KB"
+    assert worker.run(FAST.decoder(), PNG, LIMITS)[1:] == (5, 3), "the next image is not affected"
+
+
+def test_pixels_sizes_and_thumbnails_are_those_of_this_process(worker: DecodeWorker) -> None:
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    data = encoded(Image.effect_noise((300, 200), 80).convert("RGB"), "JPEG", exif=exif)
+    pixels, *size = worker.run(FAST.decoder(), data, LIMITS)
+    np.testing.assert_array_equal(pixels, FAST(data))
+    assert size == [200, 300] == [*open_image(data).size]
+    thumbnail = partial(make_thumbnail, side=64, thumbnail_format="jpeg")
+    assert worker.run(thumbnail, data, LIMITS).result == thumbnail(OpenedImage(data))
+
+
+def test_what_this_process_would_say_is_said(worker: DecodeWorker) -> None:
+    limits = Limits(64 * 2**20, max_pixels=14, formats=WEB_FORMATS)
+    for data, fault, reason in (
+        (PNG, ImageFault.TOO_LARGE, "5 x 3 pixels; at most 14 are accepted"),
+        (PNG[:-20], ImageFault.BROKEN, "broken or truncated"),
+        (encoded(Image.new("L", (2, 2)), "TIFF"), ImageFault.UNSUPPORTED, "TIFF images are not accepted here"),
+    ):
+        with pytest.raises(ImageError, match=reason) as caught:
+            worker.run(FAST.decoder(), data, limits if fault != ImageFault.BROKEN else LIMITS)
+        assert caught.value.fault == fault
+    with pytest.raises(LargeImageError):
+        worker.run(FAST.decoder(), PNG, Limits(64 * 2**20, expected=5 * 15 - 1))
+    assert worker.run(FAST.decoder(), PNG, Limits(64 * 2**20, expected=5 * 15))[1:] == (5, 3)
+
+
+@needs_limits
+@pytest.mark.parametrize(
+    ("convert", "fault", "says"),
+    [
+        (conversions.spin, ImageFault.HOSTILE, "refused: decoding it takes too long"),
+        (conversions.fill, ImageFault.HOSTILE, "refused: decoding it takes more than 64 MiB"),
+        (conversions.crash, ImageFault.HOSTILE, "refused: it ends its decoder"),
+        (conversions.fail, ImageFault.BROKEN, "ZeroDivisionError: in a decoder"),
+        (conversions.vanish, ImageFault.UNREADABLE, "its decoder was killed, perhaps out of memory; try again"),
+    ],
+)
+def test_a_conversion_that_misbehaves_fails_one_image(
+    worker: DecodeWorker, convert: Callable[[OpenedImage], bytes], fault: ImageFault, says: str
+) -> None:
+    before = process_of(worker)
+    assert refusal(worker, convert) == (fault, says)
+    assert (process_of(worker) == before) == (convert in {conversions.fill, conversions.fail})
+    assert worker.run(FAST.decoder(), PNG, LIMITS)[1:] == (5, 3)
+
+
+def test_half_an_answer_is_never_that_of_the_next_image(worker: DecodeWorker, monkeypatch: pytest.MonkeyPatch) -> None:
+    read, sizes = workers.read_exactly, list[int]()
+
+    def fails_once(pipe: Any, size: int) -> bytearray:
+        sizes.append(size)
+        if len(sizes) == 3:  # the lengths, the words, and now the pixels
+            raise MemoryError
+        return read(pipe, size)
+
+    monkeypatch.setattr(workers, "read_exactly", fails_once)
+    with pytest.raises(MemoryError):
+        worker.run(FAST.decoder(), PNG, LIMITS)
+    blue = encoded(Image.new("RGB", (4, 4), "blue"))
+    np.testing.assert_array_equal(worker.run(FAST.decoder(), blue, LIMITS).result, FAST(blue))
+
+
+def test_a_process_that_hangs_is_ended_by_the_clock_and_one_that_was_killed_replaced(worker: DecodeWorker) -> None:
+    with pytest.raises(ImageError, match="refused: decoding it takes too long"):
+        worker.run(conversions.wait, PNG, replace(LIMITS, seconds=0.1))
+    os.kill(process_of(worker), signal.SIGKILL)
+    time.sleep(0.1)
+    assert worker.run(FAST.decoder(), PNG, LIMITS)[1:] == (5, 3)
+
+
+def test_closing_ends_a_process_at_work() -> None:
+    worker = DecodeWorker()
+    process = process_of(worker)
+    thread = threading.Thread(target=refusal, args=(worker, conversions.wait))
+    thread.start()
+    time.sleep(0.5)
+    worker.close()
+    thread.join(10)
+    assert not thread.is_alive()
+    assert not is_alive(process)
+    assert refusal(worker, conversions.sleep)[0] == ImageFault.UNREADABLE
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="finds processes in /proc")
+def test_a_worker_ends_with_a_killed_parent_and_needs_no_torch() -> None:
+    code = "from tests.support.conversions import *; from dcar_core.images.workers import *; import sys, time\n"
+    code += "worker = DecodeWorker(); worker.start(); print(flush=True); time.sleep(600)"
+    parent = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE)
+    assert parent.stdout is not None
+    parent.stdout.readline()
+    (child,) = children_of(parent.pid)
+    while b"numpy" not in (mapped := Path(f"/proc/{child}/maps").read_bytes()):
+        time.sleep(0.05)
+    assert b"torch" not in mapped
+    parent.kill()
+    parent.wait()
+    parent.stdout.close()
+    while is_alive(child):
+        time.sleep(0.05)

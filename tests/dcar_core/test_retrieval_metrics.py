@@ -1,7 +1,6 @@
 """Recall, hard-negative accuracy and nDCG by hand, the paired bootstrap, and judged lists."""
 
 import importlib
-import json
 from pathlib import Path
 
 import numpy as np
@@ -19,6 +18,7 @@ from dcar_core.util.metrics import (
     recall_at_k,
     recall_of_ranks,
 )
+from tests.support.files import write_file, write_jsonl, write_rows
 from tests.support.parts import needs
 
 
@@ -144,38 +144,29 @@ def test_a_difference_in_words_and_against_the_other() -> None:
         Comparison.of(better, scores([1, 0, 1]))
 
 
-def write(path: Path, text: str) -> Path:
-    path.write_text(text)
-    return path
-
-
-def test_tables_hold_the_same_list(tmp_path: Path) -> None:
+def test_tables_are_joined_and_rows_with_an_empty_grade_do_not_count(tmp_path: Path) -> None:
     rows = [
-        ("q1", "red shoe", "a b.png", 3, "word"),
-        ("q1", "red shoe", "1%20.png", 0, "word"),
-        ("q 2", "é", "c", 1, ""),
+        {"query_id": "q1", "query": "red shoe", "item_id": "a b.png", "grade": 3, "class": "word"},
+        {"query_id": "q1", "query": "red shoe", "item_id": "1%20.png", "grade": 0, "class": "word"},
+        {"query_id": "q 2", "query": "é", "item_id": "c", "grade": 1, "class": ""},
     ]
-    names = "query_id", "query", "item_id", "grade", "class"
-    table = "".join(",".join(map(str, row)) + "\n" for row in [names, *rows])
-    judged = read_judgements([write(tmp_path / "list.csv", table)])
+    write_rows(tmp_path / "list.csv", rows)
+    judged = read_judgements([tmp_path / "list.csv"])
     assert judged.texts == {"q1": "red shoe", "q 2": "é"}
     assert judged.grades == {"q1": {"a b.png": 3, "1%20.png": 0}, "q 2": {"c": 1}}
-    lines = "".join(json.dumps(dict(zip(names, row, strict=True)) | {"source": "clicks"}) + "\n" for row in rows)
-    assert read_judgements([write(tmp_path / "list.jsonl", lines)]) == judged
-
-
-def test_lists_are_joined_and_rows_with_an_empty_grade_do_not_count(tmp_path: Path) -> None:
-    one = write(tmp_path / "one.csv", "query,item_id,grade\nred shoe,a,2.0\nred shoe,a,2\nred shoe,b,\nblue,a, \n")
-    rows = '{"query": "red shoe", "item_id": 7, "grade": 0}\n{"query": "red shoe", "item_id": "c", "grade": null}\n'
-    judged = read_judgements([one, write(tmp_path / "other.jsonl", rows)])
-    assert (judged.texts, judged.grades) == ({"red shoe": "red shoe"}, {"red shoe": {"a": 2, "7": 0}})
+    lines = write_jsonl(tmp_path / "list.jsonl", *(row | {"source": "clicks"} for row in rows))
+    assert read_judgements([lines]) == judged
+    one = write_file(tmp_path / "one.csv", b"query,item_id,grade\nshoe,a,2.0\nshoe,a,2\nshoe,b,\nblue,a, \n")
+    grades: list[dict[str, object]] = [{"item_id": 7, "grade": 0}, {"item_id": "c", "grade": None}]
+    judged = read_judgements([one, write_jsonl(tmp_path / "other.jsonl", *(row | {"query": "shoe"} for row in grades))])
+    assert (judged.texts, judged.grades) == ({"shoe": "shoe"}, {"shoe": {"a": 2, "7": 0}})
 
 
 def test_every_bad_row_is_told_with_its_line_and_field(tmp_path: Path) -> None:
-    table = write(
-        tmp_path / "list.csv",
-        "query_id,query,item_id,grade\nq1,red,a,4\nq1,,a,1\nq1,red,,1\nq1,red,b,?\nq1,red,c,1\nq1,red,c,2\nq1,blue,d,1\nq1,red,e,1,9\n",
+    rows = b"q1,red,a,4 q1,,a,1 q1,red,,1 q1,red,b,? q1,red,c,1 q1,red,c,2 q1,blue,d,1 q1,red,e,1,9".replace(
+        b" ", b"\n"
     )
+    table = write_file(tmp_path / "list.csv", b"query_id,query,item_id,grade\n" + rows)
     with pytest.raises(DataError) as caught:
         read_judgements([table])
     assert [line.removeprefix(f"{table}, ") for line in str(caught.value).splitlines()] == [
@@ -187,16 +178,13 @@ def test_every_bad_row_is_told_with_its_line_and_field(tmp_path: Path) -> None:
         "line 8: query_id 'q1' is of 'blue' here, of 'red' before; rename one",
         "line 9: more cells than the header has columns; quote a text that has ','",
     ]
-    many = write(tmp_path / "many.csv", "query,item_id,grade\n" + "red,a,x\n" * 50)
-    with pytest.raises(DataError, match=r"line 21: .*\n30 more rows cannot be used$"):
-        read_judgements([many])
-
-
-def test_empty_lists_say_what_to_do(tmp_path: Path) -> None:
-    with pytest.raises(DataError, match="line 2: field 'grade' is missing or empty; the row has query, item_id"):
-        read_judgements([write(tmp_path / "other.csv", "query,item_id,rating\nred,a,\n")])
-    with pytest.raises(DataError, match="has no judgement"):
-        read_judgements([write(tmp_path / "empty.csv", "query,item_id,grade\n")])
+    for content, says in (
+        (b"query,item_id,grade\n" + b"red,a,x\n" * 50, r"line 21: .*\n30 more rows cannot be used$"),
+        (b"query,item_id,rating\nred,a,\n", "line 2: field 'grade' is missing or empty; the row has query, item_id"),
+        (b"query,item_id,grade\n", "has no judgement"),
+    ):
+        with pytest.raises(DataError, match=says):
+            read_judgements([write_file(table, content)])
 
 
 @needs("ir-measures")

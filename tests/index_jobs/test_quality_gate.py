@@ -4,6 +4,7 @@ import json
 import shutil
 import tarfile
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple, cast
 
@@ -125,18 +126,13 @@ def test_missing_served_model_is_an_error_before_encoding(
     assert current_version(index) == 2
 
 
-def test_gallery_without_captions_is_published_uncompared(
-    build: Build, tiny_gallery: Path, other_checkpoint: Path, tmp_path: Path
+def test_what_cannot_be_compared_is_published(
+    build: Build, models: Models, index: Path, tiny_gallery: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    gallery = Path(shutil.copytree(tiny_gallery / "circle", tmp_path / "bare"))
-    build(gallery)
-    verdict = build(gallery, other_checkpoint).gate or {}
+    bare = partial(build, shutil.copytree(tiny_gallery / "circle", tmp_path / "bare"), out=tmp_path / "other")
+    bare(models.better)
+    verdict = bare(models.worse).gate or {}
     assert (verdict["compared"], "no captions and no validation pairs" in verdict["reason"]) == (False, True)
-
-
-def test_broken_served_index_is_replaced(
-    build: Build, models: Models, index: Path, caplog: pytest.LogCaptureFixture
-) -> None:
     file_of(index, "items.arrow").unlink()
     assert build(checkpoint=models.worse).version == 2
     (warning,) = (record for record in caplog.records if "nothing is compared with it" in record.message)
@@ -215,9 +211,9 @@ def test_missing_validation_images_are_left_out(
         gate.find_pairs(scan(tiny_data), data)
 
 
-def test_validation_pairs_are_found_behind_links(tiny_data: Path, tmp_path: Path) -> None:
-    data = tmp_path / "data"
-    shutil.copytree(tiny_data, data)
+def test_validation_pairs_are_found_behind_links_and_in_tars(store: Any, tiny_data: Path, tmp_path: Path) -> None:
+    """A member goes by its own name, or by its tar's and its own."""
+    data = Path(shutil.copytree(tiny_data, tmp_path / "data"))
     (tmp_path / "alias").symlink_to(data)
     expected = named(scan(data), data)
     assert len(expected) == 6
@@ -228,6 +224,15 @@ def test_validation_pairs_are_found_behind_links(tiny_data: Path, tmp_path: Path
         (linked / path.relative_to(data)).parent.mkdir(parents=True, exist_ok=True)
         (linked / path.relative_to(data)).symlink_to(path)
     assert named(scan(linked), data) == expected
+    (tars := tmp_path / "tars").mkdir()
+    with tarfile.open(tars / "shard.tar", "w") as tar:
+        for name in expected:
+            tar.add(tiny_data / name, name)
+    shutil.copy(tiny_data / "val.json", tars)
+    store.pipe("/validation/shard.tar", (tars / "shard.tar").read_bytes())
+    in_tar = {f"shard.tar/{name}": text for name, text in expected.items()}
+    assert named(scan("memory://validation"), tars) == named(scan(tars), tars) == in_tar
+    assert sorted(named(scan(tars / "shard.tar"), tars).values()) == sorted(expected.values())
 
 
 @pytest.fixture
@@ -248,26 +253,10 @@ def test_validation_pairs_are_found_by_name_in_a_gallery_elsewhere(store: Any, t
     lines = [{"file_name": f"{ELSEWHERE[0]}{name}?v=1"} for name in gallery.table["name"].to_pylist()]
     by_url = named(scan(write_jsonl(tmp_path / "list.jsonl", *lines)), tiny_data)
     assert by_url == {f"{ELSEWHERE[0]}{name}?v=1": text for name, text in expected.items()}
-
-
-def test_validation_pairs_are_found_in_tars(store: Any, tiny_data: Path, tmp_path: Path) -> None:
-    """A member goes by its own name, or by its tar's and its own."""
-    expected = named(scan(tiny_data), tiny_data)
-    with tarfile.open(tmp_path / "shard.tar", "w") as tar:
-        for name in expected:
-            tar.add(tiny_data / name, name)
-    shutil.copy(tiny_data / "val.json", tmp_path)
-    store.pipe("/validation/shard.tar", (tmp_path / "shard.tar").read_bytes())
-    in_tar = {f"shard.tar/{name}": text for name, text in expected.items()}
-    assert named(scan("memory://validation"), tmp_path) == named(scan(tmp_path), tmp_path) == in_tar
-    assert sorted(named(scan(tmp_path / "shard.tar"), tmp_path).values()) == sorted(expected.values())
-
-
-def test_name_of_several_images_identifies_none(tiny_data: Path, tmp_path: Path) -> None:
-    twice, *once = expected = named(scan(tiny_data), tiny_data)
+    twice, *once = expected
     lines = [{"file_name": ELSEWHERE[0] + name} for name in expected] + [{"file_name": ELSEWHERE[1] + twice}]
-    found = named(scan(write_jsonl(tmp_path / "list.jsonl", *lines)), tiny_data)
-    assert found == {ELSEWHERE[0] + name: expected[name] for name in once}
+    by_url = named(scan(write_jsonl(tmp_path / "list.jsonl", *lines)), tiny_data)
+    assert by_url == {ELSEWHERE[0] + name: expected[name] for name in once}, "a name of several images tells none"
 
 
 def test_cutoff_is_calibrated_on_validation_pairs(
@@ -297,13 +286,6 @@ def test_cutoff_is_calibrated_on_validation_pairs(
     again = build(data, max_failed=0.1, validation=data)
     assert (again.reused, again.resumed) == (False, 23)
     assert open_current(index).manifest.cutoff["pairs"] == 3
-
-
-def test_cutoff_keeps_95_percent_of_the_pairs() -> None:
-    scores = np.random.default_rng(1).permutation(np.linspace(0, 1, 1001)).astype(np.float32)
-    found = gate.compute_cutoff(scores)
-    assert (found["min_score"], found["strong_score"]) == (pytest.approx(0.05), pytest.approx(0.95))
-    assert found["pairs"] == 1001
 
 
 def test_without_pairs_a_hundredth_of_the_scores_of_words_reaches_the_cutoff(build: Build, tmp_path: Path) -> None:

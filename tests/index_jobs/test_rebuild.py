@@ -1,10 +1,12 @@
-"""The rebuild job: what it publishes, encodes and reuses, also when it is interrupted, killed, or out of disk space."""
+"""The rebuild job: what it encodes and reuses, its output and exit codes, and what is left of one that was killed."""
 
 import json
 import os
 import shutil
 import signal
+import sys
 import time
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -13,7 +15,10 @@ import fsspec
 import numpy as np
 import pytest
 import torch
+from filelock import FileLock
+from PIL import Image
 
+from app.cli import main as dcar
 from dcar_core import Encoder
 from dcar_core.model.backbone import BackboneSource, load_backbone
 from dcar_core.model.checkpoint import save_checkpoint
@@ -23,9 +28,12 @@ from dcar_core.util.errors import DataError, DcarError
 from index_jobs.encoding.shards import ShardStore
 from index_jobs.gallery.scan import scan
 from index_jobs.index.versions import current_version, open_current, verify_index, version_numbers
+from index_jobs.rebuild import main
 from tests.support.commands import Command
-from tests.support.files import write_jsonl
+from tests.support.files import write_file, write_jsonl
 from tests.support.images import draw
+from tests.support.parts import needs
+from tests.support.paths import ROOT
 from tests.support.processes import children_of, is_alive
 from tests.support.versions import Build, file_of
 
@@ -244,15 +252,16 @@ def test_killed_command_ends_its_workers_and_resumes(
 ) -> None:
     for copy in range(8):
         shutil.copytree(gallery / "circle", gallery / f"copy{copy}")
-    index, others, limit = tmp_path / "index", {*children_of(os.getpid())}, time.monotonic() + 60
+    index = tmp_path / "index"
     arguments = ["--gallery", gallery, "--checkpoint", tiny_checkpoint, "--out", index, "--quiet"]
     small = ["--workers", 2, "--batch-size", 1, "--shard-rows", 1]
     process = Command("index_jobs.rebuild", *arguments, *small, stdout=os.devnull, stderr=os.devnull)
+    limit = time.monotonic() + 200
     while len(shards := list(index.glob("work/*/*.npz"))) < 5:
         assert process.poll() is None
         assert time.monotonic() < limit
         time.sleep(0.02)
-    workers = {*children_of(os.getpid())} - others - {process.pid}
+    workers = children_of(process.pid)
     assert len(workers) >= 2
     process.send_signal(signal.SIGKILL)
     assert process.wait() == -signal.SIGKILL
@@ -287,3 +296,141 @@ def test_training_behind_the_image_tower_needs_no_encoding(
         artifact.require(encoder.fingerprint)
         np.testing.assert_allclose(artifact.vectors(np.arange(3)), encoder.encode_images(images), atol=1e-5)
     assert encoded == [24, 0, 0, 24]  # image prompts are part of the tower
+
+
+@pytest.fixture
+def required(tiny_gallery: Path, tiny_checkpoint: Path, tmp_path: Path) -> list[str]:
+    places = {"--gallery": tiny_gallery, "--checkpoint": tiny_checkpoint, "--out": tmp_path / "index"}
+    return [str(part) for pair in places.items() for part in pair]
+
+
+def test_the_first_process_of_a_container_is_interrupted_by_sigterm(
+    required: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    own, before = os.getpid(), signal.signal(signal.SIGTERM, signal.SIG_IGN)  # as the kernel does for this process
+    monkeypatch.setattr(os, "getpid", lambda: 1)
+    monkeypatch.setattr("index_jobs.jobs.build.rebuild", lambda *_, **__: os.kill(own, signal.SIGTERM))
+    try:
+        assert main(required) == 130
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    assert "interrupted; run the same command again" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        (["--batch-size", "0"], "--batch-size"),
+        (["--max-failed", "2"], "--max-failed"),
+        (["--memory", "lots"], "'lots' is not a size of a megabyte or more; give one such as 800MiB or 4GiB"),
+        (["--unknown"], "--unknown"),
+        ([], "--gallery"),
+    ],
+)
+def test_wrong_usage_is_exit_code_2(wrong: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
+    places = ["--gallery", "g", "--checkpoint", "c", "--out", "o"] if wrong else []
+    assert main([*places, *wrong]) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_both_forms_have_the_same_help_and_output(
+    required: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    given = [*required, "--kind", "ivf", "--text-fields", "color, color,"]
+    assert main(given) == 0
+    assert open_current(tmp_path / "index").manifest.spec.text_fields == ("color",)
+    out, err = capfd.readouterr()
+    summary = json.loads(out)
+    assert (summary["version"], summary["count"], summary["reused"], summary["kind"]) == (1, 24, False, "IVF1,Flat")
+    assert "24/24" in err
+    shown = list[tuple[str, str, Any]]()
+    for form in ("module", "dcar"):
+        outputs = []
+        for options in (["--help"], [*given, "--text"], [*given, "--json", "--quiet"]):
+            monkeypatch.setattr(sys, "argv", ["dcar", "index", "build", *options])
+            with pytest.raises(SystemExit, match="0"):
+                sys.exit(main(options)) if form == "module" else dcar()
+            outputs.append(capfd.readouterr().out)
+        usage, _, text = outputs[0].partition("\n")
+        assert usage.endswith("[OPTIONS]")
+        shown.append((text, outputs[1], json.loads(outputs[2]) | {"seconds": 0}))
+    assert shown[0] == shown[1]
+    for part in ("--gallery", "--checkpoint", "--out", "exit-codes.md", "metadata.jsonl", "Example:"):
+        assert part in shown[0][0]
+    assert shown[0][1] == f"{tmp_path / 'index'}: version 1 is up to date with 24 images, IVF1,Flat, 0 broken\n"
+
+
+def test_every_failure_has_its_exit_code_and_one_line(
+    required: list[str], gallery: Path, tiny_checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out, broken = tmp_path / "index", Path(shutil.copytree(tiny_checkpoint, tmp_path / "broken"))
+    (broken / "trainables.safetensors").write_bytes(b"no tensors")
+    (tmp_path / "file").write_text("")
+
+    def fails(code: int, *more: object) -> str:
+        assert main([*required, "--quiet", *map(str, more)]) == code
+        stdout, stderr = capsys.readouterr()
+        assert (stdout, stderr.startswith("error: "), stderr.count("\n")) == ("", True, 1)
+        return stderr
+
+    for code, *more in (
+        (3, "--gallery", tmp_path / "nowhere"),
+        (3, "--kind", "nonsense"),
+        (4, "--checkpoint", tmp_path / "nowhere"),
+        (4, "--checkpoint", gallery),
+        (4, "--checkpoint", broken),
+        (4, "--device", "cuda:99"),
+        (1, "--out", tmp_path / "file"),
+    ):
+        fails(code, *more)
+    out.mkdir(exist_ok=True)
+    with FileLock(out / ".lock"):
+        fails(5)
+    assert (current_version(out), (out / "versions").exists()) == (None, False)
+
+
+IMAGES = 40  # beside a broken one
+
+
+def encoders_of(pid: int) -> list[int]:
+    """Ray's processes that encode, by the title that Ray gives them."""
+    titles = dict.fromkeys(children_of(pid), b"")
+    for child in titles:
+        with suppress(OSError):
+            titles[child] = Path(f"/proc/{child}/cmdline").read_bytes()
+    return [child for child, title in titles.items() if title.startswith(b"ray::") and b"ShardWorker" in title]
+
+
+@needs("ray")
+@pytest.mark.slow
+@pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="finds Ray's workers in /proc")
+def test_killed_ray_worker_changes_no_vector(build: Build, tiny_checkpoint: Path, tmp_path: Path) -> None:
+    """Of images that are slow to decode, one of them broken."""
+    index, gallery = tmp_path / "index", tmp_path / "gallery"
+    cells = np.random.default_rng(0).integers(0, 256, (8, 30, 40, 3), dtype=np.uint8)
+    write_file(gallery / "broken.png", b"no picture")
+    for number in range(IMAGES):
+        Image.fromarray(cells[number % 8]).resize((1200, 900)).save(gallery / f"{number:03}.png", compress_level=1)
+    small = ("--batch-size", 2, "--shard-rows", 2, "--workers", 2, "--device", "cpu")
+    environment = {"PYTHONPATH": str(ROOT), "RAY_worker_niceness": "0"}  # beside other tests, nice workers starve
+    process = Command(
+        "index_jobs.rebuild", "--ray", "local", "--gallery", gallery, "--checkpoint", tiny_checkpoint, "--out", index,
+        *small, environment=environment,
+    )  # fmt: skip
+    limit = time.monotonic() + 200
+    while len(list(index.glob("work/*/*.npz"))) < 3:
+        assert process.poll() is None, process.communicate()[1]
+        assert time.monotonic() < limit
+        time.sleep(0.02)
+    victim = encoders_of(process.pid)[0]
+    os.kill(victim, signal.SIGKILL)
+    done = len(list(index.glob("work/*/*.npz")))
+    out, err = process.communicate()
+    assert process.returncode == 0, err
+    assert done < IMAGES / 2 - 5, "the job was over before a worker could be killed"
+    assert not is_alive(victim)
+    summary = json.loads(out)
+    assert (summary["count"], summary["failed"], summary["encoded"]) == (IMAGES, 1, IMAGES + 1)
+    assert f"{IMAGES + 1}/{IMAGES + 1}" in err
+    verify_index(index)
+    same_as_anew(build, gallery, index, batch_size=2, shard_rows=2)

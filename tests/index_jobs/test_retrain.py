@@ -1,8 +1,10 @@
-"""Retraining on pairs: a model that ranks better is published with the same vectors, and any other is refused."""
+"""Retraining on pairs: a better model is published with the same vectors and its own export, any other refused."""
 
 import json
 import re
 import shutil
+import subprocess
+import sys
 from collections.abc import Callable
 from contextlib import suppress
 from itertools import chain
@@ -12,6 +14,8 @@ import numpy as np
 import pytest
 
 from dcar_core import Encoder
+from dcar_core.encoder import exports
+from dcar_core.model.checkpoint import PORTABLE
 from dcar_core.util.errors import DataError, GateError
 from index_jobs.index import versions
 from index_jobs.index.index_version import IndexVersion
@@ -24,7 +28,8 @@ from tests.support.commands import dcar
 from tests.support.files import write_jsonl
 from tests.support.galleries import WORDS, write_images, write_pairs
 from tests.support.images import draw
-from tests.support.versions import Build
+from tests.support.parts import needs
+from tests.support.versions import Build, file_of
 
 
 @pytest.fixture
@@ -102,19 +107,6 @@ def test_better_captions_do_not_make_up_for_worse_clicks() -> None:
         assert (verdict.passed, verdict.pairs) == (passed, 2)
         assert "+15.0 points" in verdict.reason
         assert verdict.reason.endswith("of the 1 clicks alone -10.0")
-
-
-def test_the_smallest_of_equally_good_changes_is_taken(published: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    run = module.Retraining(published, open_current(published), "cpu")
-    weight = next(run.after.adapter.parameters())
-    start = weight.detach().clone()
-    weight.data += 1
-    moved = [lambda _: np.full(2, float((weight - start).mean() > 0.1), np.float32)] * 2
-    measures = iter(moved)
-    monkeypatch.setattr(run, "measure", lambda _: next(measures))
-    held = [ItemPairs(["a", "b"], np.array([0, 1]), np.ones(2, np.float32))] * 2
-    share, verdict = run.choose(held, ItemPairs([], np.empty(0, np.int64), np.empty(0, np.float32)), 0.0)
-    assert (share, verdict.passed) == (0.25, True)
 
 
 def test_a_model_that_learned_nothing_is_refused_and_leaves_its_report(
@@ -221,3 +213,83 @@ def loaded(published: Path) -> Callable[[list[Path]], object]:
     """A function that reads pairs for an index, and refuses them as `retrain` does."""
     run = module.Retraining(published, open_current(published), "cpu")
     return lambda files: run.compare(files, None, 0.0)
+
+
+RETRAIN_WITHOUT_OPEN_CLIP = """
+import sys
+from pathlib import Path
+from index_jobs.jobs.retrain import retrain
+
+assert retrain(Path(sys.argv[1]), [Path(sys.argv[2])], device="cpu", margin=1).published
+assert "open_clip" not in sys.modules, "it takes seconds to import"
+"""
+
+
+def weights(exported: Path, version: int) -> Path:
+    return file_of(exported, f"checkpoint/{PORTABLE}/image.bin", version)
+
+
+@pytest.fixture
+def exported(build: Build, exports: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("DCAR_RUNTIME_CACHE", str(exports.parent))
+    build(runtime="openvino")
+    return tmp_path / "index"
+
+
+@needs("openvino")
+def test_versions_of_a_model_share_one_export(exported: Path, build: Build, exports: Path) -> None:
+    build(runtime="openvino", force=True)
+    remove(exported, [open_current(exported).item(0).id])
+    assert all(weights(exported, number).samefile(weights(exported, 1)) for number in (2, 3))
+    assert "checkpoint/portable/encoder" in open_current(exported).manifest.files
+    third = open_version(exported, 3)
+    build(checkpoint=third.checkpoint, runtime="openvino", force=True)
+    assert weights(exported, 4).samefile(weights(exported, 3)), "a checkpoint brings its own"
+
+
+def damage(file: Path) -> None:
+    content = file.read_bytes()
+    file.unlink()  # it has other names
+    file.write_bytes(bytes(100) + content[100:])
+
+
+def require_own_export(exported: Path, cache: Path) -> None:
+    published = open_current(exported)
+    quick = Encoder.load(published.checkpoint, device="cpu", runtime="openvino", cache=cache)
+    assert quick.backbone is None
+    texts = ["photo of a red square", "a tile"]
+    whole = Encoder.load(published.checkpoint, device="cpu")
+    np.testing.assert_allclose(quick.encode_text(texts), whole.encode_text(texts), atol=1e-5)
+
+
+@needs("openvino")
+@pytest.mark.parametrize("is_damaged", [False, True])
+def test_a_retrained_version_carries_an_export_of_its_own(
+    is_damaged: bool, exported: Path, pairs: Path, tmp_path: Path
+) -> None:
+    """Of the same image tower, whose graph is made anew if it is damaged."""
+    if is_damaged:
+        damage(weights(exported, 1))
+        assert retrain(exported, [pairs], device="cpu", margin=1).published
+    else:
+        subprocess.run([sys.executable, "-c", RETRAIN_WITHOUT_OPEN_CLIP, exported, pairs], check=True)
+        assert weights(exported, 2).samefile(weights(exported, 1))
+    require_own_export(exported, tmp_path / "cache")
+
+
+@needs("openvino")
+def test_an_export_that_cannot_be_used_is_passed_over_with_a_reason(
+    exported: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def start() -> Encoder:
+        published = open_current(exported)
+        return Encoder.load(published.checkpoint, device="cpu", runtime="auto", cache=tmp_path / "cache")
+
+    assert start().backbone is None
+    monkeypatch.setattr(exports, "FORMAT", -1)
+    assert start().backbone is not None
+    assert "cannot be used: another release made it; build the index again" in caplog.text
+    monkeypatch.undo()
+    damage(weights(exported, 1))
+    assert start().backbone is not None
+    assert "is corrupted: image.bin changed" in caplog.text

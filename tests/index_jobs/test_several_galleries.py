@@ -52,12 +52,8 @@ def test_same_names_in_two_galleries_are_two_items(
 def test_ids_and_names_of_several_galleries(cameras: list[Path], tmp_path: Path) -> None:
     """Those of the first one stay when another is added, and given ids never collide."""
     first, second = map(str, cameras)
-
-    def names(*galleries: str) -> list[str]:
-        return scan(list(galleries)).table["name"].to_pylist()
-
     assert scan([first, second]).table["id"].to_pylist()[:2] == scan(first).table["id"].to_pylist()
-    named = names(f"north={first}", f"south={second}")
+    named = scan([f"north={first}", f"south={second}"]).table["name"].to_pylist()
     assert named == ["north/IMG_0.png", "north/IMG_1.png", "south/IMG_0.png", "south/IMG_1.png"]
     for galleries, said in (
         ([first, first], "cam1 is given twice"),
@@ -71,9 +67,7 @@ def test_ids_and_names_of_several_galleries(cameras: list[Path], tmp_path: Path)
     assert (ids[0], ids[2]) == ("first", "cam2/first")
 
 
-def test_adding_a_photo_of_the_same_name_advises_nothing_that_loses_one(
-    build: Build, cameras: list[Path], tmp_path: Path
-) -> None:
+def test_adding_a_photo_of_the_same_name_keeps_both(build: Build, cameras: list[Path], tmp_path: Path) -> None:
     index = tmp_path / "index"
     build(cameras[0])
     with pytest.raises(DataError, match=r"--gallery NAME=LOCATION keeps both"):

@@ -15,12 +15,12 @@ WORDS = ("photo", "drawing", "sketch", "icon", "sticker", "print", "card", "sign
 def write_images(path: Path, *colors: str, shape: str = "square", **fields: object) -> Path:
     """Write a gallery with one image per colour."""
     path.mkdir()
-    lines = []
     for color in colors:
         draw(color, shape).save(path / f"{color}.png")
-        given = {"file_name": f"{color}.png", "id": color, "caption": f"a {color} {shape}", "color": color}
-        lines.append(json.dumps(given | fields) + "\n")
-    (path / "metadata.jsonl").write_text("".join(lines))
+    rows = (
+        {"file_name": f"{color}.png", "id": color, "caption": f"a {color} {shape}", "color": color} for color in colors
+    )
+    write_jsonl(path / "metadata.jsonl", *(row | fields for row in rows))
     return path
 
 

@@ -17,10 +17,9 @@ def peak():  # of this program; getrusage counts from the parent's
     return 1024 * int(re.search(r"VmHWM:\\s*([0-9]+) kB", Path("/proc/self/status").read_text())[1])
 
 
-data, mode = Path(sys.argv[1]).read_bytes(), sys.argv[2]
-chosen = Preprocess(224, (0.5,) * 3, (0.5,) * 3)
+data, fast = Path(sys.argv[1]).read_bytes(), Preprocess(224, (0.5,) * 3, (0.5,) * 3).fast()
 before = peak()
-(chosen if mode == "exact" else chosen.fast())(data)
+fast(data)
 print(peak() - before)
 """
 
@@ -60,12 +59,9 @@ def write_image(path: Path) -> Path:
     return path
 
 
-def peak_memory(data: bytes, mode: str, folder: Path) -> int:
-    """Return the bytes that a file adds to the peak memory of a process.
-
-    mode: "exact" or "fast" preprocessing.
-    """
+def peak_memory(data: bytes, folder: Path) -> int:
+    """Return the bytes that preprocessing a file adds to the peak memory of a process."""
     (folder / "image").write_bytes(data)
-    done = run("-c", PEAK_MEMORY, folder / "image", mode)
+    done = run("-c", PEAK_MEMORY, folder / "image")
     assert done.returncode == 0, done.stderr
     return int(done.stdout)
