@@ -107,33 +107,6 @@ def test_categories_are_resampled(tmp_path: Path, main: Callable[..., str]) -> N
         assert main("category_intervals", tmp_path, "a", "b", *options).startswith(f"a: {value} (")
 
 
-def test_the_grade_is_the_share_of_facts_that_hold(
-    tiny_data: Path, tiny_model: Path, reranking_checkpoint: Path, tmp_path: Path, main: Callable[..., str]
-) -> None:
-    data = Path(shutil.copytree(tiny_data, tmp_path / "data"))
-    rows = [json.loads(line) for line in (data / "metadata.jsonl").read_text().splitlines()]
-    for row in rows:
-        row |= {"category": f"woman {row['category']}, {row['color']}", "attributes": ["dark skin tone", "art"]}
-    write_jsonl(data / "metadata.jsonl", *rows)
-    splits = {name: [*json.loads((data / f"{name}.json").read_text()).values()] for name in ("train", "test")}
-    kept, removed = (each["file_name"] for each in splits["test"][:2])
-    shutil.copyfile(data / splits["train"][0]["file_name"], data / removed)
-    asked = importlib.import_module("attributes").protocol(data, "test")
-    assert kept in asked.images.images
-    assert removed not in asked.images.images, "it is a copy of a training image"
-    row = asked.images.images.index(kept)
-    first = next(each for each in rows if each["file_name"] == kept)
-    assert asked.images.samples[row].caption == f"{first['category']}, dark skin tone"
-    for other, facts in enumerate(asked.facts):
-        thing, _, color = asked.images.images[other].partition("/")
-        same = kept.partition("/")
-        expected = (2 + (thing == same[0]) + (color == same[2])) / 4
-        assert asked.facts[row][0].held_in(facts[0]) == expected
-    methods = (reranking_checkpoint, reranking_checkpoint, "--model", tiny_model, "--baseline", "query-prompts")
-    printed = main("attributes", data, *methods)
-    assert re.search(r"\n\| query-prompts \| 2 \| .* \| - \|\n\| query-prompts with rerank \| 2 \|", printed)
-
-
 @pytest.mark.slow
 def test_the_loop_of_clicks_ends_with_hits_by_week(tiny_model: Path, tiny_gallery: Path, tmp_path: Path) -> None:
     gallery = Path(shutil.copytree(tiny_gallery, tmp_path / "gallery"))

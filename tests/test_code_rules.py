@@ -31,11 +31,6 @@ def test_folders_document_their_purpose_and_stay_small_enough_to_read() -> None:
         assert is_package or docstring, f"{folder}: what goes in, and what comes out"
 
 
-def test_no_two_classes_share_a_name() -> None:
-    names = Counter(name for path in MODULES for name in re.findall(r"^\s*class (\w+)", path.read_text(), re.M))
-    assert [name for name, count in names.items() if count > 1] == []
-
-
 def test_help_teaches_and_loads_no_model_library() -> None:
     script = "import sys; from app import cli\ntry: cli.main()\nfinally: print({'torch', 'faiss'} & set(sys.modules))"
     done = subprocess.run([sys.executable, "-c", script, "--help"], cwd=ROOT, capture_output=True, text=True)

@@ -154,19 +154,6 @@ def test_named_source_files_exist() -> None:
             assert (ROOT / path).exists(), f"{name(page)} names {path}"
 
 
-def test_the_architecture_lists_every_folder() -> None:
-    text = text_of("docs/architecture.md")
-    tree = next(block for block in re.findall(r"```\n(.*?)```", text, re.DOTALL) if "app/ " in block)
-    listed, package = set(), ""
-    for indent, folder in re.findall(r"^( *)([\w/]+)/ ", tree, re.MULTILINE):
-        package = package if indent else folder
-        listed.add(f"{package}/{folder}" if indent else folder)
-    packages = ("app", "index_jobs", "dcar_core")
-    paths = [path for name in packages for path in (ROOT / name).iterdir() if path.is_dir()]
-    folders = {path.relative_to(ROOT).as_posix() for path in paths if path.name != "__pycache__"}
-    assert {folder for folder in listed if folder.split("/")[0] in packages} == folders | set(packages)
-
-
 def test_named_variables_exist() -> None:
     """Every DCAR_* variable of the documentation is a setting, or is read somewhere in the code."""
     sources = [*ROOT.glob("docker-compose.yml"), ROOT / "Makefile", ROOT / ".ci" / "run"]

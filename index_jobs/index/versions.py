@@ -252,7 +252,9 @@ class NewVersion:
         except LockedError:
             storage.delete([key])
             raise
-        kept = {*manifests} - (displaced - {manifest.replaced})  # services search it until they have loaded the new one
+        kept, replaced = {*manifests} - displaced, manifests.get(manifest.replaced or 0, manifest)
+        if replaced.spec.engine == manifest.spec.engine:
+            kept.add(replaced.version)  # services search it until they have loaded the new one
         _sync(index, manifest.version, manifests, kept)
         try:
             if storage.read(CURRENT) == current:  # nobody has rolled back to one of them meanwhile

@@ -7,8 +7,6 @@ from typing import Any
 import pytest
 from selenium import webdriver
 
-from dcar_core.model.backbone import BackboneSource, load_backbone
-from dcar_core.model.checkpoint import save_zero_shot
 from index_jobs.rebuild import rebuild
 from tests.support.files import write_jsonl
 from tests.support.images import draw
@@ -34,14 +32,12 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 @pytest.fixture(scope="session")
 def indexes(
     tiny_data: Path,
-    tiny_model: Path,
     tiny_checkpoint: Path,
     other_checkpoint: Path,
     tmp_path_factory: pytest.TempPathFactory,
 ) -> dict[str, Path]:
     """Indexes by name: one with a cut-off, other galleries and models, and one with a group field."""
     path = tmp_path_factory.mktemp("page")
-    save_zero_shot(load_backbone(BackboneSource(str(tiny_model))), path / "zero-shot")
 
     def build(name: str, gallery: Path, checkpoint: Path, **options: Any) -> Path:
         rebuild(gallery, checkpoint, path / name, workers=0, progress=False, **options)
@@ -51,7 +47,6 @@ def indexes(
         "shapes": build("shapes", tiny_data, tiny_checkpoint, validation=tiny_data),
         "circles": build("circles", tiny_data / "circle", other_checkpoint),
         "another": build("another", tiny_data, other_checkpoint),
-        "untouched": build("untouched", tiny_data, path / "zero-shot"),
         "products": build("products", tiny_data, tiny_checkpoint, group_field="color"),
     }
 

@@ -4,13 +4,12 @@ import json
 from pathlib import Path
 
 import httpx
-import numpy as np
 import pytest
 from PIL import Image
 from selenium.webdriver import ActionChains
 from selenium.webdriver.common.keys import Keys
 
-from tests.support.page import Page, fetching, until
+from tests.support.page import Page, until
 from tests.support.parts import needs
 
 pytestmark = pytest.mark.browser
@@ -109,28 +108,6 @@ def test_part_of_the_picture_is_searched(both: Page, site: str, tmp_path: Path) 
     searches([x + 0.02, y, w, h])
     page.type("#box", Keys.SHIFT, Keys.ARROW_LEFT, Keys.NULL)
     searches([x + 0.02, y, w - 0.02, h])
-
-
-def test_large_photo_is_sent_small_and_found_as_if_it_were_whole(page: Page, site: str, tmp_path: Path) -> None:
-    """It lies on its side in its file, and the browser turns it before it drops the note that says so."""
-    spots = np.random.default_rng(1).integers(0, 256, (8, 12), np.uint8)
-    photo, path = Image.fromarray(spots).resize((1500, 1000)).convert("RGB"), tmp_path / "photo.jpg"
-    photo.paste("blue", (0, 0, 750, 1000))
-    turned = Image.Exif()
-    turned[0x0112] = 6
-    photo.save(path, exif=turned, quality=90)
-
-    def finds(crop: list[float]) -> None:
-        expected = [100 * max(0.0, float(str(each["score"]))) for each in results(site, path, crop)]
-        shown = "return [...document.querySelectorAll('#results .number')].map((each) => parseFloat(each.textContent))"
-        until(lambda: crop_of(page) == crop and page.js(shown) == pytest.approx(expected, abs=2))
-
-    with page.script(fetching("if (path === 'search/image') window.sent = options.body.get('file').size;")):
-        page.open(site, 24)
-        page.type("#file", str(path))
-        page.arrives("picture=")
-        finds([])
-        assert 1000 < page.js("return window.sent") < path.stat().st_size / 1.5
 
 
 @needs("heic")
