@@ -18,7 +18,7 @@ from app.cli.serving import serve_index
 from app.core.settings import load_settings
 from dcar_core.model.config import MODEL_CONFIG
 from dcar_core.training.train import STATE_FILE
-from dcar_core.util.errors import DcarError, ImageError, ModelError
+from dcar_core.util.errors import DcarError, ImageError
 from dcar_core.util.machine import WEIGHTS_FILE
 from index_jobs.rebuild import rebuild
 from tests.support.files import write_file, write_json, write_jsonl
@@ -165,9 +165,6 @@ def test_training_takes_the_method_that_the_towers_can_run(tiny_data: Path, tmp_
     save_file(open_clip.CLIP(**config).state_dict(), str(tmp_path / "resnet" / WEIGHTS_FILE))
     options = ("--data", tiny_data, "--model", tmp_path / "resnet", "--epochs", 1, "--lr", 0)
     assert "adapted (dcar+-text)" in dcar("train", *options, "--out", tmp_path / "text").stdout
-    named = dcar("train", *options, "--out", tmp_path / "named", "--method", "dcar+")
-    assert isinstance(named.exception, ModelError)
-    assert str(named.exception).endswith("use coop, dcar-text or dcar+-text")
     mixed = dcar("evaluate", *options, "--out", tmp_path / "mixed", "--methods", "clip,coop,maple")
     assert str(mixed.exception).endswith("use coop, dcar-text or dcar+-text")
     assert not (tmp_path / "mixed").exists(), "before the first training"

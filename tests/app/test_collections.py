@@ -3,7 +3,6 @@
 import asyncio
 import gc
 import shutil
-import threading
 from collections.abc import Awaitable, Callable
 from contextlib import suppress
 from pathlib import Path
@@ -15,8 +14,6 @@ import pytest
 from dcar_client.models import CollectionsResponse
 
 from app.core.callers import key_hash, new_key
-from app.search.snapshots import Snapshot, load_snapshot
-from app.service import collections as collections_module
 from dcar_core.util.errors import DcarError
 from index_jobs.index.jobs import JobQueue, create_collection, drop_collection, list_collections
 from index_jobs.index.manifest import CHECKPOINT
@@ -186,33 +183,6 @@ async def test_collection_is_created_filled_and_dropped(index: Path, tmp_path: P
         assert (await client.get(f"{path}/items")).status_code == 404
         assert not list((tmp_path / "created").glob("*/"))
         assert (await client.put(path, headers=ADMINS)).json()["count"] == 0
-
-
-async def test_created_collections_are_opened_one_by_one_behind_a_ready_service(
-    index: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    folder, gate, opened_paths = tmp_path / "created", threading.Event(), list[Path]()
-    create(folder, index, "one", "two")
-
-    def load(path: Path, *given: Any) -> Snapshot:
-        if path != index:
-            opened_paths.append(path)
-            assert gate.wait(60)
-        return load_snapshot(path, *given)
-
-    monkeypatch.setattr(collections_module, "load_snapshot", load)
-    async with opened(index, collections_dir=folder, poll_s=0, **WRITES) as client:
-        await until(lambda: bool(opened_paths))
-        assert (await client.get("/readyz")).json()["status"] == "ready"
-        assert (await client.post("/search/text", json=WORDS)).status_code == 200
-        refused = await client.post("/collections/two/search/text", json=WORDS)
-        assert "is being opened" in assert_problem(refused, 503)["detail"]
-        assert "retry-after" in refused.headers
-        assert len(opened_paths) == 1
-        gate.set()
-        await until(lambda: len(client.app.state.collections.loaded) == 3)
-        assert (await client.post("/collections/two/search/text", json=WORDS)).status_code == 200
-        assert opened_paths == [*list_collections(folder).values()]
 
 
 async def test_empty_collection_has_no_results_and_checks_requests(index: Path, tmp_path: Path) -> None:

@@ -118,7 +118,7 @@ def test_groups_equal_those_of_all_rows_on_every_page(kind: str) -> None:
     rng, count = np.random.default_rng(0), 600
     values = [f"p{number}" if number else None for number in (rng.zipf(1.5, count) % 90).tolist()]
     vectors = unit(rng, count, 16)
-    columns = {"product": values, "huge": ["huge"] * 570 + values[:30]}
+    columns: dict[str, Any] = {"product": values, "huge": ["huge"] * 570 + values[:30]}
     snapshot = snapshot_of(ArtifactStub(vectors, kind, **columns))
     half = RowFilter.of_mask(rng.random(count) < 0.5)
     for name, allowed in itertools.product(columns, (None, half)):

@@ -146,7 +146,8 @@ async def test_responses_show_no_absolute_path(gallery: Path, tiny_checkpoint: P
 
 async def test_index_answers_as_the_service_does(reranking_index: Path, tmp_path: Path) -> None:
     (tmp_path / "red.png").write_bytes(png("red"))
-    options, crop = {"query": "a red square", "rerank": True}, {"x": 0, "y": 0, "width": 0.5, "height": 1}
+    options: dict[str, Any] = {"query": "a red square", "rerank": True}
+    crop = {"x": 0, "y": 0, "width": 0.5, "height": 1}
     async with opened(reranking_index) as client:
         reranked = await client.post("/search/text", json=options)
         form = {"query": "circle", "crop": json.dumps(crop)}

@@ -332,16 +332,11 @@ async def test_forms_repeat_lists_omit_nulls_and_know_charsets(started: ServiceC
         return answer.json()["results"]
 
     ids = ["circle/red.png", "cross/blue.png"]
-    assert (
-        await found(less_like=ids) == await found(less_like=json.dumps(ids)) != await found(group_by="null", filter="")
-    )
+    without_ids = await found(less_like=ids)
+    assert without_ids == await found(less_like=json.dumps(ids)) != await found(group_by="null", filter="")
     assert await found(without="7") != await found()
     body = b'--b\r\nContent-Disposition: form-data; name="query"\r\n\r\nxn--a\r\n'
-    body += (
-        b'--b\r\nContent-Disposition: form-data; name="file"; filename="p"\r\n\r\n'
-        + encoded(halves())
-        + b"\r\n--b--\r\n"
-    )
+    body += b'--b\r\nContent-Disposition: form-data; name="file"; filename="p"\r\n\r\n' + HALVES + b"\r\n--b--\r\n"
     for charset, status in (
         *((codec, 400) for codec in ("idna", "undefined", "utf-7", "iso-8859-1", "")),
         *((codec, 200) for codec in ("utf-8", "UTF-8", '"utf-8"')),
@@ -409,9 +404,7 @@ async def test_counts_of_the_best_rows_alone_are_approximate(
     built_index: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     async with opened(built_index) as http:
-        best = [
-            each["id"] for each in (await http.post("/search/text", json={"query": "red", "k": 5})).json()["results"]
-        ]
+        first = (await http.post("/search/text", json={"query": "red", "k": 5})).json()["results"]
         for name in ("results.MAX_SCORED", "hits.MAX_SORTED"):
             monkeypatch.setattr(f"app.search.{name}", 5)
         query = {"query": "red", "min_score": -1.0, "facets": ["color"]}
@@ -420,4 +413,4 @@ async def test_counts_of_the_best_rows_alone_are_approximate(
             assert body["facets_approximate"]
             assert sum(each["count"] for each in body["facets"]["color"]) == 5
         assert (body["count"], body["count_approximate"]) == (5, True)
-        assert {each["id"] for each in body["results"]} == {*best}
+        assert {each["id"] for each in body["results"]} == {each["id"] for each in first}

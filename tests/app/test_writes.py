@@ -83,33 +83,25 @@ async def test_items_are_patched_put_replaced_and_deleted_by_jobs(index: Path, i
         assert (await client.get("/items")).json()["count"] == 23
 
 
-async def test_full_disk_refuses_a_job_as_a_whole(
-    index: Path, in_process: list[int], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def fail(*_: object, **__: object) -> None:
-        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-
-    async with opened(index, **WRITES) as client:
-        with monkeypatch.context() as patch:
-            patch.setattr("index_jobs.index.jobs.write_bytes", fail)
-            response = await put(client, item("a"))
-        assert_problem(response, 503)
-        assert response.headers["retry-after"] == "10"
-        assert not JobQueue(index).newest(1)
-        assert (await ended(client, await put(client, item("a"))))["status"] == "done"
-    assert in_process == [0]
-
-
 @pytest.mark.parametrize(("reason", "code"), [("another job is writing to index", 5), ("No space left on device", 1)])
-async def test_jobs_that_cannot_be_applied_wait_and_tell_why(
+async def test_jobs_that_cannot_be_stored_are_refused_and_those_that_cannot_be_applied_wait_and_tell_why(
     index: Path, in_process: list[int], monkeypatch: pytest.MonkeyPatch, reason: str, code: int
 ) -> None:
     async def fail(*_: object) -> tuple[int, str]:
         return code, f"error: {reason}\n"
 
+    def is_full(*_: object, **__: object) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
     monkeypatch.setattr(write_worker, "RETRY_S", 0.05)
     failures = "dcar_task_failures_total", (("task", "changes of items"),)
     async with opened(index, **WRITES) as client:
+        with monkeypatch.context() as patch:
+            patch.setattr("index_jobs.index.jobs.write_bytes", is_full)
+            refused = await put(client, item("a"))
+        assert_problem(refused, 503)
+        assert refused.headers["retry-after"] == "10"
+        assert not JobQueue(index).newest(1)
         with monkeypatch.context() as patch:
             patch.setattr(WriteWorker, "run_apply", fail)
             response = await put(client, item("a"))
