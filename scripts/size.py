@@ -1,13 +1,11 @@
 """Print the lines of Python by folder, and the words of the documents, against their budgets; exit with 1 above them.
 
-    python scripts/size.py            compare the tracked files with [tool.size] of pyproject.toml
-    python scripts/size.py --lower    lower the limits of [tool.size.ratchet] to the tree as it is
+    python scripts/size.py    compare the tracked files with [tool.size.budgets] of pyproject.toml
 
-- A budget is what a folder may have in the end. Modules beside the folders of a package count as PACKAGE/*.py.
-- While `enforced` is false, a folder may be above its budget but not above its ratchet: it shrinks or stays.
+Modules beside the folders of a package count as PACKAGE/*.py. A folder that needs more takes it from another one of its
+package, in the same commit.
 """
 
-import re
 import subprocess
 import sys
 import tomllib
@@ -43,24 +41,17 @@ def measure() -> dict[str, int]:
 
 
 def main() -> int:
-    config = tomllib.loads(PYPROJECT.read_text())["tool"]["size"]
-    counts, budgets, ratchet, faults = measure(), config["budgets"], config["ratchet"], list[str]()
-    if "--lower" in sys.argv:
-        rows = "".join(f'"{name}" = {counts[name]}\n' for name in sorted(counts))
-        text = re.sub(r"(?<=\[tool\.size\.ratchet\]\n)(?:\".*\n)*", rows, PYPROJECT.read_text())
-        PYPROJECT.write_text(text)
-        return 0
-    print(f"{'':28}{'now':>8}{'budget':>8}{'most':>8}")
+    budgets = tomllib.loads(PYPROJECT.read_text())["tool"]["size"]["budgets"]
+    counts, above = measure(), list[str]()
+    print(f"{'':28}{'now':>8}{'budget':>8}")
     for name in sorted(counts.keys() | budgets.keys()):
         now, budget = counts.get(name, 0), budgets.get(name)
-        most = budget if config["enforced"] else max(ratchet.get(name, 0), budget or 0)
-        is_above = most is not None and now > most
-        print(f"{name:28}{now:>8}{budget or '-':>8}{most or '-':>8}{'  above' if is_above else ''}")
-        if is_above:
-            faults.append(name)
-    if faults:
-        print(f"above the limits of [tool.size] in pyproject.toml: {', '.join(faults)}")
-    return 1 if faults else 0
+        is_above = budget is not None and now > budget
+        print(f"{name:28}{now:>8}{budget or '-':>8}{'  above' if is_above else ''}")
+        above += [name] if is_above else []
+    if above:
+        print(f"above [tool.size.budgets] of pyproject.toml: {', '.join(above)}")
+    return 1 if above else 0
 
 
 if __name__ == "__main__":

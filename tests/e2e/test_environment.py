@@ -42,7 +42,6 @@ def test_special_files_are_unreadable_images(tiny_gallery: Path, tiny_checkpoint
     (gallery / "linked").symlink_to(tmp_path / "elsewhere")
     done = build(gallery, tiny_checkpoint, tmp_path / "index", "--max-failed", 0.5)
     assert done.returncode == 0, done.stderr
-    assert "1 links to folders are not followed, such as " in done.stderr
     index = open_current(tmp_path / "index")
     lines = index.manifest.path(index.index, "failed.jsonl").read_text().splitlines()
     assert {row["name"]: row["reason"] for row in map(json.loads, lines)} == {
