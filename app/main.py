@@ -66,7 +66,7 @@ def create_app(settings: Settings, *, on_start_failure: Callable[[DcarError], No
         title="DCAR image search",
         version=version("dcar"),
         description="Search a gallery of images by text, by image or by one of its own items.",
-        openapi_url=None,  # `pages` has these
+        openapi_url=None,  # `app.api.page` has these
         docs_url=None,
         redoc_url=None,
         redirect_slashes=False,

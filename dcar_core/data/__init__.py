@@ -1,6 +1,6 @@
 """Data sets: annotation files become cleaned image-caption pairs, with a report of repairs and omissions.
 
-    files --readers--> Entry --lookup--> Entry with a readable image --clean--> Sample --> Dataset
+    files --readers--> record --image_lookup--> Sample with a readable image --> Dataset
 
 In: annotations (the formats of docs/reference/data-formats.md) and images. Out: a `Dataset` for each split.
 Every folder above `model` may import it; it imports `model`, `images` and `util`.

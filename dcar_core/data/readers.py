@@ -12,7 +12,6 @@ from typing import Any, BinaryIO
 
 from dcar_core.data.records import (
     IMAGE_COLUMNS,
-    LIST_COLUMNS,
     MAX_LINE,
     OnBadLine,
     is_texts,
@@ -32,8 +31,6 @@ MAX_BAD_ROWS = 0.1  # share of a file's rows
 SKIPPED_ROWS = "rows that cannot be used, left out"
 SIDECARS = ("json", "cls", "txt")  # of webdataset, in the order in which they are read
 _CAPTION_COLUMNS = ("caption", "captions")
-_LABEL_COLUMNS = ("category", "class_name", "meta_category", "attributes", "split")
-USED_COLUMNS = (*IMAGE_COLUMNS, *LIST_COLUMNS, *_LABEL_COLUMNS, "caption")
 # FDRD's fields, and the columns of tables
 _FDRD = {
     "positive": "caption", "class_name": "class_name", "negative": "negatives", "negative_class": "negative_categories",

@@ -1,7 +1,7 @@
 """A checkpoint is a directory: `trainables.safetensors` (up to a few MB) and a readable `config.json`.
 
 The fingerprint is a hash over the backbone's content, the configuration and the trainables. Everything made from a
-model's vectors (shards, index, cached queries) carries it, so a retrained model never meets old vectors.
+model's vectors (index, cached queries) carries it, so a retrained model never meets old vectors.
 """
 
 import hashlib

@@ -32,11 +32,6 @@ class ImageFault(StrEnum):
     BROKEN = "broken"  # truncated or damaged
     HOSTILE = "hostile"  # a structure that would cost far more to decode than its size suggests
 
-    @property
-    def is_temporary(self) -> bool:
-        """True where another attempt to read the same file may succeed."""
-        return self in {ImageFault.MISSING, ImageFault.UNREADABLE, ImageFault.MISSING_DECODER}
-
 
 class ImageError(DataError):
     """One image cannot be read. The message is the reason without the image's name."""

@@ -99,7 +99,7 @@ def encode_windows(
 class EncodedGallery:
     """A gallery in shards. It is complete once every shard in `todo` was given to `save`, and `finish` was called.
 
-    images: then records of those with a vector, in gallery order. failed: the others.
+    images: those with a vector, in gallery order. failed: the others.
     encoded, seconds: images and duration of this run. resumed: images of earlier runs. bar: the progress on stderr.
     """
 
