@@ -207,7 +207,7 @@ KNOWN = r"use auto, flat, hnsw, .* or an index_factory string"
         ("PQ8", 100, DataError, r"PQ8 cannot be built of 100 vectors: .*256"),
         ("IDMap,Flat", 5000, DataError, r"IDMap,Flat cannot be built of 5,000 vectors: add does not make sense"),
         *((kind, 1000, DataError, KNOWN) for kind in ("nonsense", "IVFx,Flat", "PQ7", "", "gpu-nonsense")),
-        ("gpu-flat", 1000, DataError, r"needs an NVIDIA GPU.*pip install 'dcar\[gpu\]'"),
+        ("gpu-flat", 1000, DataError, r"needs an NVIDIA GPU.*pip install faiss-gpu"),
     ],
 )
 def test_kind_that_cannot_be_built_says_why(
@@ -229,7 +229,7 @@ def test_broken_file_is_named(gallery: Floats, file: Path, keep: int | None) -> 
 @pytest.mark.parametrize("kind", ["gpu-flat", "gpu-ivf"])
 def test_gpu_results_equal_those_of_the_processor(kind: str, tmp_path: Path) -> None:
     if not gpu_count():
-        pytest.skip("FAISS's CPU build: pip install 'dcar[gpu]' in faiss-cpu's place")
+        pytest.skip("FAISS's CPU build: pip uninstall faiss-cpu, then pip install faiss-gpu")
     vectors, file = clustered(5000), tmp_path / "index.faiss"
     build_index(file, blocks(vectors), 5000, DIM, choose_kinds(kind, 5000, DIM), target=0.9)
     found, expected = (FaissIndex.open(file, on_gpu=on_gpu).search(vectors[:50], 10) for on_gpu in (True, False))
