@@ -18,7 +18,7 @@ from PIL import Image
 from app.core.callers import current_caller, request_id
 from app.core.metrics import Metrics
 from app.core.settings import Settings
-from app.core.turns import Decoders, FairQueue
+from app.core.turns import Decoders, FairQueue, FairThreads, FairTurns
 from app.search.errors import UnavailableError
 from app.search.snapshots import Snapshot
 from app.service.encoding import Batcher, QueryEncoder
@@ -233,6 +233,54 @@ async def test_the_caller_and_then_the_request_that_had_least_is_next() -> None:
     put("a", "1")
     queue.waiting[0].future.cancel()
     assert queue.take() is None
+
+
+async def test_turns_of_a_caller_are_limited_and_pass_over_one_that_gives_up() -> None:
+    turns, running, most = FairTurns(3, 2), list[str](), set[tuple[int, int]]()
+
+    async def work(caller: str) -> None:
+        current_caller.set(caller)
+        async with turns.turn():
+            running.append(caller)
+            most.add((len(running), running.count("many")))
+            try:
+                await asyncio.sleep(0.01)
+            finally:
+                running.remove(caller)
+
+    tasks = [asyncio.create_task(work(caller)) for caller in ["many"] * 9 + ["one", "two"]]
+    await asyncio.sleep(0)
+    for task in tasks[:5]:  # two of them have begun
+        task.cancel()
+    await asyncio.gather(*tasks, return_exceptions=True)
+    assert (max(all for all, _ in most), max(own for _, own in most)) == (3, 2)
+    assert not turns.running
+
+
+async def test_the_thread_of_filters_is_shared_out_between_callers() -> None:
+    thread, order, gate = FairThreads(1, "dcar-test"), list[str](), threading.Event()
+
+    def work(caller: str, seconds: float) -> None:
+        assert gate.wait(60)
+        time.sleep(seconds)
+        order.append(caller)
+
+    async def call(caller: str, seconds: float) -> None:
+        current_caller.set(caller)
+        await thread.run(work, caller, seconds)
+
+    greedy = [asyncio.create_task(call("greedy", 0.02)) for _ in range(8)]
+    await asyncio.sleep(0.05)
+    modest = [asyncio.create_task(call("modest", 0.001)) for _ in range(8)]
+    given_up = asyncio.create_task(call("given up", 0))
+    await asyncio.sleep(0.05)
+    given_up.cancel()
+    gate.set()
+    await asyncio.gather(*greedy, *modest)
+    assert order == ["greedy", *["modest"] * 8, *["greedy"] * 7]
+    with pytest.raises(ZeroDivisionError):
+        await thread.run(lambda: 1 // 0)
+    thread.shutdown()
 
 
 @pytest.fixture
