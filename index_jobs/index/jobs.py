@@ -26,7 +26,7 @@ import shutil
 import sqlite3
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, closing, contextmanager, suppress
+from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -206,12 +206,18 @@ class JobQueue:
             database.executemany("DELETE FROM progress WHERE job = ?", [(job.number,) for job in jobs])
             database.execute("DELETE FROM jobs WHERE ended < ?", (now - _KEEP_S,))
 
-    def lock(self, wait_s: float = 0) -> AbstractContextManager[None]:
+    @contextmanager
+    def lock(self, wait_s: float = 0) -> Iterator[None]:
         """Admit one process that applies jobs. Raise LockedError if another one does, for so long."""
+        gone = FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), str(self.index))
         if not self.index.is_dir():  # the lock would make it
-            raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), str(self.index))
-        message = f"another process applies the jobs of {self.index}; wait until it has ended"
-        return hold_lock(self.index / ".jobs.lock", message, wait_s)
+            raise gone
+        file, message = self.index / ".jobs.lock", f"another process applies the jobs of {self.index}; wait for its end"
+        with hold_lock(file, message, wait_s):
+            if [path.name for path in self.index.iterdir()] == [file.name]:  # it was dropped, and the lock has made it
+                shutil.rmtree(self.index)
+                raise gone
+            yield
 
     def sweep(self, *, older_s: float = _SWEEP_S) -> None:
         """Remove pictures that no version shows and no waiting job puts; within `lock`, at most once in `older_s`."""

@@ -1,5 +1,6 @@
 """Accepted changes of items, applied by `dcar index apply`: in order, killed, refused, without disk space, repeated."""
 
+import shutil
 import time
 from collections.abc import Callable
 from itertools import count
@@ -281,3 +282,12 @@ def test_first_items_of_a_collection_are_its_first_version(tiny_checkpoint: Path
     verify_index(index)
     drop_collection(index)
     assert (list_collections(folder), [path.name for path in folder.iterdir()]) == ({}, [".lock"])
+
+
+def test_a_lock_that_makes_a_dropped_index_again_removes_it(index: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As if it was dropped between the look and the lock."""
+    shutil.rmtree(index)
+    monkeypatch.setattr(Path, "is_dir", lambda *_, **__: True)
+    with pytest.raises(FileNotFoundError), JobQueue(index).lock():
+        pass
+    assert not index.exists()
