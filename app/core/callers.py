@@ -5,10 +5,8 @@
 - While Redis fails, no rate is limited.
 """
 
-import asyncio
 import hashlib
 import hmac
-import logging
 import re
 import secrets
 import time
@@ -16,22 +14,17 @@ from collections.abc import Mapping
 from contextvars import ContextVar
 from dataclasses import dataclass
 from ipaddress import ip_address, ip_network
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from limits import parse
 from limits.aio.storage import MemoryStorage
 from limits.aio.storage.redis import RedisStorage
 from limits.aio.strategies import SlidingWindowCounterRateLimiter
 
-if TYPE_CHECKING:  # a service without Redis starts without it
-    from redis.asyncio import Redis
-
-logger = logging.getLogger(__name__)
+from app.core.redis import SharedRedis
 
 current_caller = ContextVar("caller", default="")  # of the current request
 request_id = ContextVar("request_id", default="-")
-TIMEOUT_S = 0.1  # of Redis; nothing is retried
-PAUSE_S = 5.0  # without Redis after a failure, so that requests do not wait for it again and again
 _ENTRY = re.compile(
     r"(?P<name>[A-Za-z0-9._-]{1,64}):(?P<digest>[0-9a-fA-F]{64})"
     r"(:(?P<right>read|write)(:(?P<collections>[A-Za-z0-9._+-]+))?)?"
@@ -97,31 +90,15 @@ def network_of(address: str) -> str:
     return str(parsed) if parsed.version == 4 else str(ip_network((int(parsed), 64), strict=False))
 
 
-def connect(url: str) -> "Redis":
-    """Return a client, which connects at its first command. Raise ValueError, without the URL, if it is invalid."""
-    from redis.asyncio import BlockingConnectionPool, Redis
-    from redis.exceptions import RedisError
-
-    try:
-        pool = BlockingConnectionPool.from_url(url, max_connections=32)  # more commands wait for a free one
-        pool.make_connection()  # type: ignore[no-untyped-call]  # checks its options before it connects
-    except (RedisError, TypeError, ValueError):
-        raise ValueError(
-            "must be redis://[user:password@]host[:port][/db], rediss://.. or unix:///path, with options of redis-py; "
-            "/ # ? @ in a password are written %2F %23 %3F %40"
-        ) from None
-    return Redis.from_pool(pool)
-
-
 class RateLimiter:
     """Count the requests of each caller in a sliding window: in Redis if there is one, else in this process."""
 
     def __init__(self, rate: str, redis_url: str | None = None) -> None:
-        self._rate, self._retry_at = parse(rate), 0.0
-        self._client = connect(redis_url) if redis_url is not None else None
+        self._rate = parse(rate)
+        self._redis = SharedRedis(redis_url, "rates are not limited") if redis_url is not None else None
         storage: MemoryStorage | RedisStorage = MemoryStorage()
-        if self._client is not None:
-            shared: Any = {"connection_pool": self._client.connection_pool, "key_prefix": "dcar:rate"}
+        if self._redis is not None:
+            shared: Any = {"connection_pool": self._redis.client.connection_pool, "key_prefix": "dcar:rate"}
             storage = RedisStorage("async+redis://", implementation="redispy", **shared)
         self._limiter = SlidingWindowCounterRateLimiter(storage)
 
@@ -131,19 +108,18 @@ class RateLimiter:
         extra: for a request that is counted already, its further cost. A cost above the limit counts as the limit.
         """
         count = 1 if extra is None else min(extra, self._rate.amount - 1)
-        if count == 0 or time.monotonic() < self._retry_at:
+        if count == 0:
             return 0.0
-        try:
-            async with asyncio.timeout(TIMEOUT_S):
-                if await self._limiter.hit(self._rate, caller, cost=count):
-                    return 0.0
-                stats = await self._limiter.get_window_stats(self._rate, caller)
-                return max(0.01, stats.reset_time - time.time())
-        except Exception as error:  # beside its own errors, redis-py raises whatever its parser does: TypeError, ..
-            logger.warning("Redis failed (%r); rates are not limited for %g s", error, PAUSE_S)
-            self._retry_at = time.monotonic() + PAUSE_S
+        if self._redis is None:
+            return await self._count(caller, count)
+        return await self._redis.attempt(lambda: self._count(caller, count)) or 0.0
+
+    async def _count(self, caller: str, count: int) -> float:
+        if await self._limiter.hit(self._rate, caller, cost=count):
             return 0.0
+        stats = await self._limiter.get_window_stats(self._rate, caller)
+        return max(0.01, stats.reset_time - time.time())
 
     async def close(self) -> None:
-        if self._client is not None:
-            await self._client.aclose()
+        if self._redis is not None:
+            await self._redis.client.aclose()

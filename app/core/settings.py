@@ -14,7 +14,8 @@ from typing import Annotated, Any, Literal, Self, TypeVar
 from pydantic import AfterValidator, BeforeValidator, Field, SecretStr, ValidationError, model_validator
 from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict, SettingsError
 
-from app.core.callers import ApiKey, connect, parse_keys
+from app.core.callers import ApiKey, parse_keys
+from app.core.redis import connect
 from dcar_core.images.formats import WEB_FORMATS, ImageFormat
 from dcar_core.util.errors import DcarError
 from index_jobs.index.storage import index_path

@@ -240,22 +240,20 @@ class QueryEncoder:
     ) -> tuple[Floats, bool]:
         """Return the vector of a query, and True if it was cached."""
         key = encoder.fingerprint, query
-        vector = self._vectors.use(key)
+        vector, is_cached = self._vectors.use(key), True
 
-        async def compute() -> tuple[Floats, bool]:
-            vector = await self._redis.get(*key, encoder.dim) if self._redis is not None else None
-            if is_cached := vector is not None:
-                self._vectors.keep(key, vector)
-            else:
-                vector = await embed()
-                self._vectors.keep(key, vector)
-                if self._redis is not None:
-                    self._redis.put(*key, vector)
-            return vector, is_cached
+        async def find() -> tuple[Floats, bool]:
+            stored = await self._redis.get(*key, encoder.dim) if self._redis is not None else None
+            vector = await embed() if stored is None else stored
+            self._vectors.keep(key, vector)
+            if stored is None and self._redis is not None:
+                self._redis.put(*key, vector)
+            return vector, stored is not None
 
-        found = (vector, True) if vector is not None else await self.computations.run(key, compute)
-        self._metrics.lookups.labels("hit" if found[1] else "miss").inc()
-        return found
+        if vector is None:
+            vector, is_cached = await self.computations.run(key, find)
+        self._metrics.lookups.labels("hit" if is_cached else "miss").inc()
+        return vector, is_cached
 
     async def call(self, call: Callable[..., Floats], *args: Any) -> Floats:
         """Return what a call of the model for a few images or texts returns; all who have many of these take turns."""

@@ -8,17 +8,12 @@
 
 import asyncio
 import hashlib
-import logging
-import time
-from collections.abc import Awaitable, Callable
-from typing import Any
+from functools import partial
 
 import numpy as np
 
-from app.core.callers import PAUSE_S, TIMEOUT_S, connect
+from app.core.redis import SharedRedis
 from dcar_core.util.arrays import Floats
-
-logger = logging.getLogger(__name__)
 
 _DTYPE = "<f4"
 
@@ -27,12 +22,12 @@ class RedisCache:
     """A cache of vectors. Values are float32, so a search has the same results with a stored and a computed one."""
 
     def __init__(self, url: str, ttl_s: int) -> None:
-        self._redis, self._ttl_s, self._retry_at = connect(url), ttl_s, 0.0
+        self._redis, self._ttl_s = SharedRedis(url, "vectors of queries are not shared"), ttl_s
         self._writes = set[asyncio.Task[object]]()
 
     async def get(self, fingerprint: str, query: object, dim: int) -> Floats | None:
         """Return the vector (dim,) of a query; None if it is missing, late or damaged."""
-        value = await self._attempt(lambda: self._redis.get(_key(fingerprint, query)))
+        value = await self._redis.attempt(lambda: self._redis.client.get(_key(fingerprint, query)))
         if not isinstance(value, bytes) or len(value) != dim * np.dtype(_DTYPE).itemsize:
             return None
         vector: Floats = np.frombuffer(value, _DTYPE)
@@ -41,25 +36,15 @@ class RedisCache:
     def put(self, fingerprint: str, query: object, vector: Floats) -> None:
         """Store a vector soon, if possible."""
         key, value = _key(fingerprint, query), vector.astype(_DTYPE).tobytes()
-        task = asyncio.create_task(self._attempt(lambda: self._redis.set(key, value, ex=self._ttl_s)))
+        store = partial(self._redis.client.set, key, value, ex=self._ttl_s)
+        task = asyncio.create_task(self._redis.attempt(store))
         self._writes.add(task)
         task.add_done_callback(self._writes.discard)
-
-    async def _attempt(self, use: Callable[[], Awaitable[Any]]) -> object:
-        if time.monotonic() < self._retry_at:
-            return None
-        try:
-            async with asyncio.timeout(TIMEOUT_S):
-                return await use()
-        except Exception as error:  # beside its own errors, redis-py raises whatever its parser does: TypeError, ..
-            logger.warning("Redis failed (%r); vectors of queries are not shared for %g s", error, PAUSE_S)
-            self._retry_at = time.monotonic() + PAUSE_S
-            return None
 
     async def close(self) -> None:
         """Finish pending writes, each within its time limit, and release the connections."""
         await asyncio.gather(*self._writes)
-        await self._redis.aclose()
+        await self._redis.client.aclose()
 
 
 def _key(fingerprint: str, query: object) -> str:

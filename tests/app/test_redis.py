@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 import redis
 
-from app.core.callers import RateLimiter, connect
+from app.core.callers import RateLimiter
+from app.core.redis import connect
 from app.service.redis_cache import RedisCache
 from tests.support.redis_server import RedisServer
 from tests.support.service import opened
@@ -22,8 +23,7 @@ QUERY = {"query": "secret words", "k": 5}
 
 @pytest.fixture(autouse=True)
 def _patient(monkeypatch: pytest.MonkeyPatch) -> None:
-    for module in ("core.callers", "service.redis_cache"):
-        monkeypatch.setattr(f"app.{module}.TIMEOUT_S", 2)
+    monkeypatch.setattr("app.core.redis.TIMEOUT_S", 2)
 
 
 async def assert_shared(url: str) -> None:
@@ -65,7 +65,7 @@ async def test_an_invalid_or_no_reply_fails_no_count(reply: bytes, monkeypatch: 
                 await reader.read(4096)
         writer.close()
 
-    monkeypatch.setattr("app.core.callers.TIMEOUT_S", 0.1)
+    monkeypatch.setattr("app.core.redis.TIMEOUT_S", 0.1)
     async with await asyncio.start_server(talk, "127.0.0.1", 0) as server, asyncio.timeout(20):
         rates = RateLimiter("2/minute", f"redis://127.0.0.1:{server.sockets[0].getsockname()[1]}/0")
         assert [await rates.charge("alice") for _ in range(3)] == [0, 0, 0]
@@ -120,7 +120,7 @@ async def test_services_share_vectors_by_hashes_and_answer_alike(built_index: Pa
 async def test_a_failed_redis_is_left_alone_for_a_while_and_vectors_are_of_a_model(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr("app.service.redis_cache.PAUSE_S", 0.2)
+    monkeypatch.setattr("app.core.redis.PAUSE_S", 0.2)
     with RedisServer() as server:
         cache = RedisCache(server.url, 60)
         cache.put("model", "red", VECTOR)
