@@ -96,7 +96,7 @@ class RebuildSummary:
             first, ten = (100 * self.cutoff[f"recall_at_{k}"] for k in (1, 10))
             lines.append(
                 f"validation: {self.cutoff['pairs']:,} texts find their image first in {first:.1f} %, among the first "
-                f"ten in {ten:.1f} %, of all; results are likely from a score of {self.cutoff['min_score']:.3f} on"
+                f"ten in {ten:.1f} %; results are likely from a score of {self.cutoff['min_score']:.3f} on"
             )
         return "\n".join(lines + self.notes())
 
