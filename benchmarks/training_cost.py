@@ -84,7 +84,7 @@ def measure(name: str, folder: Path, args: argparse.Namespace) -> dict[str, floa
         if backbone.device.type == "cuda"
         else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     ) / 1e6
-    trainable = sum(p.numel() for _, p in model.trainables() if p.requires_grad)
+    trainable = sum(p.numel() for _, p in model.trainables())
     return {
         "trainable": trainable, "batch": batch, "epoch": batch * args.pairs / args.batch_size, "peak": peak,
     }  # fmt: skip

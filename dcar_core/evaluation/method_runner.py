@@ -80,7 +80,7 @@ class MethodRunner:
                 notes = {**config.to_dict(), "epoch": result.epoch, "validation": result.best}
                 record |= {
                     "fingerprint": save_checkpoint(model, directory, training=notes),
-                    "trainable": sum(p.numel() for _, p in model.trainables() if p.requires_grad),
+                    "trainable": sum(p.numel() for _, p in model.trainables()),
                     "epoch": result.epoch,
                     "seconds": round(result.seconds, 1),
                     "query": model.query_weights,

@@ -16,8 +16,6 @@ TokenFeature = Literal["context", "alone"]
 ImageFeature = Literal["pooled", "patches"]
 Amp = Literal["auto", "off", "bfloat16", "float16"]
 LossDirection = Literal["both", "image-to-text"]
-Temperature = Literal["frozen", "learned"]
-PromptValues = Literal["learned", "constant"]
 
 MODEL_CONFIG = "open_clip_config.json"  # in the directory of a model
 RANDOM = "random"  # instead of weights
@@ -50,14 +48,12 @@ class PromptConfig(_Config):
     length: k, the number of prompt vectors; 0 is plain CLIP.
     depth: how many transformer blocks get fresh prompts; 1 is the paper's figure, more is MaPLe's.
     text, image: which towers are prompted. Text alone is CoOp.
-    values: "constant" is a control: prompts stay as they start, and those of a second stage are equal for all queries.
     """
 
     length: Annotated[int, Field(ge=0)] = 4
     depth: Annotated[int, Field(ge=1, le=128)] = 1  # more blocks than any tower has would fill the memory
     text: bool = True
     image: bool = True
-    values: PromptValues = "learned"
 
     @property
     def depths(self) -> tuple[int, int]:
@@ -120,7 +116,6 @@ class LossConfig(_Config):
     alpha: the category-matching weight.
     anchor [ours, dcar+]: how strongly adapted features are held to the frozen encoders' (PromptSRC's idea).
     direction: L_con's directions. "image-to-text" alone is the classification loss of CoOp's and MaPLe's own code.
-    temperature: of L_con and L_cate, CLIP's or learned from there.
     late: share of late interaction in L_con (FILIP).
     hard_negatives [ours]: a second stage, which tunes the adapters of both features on the images nearest to each
         caption (`training.hard_negatives`).
@@ -131,7 +126,6 @@ class LossConfig(_Config):
     alpha: _Number = 0.5
     anchor: _Number = 0.0
     direction: LossDirection = "both"
-    temperature: Temperature = "frozen"
     late: Annotated[_Number, Field(ge=0, le=1)] = 0
     hard_negatives: bool = False
 

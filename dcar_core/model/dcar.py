@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dcar_core.model.backbone import AdapterMatrices, Backbone
-from dcar_core.model.config import ModelConfig, PromptConfig, PromptValues
+from dcar_core.model.config import ModelConfig, PromptConfig
 from dcar_core.model.methods import Method, find_method, require_runnable
 from dcar_core.model.token_weights import TokenWeightHead
 from dcar_core.model.towers.image import ClassRowInputs, NativeImage
@@ -56,7 +56,6 @@ class DualPrompts(nn.Module):
                 rows = backbone.image_tower.blank_rows(blank, config.depth).cpu()  # [depth, W_v]
             noise = torch.randn(config.depth, config.length, backbone.vision_width)  # equal prompts would learn alike
             self.residual = nn.Parameter(rows[:, None] + 0.05 * rows.std() * noise)
-        self.requires_grad_(config.values == "learned")
 
     def text_prompts(self) -> Tensor | None:
         """(depth, k, W_t)"""
@@ -123,13 +122,13 @@ def take(parts: Parts, rows: Tensor | slice) -> Parts:
 class QueryPrompts(nn.Module):
     """The learned layers of the second stage [ours]. The prompts are zero at the start.
 
-    blocks: D'. values: "constant" makes the prompts of no text, as a control.
+    blocks: D'.
     """
 
-    def __init__(self, backbone: Backbone, blocks: int, values: PromptValues = "learned") -> None:
+    def __init__(self, backbone: Backbone, blocks: int) -> None:
         super().__init__()
         dim, width = backbone.embed_dim, backbone.vision_width
-        self.blocks, self.reads_query = blocks, values == "learned"
+        self.blocks = blocks
         self.down, self.up = nn.Linear(dim, _INNER), nn.Linear(_INNER, blocks * width)
         nn.init.zeros_(self.up.weight)
         nn.init.zeros_(self.up.bias)
@@ -138,7 +137,7 @@ class QueryPrompts(nn.Module):
 
     def prompts(self, vectors: Tensor) -> Tensor:
         """(M, E), normalized -> (M, D', W_v)."""
-        prompts: Tensor = self.up(F.gelu(self.down(self.reads_query * vectors * vectors.shape[-1] ** 0.5)))
+        prompts: Tensor = self.up(F.gelu(self.down(vectors * vectors.shape[-1] ** 0.5)))
         return prompts.reshape(len(prompts), self.blocks, -1)
 
     def late(self, texts: QueryParts, patches: Tensor) -> Tensor:
@@ -173,13 +172,11 @@ class DCAR(nn.Module):
         self.text_adapter = FeatureAdapter(backbone.embed_dim) if config.adapter.text else None
         self.image_adapter = FeatureAdapter(backbone.embed_dim) if config.adapter.image else None
         self.block_adapters = BlockAdapters(backbone, config.adapter.blocks) if config.adapter.blocks else None
-        self.query_prompts = QueryPrompts(backbone, rerank.blocks, prompt.values) if rerank.blocks else None
+        self.query_prompts = QueryPrompts(backbone, rerank.blocks) if rerank.blocks else None
         self.changes = changes
         # A text adapter whose queries are unprompted, as the captions of L_cate are, serves both.
         is_shared = self.text_adapter is not None and self.text_is_frozen
         self.caa = FeatureAdapter(backbone.embed_dim) if config.loss.category > 0 and not is_shared else None
-        has_temperature = config.loss.temperature == "learned" and any(p.requires_grad for _, p in self.trainables())
-        self.log_scale = nn.Parameter(backbone.scale.log()) if has_temperature else None
         self.to(backbone.device)
 
     @property
@@ -194,11 +191,6 @@ class DCAR(nn.Module):
         return replace(self.config, reweight=reweight, rerank=replace(self.config.rerank, weight=self.rerank_weight))
 
     @property
-    def scale(self) -> Tensor:
-        """1 / tau of the losses; the order of results does not depend on it."""
-        return self.backbone.scale if self.log_scale is None else self.log_scale.exp()
-
-    @property
     def prompt_tokens(self) -> int:
         """Token positions that the text prompts take."""
         return self.config.prompt.length if self.config.prompt.text else 0
@@ -209,7 +201,7 @@ class DCAR(nn.Module):
 
     def served(self) -> Iterator[tuple[str, nn.Parameter]]:
         """The parameters that a checkpoint holds: the learned ones without those of the loss alone."""
-        return ((name, p) for name, p in self.trainables() if not name.startswith(("caa.", "log_scale")))
+        return ((name, p) for name, p in self.trainables() if not name.startswith("caa."))
 
     def predicted_weights(self, tokens: Tensor) -> Tensor | None:
         """Factors (B, n) from the text alone; None without a head."""

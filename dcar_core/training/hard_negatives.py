@@ -54,7 +54,7 @@ def tune_on_hard_negatives(model: DCAR, training: PreparedSplit, validation: Pre
     before, features = deepcopy(adapters), tower_features(model, training)
     own, (right, _) = torch.from_numpy(training.image_of).to(features[0].device), training.right_answers()
     nearest = nearest_wrong_images(model.adapt_text(features[0]), model.adapt_image(features[1]), right)
-    learn(adapters, features, own, nearest, float(model.scale), seed)
+    learn(adapters, features, own, nearest, float(model.backbone.scale), seed)
     after, found = deepcopy(adapters), tower_features(model, validation)
     recalls = dict[float, Recall]()
     for share in SHARES:
@@ -154,7 +154,7 @@ def train_second_stage(model: DCAR, training: PreparedSplit, validation: Prepare
 
 def _learn(model: DCAR, split: PreparedSplit, seed: int) -> None:
     """Minimise the cross-entropy of each caption's image among it and hard negatives, by each part of the score."""
-    stage, random, scale = SecondStage(model), np.random.default_rng(seed), model.scale.detach()
+    stage, random, scale = SecondStage(model), np.random.default_rng(seed), model.backbone.scale
     kept, images = image_parts(stage, split, random)
     pairs = np.flatnonzero(np.isin(split.image_of, kept))
     texts, own = caption_parts(stage, split.tokens[pairs]), np.searchsorted(kept, split.image_of[pairs])

@@ -87,7 +87,7 @@ def _gradients_in_parts(
 
 def batch_terms(model: DCAR, data: PreparedSplit, rows: Rows, text: Tensor, image: Tensor) -> Tensor:
     """Return the loss terms that compare every pair of the batch with every other."""
-    scale, further, options = model.scale, model.method.batch_loss, model.config.loss
+    scale, further, options = model.backbone.scale, model.method.batch_loss, model.config.loss
     positives = torch.from_numpy(data.positives(rows)).to(model.backbone.device)
     if options.late:
         words, patches, text, image = text[:, 1:], image[:, 1:], text[:, 0], image[:, 0]
@@ -96,7 +96,7 @@ def batch_terms(model: DCAR, data: PreparedSplit, rows: Rows, text: Tensor, imag
         loss = loss.lerp(late_interaction_loss(words, patches, positives, scale, options.direction), options.late)
     if further is not None and data.image_features is not None and data.text_features is not None:
         frozen_text, frozen_image = data.text_features[rows], data.image_features[data.image_of[rows]]
-        loss = loss + further(text, image, frozen_text, frozen_image, model.backbone.scale)
+        loss = loss + further(text, image, frozen_text, frozen_image, scale)
     return loss
 
 
@@ -112,7 +112,7 @@ def encode_part(model: DCAR, data: PreparedSplit, part: Rows, batch: Rows) -> tu
 
     With late interaction, features are (b, 1 + n, E), 0 behind the caption's own tokens, and (b, 1 + P, E).
     """
-    loss, scale, late = model.config.loss, model.scale, model.config.loss.late > 0
+    loss, scale, late = model.config.loss, model.backbone.scale, model.config.loss.late > 0
     share = len(part) / len(batch)
     layout, tokens = model.backbone.layout, data.tokens[part]
     length = int(layout.lengths(tokens).max())

@@ -66,7 +66,7 @@ def train(
     cache = cache or FeatureCache(None, model.backbone)
     train_split = prepare_split(training, model, for_training=True, cache=cache)
     val_split = prepare_split(validation, model, for_training=False, cache=cache)
-    if not any(p.requires_grad for _, p in model.trainables()):  # zero-shot CLIP
+    if not any(True for _ in model.trainables()):  # zero-shot CLIP
         if run is not None:
             (run / LOG_FILE).unlink(missing_ok=True)  # left by another method
         return TrainResult(evaluate(model, val_split), 0, 0.0, [])
@@ -114,7 +114,7 @@ class _TrainingLoop:
 
     def __init__(self, model: DCAR, train_split: PreparedSplit, val_split: PreparedSplit, config: TrainConfig) -> None:
         self.model, self.train_split, self.val_split, self.config = model, train_split, val_split, config
-        self.parameters = [p for _, p in model.trainables() if p.requires_grad]
+        self.parameters = [p for _, p in model.trainables()]
         self.lr = config.lr * model.method.lr_factor
         self.optimizer = torch.optim.AdamW(self.parameters, lr=self.lr, weight_decay=config.weight_decay)
         self.precision = MixedPrecision(config.amp, model.backbone.device)

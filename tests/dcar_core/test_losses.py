@@ -14,8 +14,8 @@ from torch import Tensor
 
 from dcar_core.data import Dataset
 from dcar_core.model.backbone import RANDOM, Backbone, BackboneSource, load_backbone
-from dcar_core.model.config import MODEL_CONFIG, Amp, LossConfig, ModelConfig, ReweightConfig, TrainWeights
-from dcar_core.model.dcar import DCAR, seeded_model
+from dcar_core.model.config import MODEL_CONFIG, Amp, LossConfig, ReweightConfig, TrainWeights
+from dcar_core.model.dcar import DCAR
 from dcar_core.model.methods import METHODS, find_method
 from dcar_core.model.token_weights import blend, pair_weights
 from dcar_core.training import objective
@@ -147,19 +147,6 @@ def check_parts(model: DCAR, data: PreparedSplit, rows: Rows) -> dict[str, Tenso
         for key in expected:
             torch.testing.assert_close(found[key], expected[key], rtol=1e-3, atol=1e-5, msg=f"{key}, {parts} parts")
     return expected
-
-
-def test_a_learned_temperature_has_the_gradient_of_the_whole_batch(backbone: Backbone, training: Dataset) -> None:
-    """It is that of L_con and L_cate, and starts at CLIP's."""
-    model = seeded_model(backbone, ModelConfig(loss=LossConfig(temperature="learned")), 0)
-    torch.testing.assert_close(model.scale, backbone.scale)
-    model, data = move_weights(model, training)
-    rows = np.arange(len(data))
-    expected = check_parts(model, data, rows)["log_scale"]
-    assert expected.abs() > 1e-3
-    model.config = replace(model.config, loss=replace(model.config.loss, category=0))
-    accumulate_gradients(model, data, rows)
-    assert abs(gradients(model)["log_scale"] - expected) > 1e-3
 
 
 @pytest.mark.parametrize("weights", ["none", "pair"])
