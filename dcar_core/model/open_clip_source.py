@@ -27,11 +27,11 @@ from torch import nn
 
 from dcar_core.model.config import MODEL_CONFIG, RANDOM, BackboneSource
 from dcar_core.model.tokenizer import (
+    CLIP_VOCABULARY,
     NORMALIZERS,
     SETTINGS,
     TOKENIZER,
     TextTokenizer,
-    clip_vocabulary,
     load_byte_pairs,
     load_hub_tokenizer,
 )
@@ -182,7 +182,7 @@ def load_tokenizer(config: Mapping[str, Any], directory: Path | None) -> tuple[T
         decisive = normalizer, tokenizer.start_ids, tokenizer.end_id, tokenizer.pad_id
         return tokenizer, f"{hashlib.sha256(file.read_bytes()).hexdigest()} {decisive}"
     normalizer, own = settings.get("clean", "lower"), settings.get("bpe_path")
-    file = directory / own if own and directory is not None else clip_vocabulary()
+    file = directory / own if own and directory is not None else CLIP_VOCABULARY
     tokenizer = replace(load_byte_pairs(file) if own else TextTokenizer.for_clip(), limit=limit, normalizer=normalizer)
     return tokenizer, f"{hashlib.sha256(gzip.decompress(file.read_bytes())).hexdigest()} {normalizer}"
 

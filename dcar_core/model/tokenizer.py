@@ -2,7 +2,7 @@
 
 - One class for every vocabulary: byte pairs, SentencePiece and WordPiece differ in their files alone.
 - Ids are those of open_clip's own tokenizers, save that no text can place a control token.
-- CLIP's vocabulary is read from open_clip's file without importing open_clip, which takes seconds.
+- CLIP's vocabulary lies beside this module, so that no search needs open_clip.
 - A tokenizer of the Hugging Face kind is read from its `tokenizer.json`; code that it brings along is never loaded.
 """
 
@@ -14,7 +14,6 @@ import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import cache
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +26,7 @@ from dcar_core.util.errors import ModelError
 TOKENIZER, SETTINGS = "tokenizer.json", "tokenizer_config.json"
 _SPLIT = r"(?i)'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+"
 _WORD_END, _START, _END = "</w>", "<start_of_text>", "<end_of_text>"
-_VOCABULARY_FILE = "bpe_simple_vocab_16e6.txt.gz"  # a version line, then more merges than CLIP uses
+CLIP_VOCABULARY = Path(__file__).with_name("bpe_simple_vocab_16e6.txt.gz")  # a version line, then more merges than used
 _COMMON_WORDS = 12_000  # of the words of CLIP's vocabulary; later ones are rare names
 _CLIP_CONTEXT, _CLIP_VOCABULARY = 77, 49_408
 _WITHOUT_PUNCTUATION = str.maketrans("", "", string.punctuation)
@@ -101,7 +100,7 @@ class TextTokenizer:
     @cache
     def for_clip() -> "TextTokenizer":
         """Use the vocabulary and the context that CLIP was trained with."""
-        return load_byte_pairs(clip_vocabulary())
+        return load_byte_pairs(CLIP_VOCABULARY)
 
     @property
     def layout(self) -> TextLayout:
@@ -152,18 +151,10 @@ def count_clip_tokens(texts: Sequence[str]) -> list[int]:
 
 def common_words(count: int) -> list[str]:
     """Return English words of CLIP's vocabulary, at even distances from its most frequent ones to rare ones."""
-    pieces, _ = _read_byte_pairs(clip_vocabulary())
+    pieces, _ = _read_byte_pairs(CLIP_VOCABULARY)
     words = (piece.removesuffix(_WORD_END) for piece in pieces if piece.endswith(_WORD_END))
     usual = [word for word in words if 4 <= len(word) <= 12 and word.isascii() and word.isalpha()]
     return usual[: _COMMON_WORDS : max(1, _COMMON_WORDS // count)][:count]
-
-
-def clip_vocabulary() -> Path:
-    """The file of CLIP's own byte pairs, in open_clip."""
-    spec = find_spec("open_clip")
-    assert spec is not None
-    assert spec.origin is not None
-    return Path(spec.origin).with_name(_VOCABULARY_FILE)
 
 
 def load_byte_pairs(file: Path) -> TextTokenizer:
