@@ -24,7 +24,7 @@ from app.core.settings import Settings
 from app.feedback.log import FeedbackLog
 from app.http.access import Access, BodyLimit
 from app.http.envelope import Envelope
-from app.search.snapshots import Snapshot
+from app.search.served_version import ServedVersion
 from app.service.collections import Collections
 from app.service.retriever import Retriever
 from app.service.write_worker import WriteWorker
@@ -93,14 +93,14 @@ def create_app(settings: Settings, *, on_start_failure: Callable[[DcarError], No
 def _add_gauges(metrics: Metrics, collections: Collections, retriever: Retriever) -> None:
     """Register gauges of searches in progress and of the served indexes."""
 
-    def values(read: Callable[[Snapshot], float]) -> Iterable[tuple[str, float]]:
-        return [(name, read(served.live)) for name, served in collections if served.live is not None]
+    def values(read: Callable[[ServedVersion], float]) -> Iterable[tuple[str, float]]:
+        return [(name, read(collection.current)) for name, collection in collections if collection.current is not None]
 
     def degraded() -> Iterable[tuple[str, float]]:
-        return [(name, served.fault is not None) for name, served in collections]
+        return [(name, collection.fault is not None) for name, collection in collections]
 
-    versions = partial(values, lambda live: live.version)
-    counts = partial(values, lambda live: live.artifact.manifest.count)
+    versions = partial(values, lambda served: served.version)
+    counts = partial(values, lambda served: served.index.manifest.count)
     metrics.add_gauge("dcar_index_version", "Served version.", "collection", versions)
     metrics.add_gauge("dcar_index_items", "Items in the served version.", "collection", counts)
     metrics.add_gauge("dcar_index_degraded", "1 while the published version cannot be used.", "collection", degraded)

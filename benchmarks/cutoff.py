@@ -63,24 +63,24 @@ def main() -> None:
     parser.add_argument("--validation", type=Path, required=True, help="data set; its validation pairs are the queries")
     args = parser.parse_args()
     torch.set_num_threads(1)
-    artifact = open_current(args.index)
-    encoder = Encoder.load(artifact.checkpoint, device="cpu")
-    pairs = gate.find_pairs(scan(artifact.manifest.spec.gallery), args.validation)
+    opened = open_current(args.index)
+    encoder = Encoder.load(opened.checkpoint, device="cpu")
+    pairs = gate.find_pairs(scan(opened.manifest.spec.gallery), args.validation)
     assert pairs is not None  # --validation is required
-    queries = [(text, artifact.row_of(item_id)) for text, item_id in zip(pairs.texts, pairs.ids, strict=True)]
+    queries = [(text, opened.row_of(item_id)) for text, item_id in zip(pairs.texts, pairs.ids, strict=True)]
     rows = np.array([row for _, row in queries if row is not None])
     texts = encoder.encode_text([text for text, row in queries if row is not None])  # [N, E]
-    scores = np.einsum("ne,ne->n", texts, artifact.vectors(rows))
+    scores = np.einsum("ne,ne->n", texts, opened.vectors(rows))
     calibrated, halves = gate.compute_cutoff(scores), np.array_split(np.random.default_rng(0).permutation(scores), 2)
     kept = [half >= gate.compute_cutoff(rest)["min_score"] for half, rest in zip(halves, halves[::-1], strict=True)]
-    min_score, count = calibrated["min_score"], artifact.manifest.count
+    min_score, count = calibrated["min_score"], opened.manifest.count
     print(f"{args.index}: cut-off {min_score:.3f} from {calibrated['pairs']} validation pairs")
     print(f"  true queries kept, by halves      {100 * np.concatenate(kept).mean():.1f} %")
     for name, nonsense in (("unrelated things", UNRELATED_TEXTS), ("random letters", random_texts(RANDOM_TEXTS))):
-        best, _ = artifact.search(encoder.encode_text(list(nonsense)), 1)
+        best, _ = opened.search(encoder.encode_text(list(nonsense)), 1)
         rejected = 100 * float((best[:, 0] < min_score).mean())
         print(f"  {len(nonsense)} queries rejected: {name:20}{rejected:.1f} %")
-    lexical = artifact.lexical
+    lexical = opened.lexical
     queries_told = {
         "validation": [text for text, row in queries if row is not None],
         "other languages": FOREIGN_TEXTS,
@@ -88,11 +88,11 @@ def main() -> None:
         "random letters": random_texts(RANDOM_TEXTS),
     }
     for name, told in queries_told.items():
-        best, _ = artifact.search(encoder.encode_text(list(told)), 1)
+        best, _ = opened.search(encoder.encode_text(list(told)), 1)
         unfamiliar = np.array([lexical.known_share(text) < FAMILIAR for text in told])
         share = (best[:, 0] < min_score) | (unfamiliar & (best[:, 0] < calibrated["strong_score"]))
         print(f"  {len(told)} queries told: {name:20}{100 * share.mean():.1f} %")
-    scores, _ = artifact.search(texts, count)
+    scores, _ = opened.search(texts, count)
     remaining = (scores >= min_score).sum(1)
     print(f"  results of {count}: median {np.median(remaining):.0f}, p90 {np.quantile(remaining, 0.9):.0f}")
 

@@ -29,18 +29,18 @@ def measure_quality(index: Path, queries: Path, weights: list[float]) -> None:
     from dcar_core import Encoder
     from index_jobs.index.versions import open_current
 
-    artifact = open_current(index)
-    items = [artifact.item(row) for row in range(artifact.rows)]
+    opened = open_current(index)
+    items = [opened.item(row) for row in range(opened.rows)]
     read = evaluate_queries.read_queries(queries, [item.metadata | {"category": item.category} for item in items])
     texts = [query.text for query in read]
-    encoder = Encoder.load(artifact.checkpoint, device="cpu")
+    encoder = Encoder.load(opened.checkpoint, device="cpu")
     print(f"{len(read)} queries, {len(items):,} items, percent\n")
     print(f"| weight of the words | {' | '.join(evaluate_queries.METRICS)} |\n| --- | --- | --- | --- |")
     vectors = encoder.encode_text(texts)
     for weight in weights:
         scores = np.full((len(read), len(items)), -np.inf, np.float32)
         for number, (text, vector) in enumerate(zip(texts, vectors, strict=True)):
-            best = best_rows(artifact, Plan(text=text, words_weight=weight), vector, 10, None).rows.tolist()
+            best = best_rows(opened, Plan(text=text, words_weight=weight), vector, 10, None).rows.tolist()
             scores[number, best] = -np.arange(len(best))
         means = 100 * evaluate_queries.measure(scores, read).mean(0)
         name = {0.0: "vectors alone", 1.0: "words alone"}.get(weight, f"{weight:g}")

@@ -73,8 +73,8 @@ class Queries:
 
 def make_queries(gallery: Path, index: Path, limit: int, seed: int) -> tuple[Queries, Queries]:
     """Return queries for users, and two fifths as many for the test; no text is in both."""
-    rng, artifact = np.random.default_rng(seed), open_current(index)
-    row_of = {item: row for row, item in enumerate(artifact.column("id").to_pylist())}
+    rng, opened = np.random.default_rng(seed), open_current(index)
+    row_of = {item: row for row, item in enumerate(opened.column("id").to_pylist())}
     rows, having = dict[int, list[str]](), dict[str, set[int]]()
     for line in (gallery / "metadata.jsonl").read_text(encoding="utf-8").splitlines():
         item = json.loads(line)
@@ -111,10 +111,10 @@ class Loop:
 
     def search(self) -> tuple[Rows, Rows]:
         """Return what the served version and its model show for the queries of users, and for those of the test."""
-        artifact = open_current(self.index)
-        encoder = Encoder.load(artifact.checkpoint, device="cpu", backbone=self._encoder.model.backbone)
-        artifact.require(encoder.fingerprint)
-        rows = artifact.search(encoder.state.adapt_texts(self._features), DEPTH)[1]
+        opened = open_current(self.index)
+        encoder = Encoder.load(opened.checkpoint, device="cpu", backbone=self._encoder.model.backbone)
+        opened.require(encoder.fingerprint)
+        rows = opened.search(encoder.state.adapt_texts(self._features), DEPTH)[1]
         return rows[: len(self.users.texts)], rows[len(self.users.texts) :]
 
     def hit(self) -> float:
@@ -144,7 +144,7 @@ class Loop:
 
         rng: what the honest draw; attack: what the hostile draw.
         """
-        artifact = open_current(self.index)
+        opened = open_current(self.index)
         settings = Settings(index=self.index, feedback=True, feedback_texts=True)
         log = FeedbackLog(self.index / "feedback", settings, Metrics())
         log.start()
@@ -155,12 +155,12 @@ class Loop:
         is_aim &= [self.wanted not in answers for answers in self.users.answers]
         if is_aim.any():
             queries[is_hostile], filters[is_hostile] = attack.choice(np.flatnonzero(is_aim), is_hostile.sum()), -1
-        wanted = artifact.item(self.wanted).id
+        wanted = opened.item(self.wanted).id
         results, right = dict[tuple[int, int], Any](), dict[tuple[int, int], Rows]()
         for key in {*zip(queries.tolist(), filters.tolist(), strict=True)}:
             rows = [row for row in shown[key[0]].tolist() if row >= 0 and row % FILTERS != key[1]][:SHOWN]
-            hits = [{"id": artifact.item(row).id} for row in rows]
-            results[key] = {"index_version": artifact.manifest.version, "nothing_fits": False, "results": hits}
+            hits = [{"id": opened.item(row).id} for row in rows]
+            results[key] = {"index_version": opened.manifest.version, "nothing_fits": False, "results": hits}
             right[key] = np.array([row in self.users.answers[key[0]] for row in rows])
         for start in range(0, searches, BATCH):
             events = list[EventRow]()

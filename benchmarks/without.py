@@ -38,12 +38,12 @@ def exclusion_queries(categories: list[str], attributes: list[set[str]]) -> Iter
                 yield category, name
 
 
-def result_shares(artifact: IndexVersion, vectors: np.ndarray, queries: list[tuple[str, str]]) -> tuple[float, float]:
+def result_shares(opened: IndexVersion, vectors: np.ndarray, queries: list[tuple[str, str]]) -> tuple[float, float]:
     """Search with float32 vectors (N, E) of any length; return the unwanted and the right share in percent."""
-    _, rows = artifact.search(vectors / np.linalg.norm(vectors, axis=1, keepdims=True), RESULTS)
+    _, rows = opened.search(vectors / np.linalg.norm(vectors, axis=1, keepdims=True), RESULTS)
     unwanted = right = 0
     for (category, name), result_rows in zip(queries, rows, strict=True):
-        for item in map(artifact.item, map(int, result_rows)):
+        for item in map(opened.item, map(int, result_rows)):
             is_unwanted = name in item.metadata.get("attributes", ())
             unwanted += is_unwanted
             right += item.category == category and not is_unwanted
@@ -56,9 +56,9 @@ def main() -> None:
     parser.add_argument("index", type=Path, help="a published index whose items have attributes")
     args = parser.parse_args()
     torch.set_num_threads(1)
-    artifact = open_current(args.index)
-    encoder = Encoder.load(artifact.checkpoint, device="cpu")
-    items = [artifact.item(int(row)) for row in np.flatnonzero(artifact.live)]
+    opened = open_current(args.index)
+    encoder = Encoder.load(opened.checkpoint, device="cpu")
+    items = [opened.item(int(row)) for row in np.flatnonzero(opened.live)]
     attributes = [set(item.metadata.get("attributes", ())) for item in items]
     queries = list(exclusion_queries([item.category for item in items], attributes))
     if not queries:
@@ -71,7 +71,7 @@ def main() -> None:
     rows = {"the category": categories, 'the category, and "without .." in the query': in_words}
     rows |= {f"the category, `without`, weight {w:g}": categories - w * exclusions for w in WEIGHTS}
     for name, vectors in rows.items():
-        unwanted, right = result_shares(artifact, vectors, queries)
+        unwanted, right = result_shares(opened, vectors, queries)
         print(f"| {name} | {unwanted:.1f} | {right:.1f} |")
 
 

@@ -24,7 +24,7 @@ TARGET = ROOT / "clients" / "python" / "src" / "dcar_client" / "models.py"
 sys.path.insert(0, str(ROOT))
 
 from app.api import responses, routing  # noqa: E402
-from app.search import pair_scoring, results, snapshots  # noqa: E402
+from app.search import pair_scoring, results, served_version  # noqa: E402
 from app.search.query import Crop, Query, Weights  # noqa: E402
 
 HEADER = '''"""Models of the service's requests and responses.
@@ -47,7 +47,7 @@ class Model(BaseModel):
 
     model_config = ConfigDict(allow_inf_nan=False)
 '''
-MODULES = (pair_scoring, snapshots, results, routing, responses)  # in which responses are declared
+MODULES = (pair_scoring, served_version, results, routing, responses)  # in which responses are declared
 OPTIONS = ("Weights", "Crop", "SearchOptions", "TextQuery")
 SCALARS = {"string": "str", "integer": "int", "number": "float", "boolean": "bool", "null": "None"}
 

@@ -86,7 +86,7 @@ async def insights(request: Request) -> Response:
     """Return what the log says about the searches of a collection, and its versions."""
     log, collections = state_of(request).feedback, state_of(request).collections
     name = collection_of(request) or collections.default
-    index = collections.find(name).index
+    index = collections.find(name).path
     if log is None:
         raise Problem(404, _OFF)
     try:
@@ -99,7 +99,7 @@ async def insights(request: Request) -> Response:
     return JsonResponse({**summary, **more})
 
 
-def _versions(index: Path, served: dict[int, dict[str, int]]) -> list[dict[str, Any]]:
+def _versions(index: Path, counts: dict[int, dict[str, int]]) -> list[dict[str, Any]]:
     """Return the newest versions with their recall on validation texts, and the searches that they answered."""
     versions = list[dict[str, Any]]()
     for number in version_numbers(index)[: -_VERSIONS - 1 : -1]:
@@ -107,7 +107,7 @@ def _versions(index: Path, served: dict[int, dict[str, int]]) -> list[dict[str, 
             manifest = read_manifest(index, number)
             recall = {k: manifest.cutoff[name] for k in (1, 5, 10) if (name := f"recall_at_{k}") in manifest.cutoff}
             facts = {"version": number, "created": manifest.created, "count": manifest.count, "change": manifest.change}
-            versions.append({**facts, "recall": recall, **served.get(number, {"searches": 0, "clicked": 0})})
+            versions.append({**facts, "recall": recall, **counts.get(number, {"searches": 0, "clicked": 0})})
     return versions
 
 

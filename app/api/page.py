@@ -16,11 +16,11 @@ from fastapi.responses import Response
 
 from app.api.requests import ItemsQuery
 from app.api.responses import JsonResponse, not_modified
-from app.api.routing import Routes, openapi_document, snapshot_of, state_of
+from app.api.routing import Routes, openapi_document, served_version, state_of
 from app.core.problems import Problem
 from app.http.access import Policy
 from app.search.results import count_values
-from app.search.snapshots import filter_rows, group_field
+from app.search.served_version import filter_rows, group_field
 from index_jobs.index.index_version import IndexVersion
 
 routes = Routes()
@@ -41,21 +41,21 @@ _CONTENT_POLICY = (
 _DOCS_POLICY = _CONTENT_POLICY.replace("style-src 'self'", "style-src 'self' 'unsafe-inline'")  # Swagger UI sets styles
 
 
-def _facet_fields(artifact: IndexVersion) -> list[str]:
+def _facet_fields(index: IndexVersion) -> list[str]:
     """Return the fields to filter by: the category first, then those with the most values.
 
     A field is left out if it has too many values, or fewer than two items for each of them on average.
     """
     sizes: dict[str, int] = {}
-    for name in artifact.fields.keys() - {"id", "caption", "title", artifact.manifest.spec.group_field}:
-        facet = count_values(artifact, name, artifact.live, limit=_FACET_VALUES + 1)
+    for name in index.fields.keys() - {"id", "caption", "title", index.manifest.spec.group_field}:
+        facet = count_values(index, name, index.live, limit=_FACET_VALUES + 1)
         if 2 <= len(facet) <= min(_FACET_VALUES, sum(entry["count"] for entry in facet) // 2):
             sizes[name] = len(facet)
     return sorted(sizes, key=lambda name: (name != "category", -sizes[name], name))[:_FACETS]
 
 
-def _sort_fields(artifact: IndexVersion) -> list[dict[str, Any]]:
-    types = {name: kind for name, kind in artifact.fields.items() if kind in {*_NUMBERS, "string"} and name != "id"}
+def _sort_fields(index: IndexVersion) -> list[dict[str, Any]]:
+    types = {name: kind for name, kind in index.fields.items() if kind in {*_NUMBERS, "string"} and name != "id"}
     ordered = sorted(types, key=lambda name: (name != "caption", name != "category", name))
     return [{"name": name, "is_number": types[name] in _NUMBERS} for name in ordered[:_LISTED_FIELDS]]
 
@@ -63,17 +63,17 @@ def _sort_fields(artifact: IndexVersion) -> list[dict[str, Any]]:
 @routes.add("GET", "/ui/catalogue", _PRIVATE)
 async def catalogue(request: Request) -> Response:
     """Return the fields of the index, and whether the page can and should search by words as well."""
-    snapshot, settings = await snapshot_of(request), state_of(request).settings
-    artifact = snapshot.artifact
-    has_words = len(artifact.sample_vectors) > 0
+    served, settings = await served_version(request), state_of(request).settings
+    index = served.index
+    has_words = len(index.sample_vectors) > 0
     body = {
-        "fields": _sort_fields(artifact),
-        "group_field": artifact.manifest.spec.group_field,
+        "fields": _sort_fields(index),
+        "group_field": index.manifest.spec.group_field,
         "has_words": has_words,
-        "has_cutoff": snapshot.min_score is not None,
+        "has_cutoff": served.min_score is not None,
         "hybrid_by_default": has_words and settings.page_hybrid,
-        "model_note": snapshot.model_note,
-        "languages": snapshot.languages,
+        "model_note": served.model_note,
+        "languages": served.languages,
         "max_k": min(settings.max_k, settings.max_window),
     }
     return JsonResponse(body)
@@ -85,15 +85,15 @@ async def facets(request: Request, query: Annotated[ItemsQuery, QueryParam()]) -
 
     Each field is counted without its own part of the filter, so that another of its values can be chosen.
     """
-    snapshot = await snapshot_of(request)
-    artifact, group_by = snapshot.artifact, snapshot.artifact.manifest.spec.group_field
+    served = await served_version(request)
+    index, group_by = served.index, served.index.manifest.spec.group_field
 
     def count() -> list[dict[str, Any]]:
-        counted, groups = list[dict[str, Any]](), group_field(snapshot, group_by) if group_by else None
-        for name in snapshot.page_facts.find("facets", lambda: _facet_fields(artifact)):
+        counted, groups = list[dict[str, Any]](), group_field(served, group_by) if group_by else None
+        for name in served.page_facts.find("facets", lambda: _facet_fields(index)):
             others = {field: part for field, part in (query.filter or {}).items() if field != name}
-            mask = filter_rows(snapshot, others).mask if others else artifact.live
-            counted.append({"name": name, "values": count_values(artifact, name, mask, groups)})
+            mask = filter_rows(served, others).mask if others else index.live
+            counted.append({"name": name, "values": count_values(index, name, mask, groups)})
         return counted
 
     return JsonResponse({"facets": await state_of(request).retriever.examine(count)})

@@ -23,7 +23,7 @@ from app.http.access import byte_counter
 from app.search import errors
 from app.search.query import MAX_TEXT_BYTES
 from app.search.results import SearchResponse, image_url, public_metadata
-from app.search.snapshots import ResultGroup
+from app.search.served_version import ResultGroup
 from app.service.collections import Collections
 from dcar_core.util.errors import DataError, ImageError, StoreUnavailableError
 from index_jobs.index.index_version import Item
@@ -129,13 +129,13 @@ class Collection(TypedDict):
 
 
 def collection_response(collections: Collections, name: str) -> Collection:
-    live = collections[name].live
+    served = collections[name].current
     return {
         "name": name,
         "default": name == collections.default,
-        "count": live.artifact.manifest.count if live else 0,
-        "index_version": live.version if live else None,
-        "min_score": live.min_score if live else None,
+        "count": served.index.manifest.count if served else 0,
+        "index_version": served.version if served else None,
+        "min_score": served.min_score if served else None,
     }
 
 

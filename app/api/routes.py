@@ -17,14 +17,14 @@ from app.api import feedback, page, requests, responses, writing
 from app.api.feedback import noted
 from app.api.requests import decode_base64, read_json, validated
 from app.api.responses import JsonResponse, items_path, not_modified, send_items
-from app.api.routing import ItemId, Routes, may_read, snapshot_of, state_of
+from app.api.routing import ItemId, Routes, may_read, served_version, state_of
 from app.core.problems import Problem, field_problem
 from app.core.turns import run_in_new_thread
 from app.http.access import OPEN, PART_BYTES, Policy, byte_counter, out_of_scope
 from app.search.errors import BatchQueryError, UnavailableError
 from app.search.query import Query, require_sortable, row_of
 from app.search.results import SearchResponse
-from app.search.snapshots import Snapshot, filter_rows, group_field, list_rows
+from app.search.served_version import ServedVersion, filter_rows, group_field, list_rows
 from dcar_core.images import sniff_format
 from dcar_core.images.decoding import ThumbnailFormat
 from dcar_core.util.errors import DcarError, ImageError
@@ -49,11 +49,11 @@ def add_routes(app: FastAPI) -> None:
 @routes.add("POST", "/search/text", _READ, SearchResponse, accepts=Query)
 async def search_text(request: Request) -> Response:
     """Find the images that a text describes."""
-    return await _search(request, await snapshot_of(request), await read_json(request, Query))
+    return await _search(request, await served_version(request), await read_json(request, Query))
 
 
-async def _search(request: Request, snapshot: Snapshot, query: Query, image: bytes | None = None) -> Response:
-    body, size = await state_of(request).retriever.search(snapshot, query, image, items_path(request))
+async def _search(request: Request, served: ServedVersion, query: Query, image: bytes | None = None) -> Response:
+    body, size = await state_of(request).retriever.search(served, query, image, items_path(request))
     noted(request, query, body, has_image=image is not None)
     return await send_items(request, body, size)
 
@@ -61,25 +61,25 @@ async def _search(request: Request, snapshot: Snapshot, query: Query, image: byt
 @routes.add("POST", "/search/image", _UPLOAD, SearchResponse, accepts=requests.ImageForm)
 async def search_image(request: Request) -> Response:
     """Find the images that resemble an uploaded image."""
-    snapshot = await snapshot_of(request)
+    served = await served_version(request)
     state_of(request).retriever.require_room()  # a body that will not be used is not read
     query, image = await requests.read_image_query(request, state_of(request).settings)
-    return await _search(request, snapshot, query, image)
+    return await _search(request, served, query, image)
 
 
 @routes.add("POST", "/search/batch", _BATCH, responses.BatchResponse, accepts=requests.BatchQuery)
 async def search_batch(request: Request) -> Response:
     """Run several searches by text or image in one request. Each one counts against the caller's rate limit."""
-    snapshot = await snapshot_of(request)
+    served = await served_version(request)
     queries = {f"queries.{i}": query for i, query in enumerate((await read_json(request, requests.BatchQuery)).queries)}
     await state_of(request).access.charge(len(queries) - 1)
     sources = {name: query.image for name, query in queries.items() if query.image is not None}
     images = await state_of(request).fetcher.read(request.scope, sources)
     searches = [(query, images.get(name)) for name, query in queries.items()]
-    pages = await state_of(request).retriever.search_batch(snapshot, searches, items_path(request))
+    pages = await state_of(request).retriever.search_batch(served, searches, items_path(request))
     for (query, image), (body, _) in zip(searches, pages, strict=True):
         noted(request, query, body, has_image=image is not None)
-    answers = {"index_version": snapshot.version, "answers": [body for body, _ in pages]}
+    answers = {"index_version": served.version, "answers": [body for body, _ in pages]}
     return await send_items(request, answers, sum(size for _, size in pages))
 
 
@@ -88,27 +88,27 @@ async def items(request: Request, query: Annotated[requests.ItemsQuery, QueryPar
     """List the gallery's items page by page, in index order or sorted; of a group the first one."""
     if query.k > (most := state_of(request).settings.max_k):
         raise field_problem("k", f"at most {most}, not {query.k}")
-    snapshot = await snapshot_of(request)
-    body, texts = await state_of(request).retriever.examine(_list, snapshot, query, items_path(request))
+    served = await served_version(request)
+    body, texts = await state_of(request).retriever.examine(_list, served, query, items_path(request))
     return await send_items(request, body, texts)
 
 
-def _list(snapshot: Snapshot, query: requests.ItemsQuery, path: str) -> tuple[responses.ItemsResponse, int]:
+def _list(served: ServedVersion, query: requests.ItemsQuery, path: str) -> tuple[responses.ItemsResponse, int]:
     """Return a page of items, and the bytes of their texts."""
-    artifact = snapshot.artifact
-    body: responses.ItemsResponse = {"index_version": snapshot.version, "count": 0, "items": []}
-    if not artifact.rows:
+    index = served.index
+    body: responses.ItemsResponse = {"index_version": served.version, "count": 0, "items": []}
+    if not index.rows:
         return body, 0
     if query.sort:
-        require_sortable(snapshot, query.sort)
-    group_by = artifact.manifest.spec.group_field if query.group_by is None else query.group_by
-    rows, end = list_rows(snapshot, query.filter, query.sort, group_by), query.offset + query.k
+        require_sortable(served, query.sort)
+    group_by = index.manifest.spec.group_field if query.group_by is None else query.group_by
+    rows, end = list_rows(served, query.filter, query.sort, group_by), query.offset + query.k
     page = rows[query.offset : end].tolist()
-    items = [artifact.item(row) for row in page]
+    items = [index.item(row) for row in page]
     body["count"], body["items"] = len(rows), [responses.gallery_item(path, item) for item in items]
     if group_by and page:
-        allowed = filter_rows(snapshot, query.filter) if query.filter else None
-        for shown, group in zip(body["items"], group_field(snapshot, group_by).shown(page, allowed), strict=True):
+        allowed = filter_rows(served, query.filter) if query.filter else None
+        for shown, group in zip(body["items"], group_field(served, group_by).shown(page, allowed), strict=True):
             shown["group"] = group
     if len(rows) > end:
         body["next_offset"] = end
@@ -118,10 +118,10 @@ def _list(snapshot: Snapshot, query: requests.ItemsQuery, path: str) -> tuple[re
 @routes.add("GET", "/items/{item_id:path}/similar", _READ, SearchResponse)
 async def similar(request: Request, item_id: ItemId, page: Annotated[requests.PageQuery, QueryParam()]) -> Response:
     """Find the items most similar to one of the gallery; the item itself is left out."""
-    snapshot = await snapshot_of(request)
-    row_of(snapshot, item_id)  # an unknown one is 404 here
+    served = await served_version(request)
+    row_of(served, item_id)  # an unknown one is 404 here
     fields = {"k": page.k, "offset": page.offset, "more_like": [item_id]}
-    return await _search(request, snapshot, validated(Query, fields, state_of(request).settings))
+    return await _search(request, served, validated(Query, fields, state_of(request).settings))
 
 
 @routes.add("GET", "/items/{item_id:path}/image", _READ, "image/*")
@@ -134,9 +134,9 @@ async def picture(
 
     A thumbnail is WebP for clients that name it in `Accept`, else JPEG.
     """
-    snapshot, retriever = await snapshot_of(request), state_of(request).retriever
+    served, retriever = await served_version(request), state_of(request).retriever
     kind: ThumbnailFormat = "webp" if "image/webp" in request.headers.get("accept", "") else "jpeg"
-    name, data = await retriever.image(snapshot, item_id, size and int(size), kind)
+    name, data = await retriever.image(served, item_id, size and int(size), kind)
     keeper = "private" if state_of(request).settings.api_keys else "public"  # which caches may keep it
     headers = {"Cache-Control": f"{keeper}, max-age={_IMAGE_MAX_AGE_S}", "ETag": f'"{name}"'}
     headers |= {} if size is None else {"Vary": "Accept"}
@@ -147,9 +147,9 @@ async def picture(
 @routes.add("GET", "/items/{item_id:path}", _READ, responses.ItemResponse)
 async def item(request: Request, item_id: ItemId) -> Response:
     """Return an item with all its metadata."""
-    snapshot = await snapshot_of(request)
-    found = await state_of(request).retriever.run("search", snapshot.artifact.item, row_of(snapshot, item_id))
-    return JsonResponse({"index_version": snapshot.version, **responses.gallery_item(items_path(request), found)})
+    served = await served_version(request)
+    found = await state_of(request).retriever.run("search", served.index.item, row_of(served, item_id))
+    return JsonResponse({"index_version": served.version, **responses.gallery_item(items_path(request), found)})
 
 
 @routes.add("POST", "/v1/embeddings", _EMBED, responses.EmbeddingsResponse, accepts=requests.EmbeddingsQuery)
@@ -161,14 +161,14 @@ async def embeddings(request: Request) -> Response:
     name = query.model or collections.default
     if not may_read(request, name):
         raise out_of_scope()
-    snapshot = collections.open(query.model, "model")
-    encoder = snapshot.encoder
+    served = collections.open(query.model, "model")
+    encoder = served.encoder
     if query.dimensions not in (None, encoder.dim):
         raise field_problem("dimensions", f"must be {encoder.dim} for this model, not {query.dimensions}")
     await state_of(request).access.charge(len(query.input) - 1)
     inputs = await asyncio.to_thread(_inputs, query, state_of(request).settings.max_upload_bytes)
     try:
-        vectors = await retriever.embed(snapshot, inputs)
+        vectors = await retriever.embed(served, inputs)
     except BatchQueryError as error:
         if not isinstance(error.cause, ImageError):
             raise error.cause from None
@@ -197,8 +197,8 @@ def _inputs(query: requests.EmbeddingsQuery, max_bytes: int) -> list[str | bytes
 @routes.add("GET", "/v1/models", _CHECKED)
 async def list_models(request: Request) -> Response:
     """List the collections that embed, those that the key opens, in the shape of OpenAI's API."""
-    served = [(name, index.live) for name, index in state_of(request).collections if may_read(request, name)]
-    return JsonResponse({"object": "list", "data": [_model(name, live) for name, live in served if live]})
+    current = [(name, opened.current) for name, opened in state_of(request).collections if may_read(request, name)]
+    return JsonResponse({"object": "list", "data": [_model(name, served) for name, served in current if served]})
 
 
 @routes.add("GET", "/v1/models/{collection}", _CHECKED)
@@ -209,8 +209,8 @@ async def model(request: Request, collection: str) -> Response:
     return JsonResponse(_model(collection, state_of(request).collections.open(collection, "model")))
 
 
-def _model(name: str, live: Snapshot) -> dict[str, Any]:
-    created = int(live.artifact.manifest.created_s or 0)
+def _model(name: str, served: ServedVersion) -> dict[str, Any]:
+    created = int(served.index.manifest.created_s or 0)
     return {"id": name, "object": "model", "created": created, "owned_by": "dcar"}
 
 
@@ -235,13 +235,13 @@ async def readyz(request: Request) -> Response:
     may_see_all = state_of(request).access.opens_everything(request.headers)
     if (missing := collections.missing) is not None:
         raise UnavailableError(missing if may_see_all else "Some collection cannot be searched.")
-    live, reason = collections[None].require(), collections.reason
+    served, reason = collections[None].require(), collections.reason
     if reason is not None and not may_see_all:
         reason = "A key for all collections opens the reason."
     body: responses.ReadinessResponse = {
         "status": "ready" if reason is None else "degraded",
-        "index_version": live.version,
-        "count": live.artifact.manifest.count,
+        "index_version": served.version,
+        "count": served.index.manifest.count,
         "reason": reason,
         "model_note": next((each.model_note for each in collections.loaded if each.model_note), None),
     }
@@ -263,6 +263,6 @@ async def reload(request: Request) -> Response:
         changed = await collections.reload()
     except DcarError as error:
         raise Problem(503, f"The published version cannot be served: {error}", headers={"Retry-After": "30"}) from None
-    versions = {name: index.live.version for name, index in collections if index.live is not None}
+    versions = {name: opened.current.version for name, opened in collections if opened.current is not None}
     default = collections[None].require().version
     return JsonResponse({"index_version": default, "versions": versions, "changed": any(changed.values())})

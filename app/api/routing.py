@@ -25,7 +25,7 @@ from app.core.problems import MEDIA_TYPE, Problem
 from app.core.settings import Settings
 from app.feedback.log import FeedbackLog
 from app.http.access import API_KEY, UNKNOWN, Access, BodyLimit, Policy
-from app.search.snapshots import Snapshot
+from app.search.served_version import ServedVersion
 from app.service.collections import Collections
 from app.service.retriever import Retriever
 from app.service.write_worker import WriteWorker
@@ -191,8 +191,8 @@ def collection_of(request: Request) -> str | None:
     return cast(str | None, request.path_params.get("collection"))
 
 
-async def snapshot_of(request: Request) -> Snapshot:
-    """Return the live version of the collection named in the path; errors are those of `Collections.open`."""
+async def served_version(request: Request) -> ServedVersion:
+    """Return the current version of the collection named in the path; errors are those of `Collections.open`."""
     return state_of(request).collections.open(collection_of(request))
 
 

@@ -21,14 +21,14 @@ from pydantic_core import from_json, to_json
 
 from app.api.requests import Strict, read_json
 from app.api.responses import Collection, JobResponse, JobsResponse, JsonResponse, collection_response
-from app.api.routing import Routes, collection_of, may_read, snapshot_of, state_of
+from app.api.routing import Routes, collection_of, may_read, served_version, state_of
 from app.core.problems import Problem, field_problem
 from app.core.settings import COLLECTION_NAME, Settings
 from app.core.turns import run_in_new_thread
 from app.http.access import PART_BYTES, Policy, out_of_scope, query_bytes
 from app.search.errors import CollectionNotFoundError
 from app.search.query import check_filter, checked_parts
-from app.search.snapshots import Snapshot, filter_rows
+from app.search.served_version import ServedVersion, filter_rows
 from app.service.collections import Collections
 from dcar_core.util.errors import ImageError, LockedError
 from dcar_core.util.files import canonical_json
@@ -232,7 +232,7 @@ async def put_collection(
             raise Problem(403, "Collections cannot be created; set DCAR_COLLECTIONS_DIR to enable it.")
         if not may_read(request, model or collections.default):
             raise out_of_scope()
-        source = collections.open(model, "model").artifact
+        source = collections.open(model, "model").index
         async with _storing("collection", collections, model):
             await run_in_new_thread(create_collection, settings.collections_dir, name, source.checkpoint)
         await collections.sync()
@@ -244,12 +244,12 @@ async def delete_collection(request: Request) -> Response:
     """Drop a collection that was created over HTTP, with all of its items."""
     name, collections = _name(request), state_of(request).collections
     await collections.sync()
-    served = collections[name]
-    if not served.is_created:
+    collection = collections[name]
+    if not collection.is_created:
         raise Problem(409, "This collection belongs to the settings of the service.", errors=[("collection", name)])
     try:
         async with _storing("change", collections, name):
-            await run_in_new_thread(drop_collection, served.index)
+            await run_in_new_thread(drop_collection, collection.path)
     except LockedError:
         raise Problem(503, "Its jobs are being applied. Try again in 5 s.", headers={"Retry-After": "5"}) from None
     await collections.sync()
@@ -260,22 +260,22 @@ def _name(request: Request) -> str:
     return collection_of(request) or state_of(request).collections.default
 
 
-async def _snapshot(request: Request) -> Snapshot:
+async def _served(request: Request) -> ServedVersion:
     """Return the version of the collection in the path, which another process may have created just now."""
     if _name(request) not in dict(state_of(request).collections):
         await state_of(request).collections.sync()
-    return await snapshot_of(request)
+    return await served_version(request)
 
 
 async def _put(request: Request, items: list[PutItem]) -> Response:
-    snapshot, state = await _snapshot(request), state_of(request)
+    served, state = await _served(request), state_of(request)
     metadata = {f"items.{number}.metadata": item.metadata for number, item in enumerate(items)}
-    new_fields = _new_fields(snapshot.artifact, metadata)
+    new_fields = _new_fields(served.index, metadata)
     sources = {f"items.{number}": item.image for number, item in enumerate(items)}
     images = await state.fetcher.read(request.scope, sources)
     for name, image in images.items():
         try:
-            await state.retriever.check_image(snapshot, image)
+            await state.retriever.check_image(served, image)
         except ImageError as error:
             raise field_problem(f"{name}.image", str(error)) from None
     stored = [item.model_dump(exclude={"image"}) for item in items]
@@ -284,14 +284,14 @@ async def _put(request: Request, items: list[PutItem]) -> Response:
 
 async def _change(request: Request, chosen: ChosenItems, patch: PatchItem | None = None) -> Response:
     """Accept a patch of chosen items, or their removal."""
-    snapshot, fields, notes = await _snapshot(request), (patch.fields if patch else {}), dict[str, Any]()
+    served, fields, notes = await _served(request), (patch.fields if patch else {}), dict[str, Any]()
     if patch:
-        notes["new_fields"] = _new_fields(snapshot.artifact, {"metadata": patch.metadata})
+        notes["new_fields"] = _new_fields(served.index, {"metadata": patch.metadata})
     if (chosen.ids is None) == (chosen.filter is None):
         raise field_problem("ids", "give either ids or a filter")
     items = [{"id": item_id} for item_id in dict.fromkeys(chosen.ids or ())]
     if (filter := chosen.filter) is not None:
-        mask = await state_of(request).retriever.run("search", lambda: filter_rows(snapshot, filter).mask)
+        mask = await state_of(request).retriever.run("search", lambda: filter_rows(served, filter).mask)
         notes["items"] = int(np.count_nonzero(mask))
     count, size = notes.get("items", len(items)), len(canonical_json(fields))
     if patch and count * size > MAX_CHANGE_BYTES:
@@ -300,16 +300,16 @@ async def _change(request: Request, chosen: ChosenItems, patch: PatchItem | None
     return await _accept(request, "patch" if patch else "delete", items, filter=filter, fields=fields, notes=notes)
 
 
-def _new_fields(artifact: IndexVersion, metadata: Mapping[str, Mapping[str, Any]]) -> list[str]:
+def _new_fields(index: IndexVersion, metadata: Mapping[str, Mapping[str, Any]]) -> list[str]:
     """Return the fields with a value that no item has. Raise Problem if the collection would have too many.
 
     metadata: of items, by its name in the request.
     """
     fields = [(name, part) for part, values in metadata.items() for name in values if values[name] is not None]
-    new = {name: part for name, part in fields if name not in artifact.fields}
-    if new and (count := len(artifact.fields) + len(new)) > _MAX_FIELDS:
+    new = {name: part for name, part in fields if name not in index.fields}
+    if new and (count := len(index.fields) + len(new)) > _MAX_FIELDS:
         raise field_problem([*new.values()][-1], f"with it items have {count:,} fields, at most {_MAX_FIELDS:,}")
-    return sorted(new)[:_MAX_NAMED] if artifact.rows else []
+    return sorted(new)[:_MAX_NAMED] if index.rows else []
 
 
 async def _accept(

@@ -94,4 +94,4 @@ def _open(path: Path, version: int | None, device: str) -> tuple["Index", str]:
     from app.search import Index
 
     opened = Index.open(path, device=device, version=version)
-    return opened, f"{path} version {opened.snapshot.version}"
+    return opened, f"{path} version {opened.served.version}"

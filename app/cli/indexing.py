@@ -184,8 +184,8 @@ def _matching_items(index: Path, filter: dict[str, Any]) -> "Iterator[Item]":
     from index_jobs.index.filters import match_rows
     from index_jobs.index.versions import open_current
 
-    artifact = open_current(index)
-    return (artifact.item(int(row)) for row in np.flatnonzero(match_rows(artifact, filter)))
+    opened = open_current(index)
+    return (opened.item(int(row)) for row in np.flatnonzero(match_rows(opened, filter)))
 
 
 def _recommend(rebuild: str) -> None:

@@ -88,7 +88,7 @@ class _Log:
 
 
 def export(
-    folder: Path, artifact: IndexVersion, collection: str, out: Path, min_clients: int = 2, judges: Collection[str] = ()
+    folder: Path, index: IndexVersion, collection: str, out: Path, min_clients: int = 2, judges: Collection[str] = ()
 ) -> Report:
     """Write pairs.jsonl, judgements.csv and report.json. Raise DcarError if the log holds nothing of the collection.
 
@@ -103,7 +103,7 @@ def export(
     examined, report.pairs_at_several_positions = estimate_propensities(log.seen)
     report.propensities = examined.round(4).tolist()
     evidence = weigh(log.seen, examined, min_clients)
-    pairs = _pairs(evidence, log, artifact, min_clients, report)
+    pairs = _pairs(evidence, log, index, min_clients, report)
     judged = _judged(evidence, log, min_clients, judges, report)
     out.mkdir(parents=True, exist_ok=True)
     numbers = {text: f"q{number}" for number, text in enumerate(dict.fromkeys(row[0] for row in judged), 1)}
@@ -260,15 +260,13 @@ def weigh(seen: Table, examined: np.ndarray, min_clients: int) -> Table:
     return evidence
 
 
-def _pairs(
-    evidence: Table, log: _Log, artifact: IndexVersion, min_clients: int, report: Report
-) -> list[dict[str, Any]]:
+def _pairs(evidence: Table, log: _Log, index: IndexVersion, min_clients: int, report: Report) -> list[dict[str, Any]]:
     """Return the training pairs as rows of an annotation file, most relevant first."""
     clicks, enough = evidence.clicks, evidence.clicks >= min_clients
     fits = enough & (evidence.share >= _FIT)
     report.left_out[f"clicked pairs with fewer than {min_clients} clients"] += int(((clicks > 0) & ~enough).sum())
     report.left_out["clicked pairs of less than two thirds of their query's best"] += int((enough & ~fits).sum())
-    row_of = cache(lambda item: _row(artifact, log.items[item], report))
+    row_of = cache(lambda item: _row(index, log.items[item], report))
     wrong, rows, counts = defaultdict[int, list[str]](list), list[dict[str, Any]](), Counter[int]()
     for pair in evidence[(evidence.skips >= min_clients) & evidence.is_wrong]:
         if row_of(pair.image) and len(wrong[pair.image]) < _MAX_NEGATIVES:
@@ -292,11 +290,11 @@ def _pairs(
     return rows
 
 
-def _row(artifact: IndexVersion, item_id: str, report: Report) -> dict[str, Any]:
+def _row(index: IndexVersion, item_id: str, report: Report) -> dict[str, Any]:
     """Return an item as a row of an annotation file, with its image if that is a local file; {} if it is gone."""
-    if (number := artifact.row_of(item_id)) is None:
+    if (number := index.row_of(item_id)) is None:
         return {}
-    item, (location, offset) = artifact.item(number), artifact.image_location(number)
+    item, (location, offset) = index.item(number), index.image_location(number)
     row = {"id": item.id, "caption": item.caption, "category": item.category}
     if not os.path.isabs(location):  # noqa: PTH117  a URL
         return row

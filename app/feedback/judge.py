@@ -35,7 +35,7 @@ class Run:
             if not normalize(text):
                 raise DataError(f"the query {query_id!r} has no words that can be searched; correct or remove it")
         listed = {item for grades in judged.grades.values() for item in grades}
-        if all(index.snapshot.artifact.row_of(item) is None for item in listed):
+        if all(index.served.index.row_of(item) is None for item in listed):
             raise DataError(f"no item of the list is in {name}: {shorten(sorted(listed))}; item_id is that of a result")
         bodies = index.search_each([*judged.texts.values()], k=DEPTH, hybrid=hybrid)
         results = [[result["id"] for result in body["results"]] for body in bodies]

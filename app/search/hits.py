@@ -22,9 +22,9 @@ import numpy as np
 
 from app.search.errors import UnsupportedQueryError
 from app.search.query import Plan
-from app.search.snapshots import (
+from app.search.served_version import (
     GroupField,
-    Snapshot,
+    ServedVersion,
     first_places,
     group_field,
     is_exact_index,
@@ -89,45 +89,45 @@ class Hits:
         return "possible" if score >= self.possible else "unlikely"
 
 
-def find_hits(snapshot: Snapshot, plan: Plan, vector: Floats) -> Hits:
+def find_hits(served: ServedVersion, plan: Plan, vector: Floats) -> Hits:
     """Return the hits of a plan for the vector (E,) of its query.
 
     Raises:
         SearchError: the index keeps no vectors or words, or a field cannot group.
     """
-    artifact = snapshot.artifact
-    if not artifact.rows:
+    index = served.index
+    if not index.rows:
         return Hits(matched=NO_ROWS, count=0 if plan.sort else None)
-    groups = group_field(snapshot, plan.group_by) if plan.group_by else None
+    groups = group_field(served, plan.group_by) if plan.group_by else None
     if plan.sort:
-        return _sorted_hits(snapshot, plan, vector, groups)
+        return _sorted_hits(served, plan, vector, groups)
     if groups is None:
-        hits = best_rows(artifact, plan, vector, plan.depth, plan.allowed)
+        hits = best_rows(index, plan, vector, plan.depth, plan.allowed)
     else:
-        hits = best_of_groups(artifact, plan, vector, groups)
-    return _judged(artifact, plan, hits, float(hits.cosines.max()) if len(hits.rows) else math.inf)
+        hits = best_of_groups(index, plan, vector, groups)
+    return _judged(index, plan, hits, float(hits.cosines.max()) if len(hits.rows) else math.inf)
 
 
-def best_rows(artifact: IndexVersion, plan: Plan, vector: Floats, count: int, allowed: RowFilter | None) -> Hits:
+def best_rows(index: IndexVersion, plan: Plan, vector: Floats, count: int, allowed: RowFilter | None) -> Hits:
     """Return the `count` best rows of a plan among the allowed ones; it may fold their near-duplicates.
 
     Raises:
         UnsupportedQueryError: `fold` or `hybrid` needs vectors or words, and the index keeps none.
     """
-    lowest, total = -np.inf if plan.min_score is None else plan.min_score, artifact.rows
+    lowest, total = -np.inf if plan.min_score is None else plan.min_score, index.rows
     widest = min(total, _MAX_ROWS_TIED if plan.fold is None else _MAX_ROWS_FOLDED)
     width = min(count + 1 + len(plan.excluded), total)
     while True:
         if plan.words_weight:
-            best = hybrid_candidates(artifact, plan, vector, width, allowed)
+            best = hybrid_candidates(index, plan, vector, width, allowed)
         else:
-            best = vector_candidates(artifact, vector, width, allowed)
+            best = vector_candidates(index, vector, width, allowed)
         best = best.take(np.lexsort((best.rows, -best.rank_scores)))
         if plan.excluded:
             best = best.take(~np.isin(best.rows, plan.excluded))
         if plan.min_score is not None:
             best = best.take(best.reach(plan.min_score))
-        best = best.take(slice(count)) if plan.fold is None else fold_rows(artifact, best, plan.fold, count)
+        best = best.take(slice(count)) if plan.fold is None else fold_rows(index, best, plan.fold, count)
         if width >= widest or best.unseen == -np.inf or best.unseen_cosine < lowest:
             return best
         if len(best.rows) >= count and best.rank_scores[-1] > best.unseen:  # no missing row ties with the last
@@ -135,7 +135,7 @@ def best_rows(artifact: IndexVersion, plan: Plan, vector: Floats, count: int, al
         width = min(2 * width, total)
 
 
-def best_of_groups(artifact: IndexVersion, plan: Plan, vector: Floats, groups: GroupField) -> Hits:
+def best_of_groups(index: IndexVersion, plan: Plan, vector: Floats, groups: GroupField) -> Hits:
     """Return the best row of each of the best groups, up to the next page.
 
     The search goes on among rows of other groups until there are enough.
@@ -145,7 +145,7 @@ def best_of_groups(artifact: IndexVersion, plan: Plan, vector: Floats, groups: G
         allowed = groups.outside(groups.codes[list(plan.excluded)], allowed)
     remaining = allowed
     while missing > 0:
-        best = best_rows(artifact, plan, vector, _ROWS_PER_GROUP * missing, remaining)
+        best = best_rows(index, plan, vector, _ROWS_PER_GROUP * missing, remaining)
         best = best.take(first_places(groups.codes[best.rows])[:missing])
         parts.append(best)
         missing -= len(best.rows)
@@ -161,19 +161,17 @@ def best_of_groups(artifact: IndexVersion, plan: Plan, vector: Floats, groups: G
 
 
 def vector_candidates(
-    artifact: IndexVersion, vector: Floats, width: int, allowed: RowFilter | None, *, is_narrow: bool = False
+    index: IndexVersion, vector: Floats, width: int, allowed: RowFilter | None, *, is_narrow: bool = False
 ) -> Hits:
     """Return the `width` rows with the highest cosines."""
-    scores, rows = artifact.search(vector[None], width, allowed, is_narrow=is_narrow)  # [1, width], [1, width]
+    scores, rows = index.search(vector[None], width, allowed, is_narrow=is_narrow)  # [1, width], [1, width]
     last = float(scores[0, -1]) if rows[0, -1] >= 0 else -np.inf
     is_row = rows[0] >= 0
     cosines = scores[0][is_row]
     return Hits(rows[0][is_row], cosines, np.zeros_like(cosines), cosines, last, last)
 
 
-def hybrid_candidates(
-    artifact: IndexVersion, plan: Plan, vector: Floats, width: int, allowed: RowFilter | None
-) -> Hits:
+def hybrid_candidates(index: IndexVersion, plan: Plan, vector: Floats, width: int, allowed: RowFilter | None) -> Hits:
     """Return the `width` or more rows with the highest cosines, and those with the highest text scores.
 
     - A rank score is cosine + bonus * text score; see `index_jobs.index.lexical`. Every candidate of one list
@@ -186,51 +184,51 @@ def hybrid_candidates(
     Raises:
         UnsupportedQueryError: the index keeps no vectors.
     """
-    lexical, mask = _require_words(artifact), _word_mask(artifact, allowed)
+    lexical, mask = _require_words(index), _word_mask(index, allowed)
     is_text_complete = lexical.count_matches(plan.text) < _TEXT_ROWS
     text_scores, text_rows = lexical.search(plan.text, _TEXT_ROWS if is_text_complete else _COMMON_TEXT_ROWS, mask)
     is_narrow = not is_text_complete and mask is None and width <= _COMMON_WIDTH
     if not is_text_complete:
         wide = 1 << (max(width, _COMMON_WIDTH) - 1).bit_length()
-        width = min(2 * _COMMON_WIDTH if is_narrow else wide, artifact.rows)
-    near = vector_candidates(artifact, vector, width, allowed, is_narrow=is_narrow)
+        width = min(2 * _COMMON_WIDTH if is_narrow else wide, index.rows)
+    near = vector_candidates(index, vector, width, allowed, is_narrow=is_narrow)
     is_same = near.rows[:, None] == text_rows  # [near, text]
     near_scores = is_same @ text_scores if is_text_complete else lexical.score(plan.text, near.rows)
     near = replace(near, text_scores=near_scores, unseen=near.unseen if is_text_complete else -np.inf)
     is_far = ~is_same.any(0)
-    return _with_words(artifact, plan, vector, near, text_rows[is_far], text_scores[is_far])
+    return _with_words(index, plan, vector, near, text_rows[is_far], text_scores[is_far])
 
 
 def _with_words(
-    artifact: IndexVersion, plan: Plan, vector: Floats, near: Hits, far_rows: Rows, far_scores: Floats
+    index: IndexVersion, plan: Plan, vector: Floats, near: Hits, far_rows: Rows, far_scores: Floats
 ) -> Hits:
     """Return near rows, with cosines and text scores, and far rows, with text scores; and their rank scores."""
     rows, cosines, text_scores = near.rows, near.cosines, near.text_scores
     if len(far_rows):
         rows, text_scores = np.concatenate((rows, far_rows)), np.concatenate((text_scores, far_scores))
-        cosines = np.concatenate((cosines, row_vectors(artifact, far_rows) @ vector))
-    bonus: Any = np.float32(text_bonus(artifact.sample_vectors, vector, plan.words_weight))
+        cosines = np.concatenate((cosines, row_vectors(index, far_rows) @ vector))
+    bonus: Any = np.float32(text_bonus(index.sample_vectors, vector, plan.words_weight))
     scores = cosines + bonus * text_scores
     return replace(near, rows=rows, cosines=cosines, text_scores=text_scores, rank_scores=scores)
 
 
-def _require_words(artifact: IndexVersion) -> LexicalIndex:
-    if not len(artifact.sample_vectors):
+def _require_words(index: IndexVersion) -> LexicalIndex:
+    if not len(index.sample_vectors):
         raise UnsupportedQueryError("Hybrid search needs vectors of items; the index keeps none.", field="hybrid")
-    return artifact.lexical
+    return index.lexical
 
 
-def _word_mask(artifact: IndexVersion, allowed: RowFilter | None) -> Mask | None:
+def _word_mask(index: IndexVersion, allowed: RowFilter | None) -> Mask | None:
     """Return the rows that may be found by their words, bool (rows,); None for all."""
     if allowed is None:
-        return artifact.live if artifact.manifest.removed else None
+        return index.live if index.manifest.removed else None
     return allowed.mask
 
 
-def fold_rows(artifact: IndexVersion, ranked: Hits, fold: float, count: int) -> Hits:
+def fold_rows(index: IndexVersion, ranked: Hits, fold: float, count: int) -> Hits:
     """Return the first `count` rows that differ; near-duplicates fold into the one that they are most similar to."""
     threshold, end = fold - _ROUNDING, len(ranked.rows)
-    vectors = row_vectors(artifact, ranked.rows) if end else np.empty((0, 0), np.float32)  # [m, E]
+    vectors = row_vectors(index, ranked.rows) if end else np.empty((0, 0), np.float32)  # [m, E]
     closest = np.full(end, -np.inf, np.float32)  # similarity of each row to a shown row before it
     owners = np.arange(end)  # place of this shown row
     shown: list[int] = []  # places
@@ -250,62 +248,62 @@ def fold_rows(artifact: IndexVersion, ranked: Hits, fold: float, count: int) -> 
     return replace(ranked.take(shown), folded=[ranked.rows[places[places != first]] for first, places in owned])
 
 
-def _sorted_hits(snapshot: Snapshot, plan: Plan, vector: Floats, groups: GroupField | None) -> Hits:
+def _sorted_hits(served: ServedVersion, plan: Plan, vector: Floats, groups: GroupField | None) -> Hits:
     """Return the hits in the order of a field.
 
     The count is exact unless there are more than `MAX_SORTED`, or an approximate index may have missed some.
     """
-    artifact, excluded = snapshot.artifact, np.array(plan.excluded, np.int64)
-    hits = _fitting(artifact, plan, vector)
+    index, excluded = served.index, np.array(plan.excluded, np.int64)
+    hits = _fitting(index, plan, vector)
     keys, excluded = (rows if groups is None else groups.codes[rows] for rows in (hits.rows, excluded))
     hits = hits.take(~np.isin(keys, excluded))
-    hits = hits.take(np.lexsort((hits.rows, -hits.rank_scores, sort_places(snapshot, plan.sort)[hits.rows])))
+    hits = hits.take(np.lexsort((hits.rows, -hits.rank_scores, sort_places(served, plan.sort)[hits.rows])))
     matched = hits.rows
     if groups is not None:
         hits = hits.take(first_places(groups.codes[matched]))
     hits = replace(_with_verdict(hits), matched=matched, count=len(hits.rows))
     if plan.fold is not None:
-        hits = fold_rows(artifact, hits, plan.fold, plan.depth)
+        hits = fold_rows(index, hits, plan.fold, plan.depth)
     return hits.take(slice(plan.depth))
 
 
-def _fitting(artifact: IndexVersion, plan: Plan, vector: Floats) -> Hits:
+def _fitting(index: IndexVersion, plan: Plan, vector: Floats) -> Hits:
     """Return all rows that fit a plan, and their levels."""
     lowest = plan.min_score
     if lowest is None:
-        lowest = artifact.manifest.cutoff.get("min_score", np.inf) if plan.is_judged else np.inf
-    width = min(1 if lowest == np.inf else MAX_SORTED, artifact.rows)
-    near = vector_candidates(artifact, vector, width, plan.allowed)
+        lowest = index.manifest.cutoff.get("min_score", np.inf) if plan.is_judged else np.inf
+    width = min(1 if lowest == np.inf else MAX_SORTED, index.rows)
+    near = vector_candidates(index, vector, width, plan.allowed)
     is_reached = near.reach(lowest)
-    is_complete = width == artifact.rows or near.unseen == -np.inf or not is_reached.all()
-    hits = _judged(artifact, plan, near, float(near.cosines.max(initial=-np.inf))).take(is_reached)
+    is_complete = width == index.rows or near.unseen == -np.inf or not is_reached.all()
+    hits = _judged(index, plan, near, float(near.cosines.max(initial=-np.inf))).take(is_reached)
     if plan.words_weight:
-        lexical, rows, scores = _require_words(artifact), NO_ROWS, _NO_SCORES
+        lexical, rows, scores = _require_words(index), NO_ROWS, _NO_SCORES
         if plan.min_score is None:
-            contained = hits.contained if hits.likely < np.inf else contained_share(artifact, plan.text)[0]
-            scores, rows = lexical.search(plan.text, MAX_SORTED, _word_mask(artifact, plan.allowed))
+            contained = hits.contained if hits.likely < np.inf else contained_share(index, plan.text)[0]
+            scores, rows = lexical.search(plan.text, MAX_SORTED, _word_mask(index, plan.allowed))
             is_complete &= len(rows) < MAX_SORTED or bool(scores[-1] < contained)
             is_added = (scores >= contained) & ~np.isin(rows, hits.rows)
             rows, scores = rows[is_added], scores[is_added]
         known = replace(hits, text_scores=lexical.score(plan.text, hits.rows))
-        hits = _with_words(artifact, plan, vector, known, rows, scores)
-    return replace(hits, is_exact=is_complete and is_exact_index(artifact))
+        hits = _with_words(index, plan, vector, known, rows, scores)
+    return replace(hits, is_exact=is_complete and is_exact_index(index))
 
 
-def contained_share(artifact: IndexVersion, text: str) -> tuple[float, bool]:
+def contained_share(index: IndexVersion, text: str) -> tuple[float, bool]:
     """Return the text score from which on an item contains the words of a query, and True if items have these words."""
-    is_familiar = artifact.lexical.known_share(text) >= _FAMILIAR
+    is_familiar = index.lexical.known_share(text) >= _FAMILIAR
     return _CONTAINED if is_familiar else _NEAR_SPELLING, is_familiar
 
 
-def _judged(artifact: IndexVersion, plan: Plan, hits: Hits, best: float) -> Hits:
+def _judged(index: IndexVersion, plan: Plan, hits: Hits, best: float) -> Hits:
     """Set the levels of a query whose best score is `best`, if there is a cut-off for it."""
-    cutoff: float | None = artifact.manifest.cutoff.get("min_score")
+    cutoff: float | None = index.manifest.cutoff.get("min_score")
     if cutoff is None or not plan.is_judged:
         return hits
-    likely, contained, strong = cutoff, _CONTAINED, artifact.manifest.cutoff.get("strong_score", -math.inf)
+    likely, contained, strong = cutoff, _CONTAINED, index.manifest.cutoff.get("strong_score", -math.inf)
     if best < strong:
-        contained, is_familiar = contained_share(artifact, plan.text)
+        contained, is_familiar = contained_share(index, plan.text)
         likely = cutoff if is_familiar else strong
     return _with_verdict(replace(hits, likely=likely, possible=cutoff, contained=contained))
 

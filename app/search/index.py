@@ -15,7 +15,7 @@ from app.core.settings import Settings
 from app.search.errors import InvalidQueryError
 from app.search.query import Crop, Plan, Query, make_plan, query_vector, row_of
 from app.search.results import SearchResponse, answer
-from app.search.snapshots import Snapshot, load_snapshot
+from app.search.served_version import ServedVersion, load_served_version
 from dcar_core.encoder import exports
 from dcar_core.encoder.encoder import ImageRow, TextRow, encode_image_rows, encode_text_rows
 from dcar_core.images import OpenedImage
@@ -29,8 +29,8 @@ _BATCH = 64  # texts that are encoded at a time
 class Index:
     """One version of an index, with its model, opened in this process. Many threads may share it."""
 
-    def __init__(self, snapshot: Snapshot, settings: Settings) -> None:
-        self.snapshot = snapshot
+    def __init__(self, served: ServedVersion, settings: Settings) -> None:
+        self.served = served
         self._settings = settings
 
     @classmethod
@@ -43,11 +43,11 @@ class Index:
         """
         index = published_index(path, version)
         if not runtime:
-            artifact = open_current(index) if version is None else open_version(index, version)
-            is_cached = exports.has_entry(artifact.checkpoint, artifact.manifest.spec.fingerprint, device)
+            opened = open_current(index) if version is None else open_version(index, version)
+            is_cached = exports.has_entry(opened.checkpoint, opened.manifest.spec.fingerprint, device)
             runtime = "auto" if is_cached else "torch"
         settings = Settings.model_construct(index=index, device=device, runtime=runtime)  # not of the environment
-        return cls(load_snapshot(settings.index, settings, version=version, warm_up=False), settings)
+        return cls(load_served_version(settings.index, settings, version=version, warm_up=False), settings)
 
     def search(self, query: str = "", *, image: str | Path | bytes | None = None, **options: Any) -> SearchResponse:
         """Return the results of a text, an image, items of the gallery, or all of them, as the HTTP API does.
@@ -61,35 +61,35 @@ class Index:
         """
         started = time.perf_counter()
         checked = _validated({"query": query, **options})
-        plan = make_plan(self.snapshot, checked, self._settings, has_image=image is not None)
+        plan = make_plan(self.served, checked, self._settings, has_image=image is not None)
         vectors = self._encode([text for _, text in plan.texts])
         vectors += [] if image is None else [self._encode_image(image, checked.crop)]
-        return self._answer(plan, query_vector(self.snapshot, plan, vectors), started)
+        return self._answer(plan, query_vector(self.served, plan, vectors), started)
 
     def search_each(self, queries: Sequence[str], **options: Any) -> Iterator[SearchResponse]:
         """Yield the results of each text, as `search` finds them; the texts are encoded in batches."""
         for start in range(0, len(queries), _BATCH):
             batch = [_validated({"query": query, **options}) for query in queries[start : start + _BATCH]]
-            plans = [make_plan(self.snapshot, query, self._settings) for query in batch]
+            plans = [make_plan(self.served, query, self._settings) for query in batch]
             vectors = iter(self._encode([text for plan in plans for _, text in plan.texts]))
             for plan in plans:
                 started = time.perf_counter()
                 own = [next(vectors) for _ in plan.texts]
-                yield self._answer(plan, query_vector(self.snapshot, plan, own), started)
+                yield self._answer(plan, query_vector(self.served, plan, own), started)
 
     def metadata(self, item_id: str) -> dict[str, Any]:
         """Return the metadata of an item. Raise ItemNotFoundError if no item has this id."""
-        return self.snapshot.artifact.item(row_of(self.snapshot, item_id)).metadata
+        return self.served.index.item(row_of(self.served, item_id)).metadata
 
     def _answer(self, plan: Plan, vector: Floats, started: float) -> SearchResponse:
-        body, _ = answer(self.snapshot, plan, vector)
+        body, _ = answer(self.served, plan, vector)
         return {**body, "took_ms": round((time.perf_counter() - started) * 1000, 2)}
 
     def _encode(self, texts: Sequence[str]) -> list[Floats]:
-        return list(encode_text_rows([TextRow(self.snapshot.encoder, text) for text in texts])) if texts else []
+        return list(encode_text_rows([TextRow(self.served.encoder, text) for text in texts])) if texts else []
 
     def _encode_image(self, image: str | Path | bytes, crop: Crop | None) -> Floats:
-        preprocess = self.snapshot.preprocess
+        preprocess = self.served.preprocess
         try:
             opened = OpenedImage(image if isinstance(image, bytes) else Path(image).read_bytes())
             pixels = preprocess.finish(preprocess.decoder(crop.box if crop else None)(opened))
@@ -97,7 +97,7 @@ class Index:
             if isinstance(image, bytes):
                 raise
             raise ImageError(f"{image}: {error.strerror if isinstance(error, OSError) else error}") from error
-        vector: Floats = encode_image_rows([ImageRow(self.snapshot.encoder, pixels)])[0]
+        vector: Floats = encode_image_rows([ImageRow(self.served.encoder, pixels)])[0]
         return vector
 
 

@@ -29,7 +29,7 @@ from typing_extensions import TypedDict
 from app.search.errors import UnsupportedQueryError
 from app.search.hits import Hits
 from app.search.query import Plan
-from app.search.snapshots import Snapshot, row_vectors
+from app.search.served_version import ServedVersion, row_vectors
 from dcar_core.encoder.encoder import ImageRow, TextRow, encode_image_rows, encode_text_rows
 from dcar_core.util.arrays import Floats, Pixels
 from dcar_core.util.errors import ArtifactError, ImageError, MissingExtraError
@@ -72,16 +72,16 @@ class Compute:
         """Return what a call of the model returns, for a few texts or images."""
         return call(*args)
 
-    def gallery_pixels(self, snapshot: Snapshot, rows: Sequence[int]) -> dict[int, Pixels]:
+    def gallery_pixels(self, served: ServedVersion, rows: Sequence[int]) -> dict[int, Pixels]:
         """Return the images that are still in the gallery, by row and in their order."""
         images: dict[int, Pixels] = {}
         for row in rows:
             with suppress(ArtifactError, ImageError, OSError):
-                images[row] = snapshot.encoder.preprocess(snapshot.artifact.image_bytes(row))
+                images[row] = served.encoder.preprocess(served.index.image_bytes(row))
         return images
 
 
-def rerank(compute: Compute, snapshot: Snapshot, plan: Plan, hits: Hits) -> Hits:
+def rerank(compute: Compute, served: ServedVersion, plan: Plan, hits: Hits) -> Hits:
     """Score the first hits by the second stage, and sort them.
 
     Raises:
@@ -92,10 +92,10 @@ def rerank(compute: Compute, snapshot: Snapshot, plan: Plan, hits: Hits) -> Hits
     if not rows:
         return hits
     try:
-        stage = snapshot.second_stage
+        stage = served.second_stage
     except MissingExtraError as error:
         raise UnsupportedQueryError(f"This service runs without PyTorch: {error}; or leave `rerank` out.") from None
-    images = compute.gallery_pixels(snapshot, rows)
+    images = compute.gallery_pixels(served, rows)
     if not images:
         raise UnsupportedQueryError(_NO_IMAGES)
 
@@ -112,43 +112,45 @@ def rerank(compute: Compute, snapshot: Snapshot, plan: Plan, hits: Hits) -> Hits
     return replace(hits.take(order), folded=folded, rerank_scores=scores)
 
 
-def explain(compute: Compute, snapshot: Snapshot, plan: Plan, vector: Floats, hits: Hits, page: Sequence[Any]) -> None:
+def explain(
+    compute: Compute, served: ServedVersion, plan: Plan, vector: Floats, hits: Hits, page: Sequence[Any]
+) -> None:
     """Explain the scores of the first results by the vector (E,) of the query, and by the words of its text.
 
     Raise UnsupportedQueryError if every image is missing.
     """
     rows = hits.rows[plan.offset : plan.end][: plan.explained].tolist()
-    effects = _word_effects(compute, snapshot, plan.text, rows)
+    effects = _word_effects(compute, served, plan.text, rows)
     for result, row, words in zip(page, rows, effects, strict=False):  # one by one: other queries get their turn
-        relevance = _relevance(compute, snapshot, vector, row)
+        relevance = _relevance(compute, served, vector, row)
         if relevance is not None:
-            explanation = ResultExplanation(relevance=relevance, fit=_FITS[snapshot.preprocess.resize])
+            explanation = ResultExplanation(relevance=relevance, fit=_FITS[served.preprocess.resize])
             result["explanation"] = explanation | {"words": words} if words else explanation
     if rows and not any("explanation" in result for result in page):
         raise UnsupportedQueryError(_NO_IMAGES)
 
 
-def _word_effects(compute: Compute, snapshot: Snapshot, text: str, rows: Sequence[int]) -> list[list[WordEffect]]:
+def _word_effects(compute: Compute, served: ServedVersion, text: str, rows: Sequence[int]) -> list[list[WordEffect]]:
     """Return the fall of each row's similarity to the text when a word is left out; nothing for a single word."""
     words = text.split()
     places = range(min(len(words), _MAX_WORDS))
     if len(words) < 2 or not rows:
         return [[] for _ in rows]
     shorter = [" ".join(words[:place] + words[place + 1 :]) for place in places]
-    whole, *without = compute.model(encode_text_rows, [TextRow(snapshot.encoder, each) for each in (text, *shorter)])
-    falls = row_vectors(snapshot.artifact, [*rows]) @ (whole - np.stack(without)).T  # [C, n]
+    whole, *without = compute.model(encode_text_rows, [TextRow(served.encoder, each) for each in (text, *shorter)])
+    falls = row_vectors(served.index, [*rows]) @ (whole - np.stack(without)).T  # [C, n]
     return [
         [WordEffect(word=word, effect=effect) for word, effect in zip(words, fall, strict=False)]
         for fall in falls.astype(float).round(4).tolist()
     ]
 
 
-def _relevance(compute: Compute, snapshot: Snapshot, vector: Floats, row: int) -> list[list[float]] | None:
+def _relevance(compute: Compute, served: ServedVersion, vector: Floats, row: int) -> list[list[float]] | None:
     """Return the fall of the score when a part is blanked, for each patch; None if the image is missing."""
-    pixels = compute.gallery_pixels(snapshot, [row]).get(row)
+    pixels = compute.gallery_pixels(served, [row]).get(row)
     if pixels is None:
         return None
-    encoder = snapshot.encoder
+    encoder = served.encoder
     variants, part_of_patch = blank_parts(pixels, encoder.preprocess.blank(), encoder.state.patch_grid)
     images = [ImageRow(encoder, each) for each in (pixels, *variants)]
     original, *blanked = _in_chunks(compute, encode_image_rows, images)

@@ -19,7 +19,7 @@ from pydantic_core import from_json, to_json
 
 from app.core.settings import DEFAULT_K, Settings
 from app.search.errors import InvalidQueryError, ItemNotFoundError, UnsupportedQueryError
-from app.search.snapshots import Snapshot, filter_rows, row_vectors
+from app.search.served_version import ServedVersion, filter_rows, row_vectors
 from dcar_core.util.arrays import Floats
 from dcar_core.util.errors import list_fields
 from index_jobs.index.lexical import DEFAULT_WEIGHT
@@ -257,7 +257,7 @@ class Plan:
         return max(self.end + 1, self.rerank_depth)
 
     def page_key(self, vector: Floats) -> Hashable:
-        """Return the key of the page in `Snapshot.pages`; None for one that is not cached."""
+        """Return the key of the page in `ServedVersion.pages`; None for one that is not cached."""
         special = self.allowed, self.group_by, self.sort, self.fold, self.facets, self.rerank_depth, self.explained
         if any(special) or self.end > _MAX_CACHED_DEPTH:
             return None
@@ -266,7 +266,7 @@ class Plan:
 
 
 def make_plan(
-    snapshot: Snapshot,
+    served: ServedVersion,
     query: Query,
     settings: Settings,
     *,
@@ -274,7 +274,7 @@ def make_plan(
     items_path: str = "/items",
     max_bytes: int = MAX_TEXT_BYTES,
 ) -> Plan:
-    """Check a query against a snapshot. A collection without items has any field, but no item.
+    """Check a query against a version of an index. A collection without items has any field, but no item.
 
     Raises:
         SearchError: a field does not fit the index, or the rest of the query.
@@ -288,8 +288,8 @@ def make_plan(
         raise InvalidQueryError("rerank", "needs a text query, with which it scores the images")
     if query.crop is not None and not has_image:
         raise InvalidQueryError("crop", "needs an image; leave it out")
-    more_rows = [row_of(snapshot, item_id, "more_like") for item_id in query.more_like]
-    less_rows = [row_of(snapshot, item_id, "less_like") for item_id in query.less_like]
+    more_rows = [row_of(served, item_id, "more_like") for item_id in query.more_like]
+    less_rows = [row_of(served, item_id, "less_like") for item_id in query.less_like]
     weights, end = query.weights, query.offset + query.k
     texts = ((weights.text, query.query), (-weights.without, query.without))
     plan = Plan(
@@ -303,13 +303,13 @@ def make_plan(
         items_path=items_path,
         max_bytes=max_bytes,
     )
-    if not snapshot.artifact.rows:
+    if not served.index.rows:
         return plan
-    known = snapshot.artifact.fields if query.fields else {}
+    known = served.index.fields if query.fields else {}
     for name in query.fields:
         if name not in known and name != "*":
             raise InvalidQueryError("fields", f"no item has {name[:80]!r}; available: {list_fields(known)}")
-    manifest = snapshot.artifact.manifest
+    manifest = served.index.manifest
     words_weight = DEFAULT_WEIGHT if query.hybrid is True else float(query.hybrid)
     if words_weight and not query.query:
         raise InvalidQueryError("hybrid", "needs a text query, whose words it looks up")
@@ -318,14 +318,14 @@ def make_plan(
         raise InvalidQueryError(field, "cannot be combined with rerank, which orders results by scores of its own")
     if query.fold is not None and query.group_by:
         raise InvalidQueryError("group_by", "cannot be combined with fold")
-    if query.rerank and not snapshot.encoder.state.reranks:
+    if query.rerank and not served.encoder.state.reranks:
         reason = "This model cannot re-rank: it has no second stage, or validation turned it off."
         remedy = "Leave `rerank` out, or train a model with `dcar train --method query-prompts`."
         raise UnsupportedQueryError(f"{reason} {remedy}", field="rerank")
     is_judged = not (has_image or query.without or more_rows or less_rows)
     if query.sort:
-        require_sortable(snapshot, query.sort)
-    has_cutoff = is_judged and snapshot.min_score is not None
+        require_sortable(served, query.sort)
+    has_cutoff = is_judged and served.min_score is not None
     needs_cutoff = query.min_score == "auto" or (query.sort and query.min_score is None and not words_weight)
     if needs_cutoff and not has_cutoff:
         field, remedy = ("min_score", "") if query.min_score == "auto" else ("sort", ", or hybrid")
@@ -340,9 +340,9 @@ def make_plan(
         examples=[(weight, rows) for weight, rows in ((weights.more, more_rows), (-weights.less, less_rows)) if rows],
         text=query.query,
         words_weight=words_weight,
-        allowed=filter_rows(snapshot, query.filter) if query.filter else None,
+        allowed=filter_rows(served, query.filter) if query.filter else None,
         excluded=tuple(sorted({*more_rows, *less_rows})),
-        min_score=snapshot.min_score if query.min_score == "auto" else query.min_score,
+        min_score=served.min_score if query.min_score == "auto" else query.min_score,
         group_by=manifest.spec.group_field if query.group_by is None and query.fold is None else query.group_by or "",
         fold=query.fold,
         fields=query.fields,
@@ -353,24 +353,24 @@ def make_plan(
     )
 
 
-def require_sortable(snapshot: Snapshot, sort: str) -> None:
+def require_sortable(served: ServedVersion, sort: str) -> None:
     """Raise InvalidQueryError unless items have the field of a `sort`, with one value each."""
-    name, fields = sort.removeprefix("-"), snapshot.artifact.fields
+    name, fields = sort.removeprefix("-"), served.index.fields
     if name not in fields:
         raise InvalidQueryError("sort", f"no item has {name[:80]!r}; available: {list_fields(fields)}")
     if fields[name].startswith("list"):
         raise InvalidQueryError("sort", f"{name!r} has several values per item; name a field with one")
 
 
-def row_of(snapshot: Snapshot, item_id: str, field: str = "id") -> int:
+def row_of(served: ServedVersion, item_id: str, field: str = "id") -> int:
     """Return the row of an item, which `field` of the query names. Raise ItemNotFoundError if no item has this id."""
-    row = snapshot.artifact.row_of(item_id)
+    row = served.index.row_of(item_id)
     if row is None:
         raise ItemNotFoundError(item_id, field)
     return row
 
 
-def query_vector(snapshot: Snapshot, plan: Plan, vectors: Sequence[Floats]) -> Floats:
+def query_vector(served: ServedVersion, plan: Plan, vectors: Sequence[Floats]) -> Floats:
     """Return the unit vector (E,) of a query.
 
     Args:
@@ -383,9 +383,7 @@ def query_vector(snapshot: Snapshot, plan: Plan, vectors: Sequence[Floats]) -> F
         return vectors[0]
     weights = [*(weight for weight, _ in plan.texts), plan.image_weight]
     parts = [*zip(weights, vectors, strict=False)]
-    return compose(
-        [*parts, *((weight, row_vectors(snapshot.artifact, rows).mean(0)) for weight, rows in plan.examples)]
-    )
+    return compose([*parts, *((weight, row_vectors(served.index, rows).mean(0)) for weight, rows in plan.examples)])
 
 
 def compose(parts: Sequence[tuple[float, Floats]]) -> Floats:

@@ -25,7 +25,7 @@ from app.search.errors import InvalidQueryError
 from app.search.hits import Hits, Level, find_hits, vector_candidates
 from app.search.pair_scoring import Compute, ResultExplanation, explain, rerank
 from app.search.query import Plan
-from app.search.snapshots import GroupField, ResultGroup, Snapshot, field_values, group_field, is_exact_index
+from app.search.served_version import GroupField, ResultGroup, ServedVersion, field_values, group_field, is_exact_index
 from dcar_core.util.arrays import Floats, Mask, Rows
 from index_jobs.index.index_version import IndexVersion, Item
 
@@ -105,13 +105,13 @@ class SearchResponse(TypedDict):
 Page = tuple[SearchResponse, int]  # and the bytes of the texts in it
 
 
-def cached_page(snapshot: Snapshot, plan: Plan, vector: Floats) -> Page | None:
+def cached_page(served: ServedVersion, plan: Plan, vector: Floats) -> Page | None:
     """Return a page that was made before."""
     key = plan.page_key(vector)
-    return None if key is None else snapshot.pages.use(key)
+    return None if key is None else served.pages.use(key)
 
 
-def answer(snapshot: Snapshot, plan: Plan, vector: Floats, compute: Compute | None = None) -> Page:
+def answer(served: ServedVersion, plan: Plan, vector: Floats, compute: Compute | None = None) -> Page:
     """Return a page of results, and cache it.
 
     Args:
@@ -125,20 +125,20 @@ def answer(snapshot: Snapshot, plan: Plan, vector: Floats, compute: Compute | No
 
     faiss.omp_set_num_threads(1)  # of this thread: one query gains nothing, and the encoder needs the cores
     compute = compute or Compute()
-    hits = find_hits(snapshot, plan, vector)
+    hits = find_hits(served, plan, vector)
     if plan.rerank_depth > plan.offset:
-        hits = rerank(compute, snapshot, plan, hits)
-    page = make_page(snapshot, plan, vector, hits)
+        hits = rerank(compute, served, plan, hits)
+    page = make_page(served, plan, vector, hits)
     if plan.explained:
-        explain(compute, snapshot, plan, vector, hits, page[0]["results"])
+        explain(compute, served, plan, vector, hits, page[0]["results"])
     if page[1] <= MAX_PAGE_BYTES and (key := plan.page_key(vector)) is not None:
-        snapshot.pages.keep(key, page)
+        served.pages.keep(key, page)
     return page
 
 
-def make_page(snapshot: Snapshot, plan: Plan, vector: Floats, hits: Hits) -> Page:
+def make_page(served: ServedVersion, plan: Plan, vector: Floats, hits: Hits) -> Page:
     """Return the page of a plan's hits. Raise InvalidQueryError if its texts take more than the plan's `max_bytes`."""
-    item, places = snapshot.artifact.item, range(plan.offset, min(plan.end, len(hits.rows)))
+    item, places = served.index.item, range(plan.offset, min(plan.end, len(hits.rows)))
     rows = hits.rows[plan.offset : plan.end].tolist()
     items = [item(row) for row in rows]
     size = sum(item.text_bytes + (item.metadata_bytes if plan.fields else 0) for item in items)
@@ -146,7 +146,7 @@ def make_page(snapshot: Snapshot, plan: Plan, vector: Floats, hits: Hits) -> Pag
         message = f"the texts and metadata take more than {plan.max_bytes // 2**10:,} KiB; "
         raise InvalidQueryError("k", message + "request fewer results at a time, or leave `fields` out")
     results = [_result(plan, hits, place, item) for place, item in zip(places, items, strict=True)]
-    groups = group_field(snapshot, plan.group_by).shown(rows, plan.allowed) if plan.group_by else []
+    groups = group_field(served, plan.group_by).shown(rows, plan.allowed) if plan.group_by else []
     for result, group in zip(results, groups, strict=False):
         result["group"] = group
     for result, place in zip(results, places if hits.folded else (), strict=False):
@@ -154,7 +154,7 @@ def make_page(snapshot: Snapshot, plan: Plan, vector: Floats, hits: Hits) -> Pag
             result["folded"] = [item(row).id for row in near.tolist()]
             size += sum(map(len, result["folded"]))
     body: SearchResponse = {
-        "index_version": snapshot.version,
+        "index_version": served.version,
         "took_ms": 0.0,
         "cached": False,
         "nothing_fits": hits.nothing_fits,
@@ -171,7 +171,7 @@ def make_page(snapshot: Snapshot, plan: Plan, vector: Floats, hits: Hits) -> Pag
         if not hits.is_exact:
             body["count_approximate"] = True
     if plan.facets:
-        body["facets"], is_exact = facets_of(snapshot, plan, vector, hits)
+        body["facets"], is_exact = facets_of(served, plan, vector, hits)
         size += sum(len(str(entry["value"])) for facet in body["facets"].values() for entry in facet)
         if not is_exact:
             body["facets_approximate"] = True
@@ -216,29 +216,31 @@ def public_metadata(item: Item) -> dict[str, Any]:
     return {field: name if value == path else value for field, value in metadata.items()}
 
 
-def facets_of(snapshot: Snapshot, plan: Plan, vector: Floats, hits: Hits) -> tuple[dict[str, list[FacetValue]], bool]:
+def facets_of(
+    served: ServedVersion, plan: Plan, vector: Floats, hits: Hits
+) -> tuple[dict[str, list[FacetValue]], bool]:
     """Return the facets of a plan, and False if they are approximate.
 
     With a `min_score`, those of the best `MAX_SCORED` rows count that reach it, as the index finds them.
     """
-    artifact = snapshot.artifact
-    if not artifact.rows:
+    index = served.index
+    if not index.rows:
         return {name: [] for name in plan.facets}, True
-    mask = artifact.live if plan.allowed is None else plan.allowed.mask
+    mask = index.live if plan.allowed is None else plan.allowed.mask
     rows, is_exact = hits.matched, hits.is_exact
     if rows is None and plan.min_score is not None:
-        near = vector_candidates(artifact, vector, min(MAX_SCORED, artifact.rows), plan.allowed)
+        near = vector_candidates(index, vector, min(MAX_SCORED, index.rows), plan.allowed)
         rows = near.rows[near.reach(plan.min_score)]
-        is_exact = len(rows) < MAX_SCORED and is_exact_index(artifact)
+        is_exact = len(rows) < MAX_SCORED and is_exact_index(index)
     if rows is not None:
-        mask = np.zeros(artifact.rows, np.bool_)
+        mask = np.zeros(index.rows, np.bool_)
         mask[rows] = True
-    groups = group_field(snapshot, plan.group_by) if plan.group_by else None
-    return {name: count_values(artifact, name, mask, groups) for name in plan.facets}, is_exact
+    groups = group_field(served, plan.group_by) if plan.group_by else None
+    return {name: count_values(index, name, mask, groups) for name in plan.facets}, is_exact
 
 
 def count_values(
-    artifact: IndexVersion, name: str, mask: Mask, groups: GroupField | None = None, limit: int = MAX_VALUES
+    index: IndexVersion, name: str, mask: Mask, groups: GroupField | None = None, limit: int = MAX_VALUES
 ) -> list[FacetValue]:
     """Return the values of a field with their counts, the most frequent first; ranges in their order.
 
@@ -247,7 +249,7 @@ def count_values(
         groups: count groups instead of rows.
     """
     rows = np.flatnonzero(mask)
-    chosen = field_values(artifact, name, "facets").filter(pa.array(mask))
+    chosen = field_values(index, name, "facets").filter(pa.array(mask))
     is_list = pa.types.is_list(chosen.type)
     if is_list:
         rows = rows[pc.list_parent_indices(chosen).to_numpy()]

@@ -1,8 +1,8 @@
 """Collections: the indexes that one process serves, by name, and the swap to new versions without dropping a request.
 
 - The default collection is DCAR_INDEX, named after its directory; routes without a name mean it.
-- A `ServedIndex` loads a new version beside the live one, warms it up, then replaces one reference. If a version cannot
-  be loaded, the live one stays; `reason` says why, and the version is tried again later.
+- A `Collection` loads a new version beside the current one, warms it up, then replaces one reference. If a version
+  cannot be loaded, the current one stays; `reason` says why, and the version is tried again later.
 - The service is ready when every collection of the settings is loaded, and stays ready when one cannot follow a new
   version. Created collections are opened after these, one after the other.
 """
@@ -19,7 +19,7 @@ from app.core.metrics import Metrics
 from app.core.settings import Settings
 from app.core.turns import ENDS, ComputeThreads, run_in_new_thread, stop, supervise
 from app.search.errors import CollectionNotFoundError, UnavailableError, without_directories
-from app.search.snapshots import Snapshot, is_published, load_snapshot
+from app.search.served_version import ServedVersion, is_published, load_served_version
 from dcar_core.util.errors import ArtifactError, DcarError
 from index_jobs.index.jobs import list_collections
 from index_jobs.index.storage import location_of, store_of
@@ -31,12 +31,12 @@ RETRY_S = 30.0
 _LOADING, _OPENING = "The model is being loaded.", "The collection is being opened."
 
 
-class ServedIndex:
-    """One published index and its live snapshot. is_created: over HTTP; without items it is version 0."""
+class Collection:
+    """One published index and its current version. is_created: over HTTP; without items it is version 0."""
 
-    def __init__(self, index: Path, collections: "Collections", *, is_created: bool = False) -> None:
-        self.index, self.is_created = index, is_created
-        self.live: Snapshot | None = None  # in use; None while the first one is loaded
+    def __init__(self, path: Path, collections: "Collections", *, is_created: bool = False) -> None:
+        self.path, self.is_created = path, is_created
+        self.current: ServedVersion | None = None  # in use; None while the first one is loaded
         self.reason: str | None = _OPENING if is_created else _LOADING  # why it is not served, without directories
         self.waiting_jobs = 0  # changes of its items that had not ended when they were last counted
         self.was_tried = asyncio.Event()  # set once the first load has ended, or the collection is closed
@@ -47,31 +47,31 @@ class ServedIndex:
         self._loads: set[asyncio.Task[bool]] = set()
         self._is_closing = False
 
-    def require(self) -> Snapshot:
-        """Return the live snapshot. Raise UnavailableError if none is loaded."""
-        if self.live is None:
+    def require(self) -> ServedVersion:
+        """Return the current version. Raise UnavailableError if none is loaded."""
+        if self.current is None:
             raise UnavailableError(self.reason or _LOADING)
-        return self.live
+        return self.current
 
     def start(self) -> None:
         """Load the first version and begin to poll, in the background."""
         poll = supervise("version poller", self._poll, self._collections.metrics, on_failure=self._record_poll_failure)
-        self._poller = asyncio.create_task(poll, name="dcar-snapshots")
+        self._poller = asyncio.create_task(poll, name="dcar-versions")
 
     async def close(self) -> None:
-        """Stop polling, and release the snapshot. The thread of a load in progress cannot be stopped."""
+        """Stop polling, and release the version. The thread of a load in progress cannot be stopped."""
         self._is_closing = True
         self.was_tried.set()
         await stop(self._poller)
-        self.live = None
+        self.current = None
 
     async def reload(self) -> bool:
-        """Serve the published version. Return False if it is live already.
+        """Serve the published version. Return False if it is served already.
 
         A load that has begun continues, and keeps the lock, if its caller stops waiting.
 
         Raises:
-            DcarError: the version cannot be loaded; the live one stays.
+            DcarError: the version cannot be loaded; the current one stays.
         """
         load = asyncio.create_task(self._load(), name="dcar-load")
         self._loads.add(load)
@@ -82,11 +82,11 @@ class ServedIndex:
     async def _load(self) -> bool:
         lost, started = await self._pull(), time.perf_counter()
         async with self._collections.load_lock:
-            if self._is_closing or (self.is_created and not await self._collections.disk.run(self.index.is_dir)):
+            if self._is_closing or (self.is_created and not await self._collections.disk.run(self.path.is_dir)):
                 return False
             self._tried_version = None
             try:
-                snapshot = await run_in_new_thread(self._load_new, self._collections.loaded)
+                served = await run_in_new_thread(self._load_new, self._collections.loaded)
             except ENDS:
                 raise
             except BaseException as error:
@@ -94,26 +94,26 @@ class ServedIndex:
                 raise failure from (None if failure is error else error)
             finally:
                 self.was_tried.set()
-            if snapshot is not None and not self._is_closing:
-                if self.live is None:
+            if served is not None and not self._is_closing:
+                if self.current is None:
                     gc.freeze()  # else each full collection would stop every request for a quarter of a second
-                self.live, where, seconds = snapshot, location_of(self.index), time.perf_counter() - started
-                count = snapshot.artifact.manifest.count
+                self.current, where, seconds = served, location_of(self.path), time.perf_counter() - started
+                count = served.index.manifest.count
                 logger.info(
-                    "serving version %d of %s: %d items, loaded in %.1f s", snapshot.version, where, count, seconds
+                    "serving version %d of %s: %d items, loaded in %.1f s", served.version, where, count, seconds
                 )
             if lost is not None:
                 raise self._record_failure(lost, "served, and its object store is not followed")
             self.reason, self._retry_at = None, 0.0
-            return snapshot is not None
+            return served is not None
 
-    def _load_new(self, loaded: list[Snapshot]) -> Snapshot | None:
-        """Load the published version unless it is live."""
-        is_empty = self.is_created and current_version(self.index) is None
-        version = self._tried_version = 0 if is_empty else require_index(self.index).version
-        if self.live is not None and is_published(self.live, self.index, version):
+    def _load_new(self, loaded: list[ServedVersion]) -> ServedVersion | None:
+        """Load the published version unless it is served."""
+        is_empty = self.is_created and current_version(self.path) is None
+        version = self._tried_version = 0 if is_empty else require_index(self.path).version
+        if self.current is not None and is_published(self.current, self.path, version):
             return None
-        return load_snapshot(self.index, self._collections.settings, loaded, is_empty)
+        return load_served_version(self.path, self._collections.settings, loaded, is_empty)
 
     async def _pull(self) -> DcarError | None:
         """Bring the version from its object store, if it is in one, and return what prevents it: what is here remains.
@@ -121,10 +121,10 @@ class ServedIndex:
         Another collection may load meanwhile, since this can take minutes.
         """
         try:
-            if store_of(self.index) is not None:
-                await run_in_new_thread(pull, self.index)
+            if store_of(self.path) is not None:
+                await run_in_new_thread(pull, self.path)
         except OSError as error:
-            return ArtifactError(f"{self.index} cannot be written: {error.strerror}")
+            return ArtifactError(f"{self.path} cannot be written: {error.strerror}")
         except DcarError as error:
             return error
         return None
@@ -137,11 +137,11 @@ class ServedIndex:
     def _record_failure(self, error: BaseException, state: str = "not served") -> DcarError:
         """Note why a version is not served; log it once, or report it if the service cannot start."""
         failure = error if isinstance(error, DcarError) else ArtifactError(f"the index cannot be loaded: {error}")
-        reason = without_directories(str(failure), self.index)
-        if self.live is None and not self.is_created and self._collections.on_start_failure is not None:
+        reason = without_directories(str(failure), self.path)
+        if self.current is None and not self.is_created and self._collections.on_start_failure is not None:
             self._collections.on_start_failure(failure)
         elif reason != self.reason:
-            logger.error("version %s of %s is %s: %s", self._tried_version or "?", self.index, state, failure)
+            logger.error("version %s of %s is %s: %s", self._tried_version or "?", self.path, state, failure)
         self.reason, self._retry_at = reason, time.monotonic() + RETRY_S
         return failure
 
@@ -155,7 +155,7 @@ class ServedIndex:
             version = None
             if self.was_tried.is_set():
                 with contextlib.suppress(ArtifactError):  # `reload` reports why it cannot be read
-                    version = await self._collections.disk.run(current_version, self.index)
+                    version = await self._collections.disk.run(current_version, self.path)
             if version is None or version != self._tried_version or time.monotonic() >= self._retry_at:
                 with contextlib.suppress(DcarError):  # `_record_failure` has logged it
                     await self.reload()
@@ -176,55 +176,62 @@ class Collections:
         self.settings, self.metrics, self.on_start_failure = settings, metrics, on_start_failure
         self.load_lock, self._sync_lock = asyncio.Lock(), asyncio.Lock()  # one version is loaded at a time
         self.disk = ComputeThreads(4, "dcar-versions")  # which look for published versions; a disk may hang
-        self._indexes = {name: ServedIndex(index, self) for name, index in settings.indexes.items()}
+        self._by_name = {name: Collection(index, self) for name, index in settings.indexes.items()}
         for name, path in list_collections(settings.collections_dir).items() if settings.collections_dir else ():
-            self._indexes.setdefault(name, ServedIndex(path, self, is_created=True))
+            self._by_name.setdefault(name, Collection(path, self, is_created=True))
         self._watcher: asyncio.Task[None] | None = None
-        self.default = next(iter(self._indexes))
+        self.default = next(iter(self._by_name))
 
     @property
-    def loaded(self) -> list[Snapshot]:
-        """The live snapshots of all collections."""
-        return [index.live for index in self._indexes.values() if index.live is not None]
+    def loaded(self) -> list[ServedVersion]:
+        """The current versions of all collections."""
+        return [collection.current for collection in self._by_name.values() if collection.current is not None]
 
-    def __iter__(self) -> Iterator[tuple[str, ServedIndex]]:
-        return iter([*self._indexes.items()])
+    def __iter__(self) -> Iterator[tuple[str, Collection]]:
+        return iter([*self._by_name.items()])
 
-    def find(self, name: str | None, field: str = "collection") -> ServedIndex:
+    def find(self, name: str | None, field: str = "collection") -> Collection:
         """Return the collection that a field names, None for the default. Raise CollectionNotFoundError."""
-        index = self._indexes.get(self.default if name is None else name)
-        if index is None:
+        collection = self._by_name.get(self.default if name is None else name)
+        if collection is None:
             raise CollectionNotFoundError(str(name), field)
-        return index
+        return collection
 
     __getitem__ = find
 
-    def open(self, name: str | None, field: str = "collection") -> Snapshot:
-        """Return the live snapshot of a collection, as `find`. Raise UnavailableError if it is not loaded."""
+    def open(self, name: str | None, field: str = "collection") -> ServedVersion:
+        """Return the current version of a collection, as `find`. Raise UnavailableError if it is not loaded."""
         return self.find(name, field).require()
 
     @property
     def missing(self) -> str | None:
         """Why a collection of the settings cannot be searched; None if all can."""
-        faults = ((name, index) for name, index in self if index.live is None and not index.is_created)
-        return next((self._with_name(name, index.reason or _LOADING) for name, index in faults), None)
+        faults = (
+            (name, collection) for name, collection in self if collection.current is None and not collection.is_created
+        )
+        return next((self._with_name(name, collection.reason or _LOADING) for name, collection in faults), None)
 
     @property
     def reason(self) -> str | None:
-        """Why some collection is degraded, see `ServedIndex.fault`; None if none is."""
-        return "; ".join(self._with_name(name, index.fault) for name, index in self if index.fault is not None) or None
+        """Why some collection is degraded, see `Collection.fault`; None if none is."""
+        return (
+            "; ".join(
+                self._with_name(name, collection.fault) for name, collection in self if collection.fault is not None
+            )
+            or None
+        )
 
     def start(self) -> None:
         """Load the collections of the settings, then created ones, and begin to poll, in the background."""
-        for _, index in self:  # which take turns by `load_lock`
-            index.start()
+        for _, collection in self:  # which take turns by `load_lock`
+            collection.start()
         if self.settings.collections_dir is not None:
             watch = supervise("collections watcher", self._watch, self.metrics)
             self._watcher = asyncio.create_task(watch, name="dcar-watcher")
 
     async def close(self) -> None:
         await stop(self._watcher)
-        await asyncio.gather(*(index.close() for _, index in self))
+        await asyncio.gather(*(collection.close() for _, collection in self))
         self.disk.shutdown(wait=False, cancel_futures=True)
 
     async def _watch(self) -> None:
@@ -238,12 +245,14 @@ class Collections:
             return
         async with self._sync_lock:
             paths = await self.disk.run(list_collections, self.settings.collections_dir)
-            for name in [name for name, index in self if index.is_created and paths.get(name) != index.index]:
-                await self._indexes.pop(name).close()
+            for name in [
+                name for name, collection in self if collection.is_created and paths.get(name) != collection.path
+            ]:
+                await self._by_name.pop(name).close()
                 logger.info("no longer serving the collection %s: it was dropped, or its directory is gone", name)
             for name, path in paths.items():
-                if name not in self._indexes:
-                    created = self._indexes[name] = ServedIndex(path, self, is_created=True)
+                if name not in self._by_name:
+                    created = self._by_name[name] = Collection(path, self, is_created=True)
                     created.start()
                     await created.was_tried.wait()
 
@@ -255,9 +264,9 @@ class Collections:
         """
         await self.sync()
         changed, failures = dict[str, bool](), list[str]()
-        for name, index in self:
+        for name, collection in self:
             try:
-                changed[name] = await index.reload()
+                changed[name] = await collection.reload()
             except DcarError as error:
                 failures.append(self._with_name(name, str(error)))
         if failures:
@@ -265,4 +274,4 @@ class Collections:
         return changed
 
     def _with_name(self, name: str, message: str) -> str:
-        return message if len(self._indexes) == 1 else f"{name}: {message}"
+        return message if len(self._by_name) == 1 else f"{name}: {message}"

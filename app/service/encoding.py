@@ -23,7 +23,7 @@ from app.core.settings import Settings
 from app.core.turns import ComputeThreads, Decoders, FairQueue, FairTurns, Turn, supervise
 from app.search.errors import UnavailableError
 from app.search.query import Crop
-from app.search.snapshots import Recent, Snapshot
+from app.search.served_version import Recent, ServedVersion
 from app.service.redis_cache import RedisCache
 from dcar_core.encoder.encoder import Encoder, ImageRow, TextRow, encode_image_rows, encode_text_rows
 from dcar_core.images import ALL_FORMATS, MAX_PIXELS
@@ -213,9 +213,9 @@ class QueryEncoder:
         for threads in (self._pixel_threads, self.image_threads):
             threads.shutdown(wait=False, cancel_futures=True)
 
-    async def text(self, snapshot: Snapshot, text: str) -> tuple[Floats, bool]:
+    async def text(self, served: ServedVersion, text: str) -> tuple[Floats, bool]:
         """Return the vector (E,) of a normalized text, and True if it was cached."""
-        encoder = snapshot.encoder
+        encoder = served.encoder
 
         async def embed() -> Floats:  # encoders on one backbone share its runtime
             row = TextRow(encoder, text)
@@ -223,12 +223,12 @@ class QueryEncoder:
 
         return await self._find(encoder, text, embed)
 
-    async def image(self, snapshot: Snapshot, data: bytes, crop: Crop | None = None) -> tuple[Floats, bool]:
+    async def image(self, served: ServedVersion, data: bytes, crop: Crop | None = None) -> tuple[Floats, bool]:
         """Return the vector (E,) of an image file, or of a part of it, and True if it was cached. Raise ImageError."""
-        encoder = snapshot.encoder
+        encoder = served.encoder
 
         async def embed() -> Floats:
-            row = ImageRow(encoder, await self._pixels(data, snapshot.preprocess, crop, is_query=True))
+            row = ImageRow(encoder, await self._pixels(data, served.preprocess, crop, is_query=True))
             return await self.batcher.submit(id(encoder.runtime), encode_image_rows, row)
 
         quick = len(data) <= _QUICK_BYTES
@@ -281,13 +281,13 @@ class QueryEncoder:
         decoded: Pixels = await self.decode(data, decoder, is_query=is_query)
         return decoded if preprocess.resizer == "pillow" else await self._pixel_threads.run(preprocess.finish, decoded)
 
-    async def gallery_pixels(self, snapshot: Snapshot, rows: Sequence[int]) -> dict[int, Pixels]:
+    async def gallery_pixels(self, served: ServedVersion, rows: Sequence[int]) -> dict[int, Pixels]:
         """Return the images that are still in the gallery, by row and in their order."""
 
         async def read(row: int) -> Pixels | None:
             try:
-                data = await self.image_threads.run(snapshot.artifact.image_bytes, row)
-                return await self._pixels(data, snapshot.encoder.preprocess)
+                data = await self.image_threads.run(served.index.image_bytes, row)
+                return await self._pixels(data, served.encoder.preprocess)
             except (ArtifactError, ImageError, OSError):
                 return None
 

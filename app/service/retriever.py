@@ -23,7 +23,7 @@ from app.search.errors import BatchQueryError, ImageUnavailableError, SearchErro
 from app.search.pair_scoring import Compute
 from app.search.query import MAX_TEXT_BYTES, Query, make_plan, query_vector, row_of
 from app.search.results import Page, answer, cached_page
-from app.search.snapshots import Recent, Snapshot, mask_key
+from app.search.served_version import Recent, ServedVersion, mask_key
 from app.service.encoding import QueryEncoder
 from dcar_core.images import sniff_format
 from dcar_core.images.decoding import ThumbnailFormat, make_thumbnail
@@ -39,7 +39,7 @@ _THUMBNAILS = 1000  # in memory, of some 20 kB
 
 
 class Retriever:
-    """Search snapshots. One per process."""
+    """Search versions of indexes. One per process."""
 
     def __init__(self, settings: Settings, metrics: Metrics) -> None:
         self._settings, self._metrics = settings, metrics
@@ -95,39 +95,39 @@ class Retriever:
         return await self._threads[place].run(call, *args)
 
     async def search(
-        self, snapshot: Snapshot, query: Query, image: bytes | None = None, items_path: str = "/items"
+        self, served: ServedVersion, query: Query, image: bytes | None = None, items_path: str = "/items"
     ) -> Page:
         """Return the results of a query; see `app.search`."""
         async with self._admitted():
-            return await self._search(snapshot, query, image, items_path, MAX_TEXT_BYTES)
+            return await self._search(served, query, image, items_path, MAX_TEXT_BYTES)
 
     async def search_batch(
-        self, snapshot: Snapshot, queries: Sequence[tuple[Query, bytes | None]], items_path: str
+        self, served: ServedVersion, queries: Sequence[tuple[Query, bytes | None]], items_path: str
     ) -> list[Page]:
         """Return the results of queries with their images. Raise BatchQueryError if one search failed."""
         max_bytes = MAX_TEXT_BYTES // len(queries)
         async with self._admitted(len(queries)):
-            searches = (self._search(snapshot, query, image, items_path, max_bytes) for query, image in queries)
+            searches = (self._search(served, query, image, items_path, max_bytes) for query, image in queries)
             return _all_or_error(await asyncio.gather(*searches, return_exceptions=True))
 
     async def _search(
-        self, snapshot: Snapshot, query: Query, image: bytes | None, items_path: str, max_bytes: int
+        self, served: ServedVersion, query: Query, image: bytes | None, items_path: str, max_bytes: int
     ) -> Page:
         started, encoder = time.perf_counter(), self.encoder
         make = partial(make_plan, has_image=image is not None, items_path=items_path, max_bytes=max_bytes)
-        if query.filter and snapshot.masks.use(mask_key(query.filter)) is None:  # all items are looked at
-            plan = await self.run("filter", make, snapshot, query, self._settings)
+        if query.filter and served.masks.use(mask_key(query.filter)) is None:  # all items are looked at
+            plan = await self.run("filter", make, served, query, self._settings)
         else:
-            plan = make(snapshot, query, self._settings)
-        texts = [encoder.text(snapshot, text) for _, text in plan.texts]
+            plan = make(served, query, self._settings)
+        texts = [encoder.text(served, text) for _, text in plan.texts]
         embedded = [await texts[0]] if len(texts) == 1 else await asyncio.gather(*texts)  # which takes longer
         if image is not None:
-            embedded = [*embedded, await encoder.image(snapshot, image, query.crop)]
-        compose = partial(query_vector, snapshot, plan, [vector for vector, _ in embedded])
+            embedded = [*embedded, await encoder.image(served, image, query.crop)]
+        compose = partial(query_vector, served, plan, [vector for vector, _ in embedded])
         vector = await self.run("search", compose) if plan.examples else compose()
-        page = cached_page(snapshot, plan, vector)
+        page = cached_page(served, plan, vector)
         if page is None:
-            make_page = partial(answer, snapshot, plan, vector)
+            make_page = partial(answer, served, plan, vector)
             with self._metrics.timed("search"):
                 if plan.explained or plan.rerank_depth:
                     page = await self._run_beside_model(make_page)
@@ -145,18 +145,18 @@ class Retriever:
         finally:
             compute.is_cancelled = True
 
-    async def embed(self, snapshot: Snapshot, inputs: Sequence[str | bytes]) -> list[Floats]:
+    async def embed(self, served: ServedVersion, inputs: Sequence[str | bytes]) -> list[Floats]:
         """Return the vectors (E,) of normalized texts and image files. Raise BatchQueryError if one has none."""
         async with self._admitted(len(inputs)):
             embed = self.encoder
             outcomes = await asyncio.gather(
-                *(embed.text(snapshot, x) if isinstance(x, str) else embed.image(snapshot, x) for x in inputs),
+                *(embed.text(served, x) if isinstance(x, str) else embed.image(served, x) for x in inputs),
                 return_exceptions=True,
             )
         return [vector for vector, _ in _all_or_error(outcomes)]
 
     async def image(
-        self, snapshot: Snapshot, item_id: str, side: int | None, thumbnail_format: ThumbnailFormat
+        self, served: ServedVersion, item_id: str, side: int | None, thumbnail_format: ThumbnailFormat
     ) -> tuple[str, bytes]:
         """Return a name that changes with an item's image, and its file or a thumbnail of it.
 
@@ -168,14 +168,14 @@ class Retriever:
         Raises:
             SearchError: there is no such item, or its image is gone.
         """
-        row, artifact, threads = row_of(snapshot, item_id), snapshot.artifact, self.encoder.image_threads
+        row, index, threads = row_of(served, item_id), served.index, self.encoder.image_threads
         with suppress(ArtifactError, ImageError, OSError):
             async with self._admitted(kind="pictures"):
-                name = await threads.run(artifact.image_key, row)
+                name = await threads.run(index.image_key, row)
                 name += "" if side is None else f"_{side}.{thumbnail_format}"
                 if (thumbnail := self._thumbnails.use(name)) is not None:
                     return name, thumbnail
-                data = await threads.run(artifact.image_bytes, row)
+                data = await threads.run(index.image_bytes, row)
                 if side is not None:
                     make = partial(make_thumbnail, side=side, thumbnail_format=thumbnail_format)
                     try:
@@ -188,13 +188,13 @@ class Retriever:
                     return name, data
         raise ImageUnavailableError
 
-    async def check_image(self, snapshot: Snapshot, data: bytes) -> None:
+    async def check_image(self, served: ServedVersion, data: bytes) -> None:
         """Raise ImageError if an image may not become an item's, by the limits of queries and of index jobs."""
         async with self._admitted(kind="pictures"):
-            await self.encoder.decode(data, snapshot.encoder.preprocess.decoder(), is_query=True)
+            await self.encoder.decode(data, served.encoder.preprocess.decoder(), is_query=True)
 
     async def examine(self, call: Callable[..., T], *args: Any) -> T:
-        """Call a function that looks at all rows of a snapshot; one is called at a time."""
+        """Call a function that looks at all rows of an index; one is called at a time."""
         async with self._admitted():
             return await self.run("filter", call, *args)
 
@@ -208,8 +208,8 @@ class _WaitingCompute(Compute):
     def model(self, call: Callable[..., Any], *args: Any) -> Any:
         return self._wait(self._encoder.call(call, *args))
 
-    def gallery_pixels(self, snapshot: Snapshot, rows: Sequence[int]) -> dict[int, Pixels]:
-        return self._wait(self._encoder.gallery_pixels(snapshot, rows))
+    def gallery_pixels(self, served: ServedVersion, rows: Sequence[int]) -> dict[int, Pixels]:
+        return self._wait(self._encoder.gallery_pixels(served, rows))
 
     def _wait(self, work: Coroutine[Any, Any, T]) -> T:
         if self.is_cancelled:

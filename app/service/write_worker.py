@@ -20,7 +20,7 @@ from app.core.metrics import Metrics
 from app.core.settings import Settings
 from app.core.turns import ComputeThreads, run_in_new_thread, stop, supervise
 from app.search.errors import UnavailableError, without_directories
-from app.service.collections import Collections, ServedIndex
+from app.service.collections import Collection, Collections
 from dcar_core.util import files
 from dcar_core.util.errors import DcarError, LockedError
 from index_jobs.index.jobs import JobKind, JobQueue
@@ -55,12 +55,12 @@ class WriteWorker:
         self._reasons: dict[str, str] = {}  # why the jobs of a collection wait
         self._task: asyncio.Task[None] | None = None
         self._disk = ComputeThreads(4, "dcar-jobs")
-        served = collections if settings.writes else ()
+        collection = collections if settings.writes else ()
         metrics.add_gauge(
             "dcar_jobs_waiting",
             "Changes of items that have not ended.",
             "collection",
-            lambda: [(name, float(each.waiting_jobs)) for name, each in served],
+            lambda: [(name, float(each.waiting_jobs)) for name, each in collection],
         )
 
     def start(self) -> None:
@@ -73,7 +73,7 @@ class WriteWorker:
 
     async def accept(
         self,
-        collection: str,
+        name: str,
         kind: JobKind,
         items: Sequence[Mapping[str, Any]],
         images: Sequence[bytes] = (),
@@ -85,54 +85,54 @@ class WriteWorker:
             OSError: the disk is full, or the collection has been dropped.
             UnavailableError: too many jobs wait.
         """
-        served = self._collections[collection]
-        if served.waiting_jobs >= self._settings.max_jobs:
+        collection = self._collections[name]
+        if collection.waiting_jobs >= self._settings.max_jobs:
             raise UnavailableError("Too many changes of this collection wait to be applied.", retry_after_s=30)
-        served.waiting_jobs += 1
+        collection.waiting_jobs += 1
         try:
-            job = await self._disk.run(partial(JobQueue(served.index).accept, kind, items, images, **more))
+            job = await self._disk.run(partial(JobQueue(collection.path).accept, kind, items, images, **more))
         except BaseException:
-            served.waiting_jobs -= 1
+            collection.waiting_jobs -= 1
             raise
         self._arrived.set()
-        if (status := await self.status([collection], job)) is None:
-            raise FileNotFoundError(errno.ENOENT, "the collection has been dropped", str(served.index))
+        if (status := await self.status([name], job)) is None:
+            raise FileNotFoundError(errno.ENOENT, "the collection has been dropped", str(collection.path))
         return status
 
     async def status(self, collections: Sequence[str], job: str) -> dict[str, Any] | None:
         """Return the status of a job in some collections; None if there is none. The disk may be unavailable."""
-        for name, served in self._named(collections):
-            if (status := await self._disk.run(JobQueue(served.index).status, job)) is not None:
-                return await self._shown(name, served, status)
+        for name, collection in self._named(collections):
+            if (status := await self._disk.run(JobQueue(collection.path).status, job)) is not None:
+                return await self._shown(name, collection, status)
         return None
 
     async def newest(self, collections: Sequence[str], limit: int) -> list[dict[str, Any]]:
         """Return the status of the jobs of some collections that were accepted last, the newest first."""
         found = [
-            (name, served, status)
-            for name, served in self._named(collections)
-            for status in await self._disk.run(JobQueue(served.index).newest, limit)
+            (name, collection, status)
+            for name, collection in self._named(collections)
+            for status in await self._disk.run(JobQueue(collection.path).newest, limit)
         ]
         newest = sorted(found, key=lambda each: each[2]["accepted"], reverse=True)[:limit]
         return [await self._shown(*each) for each in newest]
 
-    def _named(self, collections: Sequence[str]) -> list[tuple[str, ServedIndex]]:
+    def _named(self, collections: Sequence[str]) -> list[tuple[str, Collection]]:
         return [(name, self._collections[name]) for name in collections]  # one may be dropped during the next call
 
-    async def _shown(self, name: str, served: ServedIndex, status: dict[str, Any]) -> dict[str, Any]:
+    async def _shown(self, name: str, collection: Collection, status: dict[str, Any]) -> dict[str, Any]:
         """Return the status of a job as callers see it. The items of one that is done are found from then on."""
-        if (served.live.version if served.live else 0) < (status.get("index_version") or 0):
+        if (collection.current.version if collection.current else 0) < (status.get("index_version") or 0):
             with contextlib.suppress(DcarError):
-                await served.reload()
+                await collection.reload()
         reason = self._reasons.get(name) if status["status"] == "waiting" else status.get("reason")
-        shown = {} if reason is None else {"reason": without_directories(reason, served.index)}
+        shown = {} if reason is None else {"reason": without_directories(reason, collection.path)}
         return {"collection": name, **status, **shown}
 
     async def _run(self) -> None:
         while True:
             self._arrived.clear()
-            waiting = [(name, served) for name, served in self._collections if await self._count(served)]
-            outcomes = [await self._apply(name, served) for name, served in waiting]
+            waiting = [(name, collection) for name, collection in self._collections if await self._count(collection)]
+            outcomes = [await self._apply(name, collection) for name, collection in waiting]
             if not all(outcomes):
                 await asyncio.sleep(RETRY_S)
                 continue
@@ -140,16 +140,16 @@ class WriteWorker:
                 async with asyncio.timeout(_POLL_S):  # `wait_for` can lose a cancellation in Python 3.11
                     await self._arrived.wait()
 
-    async def _count(self, served: ServedIndex) -> int:
-        served.waiting_jobs = await self._disk.run(JobQueue(served.index).waiting)
-        return served.waiting_jobs
+    async def _count(self, collection: Collection) -> int:
+        collection.waiting_jobs = await self._disk.run(JobQueue(collection.path).waiting)
+        return collection.waiting_jobs
 
-    async def _apply(self, name: str, served: ServedIndex) -> bool:
+    async def _apply(self, name: str, collection: Collection) -> bool:
         """Apply the waiting jobs of a collection, and return False if they have to wait."""
         try:
             keep = self._settings.keep_writes
-            await run_in_new_thread(partial(apply_waiting, served.index, images=False, keep=keep))
-            code, errors = await self.run_apply(served) if await self._count(served) else (0, "")
+            await run_in_new_thread(partial(apply_waiting, collection.path, images=False, keep=keep))
+            code, errors = await self.run_apply(collection) if await self._count(collection) else (0, "")
         except DcarError as error:
             code, errors = error.exit_code, str(error)
         previous = self._reasons.pop(name, None)
@@ -160,15 +160,15 @@ class WriteWorker:
                 self._metrics.task_failures.labels("changes of items").inc()
             if reason != previous:
                 logger.warning("the jobs of %s wait: %s", name, reason)
-        await self._count(served)
+        await self._count(collection)
         with contextlib.suppress(DcarError):  # logged, and shown by /readyz
-            await served.reload()
+            await collection.reload()
         return code == 0
 
-    async def run_apply(self, served: ServedIndex) -> tuple[int, str]:
+    async def run_apply(self, collection: Collection) -> tuple[int, str]:
         """Run the process, and return its exit status and stderr."""
         settings = self._settings
-        command = ["index", "apply", str(served.index), "--device", settings.device, "--runtime", settings.runtime]
+        command = ["index", "apply", str(collection.path), "--device", settings.device, "--runtime", settings.runtime]
         command += ["--keep-writes", str(settings.keep_writes)]
         environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
         process = await asyncio.create_subprocess_exec(

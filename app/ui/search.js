@@ -47,7 +47,7 @@ function go(change, { replace = false, typed = false } = {}) {
   const wasOpen = Boolean(state.show);
   state = { ...state, ...change, ...("show" in change ? {} : { show: "", of: "" }) };
   if (state.in === nameOf("")) state.in = "";
-  const isOpened = state.show && (wasOpen ? replace && history.state?.opened : true);
+  const isOpened = state.show && (wasOpen ? replace && history.state?.index : true);
   writeAddress(state, { replace, position: isOpened ? { opened: true } : null });
   if (typed && running && isTyping) hasTypedMore = true;
   else show({ typed });
@@ -164,7 +164,7 @@ async function step(direction) { // to the neighbour of the opened item
 
 function closeItem() {
   const id = state.show;
-  if (history.state?.opened) history.back();
+  if (history.state?.index) history.back();
   else go({ show: "", of: "" }, { replace: true });
   const card = [...document.querySelectorAll(".card")].find((node) => node.dataset.id === id);
   setTimeout(() => { // after the dialog has given the focus back

@@ -43,19 +43,19 @@ class FilterError(DataError):
         self.message = message
 
 
-def match_rows(artifact: IndexVersion, filter: Mapping[str, Any]) -> Mask:
+def match_rows(index: IndexVersion, filter: Mapping[str, Any]) -> Mask:
     """Return the live items that meet every condition, bool (rows,). Raise FilterError for a wrong or long filter."""
     _require_few(filter)
-    return _match_all(artifact, filter)
+    return _match_all(index, filter)
 
 
-def filter_rows(artifact: IndexVersion, filter: Mapping[str, Any]) -> RowFilter:
+def filter_rows(index: IndexVersion, filter: Mapping[str, Any]) -> RowFilter:
     """Return the live items that meet every condition, whose mask is made when it is first read; see `match_rows`."""
     _require_few(filter)
-    changed = artifact.changed
-    included = changed[_match_all(artifact, filter, changed)]
-    excluded = np.union1d(changed, artifact.removed)
-    return RowFilter(lambda: match_rows(artifact, filter), filter, excluded, included)
+    changed = index.changed
+    included = changed[_match_all(index, filter, changed)]
+    excluded = np.union1d(changed, index.removed)
+    return RowFilter(lambda: match_rows(index, filter), filter, excluded, included)
 
 
 def match_column(column: pa.ChunkedArray, condition: Any, field: str) -> Mask:
@@ -102,19 +102,19 @@ def _condition_fields(filter: Mapping[str, Any]) -> Iterator[str]:
             yield field
 
 
-def _match_all(artifact: IndexVersion, filter: Mapping[str, Any], rows: Rows | None = None) -> Mask:
+def _match_all(index: IndexVersion, filter: Mapping[str, Any], rows: Rows | None = None) -> Mask:
     """Return which rows meet every condition; of all rows, or of some, ascending."""
-    mask = artifact.live.copy() if rows is None else artifact.live[rows]
+    mask = index.live.copy() if rows is None else index.live[rows]
     for field, condition in filter.items():
         if field == _OR:
             parts = condition if isinstance(condition, list) else []
             if not parts or not all(isinstance(part, dict) for part in parts):
                 raise FilterError(_OR, "takes a list of filters; one of them must hold")
-            mask &= np.logical_or.reduce([_match_all(artifact, part, rows) for part in parts])
+            mask &= np.logical_or.reduce([_match_all(index, part, rows) for part in parts])
             continue
-        if field not in artifact.fields:
-            raise FilterError(field, f"no item has this field; there are: {list_fields(artifact.fields)}")
-        mask &= match_column(artifact.column(field, rows), condition, field)
+        if field not in index.fields:
+            raise FilterError(field, f"no item has this field; there are: {list_fields(index.fields)}")
+        mask &= match_column(index.column(field, rows), condition, field)
     return mask
 
 

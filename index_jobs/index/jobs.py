@@ -240,8 +240,8 @@ class JobQueue:
 
     def _shown_images(self) -> set[str]:
         shown = set[str]()
-        for artifact in (open_version(self.index, number) for number in version_numbers(self.index)):
-            locations = artifact.live_table("location")["location"]
+        for opened in (open_version(self.index, number) for number in version_numbers(self.index)):
+            locations = opened.live_table("location")["location"]
             shown.update(each["name"] for each in pc.drop_null(pc.extract_regex(locations, _IMAGE)).to_pylist())
         return shown
 

@@ -165,8 +165,8 @@ def add(
     )
 
 
-def _rows_of(artifact: IndexVersion, ids: Sequence[str], *, missing_ok: bool) -> Rows:
-    rows = {item_id: artifact.row_of(item_id) for item_id in ids}
+def _rows_of(opened: IndexVersion, ids: Sequence[str], *, missing_ok: bool) -> Rows:
+    rows = {item_id: opened.row_of(item_id) for item_id in ids}
     unknown = [item_id for item_id, row in rows.items() if row is None]
     if unknown and not missing_ok:
         names = ", ".join(map(repr, unknown[:3]))
@@ -374,19 +374,19 @@ def _list_new(index: Path, current: IndexVersion | None, items: Sequence[dict[st
     return gallery.filter(pa.array(is_new))
 
 
-def _is_held(artifact: IndexVersion, new: dict[str, Any]) -> bool:
-    if (row := artifact.row_of(new["id"])) is None:
+def _is_held(opened: IndexVersion, new: dict[str, Any]) -> bool:
+    if (row := opened.row_of(new["id"])) is None:
         return False
-    item, location = artifact.item(row), artifact.image_location(row)[0]
+    item, location = opened.item(row), opened.image_location(row)[0]
     is_same = (item.caption, item.category, item.fields.as_py()) == (new["caption"], new["category"], new["metadata"])
     return is_same and location.endswith(f"/{new['location']}")
 
 
-def _chosen(artifact: IndexVersion, job: Job) -> tuple[list[int], list[str]]:
+def _chosen(opened: IndexVersion, job: Job) -> tuple[list[int], list[str]]:
     """Return the rows of a job's items, and the ids that the index lacks. Raise FilterError for a wrong filter."""
     if job.filter is not None:
-        return np.flatnonzero(match_rows(artifact, job.filter)).tolist(), []
-    rows_of = {item["id"]: artifact.row_of(item["id"]) for item in job.items}
+        return np.flatnonzero(match_rows(opened, job.filter)).tolist(), []
+    rows_of = {item["id"]: opened.row_of(item["id"]) for item in job.items}
     rows = [row for row in rows_of.values() if row is not None]
     return rows, [item_id for item_id, row in rows_of.items() if row is None]
 
@@ -400,9 +400,9 @@ def open_published(index: Path) -> IndexVersion | None:
     return open_current(index)
 
 
-def read_failures(artifact: IndexVersion) -> dict[str, str]:
+def read_failures(opened: IndexVersion) -> dict[str, str]:
     """Return the reasons of the images that a version lacks, or its newest addition, by name."""
-    manifest = artifact.manifest
+    manifest = opened.manifest
     name = f"{manifest.additions[-1].folder}/{FAILED}" if manifest.additions else FAILED
-    failures = map(json.loads, manifest.path(artifact.index, name).read_text(encoding="utf-8").splitlines())
+    failures = map(json.loads, manifest.path(opened.index, name).read_text(encoding="utf-8").splitlines())
     return {failure["name"]: failure["reason"] for failure in failures}

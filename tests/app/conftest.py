@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from app.service.collections import ServedIndex
+from app.service.collections import Collection
 from app.service.write_worker import WriteWorker
 from dcar_core import Encoder
 from dcar_core.util.errors import DcarError
@@ -57,7 +57,7 @@ def products(gallery: Path, tiny_checkpoint: Path) -> Path:
 
 
 @pytest.fixture(scope="session")
-def artifact(built_index: Path) -> IndexVersion:
+def index_version(built_index: Path) -> IndexVersion:
     return open_current(built_index)
 
 
@@ -98,9 +98,9 @@ def in_process(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """Apply jobs in a thread of this process, which saves seconds of imports; return the exit statuses."""
     codes = list[int]()
 
-    async def run_apply(_: WriteWorker, served: ServedIndex) -> tuple[int, str]:
+    async def run_apply(_: WriteWorker, collection: Collection) -> tuple[int, str]:
         try:
-            await asyncio.to_thread(apply_waiting, served.index, device="cpu", runtime="torch")
+            await asyncio.to_thread(apply_waiting, collection.path, device="cpu", runtime="torch")
         except DcarError as error:
             codes.append(error.exit_code)
             return error.exit_code, f"error: {error}\n"

@@ -20,7 +20,7 @@ from app.core.metrics import Metrics
 from app.core.settings import Settings
 from app.core.turns import Decoders, FairQueue, FairThreads, FairTurns
 from app.search.errors import UnavailableError
-from app.search.snapshots import Snapshot
+from app.search.served_version import ServedVersion
 from app.service.encoding import Batcher, QueryEncoder
 from dcar_core.encoder.encoder import TextRow
 from dcar_core.images import ALL_FORMATS, MAX_PIXELS
@@ -179,14 +179,14 @@ async def test_nobody_ever_gets_the_vector_of_another_text(seed: int) -> None:
 
     settings = Settings(index=Path("unused"), cache_size=5, batch_size=4, batch_wait_ms=1)
     encoder = QueryEncoder(settings, Metrics())
-    snapshot = cast(Snapshot, SimpleNamespace(encoder=SimpleNamespace(fingerprint="f", dim=8, runtime=encode)))
+    served = cast(ServedVersion, SimpleNamespace(encoder=SimpleNamespace(fingerprint="f", dim=8, runtime=encode)))
     outcomes = Counter[str]()
 
     async def ask(text: str) -> None:
         await asyncio.sleep(rng.random() / 2)
         try:
             async with asyncio.timeout(rng.choice([0.001, 0.01, 5])):
-                vector, _ = await encoder.text(snapshot, text)
+                vector, _ = await encoder.text(served, text)
         except (TimeoutError, UnavailableError, DataError) as error:
             outcomes[type(error).__name__] += 1
         else:

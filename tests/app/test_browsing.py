@@ -163,10 +163,10 @@ async def test_a_changed_image_gets_a_new_thumbnail(photos: Path, decoded: list[
 async def test_columns_are_not_read_in_the_event_loop(photos: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     names, column = list[str](), IndexVersion.column
 
-    def in_thread(artifact: IndexVersion, name: str, *rows: Any) -> Any:
+    def in_thread(opened: IndexVersion, name: str, *rows: Any) -> Any:
         names.append(name)
         assert threading.current_thread() is not threading.main_thread()
-        return column(artifact, name, *rows)
+        return column(opened, name, *rows)
 
     monkeypatch.setattr(IndexVersion, "column", in_thread)
     for path in ("/items?sort=price", "/ui/catalogue"):

@@ -88,7 +88,7 @@ async def test_each_collection_has_its_own_index_and_unknown_ones_are_a_404(buil
 
 async def test_collections_share_the_batches_of_one_backbone(built_index: Path, circles: Path) -> None:
     async with opened(built_index, cache_size=0, batch_wait_ms=50, collections={"round": circles}) as client:
-        encoders = [snapshots.live.encoder for _, snapshots in client.app.state.collections]
+        encoders = [collection.current.encoder for _, collection in client.app.state.collections]
         assert encoders[0] is not encoders[1]
         assert encoders[0].model.backbone is encoders[1].model.backbone
         asked = [(prefix, query) for query in QUERIES for prefix in ("", "/collections/round")]
@@ -118,7 +118,7 @@ async def test_a_collection_that_cannot_be_loaded_is_named_and_the_others_are_se
 
         await until(is_reported)
         assert (await client.get("/healthz")).status_code == 200
-        await until(lambda: client.app.state.collections[None].live is not None)
+        await until(lambda: client.app.state.collections[None].current is not None)
         assert "round: " in (await client.get("/readyz", headers=ADMINS)).json()["detail"]
         for headers in ({}, bearer(BOB), bearer("wrong")):
             assert "round" not in assert_problem(await client.get("/readyz", headers=headers), 503)["detail"]

@@ -36,8 +36,10 @@ def log_of(folder: Path, searches: dict[str, tuple[str, list[tuple[Any, ...]]]],
     return write_log(folder, queries, events)
 
 
-def exported(folder: Path, artifact: IndexVersion, out: Path, **options: Any) -> tuple[list[dict[str, Any]], Report]:
-    report = export(folder, artifact, "index", out, **options)
+def exported(
+    folder: Path, index_version: IndexVersion, out: Path, **options: Any
+) -> tuple[list[dict[str, Any]], Report]:
+    report = export(folder, index_version, "index", out, **options)
     return [json.loads(line) for line in (out / "pairs.jsonl").read_text().splitlines()], report
 
 
@@ -46,14 +48,16 @@ def clicks(clients: str, *texts: str, item: str = HITS[0]) -> dict[str, Any]:
     return {f"{client}{text[-4:]}": (text, [(client, "click", item)]) for text in texts for client in clients}
 
 
-def test_pairs_need_several_clients_and_skipped_images_become_negatives(artifact: IndexVersion, tmp_path: Path) -> None:
+def test_pairs_need_several_clients_and_skipped_images_become_negatives(
+    index_version: IndexVersion, tmp_path: Path
+) -> None:
     # Two clients click the third image, past two others; what is below it says nothing. A third clicks alone.
     searches = clicks("a", "Crimson square", item=HITS[2]) | clicks("b", "crimson square", item=HITS[2])
     folder = log_of(tmp_path / "log", searches | {number: ("azure", [("c", "click", HITS[1])]) for number in "123"})
-    rows, report = exported(folder, artifact, tmp_path / "out")
+    rows, report = exported(folder, index_version, tmp_path / "out")
     found = {(Path(row["image"]).name, row["caption"]): row.get("negatives", []) for row in rows}
     assert found.pop(("red.png", "crimson square")) == []
-    captions = {artifact.item(artifact.row_of(each) or 0).caption for each in HITS[:2]}
+    captions = {index_version.item(index_version.row_of(each) or 0).caption for each in HITS[:2]}
     assert {caption for _, caption in found} == captions, "their own captions"
     assert set(map(tuple, found.values())) == {("crimson square",)}
     assert (report.left_out["clicked pairs with fewer than 2 clients"], report.negatives) == (1, 2)
@@ -62,7 +66,7 @@ def test_pairs_need_several_clients_and_skipped_images_become_negatives(artifact
     assert judged == {("crimson square", item): grade for item, grade in zip(HITS, (0, 0, 3), strict=False)}
     assert json.loads((tmp_path / "out" / "report.json").read_text())["left_out"] == report.left_out
     with pytest.raises(DcarError, match=r"already holds pairs\.jsonl"):
-        export(folder, artifact, "index", tmp_path / "out")
+        export(folder, index_version, "index", tmp_path / "out")
 
 
 MANY = clicks("ab", *(f"text {number}" for number in range(8)))
@@ -75,16 +79,16 @@ CASES: list[tuple[dict[str, Any], dict[str, Any], int, str, int]] = [  # searche
 ]
 
 
-def test_what_cannot_become_a_pair_is_counted(artifact: IndexVersion, tmp_path: Path) -> None:
+def test_what_cannot_become_a_pair_is_counted(index_version: IndexVersion, tmp_path: Path) -> None:
     for number, (searches, fields, pairs, reason, count) in enumerate(CASES):
         folder = write_log(tmp_path / f"log{number}", [], [EventRow("unknown", TIME, "a", "click", HITS[4], None)])
-        rows, report = exported(log_of(folder, searches, **fields), artifact, tmp_path / f"{number}")
+        rows, report = exported(log_of(folder, searches, **fields), index_version, tmp_path / f"{number}")
         counts = [left for name, left in report.left_out.items() if name.startswith(reason)]
         assert (len(rows), counts) == (pairs, [count]), reason
 
 
 def test_searches_of_a_client_and_pairs_of_an_item_are_capped(
-    artifact: IndexVersion, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    index_version: IndexVersion, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     folder = log_of(tmp_path / "log", MANY)
     for cap, reason, count in (
@@ -93,29 +97,29 @@ def test_searches_of_a_client_and_pairs_of_an_item_are_capped(
     ):
         with monkeypatch.context() as patch:
             patch.setattr(f"app.feedback.export.{cap}", 2)
-            rows, report = exported(folder, artifact, tmp_path / cap)
+            rows, report = exported(folder, index_version, tmp_path / cap)
         assert (len(rows), report.left_out[reason]) == (2, count)
 
 
 def test_items_of_an_object_store_become_pairs_with_their_ids(
-    artifact: IndexVersion, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    index_version: IndexVersion, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(IndexVersion, "image_location", lambda *_: ("s3://bucket/red.png", -1))
-    rows, _ = exported(log_of(tmp_path / "log", clicks("ab", "red")), artifact, tmp_path / "out")
+    rows, _ = exported(log_of(tmp_path / "log", clicks("ab", "red")), index_version, tmp_path / "out")
     assert [(row["id"], row["caption"], "image" in row) for row in rows] == [(HITS[0], "red", False)]
 
 
-def test_judgements_by_hand_come_first(artifact: IndexVersion, tmp_path: Path) -> None:
+def test_judgements_by_hand_come_first(index_version: IndexVersion, tmp_path: Path) -> None:
     searches = {
         "1": ("red", [("a", "click", HITS[0]), ("a", "judge", HITS[0], 3), ("a", "judge", HITS[0], 0)]),
         "2": ("red", [("b", "click", HITS[0]), ("b", "judge", HITS[0], 1), ("b", "judge", HITS[4], 2)]),
     }
     folder = log_of(tmp_path / "log", searches)
-    _, report = exported(folder, artifact, tmp_path / "out")
+    _, report = exported(folder, index_version, tmp_path / "out")
     rows = (tmp_path / "out" / "judgements.csv").read_text().splitlines()
     assert rows[1:] == ["q1,red,circle/red.png,0,judge,2"]
     assert report.left_out["pairs judged by fewer than 2 clients"] == 1
-    exported(folder, artifact, tmp_path / "trusted", judges=["b"])
+    exported(folder, index_version, tmp_path / "trusted", judges=["b"])
     judged = read_judgements([tmp_path / "trusted" / "judgements.csv"])
     assert judged.grades == {"q1": {"circle/red.png": 1, ODD_ID: 2}}
 
@@ -152,12 +156,14 @@ def simulate(folder: Path, items: list[str], *, sessions: int, seed: int = 0) ->
     return examined, attractive
 
 
-def test_propensities_of_simulated_clicks_are_within_a_tenth(artifact: IndexVersion, tmp_path: Path) -> None:
-    items = artifact.column("id").to_pylist()
+def test_propensities_of_simulated_clicks_are_within_a_tenth(index_version: IndexVersion, tmp_path: Path) -> None:
+    items = index_version.column("id").to_pylist()
     examined, attractive = simulate(tmp_path / "log", items, sessions=60_000)
-    rows, report = exported(tmp_path / "log", artifact, tmp_path / "out", min_clients=3)
+    rows, report = exported(tmp_path / "log", index_version, tmp_path / "out", min_clients=3)
     assert np.abs(np.array(report.propensities) / examined - 1).max() < 0.1, report.propensities
-    names = {artifact.image_location(artifact.row_of(item) or 0)[0]: number for number, item in enumerate(items)}
+    names = {
+        index_version.image_location(index_version.row_of(item) or 0)[0]: number for number, item in enumerate(items)
+    }
     right = set(zip(*map(np.ndarray.tolist, np.nonzero(attractive > 0.1)), strict=True))
     pairs, negatives = set[tuple[int, int]](), set[tuple[int, int]]()
     for row in rows:
@@ -171,11 +177,11 @@ def test_propensities_of_simulated_clicks_are_within_a_tenth(artifact: IndexVers
     assert not [image for _, image in pairs if image == len(items) - 1]
 
 
-def test_impressions_say_what_was_seen(artifact: IndexVersion, tmp_path: Path) -> None:
+def test_impressions_say_what_was_seen(index_version: IndexVersion, tmp_path: Path) -> None:
     """An item above a click that no impression names was not skipped."""
     seen = [("impression", HITS[1]), ("impression", HITS[2]), ("click", HITS[2])]
     searches = {client: ("crimson", [(client, *each) for each in seen]) for client in "ab"}
-    rows, report = exported(log_of(tmp_path / "log", searches), artifact, tmp_path / "out")
+    rows, report = exported(log_of(tmp_path / "log", searches), index_version, tmp_path / "out")
     assert {Path(row["image"]).name: row.get("negatives") for row in rows} == {"red.png": None, "blue.png": ["crimson"]}
     assert len(rows) == 2
     assert set(report.propensities) == {1.0}
@@ -189,8 +195,8 @@ def test_the_commands_make_what_training_reads(gallery: Path, tiny_checkpoint: P
         for path in sorted(gallery.glob("*/*.png")):
             tar.add(path, f"{path.parent.name}-{path.name}")
     rebuild(root / "gallery.tar", tiny_checkpoint, index, workers=0, progress=False)
-    artifact = open_current(index)
-    items, searches = artifact.column("id").to_pylist(), dict[str, Any]()
+    index_version = open_current(index)
+    items, searches = index_version.column("id").to_pylist(), dict[str, Any]()
     for number, item in enumerate(items):
         searches |= clicks("ab", f"text {number}", item=item)
     folder = log_of(index / "feedback", searches, hits=items)

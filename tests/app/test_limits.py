@@ -25,7 +25,7 @@ from tests.support.service import WORDS, before_encoding, hold, opened, restore,
 
 async def test_search_past_its_deadline_is_refused_and_skipped(built_index: Path) -> None:
     async with opened(built_index, deadline_ms=300) as client:
-        encoder = client.app.state.collections[None].live.encoder
+        encoder = client.app.state.collections[None].current.encoder
         gate, seen = hold(encoder)
         first = asyncio.create_task(client.post("/search/text", json={"query": "q0"}))
         await until(lambda: bool(seen))
@@ -45,7 +45,7 @@ async def test_search_past_its_deadline_is_refused_and_skipped(built_index: Path
 async def test_many_closed_loops_of_one_caller_are_refused_nothing(built_index: Path) -> None:
     """256 texts at a time, of a model that answers some 600 a second."""
     async with opened(built_index, cache_size=0) as client:
-        before_encoding(client.app.state.collections[None].live.encoder, lambda texts: time.sleep(0.05))
+        before_encoding(client.app.state.collections[None].current.encoder, lambda texts: time.sleep(0.05))
 
         async def ask(loop: int) -> list[int]:
             queries = [{"query": f"loop {loop}, query {number}"} for number in range(3)]
@@ -58,7 +58,7 @@ async def test_searches_beyond_max_pending_are_refused_and_their_uploads_not_rea
     built_index: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     async with opened(built_index, max_pending=2) as client:
-        gate, seen = hold(client.app.state.collections[None].live.encoder)
+        gate, seen = hold(client.app.state.collections[None].current.encoder)
         tasks = [asyncio.create_task(client.post("/search/text", json={"query": f"q{i}"})) for i in range(10)]
         await until(lambda: bool(seen) and sum(task.done() for task in tasks) == 8)
         with monkeypatch.context() as patch:
@@ -95,17 +95,17 @@ async def test_a_large_body_holds_images_and_little_else(built_index: Path) -> N
 
 
 async def test_caches_of_a_version_are_bounded_in_bytes(built_index: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("app.search.snapshots.MAX_MASK_BYTES", 2 * 24)
+    monkeypatch.setattr("app.search.served_version.MAX_MASK_BYTES", 2 * 24)
     monkeypatch.setattr("app.search.results.MAX_PAGE_BYTES", 100)
     async with opened(built_index) as client:
-        snapshot = client.app.state.collections[None].live
+        served = client.app.state.collections[None].current
         for number in range(20):
             filter = {"caption": {"not": [f"{number}" + "\U0001f600" * 10_000]}}
             body = {"query": "red", "filter": filter, "facets": ["category", "caption"]}
             assert (await client.post("/search/text", json=body)).is_success
         assert (await client.post("/search/text", json=WORDS)).is_success
-        assert (len(snapshot.masks), len(snapshot.pages)) == (2, 0)
-        assert sum(map(len, snapshot.masks)) < 10_000
+        assert (len(served.masks), len(served.pages)) == (2, 0)
+        assert sum(map(len, served.masks)) < 10_000
 
 
 async def test_large_image_is_read_in_a_thread_and_held_within_the_budget_of_long_responses(
@@ -158,10 +158,10 @@ async def test_filters_delay_no_other_search_and_those_of_a_batch_give_way_to_on
 ) -> None:
     gate, order, match_rows = threading.Event(), list[str](), filters.match_rows
 
-    def match(artifact: Any, filter: Any) -> Any:
+    def match(opened: Any, filter: Any) -> Any:
         order.append(filter["caption"]["contains"])
         assert order[-1] == "single" or gate.wait(60)
-        return match_rows(artifact, filter)
+        return match_rows(opened, filter)
 
     def of_caption(word: str, **more: Any) -> dict[str, Any]:
         return {"query": "red", "filter": {"caption": {"contains": word}, **more}}

@@ -54,7 +54,7 @@ async def test_metrics_count_stages_cache_lookups_and_requests(reranking_index: 
         assert not any("probing" in value for _, labels in found for _, value in labels)
         assert found["process_resident_memory_bytes", ()] > 1e6
 
-        encoder = client.app.state.collections[None].live.encoder
+        encoder = client.app.state.collections[None].current.encoder
         before_encoding(encoder, None)  # type: ignore[arg-type]
         assert (await client.post("/search/text", json={"query": "blue"})).status_code == 500
         assert (await scrape(client))["dcar_errors_total", ()] == 1

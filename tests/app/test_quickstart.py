@@ -61,14 +61,14 @@ def test_without_a_hub_the_bundled_model_indexes_and_serves_a_folder(
         ["1", "of", "3:", "model"], ["2", "of", "3:", "index"], ["3", "of", "3:", "serve"],
     ]  # fmt: skip
     (flags,) = served
-    artifact = open_current(flags["index"])
-    assert read_config(artifact.checkpoint)["training"]["note"].startswith("This model knows emoji, not photos.")
+    opened = open_current(flags["index"])
+    assert read_config(opened.checkpoint)["training"]["note"].startswith("This model knows emoji, not photos.")
     assert flags["index"].name == "my photos"
-    items = {item.category: item for item in map(artifact.item, range(artifact.rows))}
+    items = {item.category: item for item in map(opened.item, range(opened.rows))}
     assert set(items) == {"owls", "owls/night", ""}
     assert (items["owls"].caption, items["owls"].metadata["title"]) == ("", "barn owl-3")
     assert "3 images, already indexed" in quickstart(photos, data=tmp_path / "data").output
-    assert open_current(served[1]["index"]).manifest.version == artifact.manifest.version
+    assert open_current(served[1]["index"]).manifest.version == opened.manifest.version
     (photos / "cat.png").unlink()
     assert "2 images, indexed in" in quickstart(photos, data=tmp_path / "data").output
 
@@ -102,9 +102,9 @@ def test_the_named_files_of_a_model_are_what_the_index_is_made_with(
 
     def indexed(*model: str) -> str:
         done = quickstart(photos, "--model", *model, data=tmp_path / "data")
-        artifact = open_current(served[-1]["index"])
-        artifact.require(Encoder.load(artifact.checkpoint).fingerprint)
-        used = read_config(artifact.checkpoint)["backbone"]
+        opened = open_current(served[-1]["index"])
+        opened.require(Encoder.load(opened.checkpoint).fingerprint)
+        used = read_config(opened.checkpoint)["backbone"]
         assert used["sha256"] == load_backbone(BackboneSource(used["model"], used["pretrained"])).content_hash()
         return ("reused: " if "already indexed" in done.output else "made: ") + (used["pretrained"] or used["model"])
 

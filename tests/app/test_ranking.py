@@ -11,11 +11,11 @@ import pytest
 from app.search.hits import Hits, best_of_groups, best_rows, find_hits, fold_rows
 from app.search.query import Plan
 from app.search.results import facets_of
-from app.search.snapshots import Recent, group_field, list_rows
+from app.search.served_version import Recent, group_field, list_rows
 from index_jobs.index.lexical import LexicalIndex, text_bonus, write_lexical
 from index_jobs.row_filter import RowFilter
 from tests.support.oracle import first_of_each, fold_row_by_row
-from tests.support.ranking import ArtifactStub, snapshot_of, unit
+from tests.support.ranking import IndexStub, served_of, unit
 
 PLAIN = Plan()
 
@@ -26,21 +26,21 @@ def test_folding_equals_folding_row_by_row(seed: int) -> None:
     rng = np.random.default_rng(seed)
     rows = int(rng.choice([1, 5, 120, 700]))
     vectors = rng.integers(-2, 3, (rows, int(rng.integers(2, 7)))).astype(np.float32)
-    artifact: Any = SimpleNamespace(vectors=lambda rows: vectors[rows])
+    opened: Any = SimpleNamespace(vectors=lambda rows: vectors[rows])
     order, fold = rng.permutation(rows).tolist(), float(rng.integers(1, 14))
     expected = [*fold_row_by_row(vectors, order, fold).items()]
     for count in {1, 2, len(expected) // 2 + 1, len(expected), len(expected) + 1, 2 * rows}:
-        hits = fold_rows(artifact, in_order(order), fold, count)
+        hits = fold_rows(opened, in_order(order), fold, count)
         assert [*zip(hits.rows.tolist(), map(list, hits.folded), strict=True)] == expected[:count], count
-    assert fold_rows(artifact, in_order([]), fold, 3).folded == []
+    assert fold_rows(opened, in_order([]), fold, 3).folded == []
 
 
 def in_order(rows: list[int]) -> Hits:
     return Hits(np.array(rows, np.int64), *np.zeros((3, len(rows)), np.float32))
 
 
-def ranked(artifact: Any, vector: np.ndarray, plan: Plan, count: int, allowed: RowFilter | None = None) -> list[int]:
-    rows: list[int] = best_rows(artifact, plan, vector, count, allowed).rows.tolist()
+def ranked(opened: Any, vector: np.ndarray, plan: Plan, count: int, allowed: RowFilter | None = None) -> list[int]:
+    rows: list[int] = best_rows(opened, plan, vector, count, allowed).rows.tolist()
     return rows
 
 
@@ -65,7 +65,7 @@ class Exact:
 
 @pytest.fixture
 def copies() -> tuple[Any, np.ndarray]:
-    """An artifact of 300 rows, 100 of them copies of two, and a query vector."""
+    """An index of 300 rows, 100 of them copies of two, and a query vector."""
     vectors = np.random.default_rng(0).standard_normal((300, 64)).astype(np.float32)
     vectors[::5], vectors[1:200:5] = vectors[0], vectors[1]
     vectors /= np.linalg.norm(vectors, axis=1, keepdims=True)
@@ -79,19 +79,19 @@ PLANS = [PLAIN, Plan(excluded=(0, 1, 2, 50)), Plan(fold=0.9), Plan(min_score=0.0
 @pytest.mark.parametrize("plan", PLANS, ids=["plain", "excluded", "fold", "min_score"])
 def test_a_longer_list_begins_with_the_shorter_one(copies: tuple[Any, np.ndarray], plan: Plan) -> None:
     """Pages then have every item once, however many scores are equal."""
-    artifact, vector = copies
-    rows = ranked(artifact, vector, plan, 300)
+    opened, vector = copies
+    rows = ranked(opened, vector, plan, 300)
     assert len(rows) == len(set(rows))
     for count in range(1, 120):
-        assert ranked(artifact, vector, plan, count) == rows[:count]
+        assert ranked(opened, vector, plan, count) == rows[:count]
     assert sorted(rows) == list(range(300)) if plan is PLAIN else len(rows) < 300
 
 
 def test_only_tied_scores_widen_the_search(copies: tuple[Any, np.ndarray]) -> None:
-    artifact, vector = copies
+    opened, vector = copies
     for count, widest in ((10, 88), (150, 151)):  # 11, 22, 44: the sixty copies of one image
-        ranked(artifact, vector, PLAIN, count)
-        assert artifact.asked == widest
+        ranked(opened, vector, PLAIN, count)
+        assert opened.asked == widest
 
 
 def test_common_words_are_ranked_among_the_nearest_rows(tmp_path: Any) -> None:
@@ -99,18 +99,18 @@ def test_common_words_are_ranked_among_the_nearest_rows(tmp_path: Any) -> None:
     words = rng.choice(["smile", "ghost", "cake"], 2000, p=[0.5, 0.3, 0.2])
     write_lexical(tmp_path / "lexical", words.tolist())
     lexical, vectors, vector = LexicalIndex(tmp_path / "lexical"), unit(rng, 2000, 24), unit(rng, 24)
-    artifact: Any = ArtifactStub(vectors, lexical=lexical)
+    opened: Any = IndexStub(vectors, lexical=lexical)
     plan = Plan(text="smile", words_weight=0.7)
     cosines, texts = vectors @ vector, lexical.score("smile", np.arange(2000))
-    scores = cosines + np.float32(text_bonus(artifact.sample_vectors, vector, 0.7)) * texts
+    scores = cosines + np.float32(text_bonus(opened.sample_vectors, vector, 0.7)) * texts
     for mask in (np.ones(2000, np.bool_), rng.random(2000) < 0.7):
         allowed = None if mask.all() else RowFilter.of_mask(mask)
-        best = ranked(artifact, vector, plan, 60, allowed)
+        best = ranked(opened, vector, plan, 60, allowed)
         assert all(np.diff(scores[best]) <= 1e-5)
         nearest = [row for row in np.argsort(-cosines).tolist() if mask[row]][:60]
         assert {row for row in nearest if words[row] == "smile"} <= {*best}
         for count in (1, 10, 40):
-            assert ranked(artifact, vector, plan, count, allowed) == best[:count]
+            assert ranked(opened, vector, plan, count, allowed) == best[:count]
 
 
 @pytest.mark.parametrize("kind", ["Flat", "IVF8,Flat", "HNSW16,SQfp16"])
@@ -119,13 +119,13 @@ def test_groups_equal_those_of_all_rows_on_every_page(kind: str) -> None:
     values = [f"p{number}" if number else None for number in (rng.zipf(1.5, count) % 90).tolist()]
     vectors = unit(rng, count, 16)
     columns: dict[str, Any] = {"product": values, "huge": ["huge"] * 570 + values[:30]}
-    snapshot = snapshot_of(ArtifactStub(vectors, kind, **columns))
+    served = served_of(IndexStub(vectors, kind, **columns))
     half = RowFilter.of_mask(rng.random(count) < 0.5)
     for name, allowed in itertools.product(columns, (None, half)):
-        groups = group_field(snapshot, name)
-        expected = first_of_each(ranked(snapshot.artifact, vectors[0], PLAIN, count, allowed), columns[name])
+        groups = group_field(served, name)
+        expected = first_of_each(ranked(served.index, vectors[0], PLAIN, count, allowed), columns[name])
         for size in (1, 5, 24, len(expected), len(expected) + 5):
-            found = best_of_groups(snapshot.artifact, Plan(end=size - 1, allowed=allowed), vectors[0], groups)
+            found = best_of_groups(served.index, Plan(end=size - 1, allowed=allowed), vectors[0], groups)
             assert found.rows.tolist() == expected[:size]
 
 
@@ -135,16 +135,16 @@ def test_search_for_other_products_is_as_narrow_as_without_items(names: list[str
     rng, count, widths = np.random.default_rng(0), 3000, list[int]()
     vectors, values = unit(rng, count, 16), rng.choice(np.array(names, object), count).tolist()
     values[7] = "a"
-    artifact: Any = ArtifactStub(vectors, product=values)
-    search = artifact.search
+    opened: Any = IndexStub(vectors, product=values)
+    search = opened.search
 
     def recording(queries: np.ndarray, k: int, *given: Any, **options: Any) -> Any:
         widths.append(k)
         return search(queries, k, *given, **options)
 
-    artifact.search = recording
+    opened.search = recording
     plan = Plan(end=9, excluded=(7,), group_by="product")
-    found = [values[row] for row in find_hits(snapshot_of(artifact), plan, vectors[7]).rows]
+    found = [values[row] for row in find_hits(served_of(opened), plan, vectors[7]).rows]
     assert len(found) == (0 if names == ["a"] else 10)
     assert "a" not in found
     assert max(widths) < 100
@@ -162,16 +162,16 @@ def test_cache_keeps_the_entries_that_were_used_last() -> None:
 
 def test_facets_of_graphs_are_approximate_in_additions_too() -> None:
     rng = np.random.default_rng(0)
-    artifact = ArtifactStub(unit(rng, 60, 8), name=["cat", "dog"] * 30)
+    opened = IndexStub(unit(rng, 60, 8), name=["cat", "dog"] * 30)
     for kinds in (["Flat"], ["Flat", "Flat"], ["HNSW24"], ["Flat", "HNSW24"]):
         first, *added = [SimpleNamespace(kind=kind) for kind in kinds]
-        artifact.manifest = SimpleNamespace(kind=first.kind, additions=added)
+        opened.manifest = SimpleNamespace(kind=first.kind, additions=added)
         plan = Plan(facets=("name",), min_score=0.0)
-        _, is_exact = facets_of(snapshot_of(artifact), plan, unit(rng, 8), Hits())
+        _, is_exact = facets_of(served_of(opened), plan, unit(rng, 8), Hits())
         assert is_exact == ("HNSW24" not in kinds), kinds
 
 
 @pytest.mark.parametrize(("sort", "expected"), [("price", [3, 0, 4, 1, 2]), ("-price", [0, 4, 3, 1, 2])])
 def test_numbers_that_are_none_are_sorted_last(sort: str, expected: list[int]) -> None:
-    snapshot = snapshot_of(ArtifactStub(np.ones((5, 2), np.float32), price=[2.0, math.nan, None, -1.0, 2.0]))
-    assert list_rows(snapshot, None, sort, "").tolist() == expected
+    served = served_of(IndexStub(np.ones((5, 2), np.float32), price=[2.0, math.nan, None, -1.0, 2.0]))
+    assert list_rows(served, None, sort, "").tolist() == expected

@@ -18,7 +18,7 @@ from app.api.responses import JsonResponse
 from app.core.settings import Settings
 from app.search import Index
 from app.search.errors import InvalidQueryError, ItemNotFoundError
-from app.search.snapshots import load_snapshot
+from app.search.served_version import load_served_version
 from dcar_core import Encoder
 from dcar_core.model.backbone import BackboneSource, load_backbone
 from dcar_core.model.checkpoint import save_checkpoint
@@ -46,7 +46,7 @@ async def test_a_text_is_normalized_before_it_is_cached(started: ServiceClient) 
 async def test_concurrent_queries_share_forward_passes_and_keep_their_results(built_index: Path) -> None:
     queries = [f"query number {i % 12}" for i in range(48)]
     async with opened(built_index, cache_size=0) as client:
-        encoder = client.app.state.collections[None].live.encoder
+        encoder = client.app.state.collections[None].current.encoder
         passes: list[int] = []
         before_encoding(encoder, lambda texts: passes.append(len(texts)))
         responses = await asyncio.gather(
@@ -63,7 +63,7 @@ async def test_concurrent_queries_share_forward_passes_and_keep_their_results(bu
 
 async def test_one_caller_has_at_most_half_of_what_may_be_pending(built_index: Path) -> None:
     async with opened(built_index, max_pending=8, max_queries=4, **KEYS) as client:
-        gate, _ = hold(client.app.state.collections[None].live.encoder)
+        gate, _ = hold(client.app.state.collections[None].current.encoder)
         tasks = [
             asyncio.create_task(client.post("/search/text", json={"query": f"{number}"}, headers=bearer(key)))
             for number, key in enumerate([ALICE] * 5 + [BOB] * 4)
@@ -104,17 +104,17 @@ def test_an_index_of_another_encoder_is_refused(index: Path) -> None:
     manifest = replace(manifest, spec=replace(manifest.spec, fingerprint="f" * 64))
     write_manifest(index, manifest)
     with pytest.raises(ArtifactError, match="was built by encoder ffffffffffff, not by"):
-        load_snapshot(index, Settings(index=index, device="cpu"))
+        load_served_version(index, Settings(index=index, device="cpu"))
 
 
 async def test_an_unavailable_vector_store_is_a_503_with_retry_after(built_index: Path) -> None:
     async with opened(built_index) as client:
-        artifact = client.app.state.collections[None].live.artifact
+        index = client.app.state.collections[None].current.index
 
         def away(*_: object, **__: object) -> None:
             raise StoreUnavailableError("the store does not respond: timed out")
 
-        artifact.search = artifact.vectors = away
+        index.search = index.vectors = away
         for path, body in (
             ("/search/text", {"query": "red"}),
             ("/search/text", {"more_like": ["circle/red.png"]}),
@@ -265,13 +265,13 @@ async def test_reranking_adds_the_score_of_the_second_stage_to_the_cosine(
     stage = SecondStage(model)
     texts = take(stage.texts(model.backbone.tokenize(["a red square"])), torch.zeros(8, dtype=torch.long))
     async with opened(reranking_index, rerank_depth=8) as http:
-        client, snapshot = Client(http), http.app.state.collections[None].live
+        client, served = Client(http), http.app.state.collections[None].current
         plain = await client.text(query="a red square", k=24)
         again = await client.text(query="a red square", k=24, rerank=True)
         assert sorted(ids(again)[:8]) == sorted(ids(plain)[:8])
         assert ids(again)[8:] == ids(plain)[8:]
-        rows = [snapshot.artifact.row_of(each) for each in ids(again)[:8]]
-        pixels = np.stack([snapshot.encoder.preprocess(snapshot.artifact.image_bytes(row)) for row in rows])
+        rows = [served.index.row_of(each) for each in ids(again)[:8]]
+        pixels = np.stack([served.encoder.preprocess(served.index.image_bytes(row)) for row in rows])
         images = stage.images(stage.image_rows(model.backbone.normalized(pixels)))
         expected = [r["score"] for r in again["results"][:8]] + stage.scores(texts, images).numpy()
         rescored = [r["rerank_score"] for r in again["results"][:8]]

@@ -75,7 +75,7 @@ def catalogue(tiny_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -
 @pytest.fixture(scope="module")
 def searched(catalogue: Path) -> tuple[Index, Oracle]:
     index = Index.open(catalogue, device="cpu")
-    return index, Oracle(index.snapshot)
+    return index, Oracle(index.served)
 
 
 RED = "a red square"
@@ -192,7 +192,7 @@ def test_combined_options_give_the_results_of_the_oracle(searched: tuple[Index, 
 
 async def test_the_service_answers_the_table_as_the_oracle(catalogue: Path) -> None:
     async with opened(catalogue, poll_s=0, deadline_ms=60_000) as http:
-        oracle = Oracle(http.app.state.collections[None].live)
+        oracle = Oracle(http.app.state.collections[None].current)
         for row in TABLE:
             options = oracle.prepare(row)
             plain, image = {**options}, options.get("image")
@@ -218,7 +218,7 @@ async def test_listings_are_those_of_the_oracle(catalogue: Path, products: Path)
     ]  # fmt: skip
     for index, listings in ((catalogue, rows), (products, [{}, {"group_by": ""}, {"group_by": "category"}])):
         async with opened(index) as http:
-            oracle = Oracle(http.app.state.collections[None].live)
+            oracle = Oracle(http.app.state.collections[None].current)
             for given in listings:
                 params = {name: json.dumps(value) if name == "filter" else value for name, value in given.items()}
                 expected, found, offset = oracle.listed(**given), list[dict[str, Any]](), 0
@@ -245,7 +245,7 @@ async def test_listings_are_those_of_the_oracle(catalogue: Path, products: Path)
 )  # fmt: skip
 def test_the_group_field_of_an_index_is_the_default(products: Path, row: dict[str, Any]) -> None:
     index = Index.open(products, device="cpu")
-    search((index, Oracle(index.snapshot)), row)
+    search((index, Oracle(index.served)), row)
 
 
 INVALID: list[tuple[dict[str, Any], str]] = [
@@ -303,7 +303,7 @@ async def test_invalid_options_name_the_field(catalogue: Path) -> None:
     picture = {"file": HALVES}
     limits: dict[str, Any] = {"max_query_chars": 20, "max_window": 200, "max_queries": 4, "max_upload_bytes": 20_000}
     async with opened(catalogue, poll_s=0, **limits) as http:
-        Oracle(http.app.state.collections[None].live).change_manifest(cutoff={})
+        Oracle(http.app.state.collections[None].current).change_manifest(cutoff={})
         for body, field in INVALID:
             problem = assert_problem(await http.post("/search/text", json={"query": "x", **body}), 422)
             assert problem["errors"][0]["field"].startswith(field), body
@@ -369,9 +369,9 @@ async def test_levels_follow_from_the_calibration_of_the_build(
 ) -> None:
     rebuild(tiny_data, tiny_checkpoint, tmp_path / "index", workers=0, progress=False, validation=tiny_data)
     async with opened(tmp_path / "index") as http:
-        oracle = Oracle(http.app.state.collections[None].live)
+        oracle = Oracle(http.app.state.collections[None].current)
         (collection,) = (await http.get("/collections")).json()["collections"]
-        assert collection["min_score"] == oracle.artifact.manifest.cutoff["min_score"]
+        assert collection["min_score"] == oracle.index.manifest.cutoff["min_score"]
         for more in ({}, {"min_score": "auto"}):
             options: dict[str, Any] = {"query": "red", "k": 24, **more}
             body = (await http.post("/search/text", json=options)).json()

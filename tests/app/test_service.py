@@ -109,7 +109,7 @@ async def test_unexpected_errors_reveal_no_internals(
         raise RuntimeError("a secret detail")
 
     async with opened(built_index) as client:
-        encoder = client.app.state.collections[None].live.encoder
+        encoder = client.app.state.collections[None].current.encoder
         before_encoding(encoder, fail)
         failed = await client.post("/search/text", json={"query": "x"})
         restore(encoder)
@@ -206,8 +206,8 @@ async def test_swaps_under_load_drop_no_request_and_free_what_they_replace(
             await asyncio.to_thread(rollback, index, version)
             reloaded = (await client.post("/admin/reload", headers=ADMINS)).json()
             assert (reloaded["index_version"], reloaded["changed"]) == (version, True)
-            live = client.app.state.collections[None].live
-            seen.extend((version, weakref.ref(part)) for part in (live.encoder, live.encoder.model, live.artifact))
+            live = client.app.state.collections[None].current
+            seen.extend((version, weakref.ref(part)) for part in (live.encoder, live.encoder.model, live.index))
 
         load = [asyncio.create_task(ask(number)) for number in (0, 0, 0, 0, 1, 2, 3, 4)]
         for version in [2, 1, 3, 1] * 3:

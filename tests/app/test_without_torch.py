@@ -43,7 +43,7 @@ def runtime_cache(exports: Path, tmp_path: Path) -> Path:
 
 
 def live(http: ServiceClient) -> Encoder:
-    encoder: Encoder = http.app.state.collections[None].live.encoder
+    encoder: Encoder = http.app.state.collections[None].current.encoder
     return encoder
 
 
@@ -68,8 +68,8 @@ async def test_a_later_start_loads_no_model_and_has_the_same_results(
         assert live(http).backbone is None
         assert await ask(http, PLAIN) == first[0]
         assert live(http).backbone is None, "a plain search needs no model"
-        artifact = http.app.state.collections[None].live.artifact
-        listed = [artifact.item(row).id for row in range(artifact.rows)]
+        index = http.app.state.collections[None].current.index
+        listed = [index.item(row).id for row in range(index.rows)]
         for item_id in [item_id for item_id in listed if item_id not in others][-4:]:
             await asyncio.to_thread(remove, index, [item_id])
             assert (await http.post("/admin/reload", headers=ADMINS)).json()["changed"]

@@ -75,8 +75,8 @@ def metadata(domain: str) -> list[dict[str, Any]]:
 
 @pytest.fixture(scope="module")
 def served(data: tuple[Path, str]) -> tuple[Encoder, IndexVersion]:
-    artifact = open_current(data[0] / "index" / "twemoji")
-    return Encoder.load(artifact.checkpoint), artifact
+    opened = open_current(data[0] / "index" / "twemoji")
+    return Encoder.load(opened.checkpoint), opened
 
 
 @pytest.mark.parametrize(
@@ -85,22 +85,22 @@ def served(data: tuple[Path, str]) -> tuple[Encoder, IndexVersion]:
      "man running, light skin", "red apple", "birthday"],
 )  # fmt: skip
 def test_first_results_match_the_query(served: tuple[Encoder, IndexVersion], query: str) -> None:
-    encoder, artifact = served
-    _, rows = artifact.search(encoder.encode_text([query.replace(",", "")]), 7)  # the page's first row
-    captions = [artifact.item(int(row)).caption.lower() for row in np.ravel(rows)]
+    encoder, opened = served
+    _, rows = opened.search(encoder.encode_text([query.replace(",", "")]), 7)  # the page's first row
+    captions = [opened.item(int(row)).caption.lower() for row in np.ravel(rows)]
     assert any(query in caption for caption in captions), captions
 
 
 def test_short_queries_find_a_right_answer(served: tuple[Encoder, IndexVersion]) -> None:
     """Seven of ten validation queries have one among the first five; the model card has the figures."""
-    encoder, artifact = served
+    encoder, opened = served
     script = runpy.run_path(str(EXAMPLES / "evaluate_queries.py"))
-    rows = [artifact.item(row).metadata for row in range(artifact.rows)]
+    rows = [opened.item(row).metadata for row in range(opened.rows)]
     queries = script["read_queries"](EXAMPLES / "queries" / "validation.tsv", rows)
-    _, found = artifact.search(encoder.encode_text([query.text for query in queries]), 5)
+    _, found = opened.search(encoder.encode_text([query.text for query in queries]), 5)
     hits = [bool(query.answers & set(map(int, first))) for query, first in zip(queries, found, strict=True)]
     assert np.mean(hits) > 0.7
-    cutoff = artifact.manifest.cutoff
+    cutoff = opened.manifest.cutoff
     assert cutoff["pairs"] == 408
     assert 0.3 < cutoff["min_score"] < 0.5
 

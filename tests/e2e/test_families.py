@@ -51,7 +51,7 @@ def trained(family: str, data: Path, path: Path) -> Path:
 
 
 def live(http: ServiceClient) -> Encoder:
-    encoder: Encoder = http.app.state.collections[None].live.encoder
+    encoder: Encoder = http.app.state.collections[None].current.encoder
     return encoder
 
 

@@ -83,11 +83,11 @@ def test_stored_fields_and_exceptions_tell_the_rows_of_a_filter(installed: Any, 
     ids = built.column("id").to_pylist()
     change_metadata(index, [(ids[0], {"color": "mauve"}), (ids[9], {"color": built.item(1).metadata["color"]})], "test")
     remove(index, [ids[5]])
-    artifact = open_current(index)
-    colors = {artifact.item(row).metadata["color"] for row in range(24) if row != 5}
+    opened = open_current(index)
+    colors = {opened.item(row).metadata["color"] for row in range(24) if row != 5}
     for color in colors - {"mauve"}:
         for condition in (color, {"not": color}):
-            rows = filter_rows(artifact, {"color": condition})
+            rows = filter_rows(opened, {"color": condition})
             assert as_stored(built, rows) == np.flatnonzero(rows.mask).tolist()
             assert rows.excluded.tolist() == [0, 5, 9]
             part = rows.part(range(3, 24))

@@ -45,52 +45,52 @@ from tests.support.versions import file_of, publish_copy, write_manifest
 
 
 def test_search_and_items(published: Path, encoder: Encoder, tiny_gallery: Path) -> None:
-    artifact = open_current(published)
+    opened = open_current(published)
     vectors = encoder.encode_images([tiny_gallery / "cross" / "red.png", tiny_gallery / "circle" / "blue.png"])
-    scores, rows = artifact.search(vectors, 30)
+    scores, rows = opened.search(vectors, 30)
     assert (scores.shape, rows.shape) == ((2, 30), (2, 30))
     assert (rows[:, 24:] == -1).all()
-    item = artifact.item(int(rows[0, 0]))
+    item = opened.item(int(rows[0, 0]))
     assert (item.caption, item.category) == ("a red cross", "cross")
     assert item.metadata == {"file_name": "cross/red.png", "color": "red"}
     assert (item.width, item.height) == (48, 48)
     np.testing.assert_allclose(scores[:, 0], 1, atol=1e-5)
-    np.testing.assert_allclose(artifact.vectors(rows[1:2, 0]), vectors[1:], atol=1e-5)
-    assert artifact.image_bytes(int(rows[0, 0])) == (tiny_gallery / "cross" / "red.png").read_bytes()
-    ids = artifact.column("id").to_pylist()
-    assert [artifact.row_of(item_id) for item_id in ids] == list(range(24))
+    np.testing.assert_allclose(opened.vectors(rows[1:2, 0]), vectors[1:], atol=1e-5)
+    assert opened.image_bytes(int(rows[0, 0])) == (tiny_gallery / "cross" / "red.png").read_bytes()
+    ids = opened.column("id").to_pylist()
+    assert [opened.row_of(item_id) for item_id in ids] == list(range(24))
     for unknown in ("", "0", "zzz", "../../etc/passwd", "\ud800"):
-        assert artifact.row_of(unknown) is None
+        assert opened.row_of(unknown) is None
 
 
 def test_rows_queries_fields_and_encoders_that_do_not_fit_are_refused(
     published: Path, encoder: Encoder, tiny_gallery: Path
 ) -> None:
-    artifact = open_current(published)
+    opened = open_current(published)
     for row in (-1, 24):
-        for read in (artifact.item, artifact.image_bytes):
+        for read in (opened.item, opened.image_bytes):
             with pytest.raises(IndexError, match=f"row {row} is not in 0..23"):
                 read(row)
     with pytest.raises(IndexError, match=r"row 24 is not in 0\.\.23"):
-        artifact.vectors(np.array([1, 24]))
+        opened.vectors(np.array([1, 24]))
     with pytest.raises(ArtifactError, match=r"the index has vectors of 32, but the queries are \(1, 16\)"):
-        artifact.search(np.zeros((1, 16), np.float32), 1)
+        opened.search(np.zeros((1, 16), np.float32), 1)
     with pytest.raises(DataError, match="no item has the field 'colour'; there are: caption, category, color"):
-        artifact.column("colour")
-    artifact.require(encoder.fingerprint)
+        opened.column("colour")
+    opened.require(encoder.fingerprint)
     options = f"--gallery {tiny_gallery} --checkpoint CHECKPOINT_OF_THIS_ENCODER --out {published}"
     with pytest.raises(ArtifactError, match=f"python -m index_jobs.rebuild {options}"):
-        artifact.require("f" * 64)
+        opened.require("f" * 64)
 
 
 def test_removed_version_stays_usable_while_open(index: Path) -> None:
-    artifact = open_current(index)
-    vector, lexical = artifact.vectors(np.array([3])), artifact.lexical
+    opened = open_current(index)
+    vector, lexical = opened.vectors(np.array([3])), opened.lexical
     shutil.rmtree(index)
-    assert artifact.search(vector, 1)[1].tolist() == [[3]]
+    assert opened.search(vector, 1)[1].tolist() == [[3]]
     assert lexical is not None
     assert lexical.search("red cross", 1)[1].tolist() == lexical.search("cross red", 1)[1].tolist() != []
-    assert artifact.row_of(artifact.item(3).id) == 3
+    assert opened.row_of(opened.item(3).id) == 3
 
 
 Event = tuple[str, str]  # "sync" and a path, or "rename" and the new path
@@ -117,9 +117,9 @@ def test_damage_to_any_file_is_found_and_named(index: Path, name: str, harm: Cal
 
 
 def test_files_that_do_not_fit_together_are_refused(index: Path) -> None:
-    artifact = open_current(index)
+    opened = open_current(index)
     for wrong in ({"dim": 64}, {"count": 23}):
-        manifest = replace(artifact.manifest, **wrong)  # type: ignore[arg-type]
+        manifest = replace(opened.manifest, **wrong)  # type: ignore[arg-type]
         write_manifest(index, manifest)
         with pytest.raises(ArtifactError, match=r"files of version 1 of .* do not fit together; roll back"):
             open_current(index)
@@ -305,17 +305,17 @@ def test_errors_of_the_system_are_one_line(error: OSError, told: str, tmp_path: 
 
 def test_the_key_of_an_image_changes_with_its_file(index: Path, gallery: Path) -> None:
     write_manifest(index, replace(open_current(index).manifest, root=str(gallery)))
-    artifact = open_current(index)
-    keys = [artifact.image_key(row) for row in range(24)]
+    opened = open_current(index)
+    keys = [opened.image_key(row) for row in range(24)]
     assert (len({*keys}), {len(key) for key in keys}) == (24, {32})
-    assert artifact.image_key(3) == keys[3]
-    path = Path(artifact.image_location(3)[0])
+    assert opened.image_key(3) == keys[3]
+    path = Path(opened.image_location(3)[0])
     os.utime(path, ns=(1, 1))
-    assert artifact.image_key(3) != keys[3]
-    assert artifact.image_key(4) == keys[4]
+    assert opened.image_key(3) != keys[3]
+    assert opened.image_key(4) == keys[4]
     path.unlink()
     with pytest.raises(ArtifactError, match="the image of row 3 cannot be read: No such file"):
-        artifact.image_key(3)
+        opened.image_key(3)
 
 
 @pytest.fixture

@@ -29,16 +29,16 @@ def die(*_: object, **__: object) -> None:
 
 def items_of(index: Path) -> dict[str, tuple[str, str, dict[str, Any]]]:
     """Return caption, category and metadata of every item that can be found, by its id."""
-    artifact = open_current(index)
-    items = [artifact.item(row) for row in artifact.live.nonzero()[0].tolist()]
+    opened = open_current(index)
+    items = [opened.item(row) for row in opened.live.nonzero()[0].tolist()]
     return {item.id: (item.caption, item.category, item.metadata) for item in items}
 
 
 def image_of(index: Path, item_id: str) -> bytes:
-    artifact = open_current(index)
-    row = artifact.row_of(item_id)
+    opened = open_current(index)
+    row = opened.row_of(item_id)
     assert row is not None
-    return artifact.image_bytes(row)
+    return opened.image_bytes(row)
 
 
 def stored_images(index: Path) -> set[bytes]:
@@ -49,11 +49,11 @@ def test_waiting_puts_become_one_version_with_their_images(index: Path, encoder:
     jobs = [put(index, "a", "b", price=3), put(index, "c", color="cyan", price=4.5)]
     assert [status(index, job)["status"] for job in jobs] == ["waiting", "waiting"]
     assert apply_waiting(index) == 2
-    artifact = open_current(index)
-    assert (artifact.manifest.version, artifact.manifest.count) == (2, 27)
+    opened = open_current(index)
+    assert (opened.manifest.version, opened.manifest.count) == (2, 27)
     caption, category, metadata = items_of(index)["c"]
     assert (caption, category, metadata["price"], image_of(index, "c")) == ("a cyan c", "new", 4.5, picture("cyan"))
-    assert artifact.search(encoder.encode_images([picture("cyan")]), 1)[1][0, 0] == artifact.row_of("c")
+    assert opened.search(encoder.encode_images([picture("cyan")]), 1)[1][0, 0] == opened.row_of("c")
     ended = status(index, jobs[0])
     assert ended.pop("accepted") <= ended.pop("ended")
     assert ended == {"id": jobs[0], "kind": "put", "items": 2, "status": "done", "index_version": 2, "failed": []}

@@ -132,16 +132,16 @@ def _apply(_: Given, index: Path) -> None:
 
 
 def _require_applied(given: Given, index: Path) -> None:
-    jobs, artifact = JobQueue(index).newest(9)[::-1], open_current(index)
+    jobs, opened = JobQueue(index).newest(9)[::-1], open_current(index)
     assert [each["status"] for each in jobs] == ["done"] * 5
     assert [each["id"] for each in jobs[0]["failed"]] == ["bad"]
-    published, manifests = [artifact.manifest], {each.version: each for each in list_versions(index)}
+    published, manifests = [opened.manifest], {each.version: each for each in list_versions(index)}
     while published[-1].replaced:
         published.append(manifests[published[-1].replaced])
     assert len(published) == 5, "nothing is published twice"
-    assert [artifact.row_of(each) for each in ("b", given.item(3))] == [None, None]
-    assert artifact.image_bytes(artifact.row_of("a") or 0) == picture("pink")
-    item = artifact.item(1)
+    assert [opened.row_of(each) for each in ("b", given.item(3))] == [None, None]
+    assert opened.image_bytes(opened.row_of("a") or 0) == picture("pink")
+    item = opened.item(1)
     assert (item.caption, item.metadata["price"]) == ("a guitar", 1)
 
 

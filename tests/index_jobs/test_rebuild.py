@@ -292,9 +292,9 @@ def test_training_behind_the_image_tower_needs_no_encoding(
                 parameter.add_(0.1 * torch.randn_like(parameter))
         save_checkpoint(model, checkpoint := tmp_path / name)
         encoded.append(build(gallery, checkpoint, margin=1).encoded)
-        artifact, encoder = open_current(tmp_path / "index"), Encoder.load(checkpoint, device="cpu")
-        artifact.require(encoder.fingerprint)
-        np.testing.assert_allclose(artifact.vectors(np.arange(3)), encoder.encode_images(images), atol=1e-5)
+        opened, encoder = open_current(tmp_path / "index"), Encoder.load(checkpoint, device="cpu")
+        opened.require(encoder.fingerprint)
+        np.testing.assert_allclose(opened.vectors(np.arange(3)), encoder.encode_images(images), atol=1e-5)
     assert encoded == [24, 0, 0, 24]  # image prompts are part of the tower
 
 

@@ -37,12 +37,12 @@ def pairs(tiny_gallery: Path, tmp_path: Path) -> Path:
     return write_pairs(tmp_path / "pairs.jsonl", tiny_gallery)
 
 
-def ranks_first(artifact: IndexVersion, pairs: Path) -> float:
+def ranks_first(opened: IndexVersion, pairs: Path) -> float:
     """Return the share of texts whose image is the first result."""
     rows = [json.loads(line) for line in pairs.read_text().splitlines()]
-    vectors = Encoder.load(artifact.checkpoint, device="cpu").encode_text([row["caption"] for row in rows])
-    found = artifact.search(vectors, 1)[1][:, 0].tolist()
-    hits = [artifact.image_location(hit)[0] == row["image"] for hit, row in zip(found, rows, strict=True)]
+    vectors = Encoder.load(opened.checkpoint, device="cpu").encode_text([row["caption"] for row in rows])
+    found = opened.search(vectors, 1)[1][:, 0].tolist()
+    hits = [opened.image_location(hit)[0] == row["image"] for hit, row in zip(found, rows, strict=True)]
     return sum(hits) / len(hits)
 
 

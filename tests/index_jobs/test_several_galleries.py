@@ -30,18 +30,18 @@ def cameras(tmp_path: Path) -> list[Path]:
     return [camera(tmp_path / "cam1", "red", "blue"), camera(tmp_path / "cam2", "green", "pink")]
 
 
-def images(artifact: IndexVersion) -> dict[str, bytes]:
-    rows = range(artifact.rows)
-    return {artifact.item(row).metadata["file_name"]: artifact.image_bytes(row) for row in rows if artifact.live[row]}
+def images(opened: IndexVersion) -> dict[str, bytes]:
+    rows = range(opened.rows)
+    return {opened.item(row).metadata["file_name"]: opened.image_bytes(row) for row in rows if opened.live[row]}
 
 
 def test_same_names_in_two_galleries_are_two_items(
     build: Build, cameras: list[Path], tiny_checkpoint: Path, tmp_path: Path
 ) -> None:
     build(list(map(str, cameras)))
-    artifact = open_current(tmp_path / "index")
-    artifact.image_access = ImageAccess()  # the service reads the images of both
-    found = images(artifact)
+    opened = open_current(tmp_path / "index")
+    opened.image_access = ImageAccess()  # the service reads the images of both
+    found = images(opened)
     assert list(found) == ["IMG_0.png", "IMG_1.png", "cam2/IMG_0.png", "cam2/IMG_1.png"]
     assert found["cam2/IMG_0.png"] == (cameras[1] / "IMG_0.png").read_bytes()
     arguments = [argument for path in cameras for argument in ("--gallery", str(path))]
@@ -73,9 +73,9 @@ def test_adding_a_photo_of_the_same_name_keeps_both(build: Build, cameras: list[
     with pytest.raises(DataError, match=r"--gallery NAME=LOCATION keeps both"):
         add(index, cameras[1], progress=False)
     assert add(index, f"south={cameras[1]}", progress=False).count == 4
-    artifact = open_current(index)
-    artifact.image_access = ImageAccess()
-    assert images(artifact)["south/IMG_1.png"] == (cameras[1] / "IMG_1.png").read_bytes()
+    opened = open_current(index)
+    opened.image_access = ImageAccess()
+    assert images(opened)["south/IMG_1.png"] == (cameras[1] / "IMG_1.png").read_bytes()
 
 
 def test_a_gallery_that_lost_many_images_is_not_published(
@@ -125,12 +125,12 @@ def test_a_moved_gallery_is_built_from_its_new_place_without_encoding(
     draw("cyan", "circle").save(disk / "cam1" / "IMG_1.png")
     done = build([str(disk / "gallery"), f"more={disk / 'cam1'}", str(disk / "cam2")])
     assert (done.version, done.count, done.encoded, done.resumed) == (2, 28, 1, 27)
-    artifact = open_current(index, ImageAccess())
-    assert artifact.image_bytes(27) == (disk / "cam2" / "IMG_1.png").read_bytes()
-    assert artifact.manifest.spec.gallery == f"{disk / 'gallery'}, more={disk / 'cam1'}, cam2={disk / 'cam2'}"
-    same = np.array([row for row in range(28) if artifact.item(row).metadata["file_name"] != "more/IMG_1.png"])
-    np.testing.assert_array_equal(artifact.vectors(same), before.vectors(same))
-    assert [artifact.item(row).id for row in range(28)] == [before.item(row).id for row in range(28)]
+    opened = open_current(index, ImageAccess())
+    assert opened.image_bytes(27) == (disk / "cam2" / "IMG_1.png").read_bytes()
+    assert opened.manifest.spec.gallery == f"{disk / 'gallery'}, more={disk / 'cam1'}, cam2={disk / 'cam2'}"
+    same = np.array([row for row in range(28) if opened.item(row).metadata["file_name"] != "more/IMG_1.png"])
+    np.testing.assert_array_equal(opened.vectors(same), before.vectors(same))
+    assert [opened.item(row).id for row in range(28)] == [before.item(row).id for row in range(28)]
 
 
 def test_a_moved_model_is_named_to_the_build_and_encodes_nothing(
@@ -148,7 +148,7 @@ def test_a_moved_model_is_named_to_the_build_and_encodes_nothing(
     assert build(checkpoint=checkpoint).reused, "its own place is as it was"
     done = build(checkpoint=checkpoint, model=tmp_path / "moved")
     assert (done.version, done.encoded) == (2, 0)
-    artifact = open_current(index)
-    artifact.require(Encoder.load(artifact.checkpoint, device="cpu").fingerprint)
+    opened = open_current(index)
+    opened.require(Encoder.load(opened.checkpoint, device="cpu").fingerprint)
     assert build(checkpoint=checkpoint, model=tmp_path / "moved").reused
     assert current_version(index) == 2

@@ -58,19 +58,19 @@ def ids(index: Path) -> list[str]:
     return open_current(index).column("id").to_pylist()
 
 
-def row_of(artifact: IndexVersion, item_id: str) -> int:
-    row = artifact.row_of(item_id)
+def row_of(opened: IndexVersion, item_id: str) -> int:
+    row = opened.row_of(item_id)
     assert row is not None
     return row
 
 
 def metadata(index: Path, item_id: str) -> Fields:
-    artifact = open_current(index)
-    return artifact.item(row_of(artifact, item_id)).metadata
+    opened = open_current(index)
+    return opened.item(row_of(opened, item_id)).metadata
 
 
-def nearest_ids(artifact: IndexVersion, vectors: np.ndarray) -> list[str]:
-    return [artifact.item(int(row)).id for row in artifact.search(vectors, 1)[1][:, 0]]
+def nearest_ids(opened: IndexVersion, vectors: np.ndarray) -> list[str]:
+    return [opened.item(int(row)).id for row in opened.search(vectors, 1)[1][:, 0]]
 
 
 def die(*_: object, **__: object) -> None:
@@ -210,18 +210,18 @@ def test_added_items_have_images_fields_and_sizes_and_stay_a_gallery(
     gallery, before = write_images(tmp_path / "one, two", "pink", "cyan", year=1999), open_current(index)
     done = add(index, gallery, progress=False)
     assert (done.version, done.count, done.added, done.removed, done.failed, done.rebuild) == (2, 26, 2, 0, 0, "")
-    artifact = open_current(index)
+    opened = open_current(index)
     pictures = [gallery / "pink.png", gallery / "cyan.png", Path(before.manifest.root) / "circle" / "red.png"]
     vectors = encoder.encode_images(pictures)
-    assert nearest_ids(artifact, vectors) == ["pink", "cyan", nearest_ids(before, vectors[2:])[0]]
-    assert (np.diff(artifact.search(vectors, 26)[0]) <= 0).all()
-    row = row_of(artifact, "pink")
-    np.testing.assert_allclose(artifact.vectors(np.array([row])), vectors[:1], atol=1e-5)
-    assert artifact.image_bytes(row) == (gallery / "pink.png").read_bytes()
-    assert (artifact.item(row).width, artifact.item(row).height) == (48, 48)
-    assert artifact.item(row).metadata == {"file_name": "pink.png", "color": "pink", "year": 1999}
-    assert artifact.fields["year"] == "int64"
-    assert artifact.column("year").to_pylist() == [None] * 24 + [1999, 1999]
+    assert nearest_ids(opened, vectors) == ["pink", "cyan", nearest_ids(before, vectors[2:])[0]]
+    assert (np.diff(opened.search(vectors, 26)[0]) <= 0).all()
+    row = row_of(opened, "pink")
+    np.testing.assert_allclose(opened.vectors(np.array([row])), vectors[:1], atol=1e-5)
+    assert opened.image_bytes(row) == (gallery / "pink.png").read_bytes()
+    assert (opened.item(row).width, opened.item(row).height) == (48, 48)
+    assert opened.item(row).metadata == {"file_name": "pink.png", "color": "pink", "year": 1999}
+    assert opened.fields["year"] == "int64"
+    assert opened.column("year").to_pylist() == [None] * 24 + [1999, 1999]
     remove(index, ["cyan"])
     served = open_current(index)
     build(live_gallery(served), out=tmp_path / "again")
@@ -247,10 +247,10 @@ def test_a_field_of_the_index_does_not_become_text(index: Path, tmp_path: Path) 
     (gallery / "metadata.jsonl").unlink()
     (gallery / "metadata.csv").write_text("file_name,id,price,note\nlime.png,lime,6.5,8\nnavy.png,navy,,x\n")
     add(index, gallery, progress=False)
-    artifact = open_current(index)
-    assert artifact.fields == before | {"price": "double"}
-    assert artifact.column("price").to_pylist()[-3:] == [5.0, 6.5, None]
-    assert match_rows(artifact, {"price": {"gt": 5}}).sum() == 1
+    opened = open_current(index)
+    assert opened.fields == before | {"price": "double"}
+    assert opened.column("price").to_pylist()[-3:] == [5.0, 6.5, None]
+    assert match_rows(opened, {"price": {"gt": 5}}).sum() == 1
 
 
 @pytest.mark.parametrize("kind", ["hnsw", "ivf-pq"])
@@ -268,12 +268,12 @@ def test_every_kind_of_built_index_takes_updates(
     add(index, write_images(tmp_path / "more", "pink"), progress=False)
     assert add(index, changed, replace_existing=True, progress=False).removed == 1
     remove(index, [names[17], "pink"])
-    artifact, expected = open_current(index), sorted({*names} - {names[17]})
+    opened, expected = open_current(index), sorted({*names} - {names[17]})
     vectors = encoder.encode_images([changed / "cyan.png", tmp_path / "more" / "pink.png"])
-    assert nearest_ids(artifact, vectors[:1]) == [names[3]]
-    for allowed in (None, filter_rows(artifact, {})):
-        rows = artifact.search(np.concatenate([vectors, built.vectors(np.arange(24))]), artifact.rows, allowed)[1]
-        assert all(sorted(artifact.item(row).id for row in line if row >= 0) == expected for line in rows.tolist())
+    assert nearest_ids(opened, vectors[:1]) == [names[3]]
+    for allowed in (None, filter_rows(opened, {})):
+        rows = opened.search(np.concatenate([vectors, built.vectors(np.arange(24))]), opened.rows, allowed)[1]
+        assert all(sorted(opened.item(row).id for row in line if row >= 0) == expected for line in rows.tolist())
 
 
 def test_additions_are_merged_and_a_rebuild_is_recommended(
@@ -291,9 +291,9 @@ def test_additions_are_merged_and_a_rebuild_is_recommended(
     monkeypatch.undo()
     change_metadata(index, [(names[9], {"stock": 1})], "stock.csv")
     assert not build(max_vanished=0.3).reused, "although neither gallery nor checkpoint has changed"
-    artifact = open_current(index)
-    assert (artifact.manifest.count, artifact.manifest.rebuild, artifact.row_of("pink")) == (24, "", None)
-    assert "stock" not in artifact.fields
+    opened = open_current(index)
+    assert (opened.manifest.count, opened.manifest.rebuild, opened.row_of("pink")) == (24, "", None)
+    assert "stock" not in opened.fields
 
 
 def test_refused_updates_change_nothing(
@@ -391,8 +391,8 @@ def test_update_command_merges_a_table(index: Path, tmp_path: Path) -> None:
     assert (metadata(index, second)["price"], "brand" in metadata(index, second)) == (12, False)
     lines.write_text(json.dumps({"id": first, "brand": None, "category": "tools"}) + "\n")
     run("update", index, "--metadata", lines)
-    artifact = open_current(index)
-    assert (artifact.item(0).category, "brand" in artifact.fields) == ("tools", False)
+    opened = open_current(index)
+    assert (opened.item(0).category, "brand" in opened.fields) == ("tools", False)
     for name, text, said in (
         ("a.csv", "sku,price\na,1\n", r"row 2: no id; .* it has sku, price"),
         ("a.csv", "id,price\na,1\nb,2\na,3\n", "rows 2 and 4 both have the id 'a'; keep one"),

@@ -72,8 +72,8 @@ def watch(index: Path) -> Iterator[Watch]:
 
 
 def names(index: Path) -> set[str]:
-    artifact = open_current(index)
-    return {artifact.item(row).metadata["file_name"] for row in artifact.live.nonzero()[0].tolist()}
+    opened = open_current(index)
+    return {opened.item(row).metadata["file_name"] for row in opened.live.nonzero()[0].tolist()}
 
 
 def test_new_changed_renamed_and_removed_files_are_one_update_each(gallery: Path, index: Path, watch: Watch) -> None:
@@ -156,8 +156,8 @@ def test_a_killed_watch_resumes_and_leaves_changes_over_http_alone(gallery: Path
     assert watching.is_silent()
     watching.process.send_signal(signal.SIGKILL)
     watching.process.wait()
-    artifact = open_current(index)
-    first, second = (artifact.item(artifact.rows - number) for number in (2, 1))
+    opened = open_current(index)
+    first, second = (opened.item(opened.rows - number) for number in (2, 1))
     put(index, "uploaded", first.id)
     patch(index, second.id, price=3)
     apply_waiting(index)
@@ -166,9 +166,9 @@ def test_a_killed_watch_resumes_and_leaves_changes_over_http_alone(gallery: Path
     (gallery / "circle" / "blue.png").unlink()
     again = watch()
     assert again.line().startswith("1 added, 1 changed, 1 removed: version 4, 25 images")
-    artifact = open_current(index)
-    rows = [artifact.row_of(each) for each in ("uploaded", first.id, second.id)]
-    uploaded, replaced, patched = (artifact.item(row) for row in rows if row is not None)
+    opened = open_current(index)
+    rows = [opened.row_of(each) for each in ("uploaded", first.id, second.id)]
+    uploaded, replaced, patched = (opened.item(row) for row in rows if row is not None)
     assert (uploaded.caption, replaced.caption) == ("a pink uploaded", f"a pink {first.id}")
     assert patched.metadata["price"] == 3
     assert again.is_silent()

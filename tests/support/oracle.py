@@ -10,7 +10,7 @@ import numpy as np
 from PIL import Image
 
 from app.search.query import Query
-from app.search.snapshots import Snapshot
+from app.search.served_version import ServedVersion
 from index_jobs.index.lexical import DEFAULT_WEIGHT, text_bonus
 
 CLOSE = 2e-5  # scores are rounded, and sums of floats depend on their order
@@ -81,12 +81,12 @@ def gap(values: np.ndarray, place: int) -> float:
 class Oracle:
     """All rows of a version, and plain computations over them."""
 
-    def __init__(self, snapshot: Snapshot) -> None:
-        self.snapshot, self.artifact, self.encoder = snapshot, snapshot.artifact, snapshot.encoder
-        self.live: list[int] = np.flatnonzero(self.artifact.live).tolist()
-        self.vectors = np.zeros((self.artifact.rows, self.encoder.dim), np.float32)
-        self.vectors[self.live] = self.artifact.vectors(np.array(self.live))
-        self.items = {row: self.artifact.item(row) for row in self.live}
+    def __init__(self, served: ServedVersion) -> None:
+        self.served, self.index, self.encoder = served, served.index, served.encoder
+        self.live: list[int] = np.flatnonzero(self.index.live).tolist()
+        self.vectors = np.zeros((self.index.rows, self.encoder.dim), np.float32)
+        self.vectors[self.live] = self.index.vectors(np.array(self.live))
+        self.items = {row: self.index.item(row) for row in self.live}
         self.row_of = {item.id: row for row, item in self.items.items()}
         self.records = {
             row: {"id": item.id, **{name: text for name in ("caption", "category") if (text := getattr(item, name))}}
@@ -95,7 +95,7 @@ class Oracle:
         }
 
     def values(self, name: str) -> list[Any]:
-        return [self.records.get(row, {}).get(name) for row in range(self.artifact.rows)]
+        return [self.records.get(row, {}).get(name) for row in range(self.index.rows)]
 
     def allowed(self, filter: dict[str, Any] | None) -> list[int]:
         return [row for row in self.live if fulfils(self.records[row], filter or {})]
@@ -105,7 +105,7 @@ class Oracle:
         rows = self.allowed(filter)
         if sort:
             rows = plain_sort(rows, self.values(sort.removeprefix("-")), sort.startswith("-"))
-        group_by = self.artifact.manifest.spec.group_field if group_by is None else group_by
+        group_by = self.index.manifest.spec.group_field if group_by is None else group_by
         return [self.items[row].id for row in (first_of_each(rows, self.values(group_by)) if group_by else rows)]
 
     def vector(self, query: Query, image: bytes | None) -> np.ndarray:
@@ -124,10 +124,10 @@ class Oracle:
 
     def level(self, query: Query, best: float, *, is_text: bool) -> tuple[float, float, float] | None:
         """Return the scores of a likely and of a possible match, and the text score of a likely one."""
-        cutoff = self.artifact.manifest.cutoff
+        cutoff = self.index.manifest.cutoff
         if not (cutoff and is_text):
             return None
-        is_familiar = self.artifact.lexical.known_share(query.query) >= 0.5
+        is_familiar = self.index.lexical.known_share(query.query) >= 0.5
         if best >= cutoff["strong_score"]:
             return cutoff["min_score"], cutoff["min_score"], 0.6
         return cutoff["min_score" if is_familiar else "strong_score"], cutoff["min_score"], 0.6 if is_familiar else 0.4
@@ -155,17 +155,17 @@ class Oracle:
 
     def change_manifest(self, **changes: Any) -> None:
         """Change the opened version, and forget its cached pages."""
-        self.artifact.manifest = replace(self.artifact.manifest, **changes)
-        self.snapshot.pages.clear()
+        self.index.manifest = replace(self.index.manifest, **changes)
+        self.served.pages.clear()
 
     def check(self, body: dict[str, Any], image: bytes | None = None, **options: Any) -> None:
         """Assert that the body of a search is what its options ask for."""
         query = Query(**options)
-        manifest, vector = self.artifact.manifest, self.vector(query, image)
+        manifest, vector = self.index.manifest, self.vector(query, image)
         cosines = self.vectors @ vector
         weight = DEFAULT_WEIGHT if query.hybrid is True else float(query.hybrid)
-        texts = self.artifact.lexical.score(query.query, np.arange(self.artifact.rows)) if weight else 0 * cosines
-        relevance = cosines + (text_bonus(self.artifact.sample_vectors, vector, weight) if weight else 0) * texts
+        texts = self.index.lexical.score(query.query, np.arange(self.index.rows)) if weight else 0 * cosines
+        relevance = cosines + (text_bonus(self.index.sample_vectors, vector, weight) if weight else 0) * texts
         group_by = manifest.spec.group_field if query.group_by is None and query.fold is None else query.group_by or ""
         groups, values = self.values(group_by), self.values(query.sort.removeprefix("-"))
         owners = [("row", row) if value is None else value for row, value in enumerate(groups)]
@@ -179,7 +179,7 @@ class Oracle:
         lowest, contained = -1.1 if min_score is None else min_score, np.inf
         if query.sort and min_score is None:
             lowest = levels[1] if levels else np.inf
-            known = self.artifact.lexical.known_share(query.query) if weight else 1
+            known = self.index.lexical.known_share(query.query) if weight else 1
             contained = (levels[2] if levels else 0.6 if known >= 0.5 else 0.4) if weight else np.inf
         fitting = [row for row in allowed if owners[row] not in left_out]
         fitting = [row for row in fitting if scores[row] >= lowest or texts[row] >= contained]

@@ -1,4 +1,4 @@
-"""An artifact of random vectors for tests of the ranking."""
+"""An index of random vectors for tests of the ranking."""
 
 from types import SimpleNamespace
 from typing import Any
@@ -7,7 +7,7 @@ import faiss
 import numpy as np
 import pyarrow as pa
 
-from app.search.snapshots import Recent
+from app.search.served_version import Recent
 from dcar_core.util.errors import DataError
 from index_jobs.engines.faiss.index import FaissIndex
 from index_jobs.index.items import take_rows
@@ -16,8 +16,8 @@ from index_jobs.row_filter import RowFilter
 from index_jobs.spec import IndexSpec
 
 
-class ArtifactStub:
-    """The parts of an artifact that ranking uses, over a FAISS index of some kind."""
+class IndexStub:
+    """The parts of an index version that ranking uses, over a FAISS index of some kind."""
 
     def __init__(self, vectors: np.ndarray, kind: str = "Flat", lexical: LexicalIndex | None = None, **columns: Any):
         index: Any = faiss.index_factory(vectors.shape[1], kind, faiss.METRIC_INNER_PRODUCT)
@@ -49,8 +49,8 @@ class ArtifactStub:
         return column if rows is None else take_rows(pa.table({name: column}), rows)[name]
 
 
-def snapshot_of(artifact: Any) -> Any:
-    return SimpleNamespace(artifact=artifact, columns=Recent[Any, Any](8))
+def served_of(opened: Any) -> Any:
+    return SimpleNamespace(index=opened, columns=Recent[Any, Any](8))
 
 
 def unit(rng: np.random.Generator, *shape: int) -> np.ndarray:

@@ -35,8 +35,8 @@ def test_captions_of_a_vision_model_reach_the_index(
             assert done.exit_code in status, (command, done.output)
             printed += done.stdout
     assert_shown(block, printed)
-    artifact = open_current(tmp_path / "index")
-    items = [artifact.item(row) for row in range(artifact.rows)]
+    opened = open_current(tmp_path / "index")
+    items = [opened.item(row) for row in range(opened.rows)]
     assert len(items) == len(COLORS) * len(SHAPES)
     assert all(item.caption.startswith(f"A {item.category} on grass") for item in items)
-    assert artifact.manifest.cutoff, "the validation pairs were found"
+    assert opened.manifest.cutoff, "the validation pairs were found"

@@ -73,8 +73,8 @@ async def test_a_qdrant_that_hangs_holds_no_search_to_the_deadline_and_no_item(
 
 def test_one_slow_search_stops_no_other(index: Path, server: QdrantServer, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(connection, "REST_SECONDS", 60)
-    artifact, respond, goes_on = open_current(index), server.respond, threading.Event()
-    vectors = artifact.vectors(artifact.live.nonzero()[0])
+    opened, respond, goes_on = open_current(index), server.respond, threading.Event()
+    vectors = opened.vectors(opened.live.nonzero()[0])
 
     def hang(method: str, path: str, body: bytes) -> tuple[int, object]:
         if path.endswith("/batch"):
@@ -83,10 +83,10 @@ def test_one_slow_search_stops_no_other(index: Path, server: QdrantServer, monke
 
     server.respond = hang  # type: ignore[method-assign]
     with ThreadPoolExecutor(1) as pool:
-        slow = pool.submit(artifact.search, vectors[:1], 1)
+        slow = pool.submit(opened.search, vectors[:1], 1)
         while not slow.done():
-            artifact.vectors(artifact.live.nonzero()[0][:1])
+            opened.vectors(opened.live.nonzero()[0][:1])
             time.sleep(0.05)
         goes_on.set()
     assert isinstance(slow.exception(), StoreUnavailableError)
-    assert artifact.search(vectors[:1], 1)[1].tolist() == [[0]]
+    assert opened.search(vectors[:1], 1)[1].tolist() == [[0]]

@@ -166,7 +166,7 @@ def test_filters_are_conditions_that_name_only_rows_that_were_removed_or_changed
     opened, given = Index.open(index, device="cpu"), {"price": {"gt": 6}, "brand": ["lynx", "12"]}
     server.calls.clear()
     assert opened.search("a lynx", filter=given)["results"]
-    sent, ids = server.searches()[0][0]["filter"]["should"], opened.snapshot.artifact.column("id").to_pylist()
+    sent, ids = server.searches()[0][0]["filter"]["should"], opened.served.index.column("id").to_pylist()
     assert {ids[row] for row in sent[0]["must_not"][0]["has_id"]} == {"n3", "n4", "n5"}
     conditions = json.dumps(sent[0]["must"], separators=(",", ":"))
     assert '"key":"price","range":{"gt":6.0}' in conditions
@@ -202,12 +202,12 @@ def test_many_searches_that_name_many_rows_are_sent_in_small_parts(
     build: Build, server: QdrantServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     build(engine=f"qdrant={server.url}")
-    artifact = open_current(tmp_path / "index")
-    vectors, rows = artifact.vectors(np.arange(24)), RowFilter.of_mask(np.arange(24) % 2 == 0)
-    whole = artifact.search(vectors, 5, rows)
+    opened = open_current(tmp_path / "index")
+    vectors, rows = opened.vectors(np.arange(24)), RowFilter.of_mask(np.arange(24) % 2 == 0)
+    whole = opened.search(vectors, 5, rows)
     monkeypatch.setattr(qdrant_index, "FILTER_BYTES", 500)
     server.calls.clear()
-    found = artifact.search(vectors, 5, rows)
+    found = opened.search(vectors, 5, rows)
     assert np.array_equal(found[0], whole[0])
     assert np.array_equal(found[1], whole[1])
     assert [len(searches) for searches in server.searches()] == [8, 8, 8]

@@ -47,12 +47,12 @@ def test_every_item_is_nearest_to_its_own_vector(
     monkeypatch.setattr(index, "BATCH", 7)
     monkeypatch.setattr(engine, "BATCH", 7)
     build(engine=f"qdrant={url}")
-    artifact, rows = open_current(tmp_path / "index"), np.arange(24)
-    assert "index.faiss" not in artifact.manifest.files
-    measured = artifact.manifest.measured
-    assert (artifact.manifest.count, artifact.manifest.kind, measured["recall_at_10"]) == (24, "Flat", 1.0)
-    assert artifact.search(artifact.vectors(rows), 1)[1][:, 0].tolist() == rows.tolist()
-    np.testing.assert_array_equal(artifact.vectors(rows[[5, 3]]), artifact.vectors(rows)[[5, 3]])
+    opened, rows = open_current(tmp_path / "index"), np.arange(24)
+    assert "index.faiss" not in opened.manifest.files
+    measured = opened.manifest.measured
+    assert (opened.manifest.count, opened.manifest.kind, measured["recall_at_10"]) == (24, "Flat", 1.0)
+    assert opened.search(opened.vectors(rows), 1)[1][:, 0].tolist() == rows.tolist()
+    np.testing.assert_array_equal(opened.vectors(rows[[5, 3]]), opened.vectors(rows)[[5, 3]])
 
 
 @pytest.mark.slow
@@ -69,9 +69,9 @@ def test_collections_and_alias_follow_versions_rollback_and_updates(
     gone = open_current(index).item(4).id
     remove(index, [gone])
     add(index, write_images(tmp_path / "more", "pink", shape="circle"), progress=False)
-    artifact = open_current(index)
-    assert (artifact.manifest.count, artifact.row_of(gone)) == (24, None)
-    rows = artifact.search(artifact.vectors(np.array([24])), 25)[1][0]
+    opened = open_current(index)
+    assert (opened.manifest.count, opened.row_of(gone)) == (24, None)
+    rows = opened.search(opened.vectors(np.array([24])), 25)[1][0]
     assert (rows[0], sorted(rows.tolist())) == (24, [-1, *(row for row in range(25) if row != 4)])
     present, aliased = collections(url, index)
     assert (len(present), aliased) == (3, [names[0]]), "an addition is a collection, and shares the built one"
@@ -186,17 +186,17 @@ def test_an_unreadable_version_keeps_its_collection(build: Build, url: str, tmp_
 
 def test_a_busy_server_is_asked_again(build: Build, server: QdrantServer, tmp_path: Path) -> None:
     build(engine=f"qdrant={server.url}")
-    artifact = open_current(tmp_path / "index")
+    opened = open_current(tmp_path / "index")
     server.failures = 1
-    assert artifact.search(artifact.vectors(np.arange(1)), 1)[1].tolist() == [[0]]
+    assert opened.search(opened.vectors(np.arange(1)), 1)[1].tolist() == [[0]]
     server.failures = 99
     with pytest.raises(StoreUnavailableError, match=r"Qdrant is unavailable: .*503"):
-        artifact.search(np.eye(1, artifact.manifest.dim, dtype=np.float32), 1)
+        opened.search(np.eye(1, opened.manifest.dim, dtype=np.float32), 1)
     server.failures = 0
     server.client.delete_collection(collection_of(tmp_path / "index", 1))
     server.calls.clear()
     with pytest.raises(StoreUnavailableError, match="404"):
-        artifact.vectors(np.arange(2))
+        opened.vectors(np.arange(2))
     assert len(server.calls) == 1, "what a second attempt does not change"
 
 
@@ -303,8 +303,8 @@ def test_a_local_folder_is_found_again_and_never_made(
     monkeypatch.chdir("/")
     connect(folder).close()
     connect.cache_clear()  # as in another process
-    artifact = open_current(tmp_path / "index")
-    assert artifact.search(artifact.vectors(np.arange(24)), 1)[1][:, 0].tolist() == list(range(24))
+    opened = open_current(tmp_path / "index")
+    assert opened.search(opened.vectors(np.arange(24)), 1)[1][:, 0].tolist() == list(range(24))
     connect(folder).close()
     connect.cache_clear()
     Path(folder).rename(tmp_path / "elsewhere")

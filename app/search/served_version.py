@@ -1,6 +1,6 @@
 """One version of an index, ready to search, together with its encoder, and what all rows of it have in common.
 
-- A request takes one `Snapshot` and keeps it to its end, so all of its results are from one version.
+- A request takes one `ServedVersion` and keeps it to its end, so all of its results are from one version.
 - An encoder in memory is shared by every version of the same fingerprint, and a backbone by every encoder on it.
 - The masks of filters, the groups that share a value, and the orders of fields are cached. A group is for example the
   images of one product; a row without a value is a group of its own.
@@ -76,16 +76,16 @@ class Recent(dict[K, V]):
                 self.pop(old, None)
 
 
-class Snapshot:
+class ServedVersion:
     """One version of an index and its encoder."""
 
-    def __init__(self, encoder: Encoder, artifact: IndexVersion, config: Mapping[str, Any], settings: Settings) -> None:
-        self.encoder, self.artifact = encoder, artifact
+    def __init__(self, encoder: Encoder, index: IndexVersion, config: Mapping[str, Any], settings: Settings) -> None:
+        self.encoder, self.index = encoder, index
         self.preprocess = replace(encoder.preprocess, max_pixels=settings.max_pixels)
         self.backbone: str = config["backbone"]["sha256"]
         self.model_note = str(config.get("training", {}).get("note", ""))  # what users should know about it
         self.languages = languages_of(config["backbone"]["model"])
-        rows = max(1, artifact.rows)
+        rows = max(1, index.rows)
         # Pages of results by `Plan.page_key`, rows by `mask_key`, groups and orders by field, and facts for the page.
         self.pages = Recent[Hashable, Any](min(settings.cache_size, MAX_PAGES))
         self.masks = Recent[str, RowFilter](max(1, min(MAX_MASKS, MAX_MASK_BYTES // rows)))
@@ -94,12 +94,12 @@ class Snapshot:
 
     @property
     def version(self) -> int:
-        return self.artifact.manifest.version
+        return self.index.manifest.version
 
     @property
     def min_score(self) -> float | None:
         """The calibrated cut-off; None without calibration."""
-        return self.artifact.manifest.cutoff.get("min_score")
+        return self.index.manifest.cutoff.get("min_score")
 
     @cached_property
     def second_stage(self) -> Any:
@@ -110,19 +110,19 @@ class Snapshot:
             return SecondStage(self.encoder.model)
 
 
-def load_snapshot(
+def load_served_version(
     index: Path,
     settings: Settings,
-    loaded: Sequence[Snapshot] = (),
+    loaded: Sequence[ServedVersion] = (),
     is_empty: bool = False,
     version: int | None = None,
     *,
     warm_up: bool = True,
-) -> Snapshot:
+) -> ServedVersion:
     """Open a version of an index, and load its model.
 
     Args:
-        loaded: snapshots in memory, whose encoders and backbones are reused.
+        loaded: versions in memory, whose encoders and backbones are reused.
         is_empty: open version 0 of a created collection, which has a model and no items yet.
         version: its number. Default: the current one.
         warm_up: search and encode once, so that the first query does not wait.
@@ -130,13 +130,13 @@ def load_snapshot(
     Raises:
         DcarError: the index or its checkpoint is missing or broken, or they do not belong together.
     """
-    artifact = None
+    opened = None
     if not is_empty:
         access = ImageAccess(settings.image_roots, frozenset(settings.image_hosts))
-        artifact = open_current(index, access) if version is None else open_version(index, version, access)
-    checkpoint = artifact.checkpoint if artifact else index / CHECKPOINT
+        opened = open_current(index, access) if version is None else open_version(index, version, access)
+    checkpoint = opened.checkpoint if opened else index / CHECKPOINT
     config = read_config(checkpoint)
-    fingerprint = artifact.manifest.spec.fingerprint if artifact else config.get("fingerprint")
+    fingerprint = opened.manifest.spec.fingerprint if opened else config.get("fingerprint")
     encoder = next((other.encoder for other in loaded if other.encoder.fingerprint == fingerprint), None)
     if encoder is None:
         same = (other.encoder.backbone for other in loaded if other.backbone == config["backbone"]["sha256"])
@@ -148,69 +148,69 @@ def load_snapshot(
             backbone=next(filter(None, same), None),
             threads=settings.threads,
         )
-    artifact = artifact or empty_version(index, encoder.fingerprint, encoder.dim)
-    artifact.require(encoder.fingerprint)
+    opened = opened or empty_version(index, encoder.fingerprint, encoder.dim)
+    opened.require(encoder.fingerprint)
     encoder.add_checkpoint_path(checkpoint)  # old versions are deleted together with their checkpoints
-    snapshot = Snapshot(encoder, artifact, config, settings)
+    served = ServedVersion(encoder, opened, config, settings)
     if warm_up:
-        _warm_up(snapshot, is_shared=any(other.encoder is encoder for other in loaded))
-    return snapshot
+        _warm_up(served, is_shared=any(other.encoder is encoder for other in loaded))
+    return served
 
 
-def _warm_up(snapshot: Snapshot, *, is_shared: bool) -> None:
+def _warm_up(served: ServedVersion, *, is_shared: bool) -> None:
     """Search and encode once, which finds damage, converts the weights and reads what queries need."""
-    encoder, artifact = snapshot.encoder, snapshot.artifact
-    artifact.search(np.eye(1, encoder.dim, dtype=np.float32), 1)
-    if artifact.rows:
-        _ = artifact.lexical, artifact.sample_vectors
+    encoder, opened = served.encoder, served.index
+    opened.search(np.eye(1, encoder.dim, dtype=np.float32), 1)
+    if opened.rows:
+        _ = opened.lexical, opened.sample_vectors
     if is_shared:
         return
     for _ in range(2):
-        encoder.encode_pixels(np.zeros((1, 3, snapshot.preprocess.size, snapshot.preprocess.size), np.uint8))
+        encoder.encode_pixels(np.zeros((1, 3, served.preprocess.size, served.preprocess.size), np.uint8))
         encoder.encode_text(["warm up"])
     encoder.release()
 
 
-def is_published(live: Snapshot, index: Path, version: int) -> bool:
-    """Return True if a published version, 0 of a collection without items, is the live one.
+def is_published(served: ServedVersion, index: Path, version: int) -> bool:
+    """Return True if a published version, 0 of a collection without items, is the served one.
 
     The numbers of a rebuilt index, and of a collection that was dropped and created again, are not new.
     """
-    if live.version != version:
+    if served.version != version:
         return False
     try:
         if version == 0:
-            return bool(read_config(index / CHECKPOINT)["fingerprint"] == live.encoder.fingerprint)
-        return read_manifest(index, version) == live.artifact.manifest
+            return bool(read_config(index / CHECKPOINT)["fingerprint"] == served.encoder.fingerprint)
+        return read_manifest(index, version) == served.index.manifest
     except DcarError:
-        return True  # what is published is broken, the live version is not
+        return True  # what is published is broken, the served one is not
 
 
 def mask_key(filter: dict[str, Any]) -> str:
-    """Return the key of a filter in `Snapshot.masks`."""
+    """Return the key of a filter in `ServedVersion.masks`."""
     return hashlib.sha256(json.dumps(filter, sort_keys=True).encode()).hexdigest()
 
 
-def filter_rows(snapshot: Snapshot, filter: dict[str, Any]) -> RowFilter:
+def filter_rows(served: ServedVersion, filter: dict[str, Any]) -> RowFilter:
     """Return the rows that fulfil a filter. Raise InvalidQueryError if it does not fit the index."""
-    artifact = snapshot.artifact
+    index = served.index
 
     def find() -> RowFilter:
-        rows = filters.filter_rows(artifact, filter)
-        if artifact.manifest.spec.is_local:  # every search reads the mask: make it here
+        rows = filters.filter_rows(index, filter)
+        if index.manifest.spec.is_local:  # every search reads the mask: make it here
             _ = rows.mask
         return rows
 
     try:
-        return snapshot.masks.find(mask_key(filter), find)
+        return served.masks.find(mask_key(filter), find)
     except filters.FilterError as error:
         raise InvalidQueryError(f"filter.{error.field}", error.message) from None
 
 
-def row_vectors(artifact: IndexVersion, rows: Rows | list[int]) -> Floats:
+def row_vectors(index: IndexVersion, rows: Rows | list[int]) -> Floats:
     """Return the stored vectors, float32 (m, E). Raise UnsupportedQueryError if this kind of index keeps none."""
     try:
-        return artifact.vectors(np.asarray(rows, np.int64))
+        return index.vectors(np.asarray(rows, np.int64))
     except StoreUnavailableError:
         raise
     except ArtifactError as error:
@@ -218,19 +218,19 @@ def row_vectors(artifact: IndexVersion, rows: Rows | list[int]) -> Floats:
         raise UnsupportedQueryError(message) from None
 
 
-def is_exact_index(artifact: IndexVersion) -> bool:
+def is_exact_index(index: IndexVersion) -> bool:
     """Return True if searches find every row that reaches a score."""
-    return {artifact.manifest.kind, *(addition.kind for addition in artifact.manifest.additions)} == {"Flat"}
+    return {index.manifest.kind, *(addition.kind for addition in index.manifest.additions)} == {"Flat"}
 
 
-def field_values(artifact: IndexVersion, name: str, option: str, rows: Rows | None = None) -> pa.ChunkedArray:
+def field_values(index: IndexVersion, name: str, option: str, rows: Rows | None = None) -> pa.ChunkedArray:
     """Return a field of every row, or of some, ascending; null where an item has none.
 
     An empty caption or category counts as missing. Raise InvalidQueryError if there is no such field; `option` is the
     part of the query that names it.
     """
     try:
-        column = artifact.column(name, rows)
+        column = index.column(name, rows)
     except DataError as error:
         raise InvalidQueryError(option, str(error)) from None
     return pc.if_else(pc.equal(column, ""), None, column) if name in EMPTY_IS_MISSING else column
@@ -252,7 +252,7 @@ class GroupField:
         counts: number of live rows of each group that has a value; rows without one have higher numbers.
     """
 
-    artifact: IndexVersion
+    index: IndexVersion
     name: str
     codes: Rows
     counts: Rows
@@ -263,7 +263,7 @@ class GroupField:
         if allowed is not None:
             counts = np.bincount(self.codes[allowed.mask], minlength=len(counts))
         different = np.unique(np.array(rows, np.int64))
-        shown = field_values(self.artifact, self.name, "group_by", different).to_pylist()
+        shown = field_values(self.index, self.name, "group_by", different).to_pylist()
         values = dict(zip(different.tolist(), shown, strict=True))
         return [
             {"value": values[row], "count": int(counts[code]) if code < len(self.counts) else 1}
@@ -272,7 +272,7 @@ class GroupField:
 
     def outside(self, codes: Rows, allowed: RowFilter | None) -> RowFilter:
         """Return the allowed rows, None for all rows, that are in none of the numbered groups."""
-        return (allowed or self.artifact.live_rows).without(np.flatnonzero(np.isin(self.codes, codes)))
+        return (allowed or self.index.live_rows).without(np.flatnonzero(np.isin(self.codes, codes)))
 
 
 def first_places(codes: Rows) -> Rows:
@@ -281,15 +281,15 @@ def first_places(codes: Rows) -> Rows:
     return np.sort(places)
 
 
-def group_field(snapshot: Snapshot, name: str) -> GroupField:
+def group_field(served: ServedVersion, name: str) -> GroupField:
     """Return a field's groups. Raise InvalidQueryError if no item has it, or if it holds lists or long texts."""
 
     def read() -> GroupField:
-        artifact = snapshot.artifact
-        kind = field_values(artifact, name, "group_by", NO_ROWS).type
+        index = served.index
+        kind = field_values(index, name, "group_by", NO_ROWS).type
         if pa.types.is_list(kind):
             raise InvalidQueryError("group_by", f"{name!r} has several values per item; name a field with one")
-        column = artifact.column(name)
+        column = index.column(name)
         if pa.types.is_string(kind) and (pc.max(pc.binary_length(column)).as_py() or 0) > _MAX_VALUE_BYTES:
             message = f"{name!r} has values of over {_MAX_VALUE_BYTES:,} bytes; name another field"
             raise InvalidQueryError("group_by", message)
@@ -298,20 +298,20 @@ def group_field(snapshot: Snapshot, name: str) -> GroupField:
         codes = encoded.indices.fill_null(0).to_numpy(zero_copy_only=False).astype(np.int64)
         count, alone = int(codes.max(initial=-1)) + 1, np.flatnonzero(is_missing.to_numpy())
         codes[alone] = count + alone
-        return GroupField(artifact, name, codes, np.bincount(codes[artifact.live], minlength=count)[:count])
+        return GroupField(index, name, codes, np.bincount(codes[index.live], minlength=count)[:count])
 
-    groups: GroupField = snapshot.columns.find(("groups", name), read)
+    groups: GroupField = served.columns.find(("groups", name), read)
     return groups
 
 
-def sort_places(snapshot: Snapshot, sort: str) -> NDArray[np.int32]:
+def sort_places(served: ServedVersion, sort: str) -> NDArray[np.int32]:
     """Return the place of each row in the order of a field, int32 (rows,); rows of equal value share one.
 
     Texts are in order regardless of case; "" is missing. Rows without a value come last in both directions.
     """
 
     def read() -> NDArray[np.int32]:
-        column = field_values(snapshot.artifact, sort.removeprefix("-"), "sort")
+        column = field_values(served.index, sort.removeprefix("-"), "sort")
         if pa.types.is_string(column.type):
             column = pc.if_else(pc.equal(column, ""), None, pc.utf8_lower(column))
         elif pa.types.is_floating(column.type):
@@ -319,22 +319,22 @@ def sort_places(snapshot: Snapshot, sort: str) -> NDArray[np.int32]:
         ranks = pc.rank(column, "descending" if sort.startswith("-") else "ascending", tiebreaker="dense")
         return ranks.to_numpy().astype(np.int32)  # type: ignore[no-any-return]
 
-    places: NDArray[np.int32] = snapshot.columns.find(("places", sort), read)
+    places: NDArray[np.int32] = served.columns.find(("places", sort), read)
     return places
 
 
-def list_rows(snapshot: Snapshot, filter: dict[str, Any] | None, sort: str, group_by: str) -> Rows:
+def list_rows(served: ServedVersion, filter: dict[str, Any] | None, sort: str, group_by: str) -> Rows:
     """Return the rows of a listing: those that fulfil a filter, in the order of a field or of the index.
 
     Args:
         group_by: list the first row of each group; "" for every row.
     """
-    allowed = filter_rows(snapshot, filter) if filter else snapshot.artifact.live_rows
+    allowed = filter_rows(served, filter) if filter else served.index.live_rows
     if sort:
-        rows: Rows = snapshot.columns.find(("rows", sort), lambda: sort_places(snapshot, sort).argsort(kind="stable"))
+        rows: Rows = served.columns.find(("rows", sort), lambda: sort_places(served, sort).argsort(kind="stable"))
         rows = rows[allowed.mask[rows]]
     else:
         rows = np.flatnonzero(allowed.mask)
     if group_by and len(rows):
-        rows = rows[first_places(group_field(snapshot, group_by).codes[rows])]
+        rows = rows[first_places(group_field(served, group_by).codes[rows])]
     return rows
