@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from dcar_core.util.errors import install_command
 from index_jobs.rebuild import rebuild
 from tests.support.parts import needs
 from tests.support.paths import ROOT
@@ -38,7 +39,17 @@ def test_a_command_names_the_extra_that_it_needs(
     assert done.returncode == 1
     message = done.stderr.splitlines()[-1].replace(str(tmp_path / "out"), "OUT")
     assert message.startswith(f"error: {feature}")
-    assert message.endswith("needs an optional dependency: pip install 'dcar[torch]'")
+    assert message.endswith(f"needs an optional dependency: {install_command('torch')}")
+
+
+@needs("make")
+def test_in_the_environment_of_a_checkout_the_command_is_make(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "prefix", str(ROOT / ".venv"))
+    for folder, start in ((ROOT, "make install "), (tmp_path, f"make -C {ROOT} install ")):
+        monkeypatch.chdir(folder)
+        command = install_command("torch")
+        assert command == f"{start}EXTRAS=torch"
+        subprocess.run(f"{command} --dry-run", shell=True, check=True)
 
 
 @needs("registry")
@@ -54,6 +65,11 @@ def test_a_wheel_in_a_clean_environment_serves_without_pytorch(
     find = f"import importlib.util as u; print(*[n for n in {names} if u.find_spec(n)])"
     done = subprocess.run([python, "-c", find], cwd=tmp_path, capture_output=True, text=True, check=True)
     assert done.stdout.split() == ["dcar_core"]
+    name_command = "from dcar_core.util.errors import install_command; print(install_command('plots'))"
+    command = subprocess.check_output([python, "-c", name_command], cwd=tmp_path, text=True)
+    subprocess.run(
+        f"{command.strip()} --quiet && {python} -c 'import matplotlib'", shell=True, cwd=tmp_path, check=True
+    )
 
     monkeypatch.setenv("DCAR_RUNTIME_CACHE", str(exports.parent))
     rebuild(tiny_gallery, tiny_checkpoint, tmp_path / "index", runtime="openvino", workers=0, progress=False)

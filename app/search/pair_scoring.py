@@ -93,8 +93,8 @@ def rerank(compute: Compute, served: ServedVersion, plan: Plan, hits: Hits) -> H
         return hits
     try:
         stage = served.second_stage
-    except MissingExtraError as error:
-        raise UnsupportedQueryError(f"This service runs without PyTorch: {error}; or leave `rerank` out.") from None
+    except MissingExtraError:
+        raise UnsupportedQueryError("This service runs without PyTorch, which `rerank` needs; leave it out.") from None
     images = compute.gallery_pixels(served, rows)
     if not images:
         raise UnsupportedQueryError(_NO_IMAGES)

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from dcar_core.training.validation import mean_r1
+from dcar_core.util.errors import install_command
 from dcar_core.util.metrics import Estimate
 
 COLUMNS = ("t2i_r1", "t2i_r5", "t2i_r10", "i2t_r1", "i2t_r5", "i2t_r10")
@@ -153,7 +154,7 @@ def plot_recall(results: Results, path: Path) -> str:
         import matplotlib
         from matplotlib.figure import Figure
     except ImportError:
-        return "Without a plot: pip install 'dcar[plots]'"
+        return f"Without a plot: {install_command('plots')}"
     methods = results["methods"]
     with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": "dcar", "axes.grid": True, "grid.alpha": 0.3}):
         figure = Figure(figsize=(11, 1 + 0.4 * len(methods)), layout="constrained")

@@ -194,8 +194,7 @@ def _open_heif(file: io.BytesIO) -> ImageFile:
     try:
         from pillow_heif import HeifImageFile
     except ImportError as error:
-        reason = "HEIC images need an optional dependency: pip install 'dcar[heic]'"
-        raise ImageError(reason, ImageFault.MISSING_DECODER) from error
+        raise ImageError("HEIC images need the extra heic", ImageFault.MISSING_DECODER) from error
     image: ImageFile = HeifImageFile(file)
     return image
 

@@ -1,8 +1,11 @@
 """Every error that this project raises on purpose. A message says what happened and what to do."""
 
+import shlex
+import sys
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from enum import StrEnum
+from pathlib import Path
 
 _SHOWN, _SHOWN_FIELDS, _SHOWN_CHARS = 5, 40, 80  # names in a message, names of fields, characters of one
 
@@ -98,7 +101,18 @@ class MissingExtraError(DcarError):
     """An optional dependency is not installed."""
 
     def __init__(self, feature: str, extra: str) -> None:
-        super().__init__(f"{feature} needs an optional dependency: pip install 'dcar[{extra}]'")
+        super().__init__(f"{feature} needs an optional dependency: {install_command(extra)}")
+
+
+def install_command(extra: str) -> str:
+    """Return the command that adds an extra to the environment of this process, from any directory.
+
+    pip takes the installed version of this package, in whatever way it came, and asks a registry for the rest alone.
+    """
+    checkout = Path(__file__).parents[2]
+    if Path(sys.prefix) == checkout / ".venv":
+        return f"make {'' if Path.cwd() == checkout else f'-C {shlex.quote(str(checkout))} '}install EXTRAS={extra}"
+    return f"{shlex.quote(sys.executable)} -m pip install 'dcar[{extra}]'"
 
 
 @contextmanager

@@ -26,7 +26,7 @@ import pyarrow.compute as pc
 from dcar_core.data.image_lookup import unicode_forms
 from dcar_core.data.records import IMAGE_COLUMNS, RECORD_SUFFIXES, Record
 from dcar_core.images import formats, has_image_suffix, index_tar
-from dcar_core.util.errors import DataError, DcarError
+from dcar_core.util.errors import DataError, DcarError, install_command
 from dcar_core.util.files import canonical_json
 from index_jobs.checks import MAX_CAPTION_CHARS, MAX_METADATA_BYTES
 from index_jobs.gallery.metadata import (
@@ -199,7 +199,8 @@ def _list_images(location: str) -> tuple[str, Iterable[GalleryImage]]:
         raise DataError(f"{location} is not a gallery; give a folder, an uncompressed .tar or a list ({kinds})")
     if skipped:
         kinds = ", ".join(f"{count} {suffix}" for suffix, count in sorted(skipped.items()))
-        logger.warning("not read: %s; give JPEG or PNG and plain tars; HEIC needs pip install 'dcar[heic]'", kinds)
+        remedy = "give JPEG or PNG and plain tars; HEIC needs"
+        logger.warning("not read: %s; %s %s", kinds, remedy, install_command("heic"))
     return root, sorted(images, key=lambda image: image.name)
 
 

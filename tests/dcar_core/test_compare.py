@@ -27,7 +27,7 @@ from dcar_core.training.prepared_split import FeatureCache, prepare_split
 from dcar_core.training.train import TrainResult, train
 from dcar_core.training.validation import evaluate
 from dcar_core.util.arrays import Floats
-from dcar_core.util.errors import DataError, DivergedError
+from dcar_core.util.errors import DataError, DivergedError, install_command
 from dcar_core.util.metrics import Comparison, Scores
 from tests.support.files import write_json
 from tests.support.parts import needs
@@ -206,7 +206,7 @@ def test_the_plot_shows_every_method(compared: Compared, monkeypatch: pytest.Mon
     for text in (*results["methods"], "Text-to-image R@1, R@5, R@10", "Image-to-text R@1, R@5, R@10"):
         assert drawn.count(f">{text}</text>") == 1
     monkeypatch.setitem(sys.modules, "matplotlib", None)
-    assert "pip install 'dcar[plots]'" in plot_recall(results, tmp_path / "recall.svg")
+    assert install_command("plots") in plot_recall(results, tmp_path / "recall.svg")
     assert not list(tmp_path.iterdir())
 
 

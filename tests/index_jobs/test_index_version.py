@@ -386,6 +386,6 @@ def test_url_that_names_more_or_less_than_an_index_is_refused(url: str | Path, s
 def test_url_needs_an_extra(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "obstore", None)
     for url in ("s3://bucket/index", "gs://bucket/index", "az://container/index", Path("s3://bucket/index")):
-        with pytest.raises(MissingExtraError, match=r"pip install 'dcar\[objectstore\]'"):
+        with pytest.raises(MissingExtraError, match="objectstore"):
             index_path(url)
     assert (index_path("s3"), index_path("bucket/index")) == (Path("s3"), Path("bucket/index"))
