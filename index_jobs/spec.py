@@ -126,7 +126,7 @@ class BuildOptions:
     @classmethod
     def of(cls, options: Mapping[str, Any]) -> "BuildOptions":
         """Return the options of flat names, those of the spec included. Raise DataError if a number is out of range."""
-        names = {each.name for each in fields(IndexSpec)}
+        names = {own.name for own in fields(IndexSpec)}
         try:
             spec = IndexSpec(**{name: value for name, value in options.items() if name in names})
             return cls(spec=spec, **{name: value for name, value in options.items() if name not in names})
@@ -135,8 +135,8 @@ class BuildOptions:
 
 
 def _require_ranges(options: IndexSpec | BuildOptions) -> None:
-    for each in fields(options):
-        value, least, most = getattr(options, each.name), each.metadata.get("min"), each.metadata.get("max", math.inf)
+    for own in fields(options):
+        value, least, most = getattr(options, own.name), own.metadata.get("min"), own.metadata.get("max", math.inf)
         if least is not None and value is not None and not least <= value <= most:  # nor if it is not a number
             allowed = f"at least {least}" if most == math.inf else f"{least} to {most}"
-            raise ValueError(f"{each.name} must be {allowed}, not {value}")
+            raise ValueError(f"{own.name} must be {allowed}, not {value}")

@@ -185,15 +185,15 @@ def quickstart(
     from app.server import base_url
     from index_jobs.rebuild import rebuild
 
-    place = gallery.absolute()
-    if not place.exists():  # said before weights are fetched
+    source = gallery.absolute()
+    if not source.exists():  # said before weights are fetched
         raise DataError(f"there is no gallery {gallery}; name a folder of images")
     typer.echo(f"1 of 3: model {model}")
     checkpoint = _unadapted(model, pretrained or recommended_weights(model), data / "zero-shot")
     typer.echo(f"2 of 3: index {gallery}")
-    out = data / "quickstart" / _short_hash(str(place)) / (place.stem or "gallery")
+    out = data / "quickstart" / _short_hash(str(source)) / (source.stem or "gallery")
     build |= {"max_failed": 1.0, "max_vanished": 1.0}  # broken images are counted below, deleted ones are meant to be
-    summary = rebuild(place, checkpoint, out, **build)
+    summary = rebuild(source, checkpoint, out, **build)
     state = "already indexed" if summary.reused else f"indexed in {summary.seconds:.0f} s"
     typer.echo("\n".join([f"{summary.count:,} images, {state}", *summary.notes()]))
     follows = "New photos are followed." if watch else "`--watch` follows new photos."

@@ -95,11 +95,11 @@ class FairQueue:
 
 
 class FairTurns(FairQueue):
-    """Turns of asynchronous work. slots: turns at a time; each: of one caller."""
+    """Turns of asynchronous work. slots: turns at a time; per_caller: of one caller."""
 
-    def __init__(self, slots: int, each: int) -> None:
+    def __init__(self, slots: int, per_caller: int) -> None:
         super().__init__()
-        self._slots, self._each = slots, each
+        self._slots, self._per_caller = slots, per_caller
 
     async def begin(self) -> Turn:
         """Wait for a turn, which the caller has to end."""
@@ -131,7 +131,7 @@ class FairTurns(FairQueue):
             turn.future.set_result(None)
 
     def _may_start(self, turn: Turn) -> bool:
-        return sum(other.keys[0] == turn.keys[0] for other in self.running) < self._each
+        return sum(other.keys[0] == turn.keys[0] for other in self.running) < self._per_caller
 
 
 class ComputeThreads(ThreadPoolExecutor):
@@ -153,13 +153,13 @@ class FairThreads(ComputeThreads):
     """Threads that callers, and then their requests, use in turns.
 
     Args:
-        each: turns of one caller at a time; all by default.
+        per_caller: turns of one caller at a time; all by default.
         ahead: turns that begin before a thread is free, so that no thread waits for the event loop between two calls.
     """
 
-    def __init__(self, count: int, name: str, *, each: int | None = None, ahead: int = 0) -> None:
+    def __init__(self, count: int, name: str, *, per_caller: int | None = None, ahead: int = 0) -> None:
         super().__init__(count, name)
-        self._turns = FairTurns(count + ahead, each or count + ahead)
+        self._turns = FairTurns(count + ahead, per_caller or count + ahead)
 
     async def run(self, call: Callable[..., T], *args: object) -> T:
         loop, turn = asyncio.get_running_loop(), await self._turns.begin()
@@ -192,7 +192,7 @@ class Decoders:
         share = min(4, available_cores())
         self._workers = [DecodeWorker() for _ in range(share + _SPARE)]
         self._idle = [*self._workers]
-        self._threads = FairThreads(len(self._workers), "dcar-decode", each=share)
+        self._threads = FairThreads(len(self._workers), "dcar-decode", per_caller=share)
         self._large_memory, self._large_turns = _LARGE_MEMORY + 4 * max_pixels, FairTurns(_LARGE, 1)
 
     def close(self) -> None:

@@ -73,11 +73,11 @@ class Annotations:
         annotated = list(dict.fromkeys(sample.image for sample in samples))
         if image_policy == "ignore":
             paths = {image: PurePosixPath(image) for image in annotated}  # of an absolute one the name, if it is unique
-            found = {i: p.name if p.is_absolute() and p.name not in self._shared else i for i, p in paths.items()}
+            name_of = {i: p.name if p.is_absolute() and p.name not in self._shared else i for i, p in paths.items()}
         else:
             located = {image: self.finder.find(image) for image in annotated}
-            found = {image: name for image, name in located.items() if name is not None}
-            missing = [image for image in annotated if image not in found]
+            name_of = {image: name for image, name in located.items() if name is not None}
+            missing = [image for image in annotated if image not in name_of]
             if missing and image_policy == "require":
                 raise DataError(
                     f"{split}: {len(missing):,} of {len(annotated):,} images are not in {self._root.path}: "
@@ -85,12 +85,12 @@ class Annotations:
                     f"--skip-broken"
                 )
             report.add(MISSING_IMAGES, names=missing)
-            renamed = [f"{image} as {name}" for image, name in found.items() if not image.endswith(name)]
+            renamed = [f"{image} as {name}" for image, name in name_of.items() if not image.endswith(name)]
             report.add("images found under a name that differs from the annotated one", names=renamed)
-            broken = self.finder.faults([*found.values()]) if image_policy == "skip" else {}
+            broken = self.finder.faults([*name_of.values()]) if image_policy == "skip" else {}
             report.add(BROKEN_IMAGES, names=[f"{name} ({fault})" for name, fault in broken.items()])
-            found = {image: name for image, name in found.items() if name not in broken}
-        usable = [replace(sample, image=found[sample.image]) for sample in samples if sample.image in found]
+            name_of = {image: name for image, name in name_of.items() if name not in broken}
+        usable = [replace(sample, image=name_of[sample.image]) for sample in samples if sample.image in name_of]
         cleaned = clean_samples(usable, report)
         if not cleaned:
             raise NoPairsError(f"{self.path} has no {split} pairs that can be used:\n{report}")

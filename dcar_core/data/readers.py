@@ -109,8 +109,8 @@ def _read_fdrd(file: Path, report: CleaningReport, on_fault: OnBadLine) -> Rows:
             on_fault(DataError(f"{where}: must be an object; docs/how-to/prepare-data.md shows how to convert COCO"))
             continue
         entry = dict(value)
-        name, place = (str(entry.get(field) or "").replace("\\", "/") for field in ("file_name", "file_path"))
-        path = PurePosixPath(_PLACEHOLDER.sub("", place))
+        name, file_path = (str(entry.get(field) or "").replace("\\", "/") for field in ("file_name", "file_path"))
+        path = PurePosixPath(_PLACEHOLDER.sub("", file_path))
         is_same = not name or path.name in {PurePosixPath(name).name, PurePosixPath(name).name + path.suffix}
         row = {column: entry[field] for field, column in _FDRD.items() if field in entry}
         if not entry.get("class_name") and (category := category_of_key(key)):

@@ -68,11 +68,11 @@ def compare(
         DcarError: a method is unknown or needs other towers, the data cannot be read, or every method diverged.
     """
     configs = {name: find_method(name).config.with_loss_direction(loss) for name in methods}
-    for each in configs.values():  # before hours of training
-        DCAR(backbone, each)  # raises if the towers cannot run it
+    for chosen in configs.values():  # before hours of training
+        DCAR(backbone, chosen)  # raises if the towers cannot run it
     splits, reports = Annotations(data, images).load_all(SPLITS, "skip" if skip_broken else "require")
     splits = add_negatives(splits, reports, backbone_functions(backbone), mode=negatives, taxonomy=taxonomy)
-    report_truncation(splits, reports, backbone, max(each.prompt.length for each in configs.values()))
+    report_truncation(splits, reports, backbone, max(chosen.prompt.length for chosen in configs.values()))
     cache = FeatureCache(features or out / "features", backbone)
     _note_copies(splits, reports, cache)
     save_reports(reports, out)
@@ -101,8 +101,8 @@ def compare(
             continue
         for label, own in tested.items():
             runs = (run.pop("scores") for run in own["runs"])  # too many for results.json
-            found = (Scores(np.array(queries), np.array(sums)) for queries, sums in runs)
-            scores[label] = [run if group_of is None else run.grouped(group_of) for run in found]
+            scored = (Scores(np.array(queries), np.array(sums)) for queries, sums in runs)
+            scores[label] = [run if group_of is None else run.grouped(group_of) for run in scored]
         results["methods"] |= tested
     if not results["methods"]:
         raise DivergedError("; ".join(results["diverged"].values()))
@@ -121,9 +121,10 @@ def add_significance(results: Results, scores: Mapping[str, Sequence[Scores]]) -
     """
     means = {name: Scores.mean(runs) for name, runs in scores.items()}
     for name, result in results["methods"].items():
-        found = Comparison.of(means[name], means.get(CLIP, means[name]))
+        compared = Comparison.of(means[name], means.get(CLIP, means[name]))
         result["intervals"], difference = (
-            {measure: list(astuple(each)) for measure, each in side.items()} for side in (found.model, found.difference)
+            {measure: list(astuple(estimate)) for measure, estimate in side.items()}
+            for side in (compared.model, compared.difference)
         )
         result["difference"] = None if name == CLIP or CLIP not in means else difference
     chosen, results["recommendation"] = _recommend(results, means)
@@ -139,16 +140,16 @@ def _recommend(results: Results, means: Mapping[str, Scores]) -> tuple[str, str]
         Its name, and the sentence.
     """
     best = best_method(results)
-    found = {name: Comparison.of(means[best], means[name]) for name in means}
+    compared_with = {name: Comparison.of(means[best], means[name]) for name in means}
     chosen = next(
         name for name in sorted(means, key=lambda name: _cost(results["methods"][name]))
-        if not name.endswith(WITH_RERANK) and (name == best or found[name].gain.low <= 0)
+        if not name.endswith(WITH_RERANK) and (name == best or compared_with[name].gain.low <= 0)
     )  # fmt: skip
-    images = f"{found[best].images:,} test images"
+    images = f"{compared_with[best].images:,} test images"
     if chosen == best == CLIP:
         return chosen, f"Take the untouched model: no method was better on validation ({images})."
-    compared = CLIP if chosen == best and CLIP in found else chosen
-    gain = found[compared].gain.points(f"of mean R@1 among {images}")
+    compared = CLIP if chosen == best and CLIP in compared_with else chosen
+    gain = compared_with[compared].gain.points(f"of mean R@1 among {images}")
     if chosen != best:
         name = "the untouched model" if chosen == CLIP else f"{chosen}, which costs less"
         return chosen, f"Take {name}: {best} is not certainly better, by {gain}."

@@ -98,9 +98,9 @@ def settings_rows(results: Results) -> Rows:
 def category_rows(results: Results, name: str) -> Rows:
     """Return R@1 by category, the weakest ones of a method; nothing without categories."""
     categories = mean_categories(results, name)
-    large = {each: c for each, c in categories.items() if c["pairs"] >= MIN_CATEGORY_PAIRS} or categories
+    large = {category: c for category, c in categories.items() if c["pairs"] >= MIN_CATEGORY_PAIRS} or categories
     weakest = sorted(large.items(), key=lambda item: (mean_r1(item[1]), item[0]))[:WEAKEST_CATEGORIES]
-    rows = [[each, str(c["pairs"]), f"{c['t2i_r1']:.1f}", f"{c['i2t_r1']:.1f}"] for each, c in weakest]
+    rows = [[category, str(c["pairs"]), f"{c['t2i_r1']:.1f}", f"{c['i2t_r1']:.1f}"] for category, c in weakest]
     return [["category", "pairs", "text-to-image R@1", "image-to-text R@1"], *rows] if rows else []
 
 
@@ -139,7 +139,7 @@ def _spread_of(results: Results) -> str:
 def _cells(method: dict[str, Any], spreads: Iterable[dict[str, float] | None]) -> list[str]:
     """Return mean ± standard deviation over a method's seeds; a single seed has no deviation."""
     form = "{mean:.1f} ± {std:.1f}" if len(method["runs"]) > 1 else "{mean:.1f}"
-    return ["-" if each is None else form.format(**each) for each in spreads]
+    return ["-" if spread is None else form.format(**spread) for spread in spreads]
 
 
 def markdown(rows: Rows) -> str:

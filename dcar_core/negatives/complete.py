@@ -153,18 +153,18 @@ def rank_categories(
         for key, group in tree.meta_categories.items():
             groups[group].append(key)
     tree = tree or Taxonomy()
-    similar = {key: sorted(found, key=lambda other: (-found[other], other)) for key, found in negatives.items()}
+    similar = {key: sorted(counts, key=lambda other: (-counts[other], other)) for key, counts in negatives.items()}
     similar, names, ranked = similar | tree.similar, tree.names | names, dict[str, list[str]]()
     for members in map(sorted, groups.values()):
         vectors = functions.features([names[key] for key in members])
         row_of = {key: row for row, key in enumerate(members)}
         for key, row in row_of.items():
             near = np.round(vectors @ vectors[row], 4)  # rounded, to be equal on every device
-            place_of = np.full(len(members), np.inf)
-            for place, other in enumerate(similar.get(key, ())):
+            rank_of = np.full(len(members), np.inf)
+            for rank, other in enumerate(similar.get(key, ())):
                 if other in row_of:
-                    place_of[row_of[other]] = place
-            nearest = np.lexsort((-near, place_of))[: MOST_RANKED + 1]  # equal ones stay in the order of names
+                    rank_of[row_of[other]] = rank
+            nearest = np.lexsort((-near, rank_of))[: MOST_RANKED + 1]  # equal ones stay in the order of names
             ranked[key] = [names[members[i]] for i in nearest if i != row]
     for key, others in tree.similar.items():
         stated = [names[other] for other in others if other != key]  # the file's order comes first, across groups

@@ -86,10 +86,10 @@ def replace_name(caption: str, spans: Sequence[tuple[int, int]], name: str, new:
     """Replace the mentions of `name` by `new`, in the number and the writing of each."""
     folded, many = fold_name(name), fold_name(plural(name))
     for start, end in sorted(spans, reverse=True):
-        found = caption[start:end]
-        same = fold_name(found)
+        written = caption[start:end]
+        same = fold_name(written)
         numbered = new if same == folded else plural(new) if same == many else singular(new)
-        caption = splice_phrase(caption, start, end, _written_like(found, name, numbered))
+        caption = splice_phrase(caption, start, end, _written_like(written, name, numbered))
     return caption
 
 
@@ -177,18 +177,18 @@ def _pattern(name: str) -> re.Pattern[str]:
     return re.compile(f"{before}(?:{either}){after}", re.IGNORECASE)
 
 
-def _written_like(found: str, name: str, new: str) -> str:
+def _written_like(written: str, name: str, new: str) -> str:
     """Write `new` with the capitals and separators of the old name in the caption."""
-    words = re.split(r"[\s_]+", found)
+    words = re.split(r"[\s_]+", written)
     if " ".join(words)[: len(name)] != " ".join(name.split())[: len(" ".join(words))]:
-        if found.islower() or (found.isupper() and len(found) > 1):
-            new = new.lower() if found.islower() else new.upper()
-        elif found[:1].isupper():
+        if written.islower() or (written.isupper() and len(written) > 1):
+            new = new.lower() if written.islower() else new.upper()
+        elif written[:1].isupper():
             is_title = len(words) > 1 and all(word[:1].isupper() for word in words)
             new = " ".join(map(upper_first, new.split())) if is_title else upper_first(new)
-    if "_" in found:
+    if "_" in written:
         return "_".join(new.split())
-    is_hyphenated = "-" in found and " " not in found and " " in name.strip() and "-" not in name
+    is_hyphenated = "-" in written and " " not in written and " " in name.strip() and "-" not in name
     return "-".join(new.split()) if is_hyphenated else new
 
 

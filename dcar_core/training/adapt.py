@@ -72,8 +72,8 @@ class Verdict:
         if self.wider:
             parts.append(_describe_wider(*self.wider))
         if self.reranked:
-            found, change = self.reranked.model["t2i_r1"], self.reranked.difference["t2i_r1"]
-            gain = f"R@1 of {found} text-to-image, {change:+} over the search by vectors."
+            recall, change = self.reranked.model["t2i_r1"], self.reranked.difference["t2i_r1"]
+            gain = f"R@1 of {recall} text-to-image, {change:+} over the search by vectors."
             parts.append(f"With `rerank`: {gain if change.value > 0 else 'no gain on these pairs.'}")
         if not self.is_worth_it:
             # "clip-adapter" runs on every model, but learned less than block adapters from any number of captions.
@@ -104,15 +104,15 @@ class Verdict:
 
 
 def _describe_wider(images: int, first: Comparison, ten: Comparison) -> str:
-    found, found_before, among, among_before = (
-        side["t2i_r1"].value for each in (first, ten) for side in (each.model, each.baseline)
+    first_recall, first_before, ten_recall, ten_before = (
+        side["t2i_r1"].value for compared in (first, ten) for side in (compared.model, compared.baseline)
     )
     change = ten.difference["t2i_r1"]
     doubt = "" if change.is_certain else f" This is not certain: {change.points()}."
     return (
-        f"Among all {images:,} images for training and validation, {found:.1f} % of the validation captions find their "
-        f"image first (untouched: {found_before:.1f} %), and {among:.1f} % among the first ten ({among_before:.1f} %)."
-        f"{doubt}"
+        f"Among all {images:,} images for training and validation, {first_recall:.1f} % of the validation captions "
+        f"find their image first (untouched: {first_before:.1f} %), and {ten_recall:.1f} % among the first ten "
+        f"({ten_before:.1f} %).{doubt}"
     )
 
 
@@ -195,16 +195,16 @@ def verdict_of(
     group_of = new_categories(splits["train"], splits["val"])
 
     def scores_of(ranks: Ranks, k: int = 1) -> Scores:
-        found = Scores.of_ranks(ranks, val.image_of, k)
-        return found if group_of is None else found.grouped(group_of)
+        own = Scores.of_ranks(ranks, val.image_of, k)
+        return own if group_of is None else own.grouped(group_of)
 
-    for each in (model, untouched):
-        each.eval()
-        train, val = (prepare_split(splits[name], each, for_training=False, cache=cache) for name in ("train", "val"))
-        text, own, others = encode_captions(each, val), encode_images(each, val), encode_images(each, train)
+    for tower in (model, untouched):
+        tower.eval()
+        train, val = (prepare_split(splits[name], tower, for_training=False, cache=cache) for name in ("train", "val"))
+        text, own, others = encode_captions(tower, val), encode_images(tower, val), encode_images(tower, train)
         scores.append(scores_of(compute_ranks(text, own, val.image_of)))
-        if each.config.rerank.blocks:
-            reranked = Comparison.of(scores_of(rerank(each, val, text, own)), scores[-1])
+        if tower.config.rerank.blocks:
+            reranked = Comparison.of(scores_of(rerank(tower, val, text, own)), scores[-1])
         known = set(splits["val"].images)
         other = np.array([row for row, name in enumerate(splits["train"].images) if name not in known], np.int64)
         ranks = compute_ranks(text, np.concatenate([own, others[other]]), val.image_of)
@@ -215,5 +215,5 @@ def verdict_of(
 
 
 def _row(name: str, estimates: Mapping[str, Estimate], sign: str = "") -> str:
-    cells = [format(each, sign) for each in estimates.values()]
+    cells = [format(estimate, sign) for estimate in estimates.values()]
     return f"  {name:30}{cells[0]:24}{cells[1]:24}{cells[2]}"

@@ -55,12 +55,12 @@ def tune_on_hard_negatives(model: DCAR, training: PreparedSplit, validation: Pre
     own, (right, _) = torch.from_numpy(training.image_of).to(features[0].device), training.right_answers()
     nearest = nearest_wrong_images(model.adapt_text(features[0]), model.adapt_image(features[1]), right)
     learn(adapters, features, own, nearest, float(model.backbone.scale), seed)
-    after, found = deepcopy(adapters), tower_features(model, validation)
+    after, held_out = deepcopy(adapters), tower_features(model, validation)
     recalls = dict[float, Recall]()
     for share in SHARES:
         interpolate(adapters, before, after, share)
         with torch.inference_mode():
-            text, images = (adapt(features).cpu().numpy() for adapt, features in zip(adapters, found, strict=True))
+            text, images = (adapt(features).cpu().numpy() for adapt, features in zip(adapters, held_out, strict=True))
         recalls[share] = recall_at_k(text, images, validation.image_of)
     best = max(SHARES, key=lambda share: mean_r1(recalls[share]))
     interpolate(adapters, before, after, best)
@@ -85,8 +85,8 @@ def learn(
     parameters = [*adapt_text.parameters(), *adapt_image.parameters()]
     optimizer = torch.optim.AdamW(parameters, lr=LEARNING_RATE, weight_decay=1e-2)
     for rows, candidates in hard_batches(own, nearest, optimizer, epochs, np.random.default_rng(seed)):
-        shown, place = torch.unique(candidates, return_inverse=True)
-        similarity = torch.einsum("be,bie->bi", adapt_text(texts[rows]), adapt_image(images[shown])[place])
+        shown, positions = torch.unique(candidates, return_inverse=True)
+        similarity = torch.einsum("be,bie->bi", adapt_text(texts[rows]), adapt_image(images[shown])[positions])
         losses = F.cross_entropy(scale * similarity, torch.zeros_like(rows), reduction="none")
         loss = losses.mean() if weights is None else (weights[rows] * losses).mean()
         optimizer.zero_grad(set_to_none=True)
@@ -121,13 +121,13 @@ def nearest_wrong_images(texts: Tensor, images: Tensor, right: Sequence[Rows]) -
     """
     most = max(len(answers) for answers in right)
     kept = min(NEAREST, len(images) - most)
-    found = []
+    nearest = []
     for start in range(0, len(texts), BATCH):
         similarity = texts[start : start + BATCH] @ images.T
         for row, answers in zip(similarity, right[start : start + BATCH], strict=True):
             row[torch.from_numpy(answers).to(row.device)] = -torch.inf
-        found.append(similarity.topk(kept).indices)
-    return torch.cat(found)
+        nearest.append(similarity.topk(kept).indices)
+    return torch.cat(nearest)
 
 
 @torch.no_grad()
@@ -187,11 +187,11 @@ def image_parts(stage: SecondStage, split: PreparedSplit, random: np.random.Gene
     """Return the rows of images that fit into MAX_BYTES, sorted, and their parts in half precision."""
 
     def parts_of(rows: Rows) -> ClassRowInputs:
-        found = stage.images(stage.image_rows(stage.model.backbone.normalized(pixels_of_split(split)[rows])))
-        return ClassRowInputs(*(each.half() for each in found))
+        parts = stage.images(stage.image_rows(stage.model.backbone.normalized(pixels_of_split(split)[rows])))
+        return ClassRowInputs(*(part.half() for part in parts))
 
     images = int(split.image_of.max()) + 1
-    bytes_each = sum(each.nbytes for each in parts_of(np.arange(1)))
+    bytes_each = sum(part.nbytes for part in parts_of(np.arange(1)))
     kept = np.sort(random.permutation(images)[: max(2, MAX_BYTES // bytes_each)])
     chunks = np.array_split(kept, range(_IMAGES, len(kept), _IMAGES))
     read = tqdm(chunks, "images of the second stage", unit=f"x {_IMAGES}", leave=False)

@@ -124,10 +124,10 @@ def encode_part(model: DCAR, data: PreparedSplit, part: Rows, batch: Rows) -> tu
     else:
         text = model.encode_text(tokens, target_weights, rows=late).float()
     image = _encode_images(model, data, part).float()
-    found = text, image
+    compared = text, image
     if late:
         own = F.pad(layout.caption_mask(tokens), (1, 0), value=True)[..., None]
-        found = F.pad(text * own, (0, 0, 0, data.tokens.shape[1] - length)), image
+        compared = F.pad(text * own, (0, 0, 0, data.tokens.shape[1] - length)), image
         text, image = text[:, 0], image[:, 0]
     adapter, candidates, losses = model.category_adapter(), None, scale.new_zeros(())
     if adapter is not None and data.candidate_features is not None:
@@ -144,7 +144,7 @@ def encode_part(model: DCAR, data: PreparedSplit, part: Rows, batch: Rows) -> tu
         if loss.anchor > 0 and data.image_features is not None and data.text_features is not None:
             image_anchor = anchor_loss(image, data.image_features[data.image_of[part]])
             losses = losses + share * loss.anchor * (image_anchor + anchor_loss(text, data.text_features[part]))
-    return *found, losses
+    return *compared, losses
 
 
 def _encode_images(model: DCAR, data: PreparedSplit, part: Rows) -> Tensor:

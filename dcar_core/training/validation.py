@@ -64,8 +64,8 @@ def first_images(model: DCAR, split: PreparedSplit, text: Floats, image: Floats)
         captions, places = np.isin(rows, chunk).nonzero()
         for pairs in np.array_split(np.arange(len(captions)), range(_PAIRS, len(captions), _PAIRS)):
             of_image = torch.from_numpy(np.searchsorted(chunk, rows[captions[pairs], places[pairs]]))
-            found = stage.scores(take(texts, torch.from_numpy(captions[pairs])), take(images, of_image))
-            second[captions[pairs], places[pairs]] = found.float().cpu().numpy()
+            scores = stage.scores(take(texts, torch.from_numpy(captions[pairs])), take(images, of_image))
+            second[captions[pairs], places[pairs]] = scores.float().cpu().numpy()
     return FirstImages(rows, cosines, second)
 
 

@@ -46,10 +46,10 @@ def apply_umask(mode: int) -> int:
 
 def require_writable(directory: Path) -> None:
     """Raise DcarError if a directory cannot be written to or created. Nothing is created."""
-    place = next(each for each in (directory, *directory.absolute().parents) if os.path.lexists(each))
-    if not place.is_dir() or not os.access(place, os.W_OK | os.X_OK):
-        reason = "is not writable" if place.is_dir() else "is not a directory"
-        raise DcarError(f"{directory} cannot be written: {place} {reason}; give another")
+    existing = next(path for path in (directory, *directory.absolute().parents) if os.path.lexists(path))
+    if not existing.is_dir() or not os.access(existing, os.W_OK | os.X_OK):
+        reason = "is not writable" if existing.is_dir() else "is not a directory"
+        raise DcarError(f"{directory} cannot be written: {existing} {reason}; give another")
 
 
 def sha256_of(path: Path) -> str:
@@ -154,7 +154,7 @@ def parse_json(text: str | bytes, make_object: Callable[[list[tuple[str, Any]]],
     if isinstance(text, bytes):
         text = text.decode(json.detect_encoding(text))
     try:
-        whole = _HALF.sub(lambda found: r"\ufffd" if found["half"] else found[0], text)
+        whole = _HALF.sub(lambda match: r"\ufffd" if match["half"] else match[0], text)
         return json.loads(whole, object_pairs_hook=make_object)
     except RecursionError:
         raise ValueError("nested too deeply") from None

@@ -64,16 +64,16 @@ def read_shapes(file: Path) -> dict[str, tuple[int, ...]]:
 
     content = torch.load(file, map_location="meta", weights_only=True)
     state = content.get("state_dict", content)
-    return {name.removeprefix("module."): tuple(each.shape) for name, each in state.items() if hasattr(each, "shape")}
+    return {name.removeprefix("module."): tuple(item.shape) for name, item in state.items() if hasattr(item, "shape")}
 
 
-def release_pages(places: Iterable[Path]) -> None:
+def release_pages(paths: Iterable[Path]) -> None:
     """Release the unmodified pages mapped from these files, or from files in these directories, which may be links.
 
     The system reads them again when they are needed. Does nothing on systems without `madvise`.
     """
     advise = getattr(mmap, "MADV_DONTNEED", None)
-    roots = "|".join(re.escape(str(path.resolve())) for place in places for path in (place, *place.glob("*")))
+    roots = "|".join(re.escape(str(path.resolve())) for root in paths for path in (root, *root.glob("*")))
     if not roots or advise is None or not Path("/proc/self/smaps").is_file():
         return
     # Start and end of a mapping without modified pages, which releasing would lose.

@@ -83,22 +83,22 @@ def _ranks(query: Floats, target: Floats, truth: list[NDArray[np.int64]]) -> NDA
     return ranks
 
 
-def graded_measures(found: NDArray[np.int64], judged: Sequence[NDArray[np.int64]]) -> dict[str, NDArray[np.float64]]:
+def graded_measures(grades: NDArray[np.int64], judged: Sequence[NDArray[np.int64]]) -> dict[str, NDArray[np.float64]]:
     """Return nDCG@k, MRR@k and recall@k of each query in percent, as trec_eval computes them.
 
     The gain of a grade is linear. For MRR and recall, a grade above 0 is relevant. A query without any has 0.
 
     Args:
-        found: (Q, k) grades of the first k results; 0 where there is no judgement, or no further result.
+        grades: (Q, k) grades of the first k results; 0 where there is no judgement, or no further result.
         judged: every grade of each query.
     """
-    k = found.shape[1]
-    discounts, is_hit = 1 / np.log2(np.arange(2, k + 2)), found > 0
+    k = grades.shape[1]
+    discounts, is_hit = 1 / np.log2(np.arange(2, k + 2)), grades > 0
     best = [np.sort(grades)[: -k - 1 : -1] for grades in judged]
-    ideal = np.array([grades @ discounts[: len(grades)] for grades in best])
+    ideal = np.array([ranked @ discounts[: len(ranked)] for ranked in best])
     relevant = np.array([np.count_nonzero(grades > 0) for grades in judged])
     return {
-        f"nDCG@{k}": 100 * (found @ discounts) / np.where(ideal > 0, ideal, 1),
+        f"nDCG@{k}": 100 * (grades @ discounts) / np.where(ideal > 0, ideal, 1),
         f"MRR@{k}": 100 * is_hit.any(1) / (1 + is_hit.argmax(1)),
         f"recall@{k}": 100 * is_hit.sum(1) / np.maximum(relevant, 1),
     }
@@ -157,9 +157,9 @@ class Scores:
     def percent(self, counts: NDArray[np.int64]) -> NDArray[np.float64]:
         """Return each measure, and their mean if it has a name, with each unit taken `counts` (R, I) times."""
         pairs = zip(self.sums, self.queries, strict=True)
-        found = [100 * (counts @ sums) / (counts @ queries) for sums, queries in pairs]
-        mean = [sum(found) / len(found)]
-        return np.stack((found + mean)[: len(self.measures)], axis=1)
+        measures = [100 * (counts @ sums) / (counts @ queries) for sums, queries in pairs]
+        mean = [sum(measures) / len(measures)]
+        return np.stack((measures + mean)[: len(self.measures)], axis=1)
 
 
 @dataclass(frozen=True)

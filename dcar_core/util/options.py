@@ -31,9 +31,9 @@ def with_options(options: type, *names: str) -> Callable[[Function], Function]:
     """Return a decorator that declares fields of a dataclass, all or those named, in place of `**options`."""
     types = get_type_hints(options)
     added = [
-        inspect.Parameter(each.name, inspect.Parameter.KEYWORD_ONLY, default=each, annotation=types[each.name])
-        for each in fields(options)
-        if each.metadata and (not names or each.name in names)
+        inspect.Parameter(option.name, inspect.Parameter.KEYWORD_ONLY, default=option, annotation=types[option.name])
+        for option in fields(options)
+        if option.metadata and (not names or option.name in names)
     ]
 
     def declare(function: Function) -> Function:
@@ -63,7 +63,7 @@ def for_typer(function: Callable[..., int | None]) -> Callable[..., None]:
         if status := function(**values):
             raise typer.Exit(status)
 
-    declared = [_declare(each) for each in _parameters(function) if each.kind is not inspect.Parameter.VAR_KEYWORD]
+    declared = [_declare(own) for own in _parameters(function) if own.kind is not inspect.Parameter.VAR_KEYWORD]
     vars(run)["__signature__"] = inspect.Signature(declared)
     return run
 
@@ -71,7 +71,7 @@ def for_typer(function: Callable[..., int | None]) -> Callable[..., None]:
 def _parameters(function: Callable[..., Any]) -> list[inspect.Parameter]:
     types = get_type_hints(function)
     parameters = inspect.signature(function).parameters
-    return [each.replace(annotation=types.get(name, each.annotation)) for name, each in parameters.items()]
+    return [own.replace(annotation=types.get(name, own.annotation)) for name, own in parameters.items()]
 
 
 def _declare(parameter: inspect.Parameter) -> inspect.Parameter:

@@ -141,15 +141,15 @@ def read_changes(location: str) -> Iterator[tuple[str, Record]]:
     """
     has_nulls, seen = PurePosixPath(location).suffix.lower() == ".jsonl", dict[str, int]()
     for number, record in read_gallery_records(location):
-        given = {name: value for name, value in record.items() if has_nulls or value not in (None, "")}
-        item_id, caption, category, fields = split_fields(given, f"{location}, row {number}")
+        filled = {name: value for name, value in record.items() if has_nulls or value not in (None, "")}
+        item_id, caption, category, fields = split_fields(filled, f"{location}, row {number}")
         if not item_id:
             columns = ", ".join(record) or "none"
             raise DataError(f"{location}, row {number}: no id; the table needs a column id, and it has {columns}")
         if (first := seen.setdefault(item_id, number)) != number:
             raise DataError(f"{location}: rows {first} and {number} both have the id {item_id!r}; keep one")
         texts = {"caption": caption, "category": category}
-        fields |= {name: text or None for name, text in texts.items() if text or name in given}
+        fields |= {name: text or None for name, text in texts.items() if text or name in filled}
         yield item_id, {name: value for name, value in fields.items() if name != "file_name"}
 
 

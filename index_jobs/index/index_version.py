@@ -90,7 +90,7 @@ class ImageAccess:
         """
         if is_url(location):
             url, folder = urlsplit(location), location.rpartition("/")[0] + "/"
-            if ".." not in location.split("/") and any(folder.startswith(place.rstrip("/") + "/") for place in roots):
+            if ".." not in location.split("/") and any(folder.startswith(root.rstrip("/") + "/") for root in roots):
                 return location
             if url.scheme not in REMOTE_SCHEMES or "::" in location or url.hostname not in self.hosts:
                 raise PermissionError(errno.EACCES, "its host is not in DCAR_IMAGE_HOSTS", location)
@@ -202,8 +202,8 @@ class IndexVersion:
         return places + np.searchsorted(self.removed - np.arange(len(self.removed)), places, "right")
 
     def _is_removed(self, row: int) -> bool:
-        place = int(np.searchsorted(self.removed, row))
-        return place < len(self.removed) and bool(self.removed[place] == row)
+        position = int(np.searchsorted(self.removed, row))
+        return position < len(self.removed) and bool(self.removed[position] == row)
 
     @cached_property
     def folder(self) -> Path:
@@ -229,13 +229,13 @@ class IndexVersion:
             rows = self.live_rows
         if len(self.parts) == 1:
             return self.parts[0].vectors.search(vectors, k, rows, is_narrow=is_narrow)
-        scores, found = [np.empty((len(vectors), 0), np.float32)], [np.empty((len(vectors), 0), np.int64)]
+        scores, nearest = [np.empty((len(vectors), 0), np.float32)], [np.empty((len(vectors), 0), np.int64)]
         for part in self.parts:
             chosen = None if rows is None else rows.part(part.rows)
             part_scores, positions = part.vectors.search(vectors, k, chosen, is_narrow=is_narrow)
             scores.append(part_scores)
-            found.append(np.where(positions >= 0, positions + part.rows.start, -1))
-        return merge_top_k(scores, found, k)
+            nearest.append(np.where(positions >= 0, positions + part.rows.start, -1))
+        return merge_top_k(scores, nearest, k)
 
     def vectors(self, rows: Rows) -> Floats:
         """Return the vectors of rows, as `VectorIndex.vectors`. Raise IndexError if one does not exist."""

@@ -159,7 +159,7 @@ class JobQueue:
         for number, kind, body, starts in self._read(query):
             job = Job(number, kind, **json.loads(body), starts=starts)
             new = {item["id"] for item in job.items}
-            is_alone = any(each.filter or each.starts >= MAX_STARTS_TOGETHER for each in (*batch, job))
+            is_alone = any(waiting.filter or waiting.starts >= MAX_STARTS_TOGETHER for waiting in (*batch, job))
             is_other = batch and (kind != batch[0].kind or (kind == "put" and not ids.isdisjoint(new)))
             if batch and (is_alone or is_other or len(ids) + len(new) > BATCH_ITEMS):
                 break
@@ -242,7 +242,7 @@ class JobQueue:
         shown = set[str]()
         for opened in (open_version(self.index, number) for number in version_numbers(self.index)):
             locations = opened.live_table("location")["location"]
-            shown.update(each["name"] for each in pc.drop_null(pc.extract_regex(locations, _IMAGE)).to_pylist())
+            shown.update(match["name"] for match in pc.drop_null(pc.extract_regex(locations, _IMAGE)).to_pylist())
         return shown
 
 

@@ -238,7 +238,7 @@ class NewVersion:
         then the newest. Changes that are older than every build that is kept go with the builds.
         """
         index, local, store = self.index, Directory(self.index), store_of(self.index)
-        manifests = {each.version: each for each in [*list_versions(index), manifest]}
+        manifests = {known.version: known for known in [*list_versions(index), manifest]}
         displaced = _displaced(manifest, version_numbers(index), manifests, keep)
         if store is not None:
             base = manifests[manifest.replaced].files if manifest.replaced in manifests else {}
@@ -258,8 +258,8 @@ class NewVersion:
         _sync(index, manifest.version, manifests, kept)
         try:
             if storage.read(CURRENT) == current:  # nobody has rolled back to one of them meanwhile
-                for place in (storage, local):
-                    place.delete([manifest_key(number) for number in displaced])
+                for target in (storage, local):
+                    target.delete([manifest_key(number) for number in displaced])
                 collect_blobs(storage, index)
         except ArtifactError as error:  # left to the next writer
             logger.warning("old versions are kept: %s", error)
@@ -278,7 +278,7 @@ def _displaced(new: Manifest, numbers: Sequence[int], manifests: Mapping[int, Ma
 
 def _rebuild_reasons(manifest: Manifest, hidden: int) -> Iterator[str]:
     """Yield why a rebuild is recommended. hidden: rows that are removed, or changed since an engine stored them."""
-    rows, added, limit = manifest.rows, sum(each.count for each in manifest.additions), _HIDDEN_SHARE * manifest.rows
+    rows, added, limit = manifest.rows, sum(part.count for part in manifest.additions), _HIDDEN_SHARE * manifest.rows
     if len(manifest.additions) >= _MAX_ADDITIONS:
         yield f"every search goes through {len(manifest.additions)} additions"
     if added > max(_ADDED_SHARE * (rows - added), ADDED_ROWS):

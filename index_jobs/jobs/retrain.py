@@ -85,9 +85,9 @@ class ItemPairs:
     def __len__(self) -> int:
         return len(self.texts)
 
-    def take(self, places: Rows) -> "ItemPairs":
-        texts = [self.texts[place] for place in places.tolist()]
-        return ItemPairs(texts, self.rows[places], self.weights[places], self.skipped)
+    def take(self, positions: Rows) -> "ItemPairs":
+        texts = [self.texts[position] for position in positions.tolist()]
+        return ItemPairs(texts, self.rows[positions], self.weights[positions], self.skipped)
 
     def comparable(self) -> "ItemPairs":
         """Return the pairs of texts with skipped items, if any text has some."""
@@ -96,8 +96,8 @@ class ItemPairs:
 
     def with_captions(self, captions: "ItemPairs") -> "ItemPairs":
         """Return these pairs and captions, which together weigh as much."""
-        each = self.weights.sum() / max(len(captions), 1)
-        weights = np.concatenate([self.weights, np.full(len(captions), each, np.float32)])
+        weight = self.weights.sum() / max(len(captions), 1)
+        weights = np.concatenate([self.weights, np.full(len(captions), weight, np.float32)])
         rows = np.concatenate([self.rows, captions.rows])
         return ItemPairs(self.texts + captions.texts, rows, weights, self.skipped)
 
@@ -105,7 +105,7 @@ class ItemPairs:
         """Return the pairs to learn from, and two tenths that are held out, by a hash of the text."""
         digests = (hashlib.sha256(fold_text(text).encode()).digest() for text in self.texts)
         tenths = np.array([int.from_bytes(digest[:4]) % 10 for digest in digests], np.int64)
-        learned, one, other = (self.take(np.flatnonzero(each)) for each in (tenths > 1, tenths == 0, tenths == 1))
+        learned, one, other = (self.take(np.flatnonzero(chosen)) for chosen in (tenths > 1, tenths == 0, tenths == 1))
         return learned, one, other
 
 
@@ -169,11 +169,12 @@ def read_pairs(files: Sequence[Path], served: IndexVersion, gallery: Gallery) ->
     Captions are pairs without a relevance, if others have one.
     An item is known by its id, or by its image's location or name in the gallery.
     """
-    names, places, offsets = (gallery.table[name].to_pylist() for name in ("name", "location", "offset"))
-    live = np.flatnonzero(served.live).tolist()
-    by_name = dict(zip(names, live, strict=True))
-    by_name |= {place: row for place, offset, row in zip(places, offsets, live, strict=True) if offset == WHOLE_FILE}
-    found, skipped, unknown = dict[tuple[str, int], _Pair](), dict[str, set[int]](), 0
+    names, locations, offsets = (gallery.table[name].to_pylist() for name in ("name", "location", "offset"))
+    live_rows = np.flatnonzero(served.live).tolist()
+    by_name = dict(zip(names, live_rows, strict=True))
+    items = zip(locations, offsets, live_rows, strict=True)
+    by_name |= {location: row for location, offset, row in items if offset == WHOLE_FILE}
+    pairs, skipped, unknown = dict[tuple[str, int], _Pair](), dict[str, set[int]](), 0
     for file in [path / "pairs.jsonl" if path.is_dir() else path for path in files]:
         if not file.is_file() or file.suffix.lower() not in RECORD_SUFFIXES:
             kinds = ", ".join(sorted(RECORD_SUFFIXES))
@@ -192,10 +193,10 @@ def read_pairs(files: Sequence[Path], served: IndexVersion, gallery: Gallery) ->
                 continue
             for wrong in texts_of(row, where, "negatives"):
                 skipped.setdefault(fold_text(wrong), set()).add(number)
-            found.setdefault((fold_text(text), number), (text, number, weight))
-    clicked = {text for (text, _), pair in found.items() if pair[2] is not None}
+            pairs.setdefault((fold_text(text), number), (text, number, weight))
+    clicked = {text for (text, _), pair in pairs.items() if pair[2] is not None}
     skipped = {text: rows for text, rows in skipped.items() if text in clicked}
-    kept = [*found.values()][:: -(-len(found) // MAX_PAIRS) or 1]
+    kept = [*pairs.values()][:: -(-len(pairs) // MAX_PAIRS) or 1]
     clicks, captions = ([pair for pair in kept if (pair[2] is None) == is_caption] for is_caption in (False, True))
     if not clicks:
         clicks, captions = captions, clicks
@@ -235,7 +236,7 @@ class Retraining:
         self.notes = dict(read_config(served.checkpoint).get("training", {}))
         self.trainables = read_trainables(served.checkpoint)
         adapter = _text_adapter(self.trainables, self.encoder.dim)
-        self.before, self.after = (_Texts(self._features, each) for each in (deepcopy(adapter), adapter))
+        self.before, self.after = (_Texts(self._features, own) for own in (deepcopy(adapter), adapter))
         bare = replace(self.encoder.state, text_adapter=None)
         self._bare, self._known = Encoder(bare, None, self.encoder.runtime), dict[str, Floats]()
         self.cutoff = served.manifest.cutoff
@@ -251,16 +252,16 @@ class Retraining:
         served, gallery = self.served, live_gallery(self.served)
         pairs, captions, unknown = read_pairs(files, served, gallery)
         (clicked, *compared), (captions, *held_captions) = pairs.divide(), captions.divide()
-        compared = [each.comparable() for each in compared]
-        if (few := min(len({*each.texts}) for each in compared)) < MIN_HELD_OUT:
+        compared = [tenth.comparable() for tenth in compared]
+        if (few := min(len({*tenth.texts}) for tenth in compared)) < MIN_HELD_OUT:
             raise DataError(
                 f"{', '.join(map(str, files))}: {len({*pairs.comparable().texts}):,} texts of items in the index "
                 f"{'and with skipped ones ' if pairs.skipped else ''}are too few: two tenths compare the models, "
                 f"and each needs {MIN_HELD_OUT}, not {few}"
             )
         learned = clicked.with_captions(captions)
-        held = [each.with_captions(others) for each, others in zip(compared, held_captions, strict=True)]
-        signature = hash_json([[each.texts, each.rows.tolist(), each.weights.tolist()] for each in (pairs, learned)])
+        held = [tenth.with_captions(others) for tenth, others in zip(compared, held_captions, strict=True)]
+        signature = hash_json([[part.texts, part.rows.tolist(), part.weights.tolist()] for part in (pairs, learned)])
         summary = RetrainSummary(
             version=served.manifest.version, reason="its model has learned from these pairs", pairs=len(clicked),
             captions=len(captions), unknown=unknown,
@@ -270,18 +271,18 @@ class Retraining:
         anchors = gate.find_pairs(gallery, validation)
         rows = self.live[anchors.rows] if anchors else np.empty(0, np.int64)
         anchored = ItemPairs(anchors.texts if anchors else [], rows, np.ones(len(rows), np.float32))
-        self._features([text for each in (learned, *held, anchored) for text in each.texts])
+        self._features([text for part in (learned, *held, anchored) for text in part.texts])
         self._learn(learned)
         share, verdict = self.choose(held, anchored, margin)
         verdicts = {"held-out pairs": verdict}
-        before, after = ((served, each.encode_text) for each in (self.before, self.after))
+        before, after = ((served, encoder.encode_text) for encoder in (self.before, self.after))
         if anchors:
             verdicts[anchors.source] = gate.compare(before, after, anchors, margin)
         if validation and "pairs" in self.cutoff:
             self.cutoff = gate.cutoff_of_pairs(served, self.after.encode_text(anchored.texts), rows)
         elif self.cutoff:
-            found = gate.calibrate_by_words(served.parts[0].vectors, self.after.encode_text)
-            self.cutoff = found.get("cutoff", self.cutoff)
+            calibration = gate.calibrate_by_words(served.parts[0].vectors, self.after.encode_text)
+            self.cutoff = calibration.get("cutoff", self.cutoff)
         failed = next((name for name, verdict in verdicts.items() if not verdict.passed), "held-out pairs")
         lineage = [*self.notes.get("retrained", {}).get("from", ()), self.encoder.fingerprint]
         self.notes["retrained"] = {"pairs": signature, "from": lineage, "share": share}
@@ -298,8 +299,8 @@ class Retraining:
             np.concatenate([learned.rows[:, None], self._nearest_wrong(learned)], 1), return_inverse=True
         )
         rows, images, weights = (
-            torch.from_numpy(each)
-            for each in (places.reshape(len(learned), -1), self.served.vectors(shown), learned.weights)
+            torch.from_numpy(array)
+            for array in (places.reshape(len(learned), -1), self.served.vectors(shown), learned.weights)
         )
         threads = torch.get_num_threads()
         torch.set_num_threads(1)  # for small products, where several would mostly wait for each other
@@ -315,7 +316,7 @@ class Retraining:
         Allowed are shares with which the anchors lose no more than the margin.
         """
         adapter, tuned = self.after.adapter, deepcopy(self.after.adapter)
-        measures = [self.measure(each) for each in (*held, anchors) if len(each)]
+        measures = [self.measure(pairs) for pairs in (*held, anchors) if len(pairs)]
         gains = dict[float, list[Floats]]()  # of each held-out tenth, and of the anchors
         for share in SHARES:
             interpolate((adapter,), (self.before.adapter,), (tuned,), share)
@@ -324,7 +325,7 @@ class Retraining:
         kept = [share for share in SHARES if least <= [gain.mean() for gain in gains[share][2:]]]
 
         def total(tenths: Sequence[int]) -> Callable[[float], float]:
-            return lambda share: sum(float(gains[share][each] @ held[each].weights) for each in tenths)
+            return lambda share: sum(float(gains[share][tenth] @ held[tenth].weights) for tenth in tenths)
 
         share, one, other = (max(kept, key=total(tenths)) for tenths in ((0, 1), (0,), (1,)))
         interpolate((adapter,), (self.before.adapter,), (tuned,), share)
@@ -341,10 +342,10 @@ class Retraining:
         count = min(NEAREST, len(self.live) - most)
         if count < 1:
             raise DataError("a text has every item of the index; there is nothing to tell apart")
-        found = self.served.search(self.before.encode_text(pairs.texts), count + most)[1].tolist()
+        nearest = self.served.search(self.before.encode_text(pairs.texts), count + most)[1].tolist()
         wrong = [
             [row for row in rows if row >= 0 and row not in right[fold_text(text)]][:count]
-            for text, rows in zip(pairs.texts, found, strict=True)
+            for text, rows in zip(pairs.texts, nearest, strict=True)
         ]
         return np.array([(rows * count)[:count] for rows in wrong], np.int64)  # a filtered graph may find fewer
 
@@ -354,8 +355,8 @@ class Retraining:
         skipped = [sorted(pairs.skipped.get(fold_text(text), ()))[:_MOST_SKIPPED] for text in pairs.texts]
         others = [own or rows for own, rows in zip(skipped, first, strict=True)]
         width = max(map(len, others))
-        found = np.array([rows + [-1] * (width - len(rows)) for rows in others], np.int64)  # [N, width]
-        rows = np.where(found < 0, pairs.rows[:, None], found)
+        padded = np.array([rows + [-1] * (width - len(rows)) for rows in others], np.int64)  # [N, width]
+        rows = np.where(padded < 0, pairs.rows[:, None], padded)
         shown, places = np.unique(np.concatenate([pairs.rows[:, None], rows], 1), return_inverse=True)
         items, places = self.served.vectors(shown), places.reshape(len(pairs), -1)
 
@@ -370,19 +371,19 @@ class Retraining:
     @staticmethod
     def compare_held_out(held: Sequence[ItemPairs], before: Floats, after: Floats, margin: float) -> gate.GateVerdict:
         """Compare both models by held-out pairs; the new one passes if it is better."""
-        texts, skipped = [fold_text(text) for each in held for text in each.texts], held[0].skipped
+        texts, skipped = [fold_text(text) for tenth in held for text in tenth.texts], held[0].skipped
         is_click = np.array([not skipped or text in skipped for text in texts])
-        weights = np.concatenate([each.weights for each in held])
-        found = gate.compare_gains(before, after, texts, weights)
-        serving, rebuilt = ({"ndcg": round(float(np.average(each, weights=weights)), 4)} for each in (before, after))
+        weights = np.concatenate([tenth.weights for tenth in held])
+        compared = gate.compare_gains(before, after, texts, weights)
+        serving, rebuilt = ({"ndcg": round(float(np.average(gains, weights=weights)), 4)} for gains in (before, after))
         of_clicks = float(np.average((after - before)[is_click], weights=weights[is_click]))
         alone = "" if is_click.all() else f"; of the {is_click.sum():,} clicks alone {100 * of_clicks:+.1f}"
         reason = (
             f"nDCG {100 * serving['ndcg']:.1f} -> {100 * rebuilt['ndcg']:.1f} over {len(texts):,} pairs: "
-            f"{found.gain.points()}{alone}"
+            f"{compared.gain.points()}{alone}"
         )
         verdict = gate.verdict_of(
-            found, reason, margin, pairs=len(texts), pool=_SHOWN, source="held-out pairs", serving=serving,
+            compared, reason, margin, pairs=len(texts), pool=_SHOWN, source="held-out pairs", serving=serving,
             rebuilt=rebuilt,
         )  # fmt: skip
         is_better = (verdict.difference or {})["value"] > 0
@@ -415,6 +416,6 @@ def _text_adapter(trainables: Trainables, width: int) -> FeatureAdapter:
     """Return the adapter of text features in a model, or else a neutral one."""
     torch.manual_seed(_SEED)
     adapter = FeatureAdapter(width)
-    own = {name.removeprefix(_ADAPTER): torch.from_numpy(each) for name, each in trainables.items()}
-    adapter.load_state_dict({name: own.get(name, each) for name, each in adapter.state_dict().items()})
+    own = {name.removeprefix(_ADAPTER): torch.from_numpy(tensor) for name, tensor in trainables.items()}
+    adapter.load_state_dict({name: own.get(name, tensor) for name, tensor in adapter.state_dict().items()})
     return adapter.eval()

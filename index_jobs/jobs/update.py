@@ -101,7 +101,7 @@ def remove(
 
 def live_gallery(served: IndexVersion) -> Gallery:
     """Return the live items of a version as a gallery, with absolute locations."""
-    table = pa.concat_tables([absolute_locations(each.items.table(), each.root) for each in served.parts])
+    table = pa.concat_tables([absolute_locations(part.items.table(), part.root) for part in served.parts])
     names = served.column("file_name") if "file_name" in served.fields else table["location"]
     more = {"name": names.cast(pa.string()), "mtime_ns": pa.array(np.zeros(len(table), np.int64))}
     for name, column in more.items():
@@ -229,7 +229,7 @@ def _publish(
 ) -> Manifest:
     """Publish a version that shares all files with the current one but merged additions and the removed rows."""
     manifest = current.manifest
-    rows = current.rows + sum(each.count for each in additions) - sum(each.count for each in manifest.additions)
+    rows = current.rows + sum(part.count for part in additions) - sum(part.count for part in manifest.additions)
     if len(removed) == rows:
         raise DataError("no item would be left; delete the index or the collection instead")
     merged = tuple(f"{addition.folder}/" for addition in manifest.additions if addition not in additions)

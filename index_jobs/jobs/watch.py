@@ -175,13 +175,13 @@ def _indexed_states(current: IndexVersion, states: dict[str, _State]) -> dict[st
 
     A file that is newer than the version has changed. Texts are compared unless metadata were changed in the index.
     """
-    manifest, found = current.manifest, dict[str, _State]()
+    manifest, indexed = current.manifest, dict[str, _State]()
     published = 10**9 * (1 + int(manifest.created_s or 0))  # it is in seconds
     for item_id, (path, size, _, *texts) in _states(live_gallery(current)).items():
         now = states.get(item_id)
         if path.startswith(f"{manifest.root}/") or (now and now[0] == path):
             mtime = now[2] if now and now[2] < published else 0
-            found[item_id] = (path, size, mtime, *(now[3:] if now and manifest.changed else texts))
+            indexed[item_id] = (path, size, mtime, *(now[3:] if now and manifest.changed else texts))
         elif now:  # it was replaced from elsewhere
-            found[item_id] = now
-    return found
+            indexed[item_id] = now
+    return indexed
