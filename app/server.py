@@ -36,7 +36,7 @@ from app.service.write_worker import require_writable
 from dcar_core.util.errors import DcarError
 from dcar_core.util.machine import available_cores
 from dcar_core.util.processes import in_own_process
-from index_jobs.index.storage import store_of
+from index_jobs.index.stores import store_of
 from index_jobs.index.versions import require_index
 
 logger = logging.getLogger(__name__)

@@ -72,7 +72,7 @@ def plain(model: DCAR) -> tuple[Callable[[list[str]], Floats], Callable[[Pixels]
 
     @torch.inference_mode()
     def encode_images(pixels: Pixels) -> Floats:
-        return model.encode_image(backbone.normalized(pixels)).cpu().numpy()
+        return model.encode_image(backbone.standardized(pixels)).cpu().numpy()
 
     return encode_text, encode_images
 

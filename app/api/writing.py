@@ -33,8 +33,9 @@ from app.service.collections import Collections
 from dcar_core.util.errors import ImageError, LockedError
 from dcar_core.util.files import canonical_json
 from index_jobs.checks import MAX_CAPTION_CHARS, MAX_METADATA_BYTES, MAX_METADATA_LEVELS, is_too_deep
+from index_jobs.index.created_collections import create_collection, drop_collection
 from index_jobs.index.index_version import IndexVersion
-from index_jobs.index.jobs import JobKind, create_collection, drop_collection
+from index_jobs.index.job_queue import JobKind
 
 logger = logging.getLogger(__name__)
 

@@ -11,7 +11,7 @@ from app.cli import options
 from app.cli.options import group
 from dcar_core.util.errors import ArtifactError
 from dcar_core.util.options import command, option, with_options
-from index_jobs.index.storage import index_path, location_of
+from index_jobs.index.stores import index_path, location_of
 from index_jobs.rebuild import add_build_command
 from index_jobs.spec import KEEP_WRITES, BuildOptions, IndexSpec
 
@@ -133,14 +133,14 @@ def update(
     from dcar_core.util.errors import shorten
     from index_jobs.gallery.metadata import read_changes
     from index_jobs.index.changes import change_metadata
-    from index_jobs.index.manifest import counted
+    from index_jobs.index.manifest import quantity
 
     summary = change_metadata(index, read_changes(str(metadata)), metadata.name, **build)
-    typer.echo(f"{location_of(index)}: version {summary.version}, {counted(summary.changed, 'item')} changed")
+    typer.echo(f"{location_of(index)}: version {summary.version}, {quantity(summary.changed, 'item')} changed")
     if summary.new_fields:
         typer.echo(f"new fields: {', '.join(summary.new_fields)}")
     if summary.unknown:
-        typer.echo(f"{counted(len(summary.unknown), 'unknown id')}: {shorten(summary.unknown)}")
+        typer.echo(f"{quantity(len(summary.unknown), 'unknown id')}: {shorten(summary.unknown)}")
     _recommend(summary.rebuild)
 
 

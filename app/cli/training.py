@@ -116,7 +116,7 @@ def retrain(
     Only an adapter behind the text tower learns, in seconds. The rest needs `dcar train`, which resumes, and a build.
     INDEX/retrain.json has the comparison. Exit status 6: not published.
     """
-    from index_jobs.index.storage import location_of
+    from index_jobs.index.stores import location_of
     from index_jobs.jobs.retrain import retrain as run
 
     summary = run(index, pairs, device=device, **build)

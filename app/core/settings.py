@@ -18,7 +18,7 @@ from app.core.callers import ApiKey, parse_keys
 from app.core.redis import connect
 from dcar_core.images.formats import WEB_FORMATS, ImageFormat
 from dcar_core.util.errors import DcarError
-from index_jobs.index.storage import index_path
+from index_jobs.index.stores import index_path
 from index_jobs.spec import KEEP_WRITES
 
 T = TypeVar("T")

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from app.search import Index
-from app.search.query import normalize
+from app.search.query import normalize_text
 from dcar_core.data.judgements import JudgedList
 from dcar_core.util.errors import DataError, shorten
 from dcar_core.util.files import csv_text
@@ -32,7 +32,7 @@ class Run:
     def of(cls, index: Index, name: str, judged: JudgedList, *, hybrid: bool = False) -> "Run":
         """Search for every query. Raise DataError if a query has no words, or no listed item is in the index."""
         for query_id, text in judged.texts.items():
-            if not normalize(text):
+            if not normalize_text(text):
                 raise DataError(f"the query {query_id!r} has no words that can be searched; correct or remove it")
         listed = {item for grades in judged.grades.values() for item in grades}
         if all(index.served.index.row_of(item) is None for item in listed):

@@ -58,7 +58,7 @@ _MAX_CACHED_DEPTH = 50  # results up to the end of a page that is cached
 _JOINERS = frozenset({0x200C, 0x200D, *range(0xE0020, 0xE0080)})  # invisible, but meaningful in emoji and some scripts
 
 
-def normalize(text: str) -> str:
+def normalize_text(text: str) -> str:
     """Return the form in which a text is encoded and cached: NFC, single spaces, no invisible characters."""
     if not text.isascii() or not text.isprintable():
         text = "".join(
@@ -74,7 +74,7 @@ def check_text(text: str, info: ValidationInfo) -> str:
     """Return a text in its normalized form. Raise ValueError if it is too long, or has no words."""
     if info.context is not None and len(text) > info.context.max_query_chars:
         raise ValueError(f"at most {info.context.max_query_chars} characters, not {len(text)}")
-    normalized = normalize(text)
+    normalized = normalize_text(text)
     if text and not normalized:
         raise ValueError("must not be empty; leave it out instead")
     return normalized

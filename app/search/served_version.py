@@ -29,8 +29,8 @@ from dcar_core.model.checkpoint import read_config
 from dcar_core.util.arrays import Floats, Rows
 from dcar_core.util.errors import ArtifactError, DataError, DcarError, StoreUnavailableError, requires_pytorch
 from index_jobs.index import filters
+from index_jobs.index.created_collections import empty_version
 from index_jobs.index.index_version import ImageAccess, IndexVersion
-from index_jobs.index.jobs import empty_version
 from index_jobs.index.manifest import CHECKPOINT
 from index_jobs.index.versions import open_current, open_version, read_manifest
 from index_jobs.row_filter import EMPTY_IS_MISSING, NO_ROWS, RowFilter

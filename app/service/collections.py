@@ -21,8 +21,8 @@ from app.core.turns import ENDS, ComputeThreads, run_in_new_thread, stop, superv
 from app.search.errors import CollectionNotFoundError, UnavailableError, without_directories
 from app.search.served_version import ServedVersion, is_published, load_served_version
 from dcar_core.util.errors import ArtifactError, DcarError
-from index_jobs.index.jobs import list_collections
-from index_jobs.index.storage import location_of, store_of
+from index_jobs.index.created_collections import list_collections
+from index_jobs.index.stores import location_of, store_of
 from index_jobs.index.versions import current_version, pull, require_index
 
 logger = logging.getLogger(__name__)

@@ -23,8 +23,8 @@ from app.search.errors import UnavailableError, without_directories
 from app.service.collections import Collection, Collections
 from dcar_core.util import files
 from dcar_core.util.errors import DcarError, LockedError
-from index_jobs.index.jobs import JobKind, JobQueue
-from index_jobs.index.storage import store_of
+from index_jobs.index.job_queue import JobKind, JobQueue
+from index_jobs.index.stores import store_of
 from index_jobs.jobs.update import apply_waiting
 
 logger = logging.getLogger(__name__)

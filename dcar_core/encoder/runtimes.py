@@ -176,7 +176,7 @@ def reference_vectors(model: "DCAR") -> Vectors:
     backbone = model.backbone
     with torch.inference_mode():
         texts = model.encode_query(backbone.tokenize(PROBE_TEXTS, model.prompt_tokens))
-        images = model.encode_image(backbone.normalized(probe_images(backbone.preprocess.size)))
+        images = model.encode_image(backbone.standardized(probe_images(backbone.preprocess.size)))
         return texts.cpu().numpy(), images.cpu().numpy()
 
 

@@ -99,9 +99,9 @@ class Backbone(nn.Module):
         alone = torch.cat([start, unique[:, None], end[:, None]], 1)  # [V, start + 2]
         return self.encode_text(alone)[rows]
 
-    def normalized(self, pixels: Pixels) -> Tensor:
+    def standardized(self, pixels: Pixels) -> Tensor:
         """uint8 (B, 3, S, S) -> float32, as `encode_image` takes them."""
-        return torch.from_numpy(self.preprocess.normalize(pixels)).to(self.device)
+        return torch.from_numpy(self.preprocess.standardize(pixels)).to(self.device)
 
     def encode_image(
         self, pixels: Tensor, prompts: Tensor | None = None, adapters: AdapterMatrices | None = None, rows: bool = False

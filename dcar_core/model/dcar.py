@@ -52,7 +52,7 @@ class DualPrompts(nn.Module):
             nn.init.normal_(self.couple.weight, std=PROMPT_STD)
             nn.init.zeros_(self.couple.bias)
             with torch.no_grad():
-                blank = backbone.normalized(backbone.preprocess.blank()[None])
+                blank = backbone.standardized(backbone.preprocess.blank()[None])
                 rows = backbone.image_tower.blank_rows(blank, config.depth).cpu()  # [depth, W_v]
             noise = torch.randn(config.depth, config.length, backbone.vision_width)  # equal prompts would learn alike
             self.residual = nn.Parameter(rows[:, None] + 0.05 * rows.std() * noise)
@@ -231,7 +231,7 @@ class DCAR(nn.Module):
         return self.text_features(tokens, self.predicted_weights(tokens) if self.query_weights == "predicted" else None)
 
     def encode_image(self, pixels: Tensor, *, rows: bool = False) -> Tensor:
-        """float32 (B, 3, S, S), normalized -> (B, E), or with the patches (B, 1 + P, E)."""
+        """float32 (B, 3, S, S), standardized -> (B, E), or with the patches (B, 1 + P, E)."""
         return self.adapt_image(self.image_features(pixels, rows=rows))
 
     def image_features(self, pixels: Tensor, *, rows: bool = False) -> Tensor:
@@ -291,7 +291,7 @@ class SecondStage:
 
     @torch.no_grad()
     def image_rows(self, pixels: Tensor) -> Tensor:
-        """What a cache keeps of images: float32 (B, 3, S, S), normalized -> (B, 1 + P, W_v)."""
+        """What a cache keeps of images: float32 (B, 3, S, S), standardized -> (B, 1 + P, W_v)."""
         return self.tower.rows_before(pixels, self.block, self.adapters)
 
     @torch.no_grad()
@@ -324,7 +324,7 @@ class SecondStage:
 
     def image_features(self, pixels: Pixels) -> Floats:
         """uint8 (C, 3, S, S), from `preprocess` -> what `query_scores` needs of images, float16 (C, 1 + P, W_v)."""
-        rows: Floats = self.image_rows(self.model.backbone.normalized(pixels)).half().cpu().numpy()
+        rows: Floats = self.image_rows(self.model.backbone.standardized(pixels)).half().cpu().numpy()
         return rows
 
     @torch.inference_mode()

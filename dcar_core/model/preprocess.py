@@ -100,7 +100,7 @@ class Preprocess:
         resized = resize_by_torch(pixels, scaled, self.interpolation)
         return np.ascontiguousarray(resized[:, top : top + self.size, left : left + self.size])
 
-    def normalize(self, pixels: NDArray[np.uint8]) -> NDArray[np.float32]:
+    def standardize(self, pixels: NDArray[np.uint8]) -> NDArray[np.float32]:
         """uint8 (n, 3, S, S) -> float32, zero mean and unit variance by the model's statistics."""
         mean = np.array(self.mean, np.float32).reshape(1, 3, 1, 1)
         std = np.array(self.std, np.float32).reshape(1, 3, 1, 1)

@@ -22,7 +22,7 @@ def token_text_features(backbone: Backbone, tokens: Tensor, config: ReweightConf
 
 
 def image_features(backbone: Backbone, pixels: Tensor, config: ReweightConfig) -> Tensor:
-    """(B, 3, S, S), normalized -> (B, E), or (B, P, E) by patches; not normalized, of the frozen image encoder."""
+    """(B, 3, S, S), standardized -> (B, E), or (B, P, E) by patches; not normalized, of the frozen image encoder."""
     by_patches = config.image_feature == "patches"
     return backbone.encode_image(pixels, rows=True)[:, 1:] if by_patches else backbone.encode_image(pixels)
 

@@ -187,7 +187,7 @@ def image_parts(stage: SecondStage, split: PreparedSplit, random: np.random.Gene
     """Return the rows of images that fit into MAX_BYTES, sorted, and their parts in half precision."""
 
     def parts_of(rows: Rows) -> ClassRowInputs:
-        parts = stage.images(stage.image_rows(stage.model.backbone.normalized(pixels_of_split(split)[rows])))
+        parts = stage.images(stage.image_rows(stage.model.backbone.standardized(pixels_of_split(split)[rows])))
         return ClassRowInputs(*(part.half() for part in parts))
 
     images = int(split.image_of.max()) + 1

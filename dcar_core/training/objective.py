@@ -151,7 +151,7 @@ def _encode_images(model: DCAR, data: PreparedSplit, part: Rows) -> Tensor:
     """Return image features (b, E), or (b, 1 + P, E) for late interaction; each image is encoded once."""
     images, inverse = np.unique(data.image_of[part], return_inverse=True)
     if data.pixels is not None:
-        pixels = model.backbone.normalized(data.pixels[images])
+        pixels = model.backbone.standardized(data.pixels[images])
         features = model.encode_image(pixels, rows=model.config.loss.late > 0)
     else:
         assert data.image_features is not None  # `prepare_split` makes one or the other

@@ -273,7 +273,7 @@ class FrozenFeatures:
     def _encode_images(self, pixels: Pixels) -> Tensor:
         backbone, parts = self.backbone, []
         for i in tqdm(range(0, len(pixels), IMAGE_BATCH), "frozen image features", leave=False):
-            batch = backbone.normalized(pixels[i : i + IMAGE_BATCH])
+            batch = backbone.standardized(pixels[i : i + IMAGE_BATCH])
             parts.append(F.normalize(backbone.encode_image(batch), dim=-1))
         return torch.cat(parts)
 
@@ -293,7 +293,7 @@ class FrozenFeatures:
     @torch.no_grad()
     def _raw_weights(self, tokens: Tensor, config: ReweightConfig) -> Tensor:
         def encode(pixels: Pixels) -> Tensor:
-            return image_features(self.backbone, self.backbone.normalized(pixels), config)
+            return image_features(self.backbone, self.backbone.standardized(pixels), config)
 
         blank, parts = encode(self.backbone.preprocess.blank()[None])[0], []
         pooled = self.images() if config.image_feature == "pooled" else None

@@ -60,7 +60,7 @@ def first_images(model: DCAR, split: PreparedSplit, text: Floats, image: Floats)
     texts = caption_parts(stage, split.tokens)
     shown = np.unique(rows)
     for chunk in np.array_split(shown, range(_IMAGES, len(shown), _IMAGES)):
-        images = stage.images(stage.image_rows(backbone.normalized(pixels_of_split(split)[chunk])))
+        images = stage.images(stage.image_rows(backbone.standardized(pixels_of_split(split)[chunk])))
         captions, places = np.isin(rows, chunk).nonzero()
         for pairs in np.array_split(np.arange(len(captions)), range(_PAIRS, len(captions), _PAIRS)):
             of_image = torch.from_numpy(np.searchsorted(chunk, rows[captions[pairs], places[pairs]]))
@@ -124,7 +124,7 @@ def _image_features(model: DCAR, split: PreparedSplit) -> Tensor:
     if split.pixels is None:
         assert split.image_features is not None  # `prepare_split` makes one or the other
         return split.image_features
-    normalized = (model.backbone.normalized(split.pixels[i : i + BATCH]) for i in range(0, len(split.pixels), BATCH))
+    normalized = (model.backbone.standardized(split.pixels[i : i + BATCH]) for i in range(0, len(split.pixels), BATCH))
     return torch.cat([model.image_features(pixels) for pixels in normalized])
 
 

@@ -21,7 +21,7 @@ from dcar_core.util.arrays import Pixels
 from dcar_core.util.errors import ImageError, ImageFault
 from dcar_core.util.machine import available_cores
 from index_jobs.encoding.shards import IMAGE, Images
-from index_jobs.gallery.storage import ImageLocation, read_images
+from index_jobs.gallery.locations import ImageLocation, read_images
 
 Value = TypeVar("Value")
 Result = TypeVar("Result")

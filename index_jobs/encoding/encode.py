@@ -30,8 +30,8 @@ from dcar_core.util.files import write_json_lines
 from dcar_core.util.machine import is_installed
 from index_jobs.encoding.decode import DecodedWindow, FailedImage, decode_windows, map_ahead, worker_count
 from index_jobs.encoding.shards import Images, ReusableVectors, ShardStore
+from index_jobs.gallery.locations import ImageLocation, is_url, join_location
 from index_jobs.gallery.scan import Gallery
-from index_jobs.gallery.storage import ImageLocation, is_url, join_location
 from index_jobs.index.items import SIZE_COLUMNS, take_rows
 from index_jobs.index.manifest import FAILED
 from index_jobs.spec import BuildOptions

@@ -20,8 +20,8 @@ from dcar_core.util.errors import DcarError, MissingExtraError
 from dcar_core.util.machine import available_cores
 from index_jobs.encoding.decode import decode_windows
 from index_jobs.encoding.encode import EncodedGallery, EncodedWindow, encode_windows, load_replicas
+from index_jobs.gallery.locations import ImageLocation
 from index_jobs.gallery.scan import Gallery
-from index_jobs.gallery.storage import ImageLocation
 from index_jobs.spec import BuildOptions
 
 _CORES = 4  # of a worker without a GPU

@@ -21,8 +21,8 @@ from dcar_core import Encoder
 from dcar_core.util.arrays import Floats
 from dcar_core.util.errors import ArtifactError
 from dcar_core.util.files import atomic_writer, hash_json
+from index_jobs.gallery.locations import ImageLocation
 from index_jobs.gallery.scan import Gallery
-from index_jobs.gallery.storage import ImageLocation
 from index_jobs.spec import BuildOptions
 
 FORMAT = 6

@@ -21,7 +21,7 @@ from dcar_core.data.samples import SPLITS
 from dcar_core.images import TarSpan
 from dcar_core.util.errors import DataError
 from index_jobs.checks import MAX_METADATA_LEVELS, is_too_deep
-from index_jobs.gallery.storage import is_url, join_location, open_location, parent_folder
+from index_jobs.gallery.locations import is_url, join_location, open_location, parent_folder
 
 logger = logging.getLogger(__name__)
 

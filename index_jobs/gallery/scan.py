@@ -29,14 +29,7 @@ from dcar_core.images import formats, has_image_suffix, index_tar
 from dcar_core.util.errors import DataError, DcarError, install_command
 from dcar_core.util.files import canonical_json
 from index_jobs.checks import MAX_CAPTION_CHARS, MAX_METADATA_BYTES
-from index_jobs.gallery.metadata import (
-    METADATA_FILES,
-    GalleryMetadata,
-    read_gallery_records,
-    read_sidecars,
-    split_fields,
-)
-from index_jobs.gallery.storage import (
+from index_jobs.gallery.locations import (
     WHOLE_FILE,
     file_state,
     file_suffix,
@@ -46,6 +39,13 @@ from index_jobs.gallery.storage import (
     open_location,
     parent_folder,
     remote_version,
+)
+from index_jobs.gallery.metadata import (
+    METADATA_FILES,
+    GalleryMetadata,
+    read_gallery_records,
+    read_sidecars,
+    split_fields,
 )
 
 logger = logging.getLogger(__name__)

@@ -17,7 +17,7 @@ from index_jobs.checks import MAX_METADATA_BYTES, MAX_METADATA_LEVELS, is_too_de
 from index_jobs.index.index_version import IndexVersion, write_rows
 from index_jobs.index.items import Items, fit_one_field, type_of
 from index_jobs.index.lexical import item_texts, write_lexical
-from index_jobs.index.manifest import CHANGED, ITEMS, LEXICAL, Manifest, counted
+from index_jobs.index.manifest import CHANGED, ITEMS, LEXICAL, Manifest, quantity
 from index_jobs.index.versions import NewVersion, new_version, open_current, report_os_errors
 from index_jobs.spec import BuildOptions
 
@@ -121,5 +121,5 @@ def change_metadata(
             raise DataError(f"none of the {len(unknown):,} ids of {source} is in the index{example}")
         manifest, count = current.manifest, len(merged.records)
         if count:
-            manifest = merged.publish(new, f"metadata of {source}: {counted(count, 'item')} changed", keep=keep)
+            manifest = merged.publish(new, f"metadata of {source}: {quantity(count, 'item')} changed", keep=keep)
     return ChangeSummary(manifest.version, count, merged.new_fields, unknown, manifest.rebuild)

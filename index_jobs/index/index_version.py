@@ -30,11 +30,11 @@ from dcar_core.util.arrays import Floats, Mask, Rows
 from dcar_core.util.errors import ArtifactError, DataError, StoreUnavailableError, list_fields
 from dcar_core.util.files import atomic_writer
 from index_jobs.engines.protocol import ScoredRows, VectorIndex, load_engine, merge_top_k
-from index_jobs.gallery.storage import LOCAL_SCHEMES, REMOTE_SCHEMES, WHOLE_FILE, is_url, join_location, open_image
+from index_jobs.gallery.locations import LOCAL_SCHEMES, REMOTE_SCHEMES, WHOLE_FILE, is_url, join_location, open_image
 from index_jobs.index.items import Items, common_type, take_rows, typed_array
 from index_jobs.index.lexical import LexicalIndex, spread_rows
 from index_jobs.index.manifest import CHANGED, CHECKPOINT, ITEMS, LEXICAL, REMOVED, Manifest
-from index_jobs.index.storage import location_of
+from index_jobs.index.stores import location_of
 from index_jobs.row_filter import NO_ROWS, RowFilter
 
 _ITEM_COLUMNS = ("id", "caption", "category", "width", "height")

@@ -24,7 +24,7 @@ def manifest_key(version: int) -> str:
     return f"{VERSIONS}/{version}.json"
 
 
-def counted(number: int, noun: str) -> str:
+def quantity(number: int, noun: str) -> str:
     """Return "1 item" or "1,200 items"."""
     return f"{number:,} {noun}{'' if number == 1 else 's'}"
 

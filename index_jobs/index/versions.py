@@ -29,7 +29,7 @@ from dcar_core.util.processes import hold_lock
 from index_jobs.engines.protocol import load_engine
 from index_jobs.index.index_version import ImageAccess, IndexVersion, link_files, read_rows
 from index_jobs.index.manifest import BLOBS, CHANGED, CURRENT, REMOVED, Current, FileInfo, Manifest, manifest_key
-from index_jobs.index.storage import (
+from index_jobs.index.stores import (
     GRACE_S,
     Directory,
     Storage,

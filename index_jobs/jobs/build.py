@@ -47,8 +47,8 @@ from index_jobs.index import versions
 from index_jobs.index.index_version import IndexVersion
 from index_jobs.index.items import BUILT_IN_FIELDS, Items, field_names, infer_types, take_rows, write_items
 from index_jobs.index.lexical import item_texts, write_lexical
-from index_jobs.index.manifest import CHECKPOINT, CURRENT, FAILED, ITEMS, LEXICAL, Manifest, counted
-from index_jobs.index.storage import index_name, index_path, location_of
+from index_jobs.index.manifest import CHECKPOINT, CURRENT, FAILED, ITEMS, LEXICAL, Manifest, quantity
+from index_jobs.index.stores import index_name, index_path, location_of
 from index_jobs.index.versions import open_current
 from index_jobs.jobs import gate
 from index_jobs.spec import BuildOptions, IndexSpec
@@ -378,7 +378,7 @@ class _Build:
             root="" if gallery.root == str(self.out.absolute()) else gallery.root,  # the index may be moved
             roots=list(gallery.roots),
             checkpoint=str(self.origin),
-            change=f"{counted(len(encoded), 'image')} added {self.options.origin}"
+            change=f"{quantity(len(encoded), 'image')} added {self.options.origin}"
             if self.options.origin
             else f"built from {', '.join(place.rpartition('/')[2] for place in gallery.location.split(', '))}",
             origin=self.options.origin,

@@ -30,8 +30,8 @@ from dcar_core.util.files import hash_json
 from dcar_core.util.metrics import Comparison, Scores
 from index_jobs.encoding.encode import EncodedGallery
 from index_jobs.engines.protocol import VectorIndex
+from index_jobs.gallery.locations import WHOLE_FILE, is_url, join_location
 from index_jobs.gallery.scan import Gallery
-from index_jobs.gallery.storage import WHOLE_FILE, is_url, join_location
 from index_jobs.index.index_version import IndexVersion
 from index_jobs.index.lexical import spread_rows
 from index_jobs.row_filter import RowFilter

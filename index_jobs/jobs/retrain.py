@@ -41,11 +41,11 @@ from dcar_core.util.arrays import Floats, Rows
 from dcar_core.util.errors import DataError, GateError
 from dcar_core.util.files import hash_json, write_json
 from dcar_core.util.metrics import TIE_TOLERANCE
+from index_jobs.gallery.locations import WHOLE_FILE, open_location
 from index_jobs.gallery.scan import Gallery
-from index_jobs.gallery.storage import WHOLE_FILE, open_location
 from index_jobs.index import versions
 from index_jobs.index.index_version import IndexVersion
-from index_jobs.index.manifest import CHECKPOINT, counted
+from index_jobs.index.manifest import CHECKPOINT, quantity
 from index_jobs.index.versions import open_current
 from index_jobs.jobs import gate
 from index_jobs.jobs.update import live_gallery
@@ -406,7 +406,7 @@ class Retraining:
         gain = 100 * summary.gate["held-out pairs"]["difference"]["value"]
         manifest = replace(
             served.manifest, spec=replace(served.manifest.spec, fingerprint=fingerprint), cutoff=self.cutoff, origin="",
-            change=f"model retrained on {counted(summary.pairs, 'pair')}: nDCG of others {gain:+.1f} points",
+            change=f"model retrained on {quantity(summary.pairs, 'pair')}: nDCG of others {gain:+.1f} points",
         )  # fmt: skip
         manifest = new.publish(manifest)
         return manifest.version

@@ -33,7 +33,7 @@ from index_jobs.index.changes import FieldChanges
 from index_jobs.index.filters import match_rows
 from index_jobs.index.index_version import IndexVersion, write_rows
 from index_jobs.index.items import COLUMNS, Items, fit_one_field, infer_types, take_rows, write_items
-from index_jobs.index.jobs import Job, JobQueue
+from index_jobs.index.job_queue import Job, JobQueue
 from index_jobs.index.lexical import item_texts, write_lexical
 from index_jobs.index.manifest import (
     CHANGED,
@@ -45,9 +45,9 @@ from index_jobs.index.manifest import (
     REMOVED,
     Addition,
     Manifest,
-    counted,
+    quantity,
 )
-from index_jobs.index.storage import index_name
+from index_jobs.index.stores import index_name
 from index_jobs.index.versions import NewVersion, current_version, open_current, open_version, version_numbers
 from index_jobs.jobs import build
 from index_jobs.spec import KEEP_WRITES, BuildOptions
@@ -94,7 +94,7 @@ def remove(
         manifest = current.manifest
         if len(rows):
             removed = np.union1d(np.flatnonzero(~current.live), rows)
-            change = f"{counted(len(rows), 'item')} removed"
+            change = f"{quantity(len(rows), 'item')} removed"
             manifest = _publish(new, current, removed, manifest.additions, change, keep, origin)
     return UpdateSummary(manifest.version, manifest.count, 0, len(rows), 0, manifest.rebuild)
 
@@ -155,9 +155,9 @@ def add(
         rows = _rows_of(current, [*replaced, *removed_ids], missing_ok=True)
         removed = np.union1d(np.flatnonzero(~current.live), rows)
         additions, removed = _write_addition(new, current, encoded, removed, replicas[0])
-        change = f"{counted(len(encoded), 'image')} added"
+        change = f"{quantity(len(encoded), 'image')} added"
         change += f" from {scanned.location.rpartition('/')[2]}" if not settings.origin else ""
-        change += f", {counted(len(rows), 'item')} removed or replaced" if len(rows) else ""
+        change += f", {quantity(len(rows), 'item')} removed or replaced" if len(rows) else ""
         manifest = _publish(new, current, removed, additions, change, settings.keep, settings.origin)
         shutil.rmtree(index / WORK, ignore_errors=True)
     return UpdateSummary(
@@ -317,7 +317,7 @@ def _patch(queue: JobQueue, jobs: Sequence[Job], options: dict[str, Any]) -> _Re
             except DataError as error:
                 outcomes.append({"status": "failed", "reason": str(error)})
         if draft.records:
-            change = f"{counted(len(draft.records), 'item')} changed"
+            change = f"{quantity(len(draft.records), 'item')} changed"
             version = draft.publish(new, change, keep=options["keep"], origin=OVER_HTTP).version
     return version, outcomes
 

@@ -25,8 +25,8 @@ import watchfiles
 from dcar_core import Encoder
 from dcar_core.util.errors import DataError, DcarError, GalleryShrunkError
 from index_jobs.encoding.encode import load_replicas
+from index_jobs.gallery.locations import is_url, join_location
 from index_jobs.gallery.scan import Gallery, scan
-from index_jobs.gallery.storage import is_url, join_location
 from index_jobs.index.index_version import IndexVersion
 from index_jobs.index.manifest import BY_WATCH
 from index_jobs.index.versions import open_current

@@ -12,7 +12,7 @@ from dcar_client import AsyncClient, Client, NewEvent, ServiceError, models
 from pydantic import BaseModel
 
 from app.core.callers import key_hash, new_key
-from index_jobs.index.jobs import JobQueue
+from index_jobs.index.job_queue import JobQueue
 from index_jobs.rebuild import rebuild
 from tests.support.files import write_jsonl
 from tests.support.images import png

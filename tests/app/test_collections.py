@@ -15,7 +15,8 @@ from dcar_client.models import CollectionsResponse
 
 from app.core.callers import key_hash, new_key
 from dcar_core.util.errors import DcarError
-from index_jobs.index.jobs import JobQueue, create_collection, drop_collection, list_collections
+from index_jobs.index.created_collections import create_collection, drop_collection, list_collections
+from index_jobs.index.job_queue import JobQueue
 from index_jobs.index.manifest import CHECKPOINT
 from index_jobs.index.versions import open_current
 from index_jobs.rebuild import rebuild

@@ -16,7 +16,7 @@ import yaml  # type: ignore[import-untyped]
 from app.core.settings import Settings
 from app.service.write_worker import require_writable
 from dcar_core.util.errors import DcarError
-from index_jobs.index.storage import index_path, store_of
+from index_jobs.index.stores import index_path, store_of
 from index_jobs.index.versions import rollback
 from tests.support.load import searching
 from tests.support.nginx import behind_nginx
@@ -149,8 +149,8 @@ async def test_replica_follows_the_store_and_serves_on_without_it(
         publish_copy(machines["builder"], source=built_index)
         await until_ready(starting, status="ready", index_version=1)
     assert "s3://bucket/shop/index holds no published index; make one with" in str(failures[0])
-    monkeypatch.setattr("index_jobs.index.storage.CLIENT", {"timeout": "2s", "allow_http": True})  # of replicas alone
-    monkeypatch.setattr("index_jobs.index.storage.RETRIES", {"max_retries": 0})
+    monkeypatch.setattr("index_jobs.index.stores.CLIENT", {"timeout": "2s", "allow_http": True})  # of replicas alone
+    monkeypatch.setattr("index_jobs.index.stores.RETRIES", {"max_retries": 0})
     replica = machines["replica"]
     async with opened(replica, poll_s=0.05, **ADMIN_ONLY) as client:
         found = (await client.post("/search/text", json=WORDS)).json()

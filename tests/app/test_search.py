@@ -272,7 +272,7 @@ async def test_reranking_adds_the_score_of_the_second_stage_to_the_cosine(
         assert ids(again)[8:] == ids(plain)[8:]
         rows = [served.index.row_of(each) for each in ids(again)[:8]]
         pixels = np.stack([served.encoder.preprocess(served.index.image_bytes(row)) for row in rows])
-        images = stage.images(stage.image_rows(model.backbone.normalized(pixels)))
+        images = stage.images(stage.image_rows(model.backbone.standardized(pixels)))
         expected = [r["score"] for r in again["results"][:8]] + stage.scores(texts, images).numpy()
         rescored = [r["rerank_score"] for r in again["results"][:8]]
         np.testing.assert_allclose(rescored, expected, atol=2e-3)

@@ -2,7 +2,7 @@
 
 import pytest
 
-from app.search.query import normalize
+from app.search.query import normalize_text
 
 
 @pytest.mark.parametrize(
@@ -20,5 +20,5 @@ from app.search.query import normalize
     ],
 )
 def test_normalized_texts_have_no_invisible_characters(given: str, expected: str) -> None:
-    assert normalize(given) == expected
-    assert normalize(expected) == expected
+    assert normalize_text(given) == expected
+    assert normalize_text(expected) == expected

@@ -13,7 +13,8 @@ from dcar_client import Client
 
 from app.service import write_worker
 from app.service.write_worker import WriteWorker
-from index_jobs.index.jobs import JobQueue, create_collection, drop_collection
+from index_jobs.index.created_collections import create_collection, drop_collection
+from index_jobs.index.job_queue import JobQueue
 from index_jobs.index.versions import open_current
 from tests.support.images import png
 from tests.support.processes import children_of, is_alive
@@ -97,7 +98,7 @@ async def test_jobs_that_cannot_be_stored_are_refused_and_those_that_cannot_be_a
     failures = "dcar_task_failures_total", (("task", "changes of items"),)
     async with opened(index, **WRITES) as client:
         with monkeypatch.context() as patch:
-            patch.setattr("index_jobs.index.jobs.write_bytes", is_full)
+            patch.setattr("index_jobs.index.job_queue.write_bytes", is_full)
             refused = await put(client, item("a"))
         assert_problem(refused, 503)
         assert refused.headers["retry-after"] == "10"

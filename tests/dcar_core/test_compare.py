@@ -278,7 +278,7 @@ def test_hard_negatives_are_encoded_as_queries(name: str, backbone: Backbone, tr
     hits = []
     for sample in training.samples:
         pixels = backbone.preprocess(training.read(sample.image))[None]
-        image = model.encode_image(torch.from_numpy(backbone.preprocess.normalize(pixels))).detach()
+        image = model.encode_image(torch.from_numpy(backbone.preprocess.standardize(pixels))).detach()
         texts = model.encode_query(backbone.tokenize([sample.caption, *sample.negatives], model.prompt_tokens)).detach()
         scores = (texts @ image.T).flatten()
         hits.append(bool(scores[0] > scores[1:].max()))

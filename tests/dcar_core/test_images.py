@@ -271,7 +271,7 @@ def test_preprocess_equals_open_clips_transform() -> None:
             config = PreprocessCfg(32, "RGB", (0.4, 0.5, 0.6), (0.2, 0.3, 0.4), interpolation, mode, 114)
             ours = Preprocess.from_open_clip(asdict(config))
             theirs = image_transform_v2(config, is_train=False)(picture)
-            np.testing.assert_allclose(ours.normalize(ours(picture)[None])[0], theirs.numpy(), atol=2e-6)
+            np.testing.assert_allclose(ours.standardize(ours(picture)[None])[0], theirs.numpy(), atol=2e-6)
     line = Preprocess(32, HALF, HALF, resize="longest")(Image.new("RGB", (200, 1), "white"))
     assert (line.reshape(3, -1) == 255).sum() == 3 * 32  # a side never rounds to nothing
 

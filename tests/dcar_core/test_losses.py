@@ -163,7 +163,7 @@ def test_loss_equals_the_pairs_one_by_one(weights: TrainWeights, backbone: Backb
     texts, images, frozen_texts, frozen_images, captions = [], [], [], [], []
     for i, sample in enumerate(described_twice.samples):
         picture = backbone.preprocess(described_twice.read(sample.image))[None]
-        pixels = torch.from_numpy(backbone.preprocess.normalize(picture))
+        pixels = torch.from_numpy(backbone.preprocess.standardize(picture))
         texts.append(model.encode_text(data.tokens[i : i + 1], None if used is None else used[i : i + 1]))
         images.append(model.encode_image(pixels))
         frozen_images.append(F.normalize(backbone.encode_image(pixels), dim=-1))

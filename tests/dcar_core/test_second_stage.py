@@ -87,7 +87,7 @@ def test_images_that_a_caption_describes_are_no_negatives(backbone: Backbone, de
 def image_rows(model: DCAR, count: int = 3) -> torch.Tensor:
     size = model.backbone.preprocess.size
     pixels = np.random.default_rng(0).integers(0, 256, (count, 3, size, size), dtype=np.uint8)
-    return SecondStage(model).image_rows(model.backbone.normalized(pixels))
+    return SecondStage(model).image_rows(model.backbone.standardized(pixels))
 
 
 def test_a_pair_costs_one_row_and_equals_whole_passes_over_unprompted_patches(model: DCAR) -> None:
@@ -123,12 +123,12 @@ def test_a_pair_alone_scores_like_its_chunk_and_without_prompts_like_its_vector(
     split, stage = prepare_split(pairs[1], model, for_training=False), SecondStage(model)
     assert split.pixels is not None
     images = encode_images(model, split)
-    found = stage.vectors(stage.images(stage.image_rows(model.backbone.normalized(split.pixels))))
+    found = stage.vectors(stage.images(stage.image_rows(model.backbone.standardized(split.pixels))))
     np.testing.assert_allclose(found, images, atol=1e-5)
     first = first_images(model, split, encode_captions(model, split), images)
     for text, place in ((0, 0), (2, 1)):
         pixels = split.pixels[first.rows[text, place]][None]
-        one = stage.images(stage.image_rows(model.backbone.normalized(pixels)))
+        one = stage.images(stage.image_rows(model.backbone.standardized(pixels)))
         score = stage.scores(stage.texts(split.tokens[text : text + 1]), one)
         assert float(score) == pytest.approx(float(first.second[text, place]), abs=1e-3)
 

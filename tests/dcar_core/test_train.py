@@ -204,7 +204,7 @@ def test_split_is_encoded_like_its_queries_and_images_one_by_one(
     with torch.no_grad():
         for row, sample in enumerate(training.samples):
             alone = model.encode_query(backbone.tokenize([sample.caption], model.prompt_tokens))
-            pixels = backbone.preprocess.normalize(backbone.preprocess(training.read(sample.image))[None])
+            pixels = backbone.preprocess.standardize(backbone.preprocess(training.read(sample.image))[None])
             picture = model.encode_image(torch.from_numpy(pixels))
             np.testing.assert_allclose(text[row], alone[0], atol=1e-5)
             np.testing.assert_allclose(image[data.image_of[row]], picture[0], atol=1e-5)
@@ -333,7 +333,7 @@ def test_token_weights_are_of_each_caption_with_its_own_image(
     seen = np.stack([*pixels, np.full((3, size, size), 255, np.uint8)])
     with torch.no_grad():
         found = backbone.encode_image(
-            torch.from_numpy(backbone.preprocess.normalize(seen)), rows=name == "dcar-patches"
+            torch.from_numpy(backbone.preprocess.standardize(seen)), rows=name == "dcar-patches"
         )
         found = found[:, 1:] if name == "dcar-patches" else found
         words = backbone.encode_text(data.tokens, rows=True)[:, 1:]

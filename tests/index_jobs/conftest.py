@@ -6,14 +6,14 @@ from pathlib import Path
 import pytest
 
 from dcar_core import Encoder
-from index_jobs.gallery import storage
+from index_jobs.gallery import locations
 from index_jobs.rebuild import rebuild
 
 
 @pytest.fixture(autouse=True)
 def memory_scheme(monkeypatch: pytest.MonkeyPatch) -> None:
     """Read fsspec's store in memory, which stands for remote ones."""
-    monkeypatch.setattr(storage, "SCHEMES", storage.SCHEMES | {"memory"})
+    monkeypatch.setattr(locations, "SCHEMES", locations.SCHEMES | {"memory"})
 
 
 @pytest.fixture

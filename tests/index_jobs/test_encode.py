@@ -17,8 +17,8 @@ from dcar_core.util.arrays import Floats
 from dcar_core.util.errors import ArtifactError, DataError, ImageFault
 from index_jobs.encoding.decode import decode_windows
 from index_jobs.encoding.encode import EncodedGallery, load_replicas
+from index_jobs.gallery.locations import ImageLocation
 from index_jobs.gallery.scan import scan
-from index_jobs.gallery.storage import ImageLocation
 from tests.support.encoding import cut, encode, flip, vectors_of
 from tests.support.images import png
 

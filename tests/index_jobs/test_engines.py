@@ -15,7 +15,7 @@ from index_jobs.engines.protocol import load_engine
 from index_jobs.index.changes import change_metadata
 from index_jobs.index.filters import filter_rows, match_rows
 from index_jobs.index.index_version import IndexVersion
-from index_jobs.index.storage import index_name
+from index_jobs.index.stores import index_name
 from index_jobs.index.versions import open_current, rollback, verify_index
 from index_jobs.jobs.update import add, remove
 from index_jobs.row_filter import RowFilter

@@ -26,7 +26,7 @@ from dcar_core.util.files import fsync_tree
 from index_jobs.index import items, versions
 from index_jobs.index.index_version import ImageAccess, IndexVersion
 from index_jobs.index.manifest import Current, Manifest
-from index_jobs.index.storage import index_path
+from index_jobs.index.stores import index_path
 from index_jobs.index.versions import (
     current_version,
     list_versions,

@@ -14,7 +14,8 @@ from dcar_core.util.errors import DcarError, LockedError
 from index_jobs.gallery.scan import Gallery
 from index_jobs.index import versions
 from index_jobs.index.changes import FieldChanges
-from index_jobs.index.jobs import JobQueue, create_collection, drop_collection, list_collections
+from index_jobs.index.created_collections import create_collection, drop_collection, list_collections
+from index_jobs.index.job_queue import JobQueue
 from index_jobs.index.versions import current_version, list_versions, open_current, verify_index
 from index_jobs.jobs import update as updates
 from index_jobs.jobs.update import add, apply_waiting
@@ -261,7 +262,7 @@ def test_first_items_of_a_collection_are_its_first_version(tiny_checkpoint: Path
     apply_waiting(index)
     assert {status(index, job)["status"] for job in jobs} == {"done"}
     job = put(index, "a", "b")
-    for moment in ("index_jobs.jobs.build.rebuild", "index_jobs.index.jobs.JobQueue.end"):
+    for moment in ("index_jobs.jobs.build.rebuild", "index_jobs.index.job_queue.JobQueue.end"):
         with pytest.MonkeyPatch.context() as killed:  # before and after its version
             killed.setattr(moment, die)
             with pytest.raises(KeyboardInterrupt):

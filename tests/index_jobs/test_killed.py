@@ -18,8 +18,8 @@ from typing import Any, NamedTuple
 import pytest
 
 from index_jobs.index.changes import change_metadata
-from index_jobs.index.jobs import JobQueue
-from index_jobs.index.storage import ObjectStore, index_path, store_of
+from index_jobs.index.job_queue import JobQueue
+from index_jobs.index.stores import ObjectStore, index_path, store_of
 from index_jobs.index.versions import (
     current_version,
     list_versions,

@@ -16,7 +16,7 @@ import pytest
 from dcar_core.util.errors import ArtifactError, LockedError, StoreUnavailableError
 from index_jobs.engines.faiss.build import FaissEngine
 from index_jobs.index.manifest import Current, FileInfo
-from index_jobs.index.storage import Directory, store_of, verify
+from index_jobs.index.stores import Directory, store_of, verify
 from index_jobs.index.versions import (
     current_version,
     list_versions,

@@ -17,9 +17,9 @@ import pytest
 from dcar_core.data.records import MAX_LINE
 from dcar_core.images import formats
 from dcar_core.util.errors import DataError
+from index_jobs.gallery.locations import open_image
 from index_jobs.gallery.metadata import read_gallery_records
 from index_jobs.gallery.scan import scan
-from index_jobs.gallery.storage import open_image
 from tests.support.files import jsonl, tar_bytes, write_file, write_jsonl, write_rows, write_tar
 from tests.support.galleries import rows_of
 from tests.support.images import png

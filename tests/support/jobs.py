@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import Any
 
-from index_jobs.index.jobs import JobQueue
+from index_jobs.index.job_queue import JobQueue
 from tests.support.images import draw, encoded
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import certifi
 
-from index_jobs.index.storage import index_path
+from index_jobs.index.stores import index_path
 from tests.support.processes import ServerProcess, free_port
 
 ACCESS = {"AWS_ACCESS_KEY_ID": "any", "AWS_SECRET_ACCESS_KEY": "any", "AWS_REGION": "us-east-1"}

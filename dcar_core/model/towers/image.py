@@ -53,7 +53,7 @@ class ImageTower:
         """Image features (B, E), or with `rows` those of each patch behind them (B, 1 + P, E), not normalized.
 
         Args:
-            pixels: float32 (B, 3, S, S), normalized as `Preprocess.normalize` does.
+            pixels: float32 (B, 3, S, S), as of `Preprocess.standardize`.
             prompts: (depth, k, W_v) for all rows or (depth, B, k, W_v) row by row.
             adapters: behind each block; see `PromptRows`.
         """

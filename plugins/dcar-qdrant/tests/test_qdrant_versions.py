@@ -21,7 +21,7 @@ from dcar_qdrant import connection, engine, index
 from dcar_qdrant.connection import connect
 from dcar_qdrant.engine import QdrantEngine, collection_prefix
 from dcar_qdrant.index import QdrantIndex, QdrantLocation
-from index_jobs.index.storage import index_name
+from index_jobs.index.stores import index_name
 from index_jobs.index.versions import current_version, open_current, read_manifest, rollback, verify_index
 from index_jobs.jobs.update import add, remove
 from tests.support.galleries import write_images

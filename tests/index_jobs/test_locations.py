@@ -18,8 +18,7 @@ from dcar_core import Encoder
 from dcar_core.util.errors import ArtifactError, DataError, ImageFault, MissingExtraError
 from index_jobs.encoding.decode import FailedImage
 from index_jobs.encoding.encode import encode_gallery
-from index_jobs.gallery.scan import scan
-from index_jobs.gallery.storage import (
+from index_jobs.gallery.locations import (
     WHOLE_FILE,
     ImageLocation,
     cut_span,
@@ -29,6 +28,7 @@ from index_jobs.gallery.storage import (
     parent_folder,
     read_images,
 )
+from index_jobs.gallery.scan import scan
 from index_jobs.index.index_version import ImageAccess
 from index_jobs.index.versions import open_current
 from index_jobs.spec import BuildOptions
@@ -176,7 +176,7 @@ def test_network_errors_are_retried(
     for name in (*names[:2], "down.png"):
         write_file(root / name, png())
     handler.stumbles.update({"/b.png": 2, "/down.png": 99})
-    monkeypatch.setattr("index_jobs.gallery.storage.read_images.__defaults__", ((0.01, 0.01, 0.01),))
+    monkeypatch.setattr("index_jobs.gallery.locations.read_images.__defaults__", ((0.01, 0.01, 0.01),))
     gallery = scan(write_jsonl(tmp_path / "l.jsonl", *({"url": f"{url}/{name}"} for name in names)))
     encoded = encode_gallery(
         gallery, [encoder], tmp_path / "w", BuildOptions.of({"max_failed": 0.5, "progress": False})

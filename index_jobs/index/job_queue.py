@@ -7,13 +7,6 @@ INDEX/.jobs.lock        held by the process that applies jobs
 - Jobs are applied in the order of their acceptance, by `index_jobs.jobs.update`. They survive a crash until they end.
 - Several processes of one machine may use a database at once. It is opened for each call: a collection may be dropped.
 - Nothing that a caller sends becomes a path.
-
-A collection that was created over HTTP is an index directory below a folder of collections:
-
-FOLDER/.lock                    held while a collection is put into the folder
-FOLDER/<hash>/collection.json   the name of a collection; that of its folder is a hash of it
-FOLDER/<hash>/checkpoint/       the model that its items are encoded with
-FOLDER/<hash>/...               the index, once the first items are published; until then `empty_version`
 """
 
 import errno
@@ -28,20 +21,15 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass
-from functools import cache
 from pathlib import Path
 from typing import Any, Literal
 
 import pyarrow.compute as pc
 
-from dcar_core.model.checkpoint import copy_checkpoint
 from dcar_core.util.errors import ArtifactError
-from dcar_core.util.files import fsync_path, fsync_tree, write_bytes, write_json
+from dcar_core.util.files import write_bytes
 from dcar_core.util.processes import hold_lock
-from index_jobs.index.index_version import IndexVersion
-from index_jobs.index.manifest import CHECKPOINT, Manifest
 from index_jobs.index.versions import open_version, version_numbers
-from index_jobs.spec import IndexSpec
 
 logger = logging.getLogger(__name__)
 
@@ -64,10 +52,6 @@ CREATE TABLE IF NOT EXISTS progress (
 );
 CREATE INDEX IF NOT EXISTS jobs_ended ON jobs (ended);
 """
-
-_DESCRIPTION = "collection.json"
-_NEW, _OLD, _LOCK = ".new-", ".old-", ".lock"
-_DROP_S = 2.0
 
 JobKind = Literal["put", "patch", "delete"]
 
@@ -248,58 +232,3 @@ class JobQueue:
 
 def _now() -> str:
     return time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
-
-
-def empty_version(index: Path, fingerprint: str, dim: int) -> IndexVersion:
-    """Return version 0 of a created collection, without rows; its model has this fingerprint and vectors (dim,)."""
-    manifest = Manifest(spec=IndexSpec(fingerprint=fingerprint), dim=dim, kind="Flat")
-    return IndexVersion(index, manifest, [])
-
-
-def list_collections(folder: Path) -> dict[str, Path]:
-    """Return the index directories of the created collections by name. One without a readable name is logged."""
-    collections = {}
-    for path in sorted(folder.glob(f"[0-9a-f]*/{_DESCRIPTION}")):
-        try:
-            collections[json.loads(path.read_bytes())["name"]] = path.parent
-        except FileNotFoundError:  # dropped meanwhile
-            continue
-        except (OSError, ValueError, LookupError, TypeError) as error:
-            _report(path, str(error))
-    return collections
-
-
-@cache
-def _report(path: Path, reason: str) -> None:
-    """Log a damaged description once: it is read every few seconds."""
-    logger.error("the collection in %s is not served: %s cannot be read: %s", path.parent, path.name, reason)
-
-
-def create_collection(folder: Path, name: str, checkpoint: Path) -> None:
-    """Create a collection without items, with a copy of a checkpoint, unless there is one of this name."""
-    target, staging = folder / hashlib.sha256(name.encode()).hexdigest()[:32], folder / f"{_NEW}{secrets.token_hex(8)}"
-    with hold_lock(folder / _LOCK, f"another collection is being created in {folder}", wait_s=-1):
-        if (target / _DESCRIPTION).exists():  # another request has created it
-            return
-        try:
-            copy_checkpoint(checkpoint, staging / CHECKPOINT)
-            write_json(staging / _DESCRIPTION, {"name": name})
-            fsync_tree(staging)
-            with suppress(FileNotFoundError):
-                _put_aside(target)  # a drop that waits for another one makes the folder again, for its lock
-            staging.rename(target)
-            fsync_path(folder)
-        finally:
-            shutil.rmtree(staging, ignore_errors=True)
-
-
-def drop_collection(index: Path) -> None:
-    """Remove a created collection with its versions and images. Raise LockedError if its jobs are being applied."""
-    with JobQueue(index).lock(_DROP_S):  # for as long as another drop, or a change of metadata, takes at most
-        _put_aside(index)  # a killed removal leaves no half of it
-    for leftover in index.parent.glob(f"{_OLD}*"):
-        shutil.rmtree(leftover, ignore_errors=True)
-
-
-def _put_aside(index: Path) -> None:
-    index.rename(index.with_name(f"{_OLD}{secrets.token_hex(8)}"))
