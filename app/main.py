@@ -14,6 +14,7 @@ from fastapi import FastAPI
 from fastapi.routing import APIRoute
 from starlette.middleware.cors import CORSMiddleware
 
+from app.api.guard import Access, BodyLimit, Envelope
 from app.api.requests import ImageFetcher
 from app.api.responses import add_error_handlers
 from app.api.routes import add_routes
@@ -22,8 +23,6 @@ from app.core.callers import RateLimiter
 from app.core.metrics import Metrics
 from app.core.settings import Settings
 from app.feedback.log import FeedbackLog
-from app.http.access import Access, BodyLimit
-from app.http.envelope import Envelope
 from app.search.served_version import ServedVersion
 from app.service.collections import Collections
 from app.service.retriever import Retriever

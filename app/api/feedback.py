@@ -10,14 +10,14 @@ from fastapi import Request
 from fastapi.responses import Response
 from pydantic import AfterValidator, BaseModel, FailFast, Field, ValidationInfo
 
-from app.api.requests import Strict, read_json
-from app.api.responses import FeedbackResponse, JsonResponse
-from app.api.routing import Routes, collection_of, state_of
+from app.api.guard import CALLER, Policy
+from app.api.requests import Strict
+from app.api.responses import FeedbackResponse
+from app.api.routing import JsonResponse, Routes, collection_of, read_json, state_of
 from app.core.problems import Problem
 from app.core.turns import run_in_new_thread
 from app.feedback.export import summarize
 from app.feedback.log import EventRow
-from app.http.access import CALLER, Policy
 from app.search.query import Query
 from app.search.results import SearchResponse
 from dcar_core.util.errors import ArtifactError, DcarError

@@ -14,11 +14,10 @@ from fastapi import Query as QueryParam
 from fastapi import Request
 from fastapi.responses import Response
 
+from app.api.guard import Policy
 from app.api.requests import ItemsQuery
-from app.api.responses import JsonResponse, not_modified
-from app.api.routing import Routes, openapi_document, served_version, state_of
+from app.api.routing import JsonResponse, Routes, not_modified, openapi_document, served_version, state_of
 from app.core.problems import Problem
-from app.http.access import Policy
 from app.search.results import count_values
 from app.search.served_version import filter_rows, group_field
 from index_jobs.index.index_version import IndexVersion

@@ -1,6 +1,5 @@
-"""Requests: the models of bodies and parameters, the reading of bodies, and the images that bodies hold or name.
+"""Requests other than text searches: the models of bodies and parameters, and the images that bodies hold or name.
 
-- JSON is parsed and validated by pydantic in one step. FastAPI's own body handling costs 11 to 15 % of a cached search.
 - By URL, images are fetched only from the hosts in `DCAR_IMAGE_HOSTS`. One that has an address which is not public is
   refused; the connection goes to a checked address, since that of a name may change. Redirects are not followed. Size,
   time, and simultaneous requests are bounded, and the bytes count against the budget of request bodies.
@@ -15,7 +14,7 @@ from collections.abc import Callable, Mapping
 from contextlib import suppress
 from functools import partial
 from importlib.util import find_spec
-from typing import Annotated, Any, Literal, TypeVar
+from typing import Annotated, Any, Literal
 
 from fastapi import Request
 from pydantic import (
@@ -27,7 +26,6 @@ from pydantic import (
     FailFast,
     Field,
     Tag,
-    ValidationError,
     ValidationInfo,
     WithJsonSchema,
 )
@@ -36,10 +34,11 @@ from starlette.datastructures import UploadFile
 from starlette.exceptions import HTTPException
 from starlette.types import Scope
 
-from app.core.problems import Problem, field_problem, from_validation
+from app.api.guard import byte_counter, query_bytes
+from app.api.routing import check_content_type, validated
+from app.core.problems import Problem, field_problem
 from app.core.settings import DEFAULT_K, Settings
 from app.core.turns import FairTurns, run_in_new_thread
-from app.http.access import byte_counter, query_bytes
 from app.search.query import GroupBy, Query, check_text, parse_fields
 from dcar_core.util.errors import MissingExtraError
 
@@ -51,11 +50,7 @@ _SCHEMES = ("http://", "https://")
 _URL = re.compile("[!-~]{1,8192}")  # printable ASCII
 _HEADERS = {"Accept": "image/*", "Accept-Encoding": "identity"}
 _GLOBAL_UNICAST = ipaddress.IPv6Network("2000::/3")
-_LARGE_JSON_BYTES = 64 * 2**10
-_MAX_JSON_VALUES = 50_000  # images make a body large, but not its number of values, which take time and memory
 _MAX_FIELD_BYTES = 16 * 2**10
-
-M = TypeVar("M", bound=BaseModel)
 
 
 def _check_count(values: Any, info: ValidationInfo) -> Any:
@@ -153,7 +148,7 @@ def batch_bytes(settings: Settings) -> int:
 
 async def read_image_query(request: Request, settings: Settings) -> tuple[ImageForm, bytes]:
     """Read the form of POST /search/image: the query and the file. The parser spools large files to disk."""
-    _check_content_type(request, "multipart/form-data")
+    check_content_type(request, "multipart/form-data")
     if re.search('charset=(?!"?utf-8)', request.headers["content-type"], re.IGNORECASE):
         raise field_problem("Content-Type", "charset must be utf-8", status=400)
     try:
@@ -166,33 +161,6 @@ async def read_image_query(request: Request, settings: Settings) -> tuple[ImageF
             return query, await file.read()
     except HTTPException as error:
         raise field_problem("body", error.detail, status=error.status_code) from None
-
-
-def validated(model: type[M], fields: dict[str, Any] | bytes, settings: Settings) -> M:
-    """Return the model of fields, or of JSON, checked against the limits of the settings. Raise Problem if invalid."""
-    try:
-        if isinstance(fields, bytes):
-            return model.model_validate_json(fields, context=settings)
-        return model.model_validate(fields, context=settings)
-    except ValidationError as error:
-        raise from_validation(error) from None
-
-
-def _check_content_type(request: Request, *expected: str) -> None:
-    media_type = request.headers.get("content-type", "").split(";")[0].strip().lower()
-    if media_type not in expected:
-        raise field_problem("Content-Type", f"must be {expected[0]}, not {media_type or 'absent'}", status=415)
-
-
-async def read_json(request: Request, model: type[M], *media_types: str) -> M:
-    """Read a body of JSON, or of another type, and check it against the limits of the settings."""
-    body, settings = await request.body(), request.app.state.settings
-    _check_content_type(request, "application/json", *media_types)
-    if len(body) <= _LARGE_JSON_BYTES:
-        return validated(model, body, settings)
-    if sum(map(body.count, (b",", b"[", b"{"))) > _MAX_JSON_VALUES:
-        raise field_problem("body", f"at most {_MAX_JSON_VALUES:,} values", status=413)
-    return await asyncio.to_thread(validated, model, body, settings)
 
 
 def decode_base64(image: str, max_bytes: int, field: str) -> bytes:

@@ -4,7 +4,6 @@
 - Every foreseen error becomes the document of a `Problem`, so routes need no try/except; others pass to `envelope`.
 """
 
-import asyncio
 import logging
 import math
 from typing import Any, Literal, NotRequired
@@ -13,15 +12,12 @@ from urllib.parse import quote
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import Response
-from pydantic_core import to_json
 from starlette.requests import ClientDisconnect
 from typing_extensions import TypedDict  # pydantic needs this one before Python 3.12
 
 from app.api.routing import FieldError, collection_of, state_of
 from app.core.problems import Problem, field_problem, from_validation
-from app.http.access import byte_counter
 from app.search import errors
-from app.search.query import MAX_TEXT_BYTES
 from app.search.results import SearchResponse, image_url, public_metadata
 from app.search.served_version import ResultGroup
 from app.service.collections import Collections
@@ -29,34 +25,6 @@ from dcar_core.util.errors import DataError, ImageError, StoreUnavailableError
 from index_jobs.index.index_version import Item
 
 logger = logging.getLogger(__name__)
-
-QUICK_BYTES = 64 * 2**10  # of texts that are made into JSON in the event loop, in about a millisecond
-
-
-class JsonResponse(Response):
-    """Plain data as JSON, several times as fast as by the standard library; NaN and infinities become null."""
-
-    media_type = "application/json"
-
-    def render(self, content: Any) -> bytes:
-        return to_json(content, inf_nan_mode="null")
-
-
-async def send_items(request: Request, body: Any, texts: int) -> Response:
-    """Return a body whose items have so many bytes of texts. Long ones count as the body of the request does."""
-    if texts > MAX_TEXT_BYTES:
-        message = f"the texts and metadata take more than {MAX_TEXT_BYTES // 2**20} MiB; "
-        raise field_problem("k", message + "request fewer results at a time, or leave `fields` out")
-    if texts <= QUICK_BYTES:
-        return JsonResponse(body)
-    byte_counter(request.scope)(texts)
-    return await asyncio.to_thread(JsonResponse, body)
-
-
-def not_modified(request: Request, headers: dict[str, str]) -> Response | None:
-    """Return the response to a client that has what the ETag names."""
-    is_known = headers["ETag"] in request.headers.get("if-none-match", "")
-    return Response(status_code=304, headers=headers) if is_known else None
 
 
 def add_error_handlers(app: FastAPI) -> None:

@@ -15,12 +15,23 @@ from prometheus_client import CONTENT_TYPE_LATEST
 
 from app.api import feedback, page, requests, responses, writing
 from app.api.feedback import noted
-from app.api.requests import decode_base64, read_json, validated
-from app.api.responses import JsonResponse, items_path, not_modified, send_items
-from app.api.routing import ItemId, Routes, may_read, served_version, state_of
+from app.api.guard import OPEN, PART_BYTES, Policy, byte_counter, out_of_scope
+from app.api.requests import decode_base64
+from app.api.responses import items_path
+from app.api.routing import (
+    ItemId,
+    JsonResponse,
+    Routes,
+    may_read,
+    not_modified,
+    read_json,
+    send_items,
+    served_version,
+    state_of,
+    validated,
+)
 from app.core.problems import Problem, field_problem
 from app.core.turns import run_in_new_thread
-from app.http.access import OPEN, PART_BYTES, Policy, byte_counter, out_of_scope
 from app.search.errors import BatchQueryError, UnavailableError
 from app.search.query import Query, require_sortable, row_of
 from app.search.results import SearchResponse
@@ -34,6 +45,7 @@ _UPLOAD = Policy("read", body=lambda settings: settings.max_upload_bytes + PART_
 _BATCH = Policy("read", body=requests.batch_bytes)
 _EMBED = Policy("read", "checked", body=requests.batch_bytes)
 _Pixels = Literal["192", "384", "1280"]  # of a card on screens with one and two dots per pixel, and of the detail view
+_FORM = "multipart/form-data"
 _IMAGE_MAX_AGE_S = 3600
 
 
@@ -58,7 +70,7 @@ async def _search(request: Request, served: ServedVersion, query: Query, image: 
     return await send_items(request, body, size)
 
 
-@routes.add("POST", "/search/image", _UPLOAD, SearchResponse, accepts=requests.ImageForm)
+@routes.add("POST", "/search/image", _UPLOAD, SearchResponse, accepts=requests.ImageForm, body_type=_FORM)
 async def search_image(request: Request) -> Response:
     """Find the images that resemble an uploaded image."""
     served = await served_version(request)

@@ -19,13 +19,13 @@ from fastapi.responses import Response
 from pydantic import AfterValidator, FailFast, Field, model_validator
 from pydantic_core import from_json, to_json
 
-from app.api.requests import Strict, read_json
-from app.api.responses import Collection, JobResponse, JobsResponse, JsonResponse, collection_response
-from app.api.routing import Routes, collection_of, may_read, served_version, state_of
+from app.api.guard import PART_BYTES, Policy, out_of_scope, query_bytes
+from app.api.requests import Strict
+from app.api.responses import Collection, JobResponse, JobsResponse, collection_response
+from app.api.routing import JsonResponse, Routes, collection_of, may_read, read_json, served_version, state_of
 from app.core.problems import Problem, field_problem
 from app.core.settings import COLLECTION_NAME, Settings
 from app.core.turns import run_in_new_thread
-from app.http.access import PART_BYTES, Policy, out_of_scope, query_bytes
 from app.search.errors import CollectionNotFoundError
 from app.search.query import check_filter, checked_parts
 from app.search.served_version import ServedVersion, filter_rows

@@ -9,9 +9,9 @@ from pathlib import Path
 import httpx
 import pytest
 
+from app.api.guard import Policy
 from app.core.callers import key_hash, parse_keys
 from app.core.settings import Settings
-from app.http.access import Policy
 from app.main import create_app
 from tests.support.responses import assert_problem
 from tests.support.service import ADMIN, ALICE, BOB, KEYS, WORDS, bearer, opened, serving

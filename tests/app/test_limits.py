@@ -14,9 +14,9 @@ import pytest
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
+from app.api.guard import UNCOUNTED_BYTES, BodyLimit, Policy
 from app.core.problems import Problem
 from app.core.settings import Settings
-from app.http.access import UNCOUNTED_BYTES, BodyLimit, Policy
 from index_jobs.index import filters
 from index_jobs.index.index_version import IndexVersion
 from tests.support.images import png

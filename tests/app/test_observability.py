@@ -24,7 +24,7 @@ from tests.support.paths import ROOT
 from tests.support.responses import scrape
 from tests.support.service import ServiceClient, before_encoding, opened, restore, serving, serving_process
 
-REQUEST_LOG = "app.http.envelope"
+REQUEST_LOG = "app.api.guard"
 
 
 async def test_metrics_count_stages_cache_lookups_and_requests(reranking_index: Path) -> None:

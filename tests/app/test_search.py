@@ -14,7 +14,7 @@ import pytest
 import torch
 from dcar_client.models import EmbeddingsResponse, ItemResponse
 
-from app.api.responses import JsonResponse
+from app.api.routing import JsonResponse
 from app.core.settings import Settings
 from app.search import Index
 from app.search.errors import InvalidQueryError, ItemNotFoundError

@@ -384,14 +384,14 @@ async def test_long_metadata_are_bounded_in_responses(built_index: Path, monkeyp
     batch = {"queries": [query, {"query": "blue"}]}
     async with opened(built_index) as http:
         whole = (await http.post("/search/text", json=query)).json()["results"]
-        monkeypatch.setattr("app.api.responses.QUICK_BYTES", 0)  # made in a thread
-        monkeypatch.setattr("app.http.access.UNCOUNTED_BYTES", 0)
+        monkeypatch.setattr("app.api.routing.QUICK_BYTES", 0)  # made in a thread
+        monkeypatch.setattr("app.api.guard.UNCOUNTED_BYTES", 0)
         assert (await http.post("/search/text", json=query)).json()["results"] == whole
         assert (await http.post("/search/batch", json=batch)).json()["answers"][0]["results"] == whole
         http.app.state.bodies.held += 2**30
         assert_problem(await http.post("/search/text", json=query), 503)
         http.app.state.bodies.held -= 2**30
-        monkeypatch.setattr("app.api.responses.QUICK_BYTES", 500)
+        monkeypatch.setattr("app.api.routing.QUICK_BYTES", 500)
         for module in ("api.responses", "service.retriever"):
             monkeypatch.setattr(f"app.{module}.MAX_TEXT_BYTES", 500)
         assert_problem(await http.post("/search/text", json=query), 422, "k")

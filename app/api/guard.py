@@ -1,30 +1,61 @@
-"""Policies of routes, and their checks: of keys, scopes and rates before a body is read, and of what requests hold.
+"""What every request meets before its route, and every response after it.
 
-- A policy is declared where its route is (see `app.api.routing`), which applies it.
-- A key for some collections opens their routes, and the few routes that check the collection themselves.
-- Admin routes do not need an API key. The client address proves nothing: behind a proxy it is loopback.
-- All requests together may hold `max_in_flight_bytes`: of their bodies, and what `byte_counter` counts beside them. The
-  first UNCOUNTED_BYTES of each are free, so text searches never compete with uploads.
+- `Envelope`, the outermost ASGI middleware: the id of a request (the caller's X-Request-ID if it is well-formed), its
+  line in the log, metrics, safe headers, HEAD as GET. An unexpected exception is logged once and answered 500 without
+  details. While the service listens on loopback, its Host must be known: otherwise any web page could read the service
+  of its visitor's machine, by a name that it leads there.
+- `Access` checks the policy of a route before a body is read: keys, scopes and rates. A key for some collections opens
+  their routes, and the few that check the collection themselves. Admin routes need no API key. The address of a client
+  proves nothing: behind a proxy it is loopback.
+- `BodyLimit`: all requests together may hold `max_in_flight_bytes`: of their bodies, and what `byte_counter` counts
+  beside them. The first UNCOUNTED_BYTES of each are free, so text searches never compete with uploads.
 """
 
 import asyncio
+import logging
 import math
+import random
+import re
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal, cast
+from urllib.parse import quote
 
-from starlette.datastructures import Headers
+from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from app.core.callers import ApiKey, RateLimiter, current_caller, is_key, key_hash, key_in
+from app.core.callers import (
+    ApiKey,
+    RateLimiter,
+    current_caller,
+    is_key,
+    key_hash,
+    key_in,
+    network_of,
+    request_id,
+)
+from app.core.metrics import Metrics
 from app.core.problems import Problem, field_problem
 from app.core.settings import Settings
+from app.core.turns import ENDS
+
+logger = logging.getLogger(__name__)
 
 CALLER = "dcar.caller"  # scope key: the name of the request's API key
 API_KEY = "dcar.api_key"  # scope key: the request's API key
 _COUNT_BYTES = "dcar.count_bytes"  # scope key
 PART_BYTES = 64 * 2**10  # of a body beside its images: fields, boundaries, part headers
 UNCOUNTED_BYTES = 64 * 2**10
+_SAFE_HEADERS = {
+    "X-Content-Type-Options": "nosniff",
+    "Referrer-Policy": "no-referrer",
+    "Content-Security-Policy": "default-src 'none'; frame-ancestors 'none'",
+}
+_PROBES = frozenset({"/healthz", "/readyz", "/metrics"})
+_LOOPBACK = {"localhost", "127.0.0.1", "::1"}
+_MAX_PATH = 300  # characters of a logged path
+_WELL_FORMED_ID = re.compile(r"[A-Za-z0-9._:/+=-]{1,128}")
 
 
 def query_bytes(settings: Settings) -> int:
@@ -180,3 +211,63 @@ class BodyLimit:
 
 def _too_large(limit: int) -> Problem:
     return field_problem("body", f"at most {limit // 2**10:,} KiB", status=413, refused="body_size")
+
+
+class Envelope:
+    """Wrap each request and its response."""
+
+    def __init__(self, app: ASGIApp, metrics: Metrics, settings: Settings) -> None:
+        self._app, self._metrics = app, metrics
+        is_open = settings.host not in _LOOPBACK or "*" in settings.allowed_hosts
+        self._hosts = None if is_open else {*_LOOPBACK, *settings.allowed_hosts}
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        began, method, headers, status = time.perf_counter(), scope["method"], Headers(scope=scope), 0
+        inner = {**scope, "method": "GET"} if method == "HEAD" else scope
+        identifier = headers.get("x-request-id", "")
+        if not _WELL_FORMED_ID.fullmatch(identifier):
+            identifier = f"{random.getrandbits(128):032x}"  # a UUID reads the system's random numbers, which takes long
+        request_id.set(identifier)
+        client, path = (scope.get("client") or [None])[0], quote(scope["path"][:_MAX_PATH])  # raw, it may have newlines
+        current_caller.set(network_of(client or "unknown"))
+
+        async def observed(message: Message) -> None:
+            nonlocal status
+            if message["type"] == "http.response.start":
+                status = message["status"]
+                headers = MutableHeaders(raw=list(message["headers"]))
+                headers["X-Request-ID"] = identifier
+                for name, value in _SAFE_HEADERS.items():
+                    headers.setdefault(name, value)
+                if CALLER in inner and inner["method"] == "GET":
+                    headers.setdefault("Cache-Control", "private")
+                    headers.add_vary_header("Authorization, X-API-Key")
+                message = {**message, "headers": headers.raw}
+            await send(message)
+
+        try:
+            host = re.sub(r":\d*$", "", headers.get("host", "localhost")).strip("[]").lower()
+            if self._hosts is None or host in self._hosts:
+                await self._app(inner, receive, observed)
+            else:
+                message = "must be localhost; DCAR_ALLOWED_HOSTS adds the names of this service"
+                await field_problem("Host", message, status=421).response(scope)(inner, receive, observed)
+        except ENDS:
+            raise
+        except BaseException:  # a panic of a library in Rust is no Exception
+            self._metrics.errors.inc()
+            logger.exception("unexpected error in %s %s", method, path)
+            if status == 0:
+                problem = Problem(500, "Unexpected error. The log of the service has the details.")
+                await problem.response(scope)(inner, receive, observed)
+        finally:
+            seconds, status = time.perf_counter() - began, status or 500
+            template = getattr(inner.get("route"), "path", None) or "none"
+            self._metrics.requests.labels(template, str(status)).observe(seconds)
+            if status != 200 or path not in _PROBES:  # which arrive every few seconds
+                extra = {"method": method, "path": path, "status": status, "ms": round(seconds * 1000, 2)}
+                extra |= {"client": client, "caller": inner.get(CALLER)}
+                logger.info("%s %s %d in %.1f ms", method, path, status, seconds * 1000, extra=extra)
