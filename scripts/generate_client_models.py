@@ -1,7 +1,7 @@
-"""Write clients/python/src/dcar_client/models.py from the service's types.
+"""Write what clients are made from: docs/reference/openapi.json, and clients/python/src/dcar_client/models.py.
 
-    python scripts/generate_client_models.py            write the file
-    python scripts/generate_client_models.py --check    exit with 1 if the file is stale
+    python scripts/generate_client_models.py            write both
+    python scripts/generate_client_models.py --check    exit with 1 if one is stale
 
 - Responses (see `MODULES`) become pydantic models; request options become typed dicts.
 - The source is each model's JSON schema, so the client needs nothing of the service.
@@ -9,6 +9,7 @@
 """
 
 import argparse
+import json
 import subprocess
 import sys
 import textwrap
@@ -20,10 +21,13 @@ from pydantic import TypeAdapter
 from typing_extensions import is_typeddict
 
 ROOT = Path(__file__).resolve().parents[1]
+OPENAPI = ROOT / "docs" / "reference" / "openapi.json"
 TARGET = ROOT / "clients" / "python" / "src" / "dcar_client" / "models.py"
 sys.path.insert(0, str(ROOT))
 
 from app.api import responses, routing  # noqa: E402
+from app.core.settings import Settings  # noqa: E402
+from app.main import create_app  # noqa: E402
 from app.search import pair_scoring, results, served_version  # noqa: E402
 from app.search.query import Crop, Query, Weights  # noqa: E402
 
@@ -52,7 +56,13 @@ OPTIONS = ("Weights", "Crop", "SearchOptions", "TextQuery")
 SCALARS = {"string": "str", "integer": "int", "number": "float", "boolean": "bool", "null": "None"}
 
 
-def generate() -> str:
+def openapi() -> str:
+    """Return the document that the service sends, indented."""
+    document = json.loads(routing.openapi_document(create_app(Settings(index=ROOT))))
+    return json.dumps(document, indent=1, ensure_ascii=False) + "\n"
+
+
+def client_models() -> str:
     """Return the module's text, formatted."""
     models = [each for module in MODULES for each in vars(module).values() if _is_of(each, module)]
     query = Query.model_json_schema()
@@ -147,15 +157,15 @@ def _type(schema: dict[str, Any]) -> str:
 
 
 def main() -> None:
-    """Write the file, or check it."""
+    """Write the files, or check them."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--check", action="store_true", help="exit with 1 if the file is stale")
+    parser.add_argument("--check", action="store_true", help="exit with 1 if a file is stale")
     args = parser.parse_args()
-    text = generate()
-    if not args.check:
-        TARGET.write_text(text, encoding="utf-8")
-    elif TARGET.read_text(encoding="utf-8") != text:
-        sys.exit(f"{TARGET.relative_to(ROOT)} is stale; run `make reference`")
+    for path, text in ((OPENAPI, openapi()), (TARGET, client_models())):
+        if not args.check:
+            path.write_text(text, encoding="utf-8")
+        elif not path.is_file() or path.read_text(encoding="utf-8") != text:
+            sys.exit(f"{path.relative_to(ROOT)} is stale; run `make reference`")
 
 
 if __name__ == "__main__":

@@ -14,7 +14,7 @@ from tests.support.paths import ROOT
 PACKAGE = ROOT / "clients" / "python"
 
 
-def test_the_generated_models_are_up_to_date() -> None:
+def test_the_openapi_document_and_the_generated_models_are_up_to_date() -> None:
     script = ROOT / "scripts" / "generate_client_models.py"
     done = subprocess.run([sys.executable, script, "--check"], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
