@@ -5,7 +5,8 @@
 # make test-plugins  the plug-ins, installed into the same environment, and their tests    (ARGS= as above)
 # make coverage   all tests, with the coverage of the packages and its floor     (ARGS= as above)
 # make mutants    share of changes of critical code that tests notice; hours   (ARGS="index_jobs.index.filters*" for some)
-# make reference  generated pages of docs, and the client's models
+# make reference  generated pages of docs, openapi.json, and the client's models
+# make docs       the documentation as a site in site/
 # make install    set-up only                                                 (EXTRAS=dev,openvino,ray for more parts)
 #                 LOCK=requirements.lock installs the versions and hashes of a lock file
 PYTHON ?= python3
@@ -17,7 +18,7 @@ JOBS ?= 3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: install demo test test-plugins check size coverage mutants reference
+.PHONY: install demo test test-plugins check size coverage mutants reference docs
 comma := ,
 UNLOCKED := $(VENV)/.installed-$(subst $(comma),-,$(EXTRAS))
 INSTALLED := $(UNLOCKED)$(if $(LOCK),-$(notdir $(LOCK)))
@@ -65,6 +66,10 @@ reference: install
 	$(BIN)/python scripts/generate_reference.py
 	$(BIN)/python scripts/generate_models_page.py
 	$(BIN)/python scripts/generate_client_models.py
+
+docs: install
+	@$(BIN)/python -c 'import material' 2>/dev/null || $(BIN)/python -m pip install --disable-pip-version-check --editable '.[docs]'
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict
 
 coverage: install
 	$(BIN)/python -m pytest -n $(JOBS) --dist worksteal --cov --cov-report=term:skip-covered $(ARGS)
