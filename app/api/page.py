@@ -108,7 +108,7 @@ def _files() -> dict[str, tuple[bytes, str]]:
     """Return the data and the ETag of each file by its name."""
     paths = [path for folder in (_UI, _UI / "vendor" / "swagger-ui") for path in folder.iterdir()]
     data = {path.name: path.read_bytes() for path in paths if PurePath(path.name).suffix in _MEDIA_TYPES}
-    return {name: (each, f'"{hashlib.blake2b(each, digest_size=16).hexdigest()}"') for name, each in data.items()}
+    return {name: (file, f'"{hashlib.blake2b(file, digest_size=16).hexdigest()}"') for name, file in data.items()}
 
 
 def _add_file(path: str, file: str = "", content_policy: str = "") -> None:

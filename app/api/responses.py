@@ -1,7 +1,7 @@
 """Responses: JSON bodies as plain dicts, whose types document the API and are the source of truth for clients; errors.
 
 - Handlers do not validate what they send; tests check it against the types. `app.search.results` has those of searches.
-- Every foreseen error becomes the document of a `Problem`, so routes need no try/except; others pass to `envelope`.
+- Every foreseen error becomes the document of a `Problem`, so routes need no try/except; others pass to `guard`.
 """
 
 import logging

@@ -160,8 +160,8 @@ async def picture(
 async def item(request: Request, item_id: ItemId) -> Response:
     """Return an item with all its metadata."""
     served = await served_version(request)
-    found = await state_of(request).retriever.run("search", served.index.item, row_of(served, item_id))
-    return JsonResponse({"index_version": served.version, **responses.gallery_item(items_path(request), found)})
+    shown = await state_of(request).retriever.run("search", served.index.item, row_of(served, item_id))
+    return JsonResponse({"index_version": served.version, **responses.gallery_item(items_path(request), shown)})
 
 
 @routes.add("POST", "/v1/embeddings", _EMBED, responses.EmbeddingsResponse, accepts=requests.EmbeddingsQuery)
@@ -186,12 +186,14 @@ async def embeddings(request: Request) -> Response:
             raise error.cause from None
         raise field_problem(f"input.{error.number}.image", str(error.cause)) from None
     sent = [
-        each.tolist() if query.encoding_format == "float" else base64.b64encode(each.astype("<f4").tobytes()).decode()
-        for each in vectors
+        vector.tolist()
+        if query.encoding_format == "float"
+        else base64.b64encode(vector.astype("<f4").tobytes()).decode()
+        for vector in vectors
     ]
     body: responses.EmbeddingsResponse = {
         "object": "list",
-        "data": [{"object": "embedding", "index": index, "embedding": each} for index, each in enumerate(sent)],
+        "data": [{"object": "embedding", "index": index, "embedding": vector} for index, vector in enumerate(sent)],
         "model": name,
         "fingerprint": encoder.fingerprint,
         "usage": {"prompt_tokens": 0, "total_tokens": 0},
@@ -201,8 +203,8 @@ async def embeddings(request: Request) -> Response:
 
 def _inputs(query: requests.EmbeddingsQuery, max_bytes: int) -> list[str | bytes]:
     return [
-        each if isinstance(each, str) else decode_base64(each.image, max_bytes, f"input.{number}.image")
-        for number, each in enumerate(query.input)
+        part if isinstance(part, str) else decode_base64(part.image, max_bytes, f"input.{number}.image")
+        for number, part in enumerate(query.input)
     ]
 
 
@@ -255,7 +257,7 @@ async def readyz(request: Request) -> Response:
         "index_version": served.version,
         "count": served.index.manifest.count,
         "reason": reason,
-        "model_note": next((each.model_note for each in collections.loaded if each.model_note), None),
+        "model_note": next((loaded.model_note for loaded in collections.loaded if loaded.model_note), None),
     }
     return JsonResponse(body)
 

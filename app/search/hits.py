@@ -25,11 +25,11 @@ from app.search.query import Plan
 from app.search.served_version import (
     GroupField,
     ServedVersion,
-    first_places,
+    first_positions,
     group_field,
     is_exact_index,
     row_vectors,
-    sort_places,
+    sort_positions,
 )
 from dcar_core.util.arrays import Floats, Mask, Rows
 from index_jobs.index.index_version import IndexVersion
@@ -72,19 +72,19 @@ class Hits:
     is_exact: bool = True  # False if more rows may fit a sorted query
     rerank_scores: Mapping[int, float] = field(default_factory=dict)  # of hits that were scored again, by their rows
 
-    def take(self, places: Any) -> "Hits":
-        """Return the hits at these places: numbers, a mask or a slice."""
+    def take(self, positions: Any) -> "Hits":
+        """Return the hits at these positions: numbers, a mask or a slice."""
         names = ("rows", "cosines", "text_scores", "rank_scores")
-        return replace(self, **{name: getattr(self, name)[places] for name in names})
+        return replace(self, **{name: getattr(self, name)[positions] for name in names})
 
     def reach(self, score: float) -> Mask:
         """Return which cosines reach a score, as responses round them: bool (m,)."""
         reached: Mask = self.cosines.astype(np.float64).round(6) >= score
         return reached
 
-    def level(self, place: int) -> Level:
-        score = round(self.cosines[place].item(), 6)
-        if score >= self.likely or self.text_scores[place] >= self.contained:
+    def level(self, position: int) -> Level:
+        score = round(self.cosines[position].item(), 6)
+        if score >= self.likely or self.text_scores[position] >= self.contained:
             return "likely"
         return "possible" if score >= self.possible else "unlikely"
 
@@ -146,7 +146,7 @@ def best_of_groups(index: IndexVersion, plan: Plan, vector: Floats, groups: Grou
     remaining = allowed
     while missing > 0:
         best = best_rows(index, plan, vector, _ROWS_PER_GROUP * missing, remaining)
-        best = best.take(first_places(groups.codes[best.rows])[:missing])
+        best = best.take(first_positions(groups.codes[best.rows])[:missing])
         parts.append(best)
         missing -= len(best.rows)
         if not len(best.rows):
@@ -230,22 +230,24 @@ def fold_rows(index: IndexVersion, ranked: Hits, fold: float, count: int) -> Hit
     threshold, end = fold - _ROUNDING, len(ranked.rows)
     vectors = row_vectors(index, ranked.rows) if end else np.empty((0, 0), np.float32)  # [m, E]
     closest = np.full(end, -np.inf, np.float32)  # similarity of each row to a shown row before it
-    owners = np.arange(end)  # place of this shown row
-    shown: list[int] = []  # places
-    place = 0
-    while place < end:
-        if closest[place] < threshold:
-            shown.append(place)
-            owners[place] = place
-            similarity = vectors[place + 1 : end] @ vectors[place]
-            nearer = place + 1 + np.flatnonzero(similarity > closest[place + 1 : end])
-            closest[nearer], owners[nearer] = similarity[nearer - place - 1], place
+    owners = np.arange(end)  # position of this shown row
+    shown: list[int] = []  # positions
+    position = 0
+    while position < end:
+        if closest[position] < threshold:
+            shown.append(position)
+            owners[position] = position
+            similarity = vectors[position + 1 : end] @ vectors[position]
+            nearer = position + 1 + np.flatnonzero(similarity > closest[position + 1 : end])
+            closest[nearer], owners[nearer] = similarity[nearer - position - 1], position
             if len(shown) == count:  # of the rest, only rows that fold into these matter
                 end = 1 + int(np.flatnonzero(closest >= threshold).max(initial=-1))
-        place += 1
+        position += 1
     shown = shown[:count]
     owned = ((first, np.flatnonzero(owners[:end] == first)) for first in shown)
-    return replace(ranked.take(shown), folded=[ranked.rows[places[places != first]] for first, places in owned])
+    return replace(
+        ranked.take(shown), folded=[ranked.rows[positions[positions != first]] for first, positions in owned]
+    )
 
 
 def _sorted_hits(served: ServedVersion, plan: Plan, vector: Floats, groups: GroupField | None) -> Hits:
@@ -257,10 +259,10 @@ def _sorted_hits(served: ServedVersion, plan: Plan, vector: Floats, groups: Grou
     hits = _fitting(index, plan, vector)
     keys, excluded = (rows if groups is None else groups.codes[rows] for rows in (hits.rows, excluded))
     hits = hits.take(~np.isin(keys, excluded))
-    hits = hits.take(np.lexsort((hits.rows, -hits.rank_scores, sort_places(served, plan.sort)[hits.rows])))
+    hits = hits.take(np.lexsort((hits.rows, -hits.rank_scores, sort_positions(served, plan.sort)[hits.rows])))
     matched = hits.rows
     if groups is not None:
-        hits = hits.take(first_places(groups.codes[matched]))
+        hits = hits.take(first_positions(groups.codes[matched]))
     hits = replace(_with_verdict(hits), matched=matched, count=len(hits.rows))
     if plan.fold is not None:
         hits = fold_rows(index, hits, plan.fold, plan.depth)

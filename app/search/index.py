@@ -106,7 +106,7 @@ def _validated(fields: dict[str, Any]) -> Query:
         return Query(**fields)
     except ValidationError as error:
         fault = error.errors()[0]
-        field = ".".join(str(place) for place in fault["loc"]) or "query"
+        field = ".".join(str(part) for part in fault["loc"]) or "query"
         message = fault["msg"].removeprefix("Value error, ")
         if fault["type"] == "extra_forbidden" and fault["loc"] == (field,):
             message = f"unknown option; there are: {', '.join(sorted(Query.model_fields))}"

@@ -106,9 +106,9 @@ def rerank(compute: Compute, served: ServedVersion, plan: Plan, hits: Hits) -> H
     scores = {
         row: cosine + added[row] for row, cosine in zip(rows, hits.cosines.tolist(), strict=False) if row in added
     }
-    first = sorted(range(len(rows)), key=lambda place: -scores.get(rows[place], -math.inf))
+    first = sorted(range(len(rows)), key=lambda position: -scores.get(rows[position], -math.inf))
     order = [*first, *range(len(rows), len(hits.rows))]
-    folded = [hits.folded[place] for place in order] if hits.folded else []
+    folded = [hits.folded[position] for position in order] if hits.folded else []
     return replace(hits.take(order), folded=folded, rerank_scores=scores)
 
 
@@ -133,11 +133,13 @@ def explain(
 def _word_effects(compute: Compute, served: ServedVersion, text: str, rows: Sequence[int]) -> list[list[WordEffect]]:
     """Return the fall of each row's similarity to the text when a word is left out; nothing for a single word."""
     words = text.split()
-    places = range(min(len(words), _MAX_WORDS))
+    positions = range(min(len(words), _MAX_WORDS))
     if len(words) < 2 or not rows:
         return [[] for _ in rows]
-    shorter = [" ".join(words[:place] + words[place + 1 :]) for place in places]
-    whole, *without = compute.model(encode_text_rows, [TextRow(served.encoder, each) for each in (text, *shorter)])
+    shorter = [" ".join(words[:position] + words[position + 1 :]) for position in positions]
+    whole, *without = compute.model(
+        encode_text_rows, [TextRow(served.encoder, variant) for variant in (text, *shorter)]
+    )
     falls = row_vectors(served.index, [*rows]) @ (whole - np.stack(without)).T  # [C, n]
     return [
         [WordEffect(word=word, effect=effect) for word, effect in zip(words, fall, strict=False)]
@@ -152,9 +154,9 @@ def _relevance(compute: Compute, served: ServedVersion, vector: Floats, row: int
         return None
     encoder = served.encoder
     variants, part_of_patch = blank_parts(pixels, encoder.preprocess.blank(), encoder.state.patch_grid)
-    images = [ImageRow(encoder, each) for each in (pixels, *variants)]
+    images = [ImageRow(encoder, variant) for variant in (pixels, *variants)]
     original, *blanked = _in_chunks(compute, encode_image_rows, images)
-    falls = np.array([float(vector @ (original - each)) for each in blanked])
+    falls = np.array([float(vector @ (original - variant)) for variant in blanked])
     relevance: list[list[float]] = np.round(falls[part_of_patch], 4).tolist()
     return relevance
 

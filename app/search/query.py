@@ -242,8 +242,8 @@ class Plan:
     fold: float | None = None
     facets: tuple[str, ...] = ()
     fields: tuple[str, ...] = ()
-    offset: int = 0  # place of the page's first result
-    end: int = 10  # place after its last one
+    offset: int = 0  # position of the page's first result
+    end: int = 10  # position after its last one
     next_offset: int | None = None  # None if no further page may be requested
     rerank_depth: int = 0  # number of first results to score again
     explained: int = 0  # number of results on the page to explain

@@ -138,19 +138,19 @@ def answer(served: ServedVersion, plan: Plan, vector: Floats, compute: Compute |
 
 def make_page(served: ServedVersion, plan: Plan, vector: Floats, hits: Hits) -> Page:
     """Return the page of a plan's hits. Raise InvalidQueryError if its texts take more than the plan's `max_bytes`."""
-    item, places = served.index.item, range(plan.offset, min(plan.end, len(hits.rows)))
+    item, positions = served.index.item, range(plan.offset, min(plan.end, len(hits.rows)))
     rows = hits.rows[plan.offset : plan.end].tolist()
     items = [item(row) for row in rows]
     size = sum(item.text_bytes + (item.metadata_bytes if plan.fields else 0) for item in items)
     if size > plan.max_bytes:
         message = f"the texts and metadata take more than {plan.max_bytes // 2**10:,} KiB; "
         raise InvalidQueryError("k", message + "request fewer results at a time, or leave `fields` out")
-    results = [_result(plan, hits, place, item) for place, item in zip(places, items, strict=True)]
+    results = [_result(plan, hits, position, item) for position, item in zip(positions, items, strict=True)]
     groups = group_field(served, plan.group_by).shown(rows, plan.allowed) if plan.group_by else []
     for result, group in zip(results, groups, strict=False):
         result["group"] = group
-    for result, place in zip(results, places if hits.folded else (), strict=False):
-        if len(near := hits.folded[place]):
+    for result, position in zip(results, positions if hits.folded else (), strict=False):
+        if len(near := hits.folded[position]):
             result["folded"] = [item(row).id for row in near.tolist()]
             size += sum(map(len, result["folded"]))
     body: SearchResponse = {
@@ -178,13 +178,13 @@ def make_page(served: ServedVersion, plan: Plan, vector: Floats, hits: Hits) -> 
     return body, size
 
 
-def _result(plan: Plan, hits: Hits, place: int, item: Item) -> Result:
-    """Return the result at a place of the hits. Scores have six digits."""
+def _result(plan: Plan, hits: Hits, position: int, item: Item) -> Result:
+    """Return the result at a position of the hits. Scores have six digits."""
     result: Result = {
-        "rank": place + 1,
+        "rank": position + 1,
         "id": item.id,
-        "score": round(hits.cosines[place].item(), 6),
-        "level": hits.level(place),
+        "score": round(hits.cosines[position].item(), 6),
+        "level": hits.level(position),
         "caption": item.caption,
         "category": item.category,
         "image_url": image_url(plan.items_path, item.id),
@@ -196,8 +196,8 @@ def _result(plan: Plan, hits: Hits, place: int, item: Item) -> Result:
         wanted = metadata if "*" in plan.fields else plan.fields
         result["metadata"] = {name: metadata[name] for name in wanted if name in metadata}
     if plan.words_weight:
-        result["text_score"] = round(hits.text_scores[place].item(), 6)
-    if (score := hits.rerank_scores.get(hits.rows[place].item())) is not None:
+        result["text_score"] = round(hits.text_scores[position].item(), 6)
+    if (score := hits.rerank_scores.get(hits.rows[position].item())) is not None:
         result["rerank_score"] = round(score, 6)
     return result
 
@@ -276,8 +276,8 @@ def count_values(
 def _count_ranges(numbers: Any, owners: Rows) -> list[FacetValue]:
     """Return ranges between deciles, with the number of different owners in each; the last one includes its end."""
     edges = np.unique(np.quantile(numbers, np.linspace(0, 1, _RANGES + 1), method="nearest"))
-    places = np.minimum(np.searchsorted(edges, numbers, "right"), len(edges) - 1) - 1
-    keys = np.sort(owners * len(edges) + places)  # np.unique takes many times longer
+    positions = np.minimum(np.searchsorted(edges, numbers, "right"), len(edges) - 1) - 1
+    keys = np.sort(owners * len(edges) + positions)  # np.unique takes many times longer
     counts = np.bincount(keys[np.diff(keys, prepend=-1) > 0] % len(edges), minlength=len(edges) - 1)
     facet: list[FacetValue] = []
     for low, high, count in zip(edges[:-1].tolist(), edges[1:].tolist(), counts.tolist(), strict=True):

@@ -275,10 +275,10 @@ class GroupField:
         return (allowed or self.index.live_rows).without(np.flatnonzero(np.isin(self.codes, codes)))
 
 
-def first_places(codes: Rows) -> Rows:
-    """Return the place of the first row of each group, ascending, from the group of each row."""
-    _, places = np.unique(codes, return_index=True)
-    return np.sort(places)
+def first_positions(codes: Rows) -> Rows:
+    """Return the position of the first row of each group, ascending, from the group of each row."""
+    _, positions = np.unique(codes, return_index=True)
+    return np.sort(positions)
 
 
 def group_field(served: ServedVersion, name: str) -> GroupField:
@@ -304,8 +304,8 @@ def group_field(served: ServedVersion, name: str) -> GroupField:
     return groups
 
 
-def sort_places(served: ServedVersion, sort: str) -> NDArray[np.int32]:
-    """Return the place of each row in the order of a field, int32 (rows,); rows of equal value share one.
+def sort_positions(served: ServedVersion, sort: str) -> NDArray[np.int32]:
+    """Return the position of each row in the order of a field, int32 (rows,); rows of equal value share one.
 
     Texts are in order regardless of case; "" is missing. Rows without a value come last in both directions.
     """
@@ -319,8 +319,8 @@ def sort_places(served: ServedVersion, sort: str) -> NDArray[np.int32]:
         ranks = pc.rank(column, "descending" if sort.startswith("-") else "ascending", tiebreaker="dense")
         return ranks.to_numpy().astype(np.int32)  # type: ignore[no-any-return]
 
-    places: NDArray[np.int32] = served.columns.find(("places", sort), read)
-    return places
+    positions: NDArray[np.int32] = served.columns.find(("positions", sort), read)
+    return positions
 
 
 def list_rows(served: ServedVersion, filter: dict[str, Any] | None, sort: str, group_by: str) -> Rows:
@@ -331,10 +331,10 @@ def list_rows(served: ServedVersion, filter: dict[str, Any] | None, sort: str, g
     """
     allowed = filter_rows(served, filter) if filter else served.index.live_rows
     if sort:
-        rows: Rows = served.columns.find(("rows", sort), lambda: sort_places(served, sort).argsort(kind="stable"))
+        rows: Rows = served.columns.find(("rows", sort), lambda: sort_positions(served, sort).argsort(kind="stable"))
         rows = rows[allowed.mask[rows]]
     else:
         rows = np.flatnonzero(allowed.mask)
     if group_by and len(rows):
-        rows = rows[first_places(group_field(served, group_by).codes[rows])]
+        rows = rows[first_positions(group_field(served, group_by).codes[rows])]
     return rows

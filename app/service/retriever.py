@@ -32,7 +32,7 @@ from dcar_core.util.errors import ArtifactError, ImageError, ImageFault
 from dcar_core.util.machine import available_cores
 
 T = TypeVar("T")
-Place = Literal["search", "filter"]  # kinds of blocking work
+Work = Literal["search", "filter"]  # what blocks
 PendingKind = Literal["searches", "pictures"]
 
 _THUMBNAILS = 1000  # in memory, of some 20 kB
@@ -45,7 +45,7 @@ class Retriever:
         self._settings, self._metrics = settings, metrics
         self.encoder = QueryEncoder(settings, metrics)
         threads = min(4, available_cores())
-        self._threads: dict[Place, FairThreads] = {
+        self._threads: dict[Work, FairThreads] = {
             "search": FairThreads(threads, "dcar-search", ahead=threads),
             "filter": FairThreads(1, "dcar-filter"),
         }
@@ -90,9 +90,9 @@ class Retriever:
             self._pending[own] -= count
             self._pending += Counter()  # forgets who has none
 
-    async def run(self, place: Place, call: Callable[..., T], *args: Any) -> T:
+    async def run(self, work: Work, call: Callable[..., T], *args: Any) -> T:
         """Return what a call returns that blocks."""
-        return await self._threads[place].run(call, *args)
+        return await self._threads[work].run(call, *args)
 
     async def search(
         self, served: ServedVersion, query: Query, image: bytes | None = None, items_path: str = "/items"

@@ -55,12 +55,12 @@ class WriteWorker:
         self._reasons: dict[str, str] = {}  # why the jobs of a collection wait
         self._task: asyncio.Task[None] | None = None
         self._disk = ComputeThreads(4, "dcar-jobs")
-        collection = collections if settings.writes else ()
+        writable = collections if settings.writes else ()
         metrics.add_gauge(
             "dcar_jobs_waiting",
             "Changes of items that have not ended.",
             "collection",
-            lambda: [(name, float(each.waiting_jobs)) for name, each in collection],
+            lambda: [(name, float(collection.waiting_jobs)) for name, collection in writable],
         )
 
     def start(self) -> None:
@@ -108,13 +108,13 @@ class WriteWorker:
 
     async def newest(self, collections: Sequence[str], limit: int) -> list[dict[str, Any]]:
         """Return the status of the jobs of some collections that were accepted last, the newest first."""
-        found = [
+        statuses = [
             (name, collection, status)
             for name, collection in self._named(collections)
             for status in await self._disk.run(JobQueue(collection.path).newest, limit)
         ]
-        newest = sorted(found, key=lambda each: each[2]["accepted"], reverse=True)[:limit]
-        return [await self._shown(*each) for each in newest]
+        newest = sorted(statuses, key=lambda status: status[2]["accepted"], reverse=True)[:limit]
+        return [await self._shown(*status) for status in newest]
 
     def _named(self, collections: Sequence[str]) -> list[tuple[str, Collection]]:
         return [(name, self._collections[name]) for name in collections]  # one may be dropped during the next call

@@ -392,7 +392,7 @@ async def test_long_metadata_are_bounded_in_responses(built_index: Path, monkeyp
         assert_problem(await http.post("/search/text", json=query), 503)
         http.app.state.bodies.held -= 2**30
         monkeypatch.setattr("app.api.routing.QUICK_BYTES", 500)
-        for module in ("api.responses", "service.retriever"):
+        for module in ("api.routing", "service.retriever"):
             monkeypatch.setattr(f"app.{module}.MAX_TEXT_BYTES", 500)
         assert_problem(await http.post("/search/text", json=query), 422, "k")
         assert_problem(await http.post("/search/batch", json=batch), 422, "k")
