@@ -89,7 +89,7 @@ class Material:
             written.flush()
             drawing.rename(path)
             vectors: Floats = np.load(path, mmap_mode="r")
-            truth = find_neighbours(lambda: blocks(vectors), held_out(queries[1::2]))[1]
+            truth = find_neighbours(lambda: blocks(vectors), queries[1::2])[1]
             np.savez(self.truth, tuning=queries[::2], queries=queries[1::2], truth=truth)
         with np.load(self.truth) as file:
             return np.load(path, mmap_mode="r"), held_out(file["tuning"])
@@ -103,7 +103,7 @@ class Material:
                 yield block[allowed[start : start + BLOCK]]
 
         with np.load(self.truth) as file:
-            rows = find_neighbours(selected, held_out(file["queries"][:FILTERED_QUERIES]))[1]
+            rows = find_neighbours(selected, file["queries"][:FILTERED_QUERIES])[1]
         np.save(self.filtered(percent), np.where(rows < 0, -1, np.flatnonzero(allowed)[rows]))
 
     def _draw(self) -> tuple[Iterator[Floats], Floats]:
@@ -129,7 +129,7 @@ def grown(vectors: Floats, count: int) -> Iterator[Floats]:
 
 
 def held_out(vectors: Floats) -> HeldOutQueries:
-    return HeldOutQueries(vectors, "new", np.full(len(vectors), -1))
+    return HeldOutQueries(vectors, "new")
 
 
 def allowed_rows(count: int, percent: int) -> Mask:

@@ -148,7 +148,7 @@ def made_index(out: Path, checkpoint: Path, draw: "Callable[[], Floats]", captio
 
     from dcar_core import Encoder
     from dcar_core.model.checkpoint import copy_checkpoint
-    from index_jobs.engines.protocol import NewIndex, load_engine
+    from index_jobs.engines.protocol import HeldOutQueries, NewIndex, load_engine
     from index_jobs.gallery.scan import scan
     from index_jobs.index import versions
     from index_jobs.index.items import SIZE_COLUMNS, Items, write_items
@@ -178,7 +178,7 @@ def made_index(out: Path, checkpoint: Path, draw: "Callable[[], Floats]", captio
         write_items(folder / ITEMS, table, np.arange(count))
         stored = NewIndex(
             name=str(out), folder=folder, version=1, blocks=lambda: iter([vectors]), count=count, dim=dim,
-            queries=None, fields=Items(folder / ITEMS).field_table(),
+            queries=HeldOutQueries(vectors[:: 1 + count // 1000], ""), fields=Items(folder / ITEMS).field_table(),
         )  # fmt: skip
         created = load_engine(spec.engine).create(spec, stored)
         write_lexical(folder / LEXICAL, item_texts(table, None))

@@ -1,7 +1,6 @@
 """Recall and latency of an index on held-out queries, and the search parameters that they choose.
 
-- Queries are captions where the gallery has them, because texts lie elsewhere than images. Otherwise they are images
-  of the gallery, each without itself.
+- Queries are texts, since they lie elsewhere than images: captions where the gallery has them, else common words.
 - A neighbour counts by its score, since a search may return any of several equal images.
 - Half of the queries choose the fastest parameters that reach the target; the other half measures the recall.
 """
@@ -16,6 +15,7 @@ import numpy as np
 import pyarrow as pa
 
 from dcar_core import Encoder
+from dcar_core.model.tokenizer import common_words
 from dcar_core.util.arrays import Blocks, Floats, Rows
 from dcar_core.util.metrics import TIE_TOLERANCE
 from index_jobs.engines.protocol import HeldOutQueries, ScoredRows, merge_top_k
@@ -31,21 +31,15 @@ _STEPS = 32  # a width is exact to this fraction of itself
 _NOISE = 0.0005  # differences in recall below this are not a gain
 
 
-def caption_queries(table: pa.Table, encoder: Encoder) -> HeldOutQueries | None:
-    """Return evenly spread captions as held-out queries; None if less than half of the images have one."""
+def text_queries(table: pa.Table, encoder: Encoder) -> HeldOutQueries:
+    """Return evenly spread captions as held-out queries, or as many words if less than half of the images have one."""
     step = max(1, -(-table.num_rows // MAX_QUERIES))
     column = table["caption"]  # read cell by cell, because `take` joins all text first and fails at 2 GiB
     sampled = [column[row].as_py() for row in range(0, table.num_rows, step)]
     captions = [caption for caption in sampled if caption]
     if 2 * len(captions) < len(sampled):
-        return None
-    return HeldOutQueries(encoder.encode_text(captions), "captions", np.full(len(captions), -1))
-
-
-def gallery_queries(blocks: Blocks, count: int) -> HeldOutQueries:
-    """Return evenly spread vectors of the gallery, each to be searched for without itself."""
-    vectors = sample_vectors(blocks, count, MAX_QUERIES)
-    return HeldOutQueries(vectors, "images", np.arange(0, count, -(-count // MAX_QUERIES))[: len(vectors)])
+        return HeldOutQueries(encoder.encode_text(common_words(len(sampled))), "words")
+    return HeldOutQueries(encoder.encode_text(captions), "captions")
 
 
 def sample_vectors(blocks: Blocks, count: int, size: int) -> Floats:
@@ -65,7 +59,7 @@ class Benchmark:
         """target: the recall to reach. exact: the indexes are exact, so their recall is 1."""
         self.aim = target + _RECALL_MARGIN * (1 - target)
         self.queries, self.target, self.is_exact, self._blocks = queries, target, exact, blocks
-        self._scores = np.empty((0, NEIGHBOURS), np.float32) if exact else find_neighbours(blocks, queries)[0]
+        self._scores = np.empty((0, NEIGHBOURS), np.float32) if exact else find_neighbours(blocks, queries.vectors)[0]
         everything = np.arange(len(queries.vectors))
         divided = (everything[::2], everything[1::2]) if len(everything) >= _MIN_DIVIDED else (everything, everything)
         self.tuning_queries, self._measuring_queries = divided
@@ -86,10 +80,9 @@ class Benchmark:
         if self.is_exact:
             return 1.0
         queries, exact = np.ascontiguousarray(self.queries.vectors[chosen]), self._scores[chosen]
-        rows, own = index.search(queries, NEIGHBOURS + 1)[1], self.queries.own_rows[chosen]
-        rows = np.take_along_axis(rows, _own_last(rows, own), 1)[:, :NEIGHBOURS]
+        rows = index.search(queries, NEIGHBOURS)[1]
         scores = np.einsum("qe,qke->qk", queries, self._vectors(rows))
-        hits = (rows >= 0) & (rows != own[:, None]) & (scores >= exact[:, -1:] - TIE_TOLERANCE)
+        hits = (rows >= 0) & (scores >= exact[:, -1:] - TIE_TOLERANCE)
         total = int(np.isfinite(exact).sum())
         return int(hits.sum()) / total if total else 1.0
 
@@ -103,26 +96,18 @@ class Benchmark:
         return vectors
 
 
-def find_neighbours(blocks: Blocks, queries: HeldOutQueries) -> ScoredRows:
-    """Return the ten nearest neighbours by brute force, without each query's own row."""
-    k, start, q = NEIGHBOURS + 1, 0, len(queries.vectors)
-    best_scores, best_rows = np.empty((q, 0), np.float32), np.empty((q, 0), np.int64)
+def find_neighbours(blocks: Blocks, queries: Floats) -> ScoredRows:
+    """Return the ten nearest neighbours of queries (q, E) by brute force."""
+    start, best = 0, (np.empty((len(queries), 0), np.float32), np.empty((len(queries), 0), np.int64))
     for block in blocks():
         if not len(block):
             continue
         scores, rows = faiss.knn(
-            queries.vectors, np.ascontiguousarray(block), min(k, len(block)), metric=faiss.METRIC_INNER_PRODUCT
+            queries, np.ascontiguousarray(block), min(NEIGHBOURS, len(block)), metric=faiss.METRIC_INNER_PRODUCT
         )
-        best_scores, best_rows = merge_top_k([best_scores, scores], [best_rows, rows + start], k)
+        best = merge_top_k([best[0], scores], [best[1], rows + start], NEIGHBOURS)
         start += len(block)
-    order = _own_last(best_rows, queries.own_rows)[:, :NEIGHBOURS]
-    return np.take_along_axis(best_scores, order, 1), np.take_along_axis(best_rows, order, 1)
-
-
-def _own_last(rows: Rows, own_rows: Rows) -> Rows:
-    """Return the order of each query's rows in which its own row is the last."""
-    order: Rows = np.argsort(rows == own_rows[:, None], 1, kind="stable")
-    return order
+    return best
 
 
 def measure_latency(index: Any, vectors: Floats) -> dict[str, float]:

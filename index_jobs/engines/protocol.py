@@ -34,11 +34,10 @@ ScoredRows = tuple[Floats, Rows]  # scores float32 (n, k), best first, and rows 
 
 @dataclass(frozen=True)
 class HeldOutQueries:
-    """Queries to measure with, from captions or images of the gallery."""
+    """Queries to measure with, and what they are, such as captions."""
 
     vectors: Floats  # float32 (q, E)
     source: str
-    own_rows: Rows  # for each query the row to leave out, or -1
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,7 +51,7 @@ class NewIndex:
     fields: pa.Table  # the fields of each row, memory-mapped; for engines that evaluate filters
     count: int
     dim: int
-    queries: HeldOutQueries | None  # None for vectors of the gallery
+    queries: HeldOutQueries
 
 
 @dataclass(frozen=True, kw_only=True)

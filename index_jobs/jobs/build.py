@@ -40,7 +40,7 @@ from dcar_core.util.errors import (
 from dcar_core.util.machine import is_installed
 from index_jobs.encoding.encode import EncodedGallery, encode_gallery, load_replicas
 from index_jobs.encoding.shards import ShardStore
-from index_jobs.engines.measure import caption_queries
+from index_jobs.engines.measure import text_queries
 from index_jobs.engines.protocol import NewIndex, load_engine
 from index_jobs.gallery.scan import Gallery, scan
 from index_jobs.index import versions
@@ -92,6 +92,9 @@ class RebuildSummary:
             lines.append(f"since the previous version: {numbers}")
         if self.gate:
             lines.append(f"compared with the previous version: {self.gate['reason']}")
+        if self.measured.get("parameters"):
+            recall, source = 100 * self.measured["recall_at_10"], self.measured["query_source"]
+            lines.append(f"searches are tuned by {source}, and return {recall:.1f} % of their ten nearest images")
         if "recall_at_1" in self.cutoff:
             first, ten = (100 * self.cutoff[f"recall_at_{k}"] for k in (1, 10))
             lines.append(
@@ -356,7 +359,7 @@ class _Build:
         vectors = NewIndex(
             name=index_name(self.out), folder=folder, version=new.number, blocks=encoded.blocks,
             fields=Items(folder / ITEMS).field_table(), count=len(encoded), dim=encoder.dim,
-            queries=caption_queries(gallery.table, encoder),
+            queries=text_queries(gallery.table, encoder),
         )  # fmt: skip
         logger.info("building the vector index")
         created = engine.create(spec, vectors)

@@ -25,7 +25,7 @@ from dcar_core.util.arrays import Rows
 from dcar_core.util.errors import DataError, DcarError
 from dcar_core.util.files import write_json_lines
 from index_jobs.encoding.encode import EncodedGallery, encode_gallery, load_replicas
-from index_jobs.engines.measure import caption_queries
+from index_jobs.engines.measure import text_queries
 from index_jobs.engines.protocol import NewIndex, load_engine
 from index_jobs.gallery.scan import SCHEMA, Gallery, absolute_locations, scan
 from index_jobs.index import versions
@@ -208,7 +208,7 @@ def _write_addition(
     new_index = NewIndex(
         name=index_name(new.index), folder=folder, version=new.number,
         blocks=lambda: chain(blocks, encoded.blocks()), fields=Items(folder / ITEMS).field_table(),
-        count=table.num_rows, dim=manifest.dim, queries=caption_queries(table, encoder),
+        count=table.num_rows, dim=manifest.dim, queries=text_queries(table, encoder),
     )  # fmt: skip
     created = load_engine(manifest.spec.engine).create(replace(manifest.spec, kind="auto"), new_index)
     sources = [source for addition in merged for source in addition.sources] + [gallery.location]

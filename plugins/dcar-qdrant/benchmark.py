@@ -93,7 +93,7 @@ def main() -> None:
             new = NewIndex(
                 name=name, folder=folder, version=1, blocks=lambda: iter([vectors]), fields=fields,
                 count=len(vectors), dim=vectors.shape[1],
-                queries=HeldOutQueries(queries, "given", np.full(len(queries), -1)),
+                queries=HeldOutQueries(queries, "given"),
             )  # fmt: skip
             created = engine.create(IndexSpec(kind="hnsw"), new)
             index = engine.open({path.name: path for path in folder.iterdir()})

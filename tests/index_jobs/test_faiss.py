@@ -18,18 +18,17 @@ from index_jobs.engines.faiss import index as faiss_index
 from index_jobs.engines.faiss.build import (
     IndexChoice,
     SearchParameters,
-    build_index,
     choose_kinds,
     create_index,
     fill_index,
     machine_memory,
 )
 from index_jobs.engines.faiss.index import MAX_GPU_K, FaissIndex, gpu_count, write_faiss
-from index_jobs.engines.measure import NEIGHBOURS, Benchmark, find_neighbours, gallery_queries, tune
+from index_jobs.engines.measure import NEIGHBOURS, Benchmark, find_neighbours, tune
 from index_jobs.engines.protocol import HeldOutQueries, merge_top_k
 from index_jobs.index.items import MAX_FIELDS, infer_types, typed_array
 from index_jobs.row_filter import RowFilter
-from tests.support.vectors import DIM, blocks, build, choices_of, clustered, recall, unit
+from tests.support.vectors import DIM, blocks, build, clustered, held_out, recall, unit
 
 faiss: Any = typed_faiss
 
@@ -59,7 +58,7 @@ def file(tmp_path: Path) -> Path:
 )
 @pytest.mark.slow
 def test_kind_finds_what_exact_search_finds(kind: str, lowest: float, gallery: Floats, file: Path) -> None:
-    built = build_index(file, blocks(gallery), len(gallery), DIM, choose_kinds(kind, len(gallery), DIM))
+    built = build(file, gallery, *choose_kinds(kind, len(gallery), DIM))
     index = FaissIndex.open(file)
     assert (index.count, index.dim) == gallery.shape
     queries = clustered(100, seed=0)[:100]
@@ -89,7 +88,7 @@ def test_tuned_parameters_are_kept_in_the_file_and_reach_the_target(gallery: Flo
 @pytest.mark.parametrize("kind", ["flat", "hnsw", "ivf"])
 def test_fewer_vectors_than_neighbours_are_indexed(kind: str, count: int, file: Path) -> None:
     vectors = clustered(count)
-    built = build_index(file, blocks(vectors), count, DIM, choose_kinds(kind, count, DIM))
+    built = build(file, vectors, *choose_kinds(kind, count, DIM))
     assert built.measured["recall_at_10"] == 1.0
     rows = FaissIndex.open(file).search(vectors[:1], 5)[1][0]
     assert rows[0] == 0
@@ -122,10 +121,10 @@ def test_lists_found_by_a_graph_are_searched(gallery: Floats, file: Path) -> Non
 
 
 def test_recall_is_measured_on_queries_not_used_for_tuning(gallery: Floats, file: Path) -> None:
-    """HeldOutQueries that tune must not measure: half of these are outliers."""
+    """Queries that tune must not measure: half of these are outliers."""
     queries = clustered(100, seed=9)
     queries[::2] = clustered(5000)[:50]
-    asked = HeldOutQueries(queries, "captions", np.full(100, -1))
+    asked = HeldOutQueries(queries, "captions")
     measured = build(file, gallery, "IVF64,Flat", queries=asked).measured
     assert measured["queries"] == 50
     index = faiss.read_index(str(file))
@@ -214,7 +213,7 @@ def test_kind_that_cannot_be_built_says_why(
     kind: str, count: int, error: type[Exception], says: str, gallery: Floats, file: Path
 ) -> None:
     with pytest.raises(error, match=says):
-        build_index(file, blocks(gallery[:count]), count, DIM, choose_kinds(kind, count, DIM))
+        build(file, gallery[:count], *choose_kinds(kind, count, DIM))
 
 
 @pytest.mark.parametrize("keep", [0, 20, -10, None])
@@ -231,7 +230,7 @@ def test_gpu_results_equal_those_of_the_processor(kind: str, tmp_path: Path) -> 
     if not gpu_count():
         pytest.skip("FAISS's CPU build: pip uninstall faiss-cpu, then pip install faiss-gpu")
     vectors, file = clustered(5000), tmp_path / "index.faiss"
-    build_index(file, blocks(vectors), 5000, DIM, choose_kinds(kind, 5000, DIM), target=0.9)
+    build(file, vectors, *choose_kinds(kind, 5000, DIM), target=0.9)
     found, expected = (FaissIndex.open(file, on_gpu=on_gpu).search(vectors[:50], 10) for on_gpu in (True, False))
     assert (found[1] == expected[1]).mean() > 0.99
     np.testing.assert_allclose(found[0], expected[0], atol=1e-3)
@@ -269,7 +268,7 @@ class Found:
 
 
 def asked_of(vectors: Floats, found: Any) -> float:
-    queries = HeldOutQueries(clustered(len(found), seed=3), "captions", np.full(len(found), -1))
+    queries = HeldOutQueries(clustered(len(found), seed=3), "captions")
     return float(Benchmark(blocks(vectors), queries, target=0.99).measure(Found(found))["recall_at_10"])
 
 
@@ -289,15 +288,12 @@ def test_results_beyond_the_tenth_score_are_misses_and_duplicates_of_neighbours_
     assert asked_of(thrice, np.concatenate([three, order[:, 4:5]], 1)) == 0.9
 
 
-def test_neighbours_are_exact_and_leave_a_query_of_the_gallery_out() -> None:
+def test_neighbours_are_exact_among_copies() -> None:
     vectors = clustered(1500)
     vectors[np.random.default_rng(1).random(1500) < 0.3] = vectors[0]  # copies of one image
-    own = gallery_queries(blocks(vectors), len(vectors))
-    scores, rows = find_neighbours(blocks(vectors), own)
-    assert (rows != own.own_rows[:, None]).all()
-    exact = own.vectors @ vectors.T
-    exact[np.arange(len(exact)), own.own_rows] = -2
-    np.testing.assert_allclose(scores, -np.sort(-exact, axis=1)[:, :NEIGHBOURS], atol=1e-6)
+    queries = clustered(100, seed=3)
+    scores, _ = find_neighbours(blocks(vectors), queries)
+    np.testing.assert_allclose(scores, -np.sort(-(queries @ vectors.T), axis=1)[:, :NEIGHBOURS], atol=1e-6)
 
 
 @pytest.mark.parametrize("kind", ["IVF300,Flat", "HNSW4", "IVF100,PQ16x4fs,RFlat"])
@@ -305,8 +301,8 @@ def test_neighbours_are_exact_and_leave_a_query_of_the_gallery_out() -> None:
 def test_tuned_width_is_just_above_the_aim(kind: str) -> None:
     """A sixteenth less misses the aim, whatever number of candidates is re-ranked."""
     vectors = unit(np.random.default_rng(0).normal(size=(3000, 32)))
-    index = fill_index(choices_of(kind)[0], 32, blocks(vectors), len(vectors))
-    benchmark = Benchmark(blocks(vectors), gallery_queries(blocks(vectors), len(vectors)), target=0.95)
+    index = fill_index(IndexChoice(kind, "test"), 32, blocks(vectors), len(vectors))
+    benchmark = Benchmark(blocks(vectors), held_out(vectors), target=0.95)
     (name, width), *_ = tune(benchmark, index, SearchParameters(index))["parameters"].items()
     assert benchmark.recall(index, benchmark.tuning_queries) >= 0.9625
     SearchParameters(index).set(name, width * 15 // 16 - 1)
@@ -338,7 +334,7 @@ def built(vectors: Floats, tmp_path_factory: pytest.TempPathFactory) -> Callable
 
 def fill(vectors: Floats, kind: str, **parameters: int) -> Any:
     """Return an index of a kind that is not tuned."""
-    index = fill_index(choices_of(kind)[0], vectors.shape[1], blocks(vectors), len(vectors))
+    index = fill_index(IndexChoice(kind, "test"), vectors.shape[1], blocks(vectors), len(vectors))
     inner, _ = faiss_index.unwrap(index)
     for name, value in parameters.items():
         setattr({"efSearch": getattr(inner, "hnsw", None), "k_factor": index}.get(name, inner), name, value)

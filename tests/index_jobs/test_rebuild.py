@@ -24,6 +24,7 @@ from dcar_core.model.backbone import BackboneSource, load_backbone
 from dcar_core.model.checkpoint import save_checkpoint
 from dcar_core.model.dcar import seeded_model
 from dcar_core.model.methods import find_method
+from dcar_core.model.tokenizer import common_words
 from dcar_core.util.errors import DataError, DcarError
 from index_jobs.encoding.shards import ShardStore
 from index_jobs.gallery.scan import scan
@@ -35,6 +36,7 @@ from tests.support.images import draw
 from tests.support.parts import needs
 from tests.support.paths import ROOT
 from tests.support.processes import children_of, is_alive
+from tests.support.vectors import recall
 from tests.support.versions import Build, file_of
 
 
@@ -83,6 +85,23 @@ def test_another_kind_or_other_captions_need_no_encoding(
         assert build(gallery, **options).encoded == encoded, options
         assert open_current(index).manifest.spec.exact == bool(options.get("exact"))
     assert open_current(index).item(5).caption == "a crimson circle"
+
+
+@pytest.mark.slow
+def test_a_gallery_without_captions_is_tuned_by_words_for_texts(build: Build, encoder: Encoder, tmp_path: Path) -> None:
+    (images := tmp_path / "images").mkdir()
+    for number, pixels in enumerate(np.random.default_rng(0).integers(256, size=(1500, 4, 4, 3), dtype=np.uint8)):
+        Image.fromarray(pixels).save(images / f"{number}.png")
+    done = build(images, kind="HNSW8,Flat")
+    assert "\nsearches are tuned by words, and return 9" in done.to_text()
+    index = open_current(tmp_path / "index")
+    assert index.manifest.measured["query_source"] == "words"
+    texts = encoder.encode_text(
+        [f"a {colour} {thing}" for colour in ("red", "tall", "old") for thing in common_words(99)]
+    )
+    assert (
+        recall(index.search(texts, 10)[1], texts, index.vectors(np.arange(1500))) >= index.manifest.spec.target_recall
+    )
 
 
 @pytest.mark.slow

@@ -6,7 +6,7 @@ import numpy as np
 
 from dcar_core.util.arrays import Floats, Rows
 from dcar_core.util.errors import DataError
-from index_jobs.engines.measure import Benchmark, gallery_queries
+from index_jobs.engines.measure import Benchmark
 from index_jobs.engines.protocol import CreatedIndex, Engine, Files, NewIndex, ScoredRows, VectorIndex, merge_top_k
 from index_jobs.row_filter import RowFilter
 from index_jobs.spec import IndexSpec
@@ -38,7 +38,7 @@ class ArrayEngine(Engine):
     def create(self, spec: IndexSpec, new: NewIndex) -> CreatedIndex:
         index = ArrayIndex(np.concatenate([np.asarray(block) for block in new.blocks()]))
         np.save(new.folder / "vectors.npy", index.vectors(np.arange(index.count)))
-        benchmark = Benchmark(new.blocks, gallery_queries(new.blocks, new.count), target=spec.target_recall)
+        benchmark = Benchmark(new.blocks, new.queries, target=spec.target_recall)
         return CreatedIndex(kind="array", reason="requested", measured=benchmark.measure(index))
 
     def open(self, files: Files, kind: str = "") -> ArrayIndex:

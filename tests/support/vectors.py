@@ -8,7 +8,7 @@ import numpy as np
 
 from dcar_core.util.arrays import Blocks, Floats, Mask, Rows
 from index_jobs.engines.faiss.build import IndexChoice, build_index
-from index_jobs.engines.protocol import CreatedIndex
+from index_jobs.engines.protocol import CreatedIndex, HeldOutQueries
 
 DIM = 32
 
@@ -32,13 +32,16 @@ def blocks(vectors: Floats, size: int = 700) -> Blocks:
     return again
 
 
-def choices_of(*kinds: str) -> list[IndexChoice]:
-    return [IndexChoice(kind, "test") for kind in kinds]
+def held_out(vectors: Floats) -> HeldOutQueries:
+    """Return up to a thousand of the vectors as queries."""
+    return HeldOutQueries(vectors[:: -(-len(vectors) // 1000)], "vectors")
 
 
-def build(file: Path, vectors: Floats, *kinds: str, **options: Any) -> CreatedIndex:
-    """Build, tune and write an index of one of these factory strings."""
-    return build_index(file, blocks(vectors), len(vectors), vectors.shape[1], choices_of(*kinds), **options)
+def build(file: Path, vectors: Floats, *kinds: str | IndexChoice, **options: Any) -> CreatedIndex:
+    """Build, tune and write an index of one of these factory strings or choices."""
+    choices = [IndexChoice(kind, "test") if isinstance(kind, str) else kind for kind in kinds]
+    queries = options.pop("queries", held_out(vectors))
+    return build_index(file, blocks(vectors), len(vectors), vectors.shape[1], choices, queries, **options)
 
 
 def recall(rows: Rows, queries: Floats, vectors: Floats, mask: Mask | None = None) -> float:

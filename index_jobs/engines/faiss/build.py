@@ -29,7 +29,7 @@ from index_jobs.engines.faiss.index import (
     unwrap,
     write_faiss,
 )
-from index_jobs.engines.measure import Benchmark, gallery_queries, sample_vectors, tune
+from index_jobs.engines.measure import Benchmark, sample_vectors, tune
 from index_jobs.engines.protocol import CreatedIndex, Engine, Files, HeldOutQueries, NewIndex
 from index_jobs.spec import IndexSpec
 
@@ -110,17 +110,17 @@ def build_index(
     count: int,
     dim: int,
     choices: Sequence[IndexChoice],
-    queries: HeldOutQueries | None = None,
+    queries: HeldOutQueries,
     *,
     target: float = IndexSpec.target_recall,
 ) -> CreatedIndex:
     """Build and tune an index, and write it; row numbers are the order of the vectors.
 
     blocks: count vectors (dim,), L2-normalized. choices: what to build, and what next while the recall is below the
-    target. queries: None for vectors of the gallery. Raise DataError if the kind needs more vectors than there are.
+    target. Raise DataError if the kind needs more vectors than there are.
     """
     is_exact = [choice.factory for choice in choices] == ["Flat"]
-    benchmark = Benchmark(blocks, queries or gallery_queries(blocks, count), target=target, exact=is_exact)
+    benchmark = Benchmark(blocks, queries, target=target, exact=is_exact)
     tried = list[CreatedIndex]()
     for choice in choices:
         start = time.perf_counter()

@@ -31,7 +31,7 @@ from dcar_core.util.files import write_json
 from dcar_qdrant.conditions import payload_keys
 from dcar_qdrant.connection import API_KEY, call, connect
 from dcar_qdrant.index import BATCH, LOCATION, QdrantIndex, QdrantLocation
-from index_jobs.engines.measure import Benchmark, gallery_queries, tune
+from index_jobs.engines.measure import Benchmark, tune
 from index_jobs.engines.protocol import CreatedIndex, Engine, Files, NewIndex
 from index_jobs.row_filter import EMPTY_IS_MISSING
 from index_jobs.spec import IndexSpec
@@ -96,8 +96,8 @@ class QdrantEngine(Engine):
         start = time.perf_counter()
         self._fill(location, new)
         seconds = time.perf_counter() - start
-        index, queries = QdrantIndex(location), new.queries or gallery_queries(new.blocks, new.count)
-        benchmark = Benchmark(new.blocks, queries, target=spec.target_recall)
+        index = QdrantIndex(location)
+        benchmark = Benchmark(new.blocks, new.queries, target=spec.target_recall)
         if is_flat or "hnsw_ef" in self._settings:
             measured = benchmark.measure(index, {"hnsw_ef": index.ef} if index.ef else {})
         else:
