@@ -6,6 +6,7 @@ import re
 import subprocess
 import sys
 import venv
+import zipfile
 from pathlib import Path
 
 import pytest
@@ -18,6 +19,7 @@ from tests.support.processes import without_pytorch
 from tests.support.service import serving_by
 
 CHECKPOINT = "examples/emoji/twemoji/checkpoint"
+BUNDLED = ("base/open_clip_model.safetensors", "openmoji/gallery.tar", "query.png", "twemoji/gallery.tar")
 
 
 @pytest.mark.parametrize(
@@ -60,6 +62,8 @@ def test_a_wheel_in_a_clean_environment_serves_without_pytorch(
     subprocess.run([*pip, "wheel", "--no-deps", "--wheel-dir", str(tmp_path), str(ROOT)], check=True)
     venv.create(tmp_path / "clean", symlinks=True)
     python, (wheel,) = str(tmp_path / "clean" / "bin" / "python"), tmp_path.glob("*.whl")
+    assert {f"app/emoji/{name}" for name in BUNDLED} < {*zipfile.ZipFile(wheel).namelist()}
+    assert wheel.stat().st_size < 40e6
     subprocess.run([*pip, f"--python={python}", "install", f"{wheel}[openvino]"], check=True)
     names = ("torch", "timm", "open_clip", "dcar_core")
     find = f"import importlib.util as u; print(*[n for n in {names} if u.find_spec(n)])"
@@ -76,6 +80,12 @@ def test_a_wheel_in_a_clean_environment_serves_without_pytorch(
     monkeypatch.chdir(tmp_path)
     with serving_by(python, tmp_path / "index", DCAR_RUNTIME="auto", DCAR_RUNTIME_CACHE=str(tmp_path)) as http:
         assert http.post("/search/text", json={"query": "a red square"}).status_code == 200
+
+
+def test_what_is_cited_is_this_version() -> None:
+    cited, project = ((ROOT / name).read_text(encoding="utf-8") for name in ("CITATION.cff", "pyproject.toml"))
+    version = re.compile(r'^version(?:: | = ")([\d.]+)"?$', re.MULTILINE)
+    assert version.findall(cited) == version.findall(project)
 
 
 def test_each_image_of_the_bake_file_is_a_target_of_the_dockerfile() -> None:
