@@ -43,7 +43,7 @@ from tests.support.hostile_images import (
     png_with_chunks,
     tiff_with_tile,
 )
-from tests.support.nginx import behind_nginx
+from tests.support.servers import behind_nginx
 
 ADMIN_KEY = "an admin key"
 ATTACKER = "127.0.0.2"  # another caller than the honest ones

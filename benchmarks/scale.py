@@ -20,7 +20,7 @@ from load import closed_loop, text_request, unique_texts
 from serve import median, new_texts, run
 from service import Server, emoji, serving
 
-from tests.support.nginx import behind_nginx
+from tests.support.servers import behind_nginx
 
 CONNECTIONS = 16
 TEXTS = list(itertools.islice(unique_texts(1), 300))

@@ -29,7 +29,7 @@ from load import Requests, Tally, closed_loop, image_request, text_request, uniq
 from PIL import Image
 from service import emoji, random_vit, serving
 
-from tests.support.redis_server import RedisServer
+from tests.support.servers import RedisServer
 
 T = TypeVar("T")
 LOAD_CORES = set(range(1, os.cpu_count() or 1)) or {0}

@@ -182,12 +182,9 @@ def tiny_data(tiny_gallery: Path) -> Path:
             row = rows[i]
             wrong = [f"a {color} {row['category']}" for color in COLORS[:3] if color != row["color"]]
             content[f"{row['category']}_{i}"] = {
-                "file_name": row["file_name"],
-                "file_path": f"/somewhere/else/{row['file_name']}",
-                "positive": row["caption"],
-                "negative": wrong,
-                "class_name": row["category"],
-            }
+                "file_name": row["file_name"], "file_path": f"/somewhere/else/{row['file_name']}",
+                "positive": row["caption"], "negative": wrong, "class_name": row["category"],
+            }  # fmt: skip
         (tiny_gallery / f"{split}.json").write_text(json.dumps(content))
     return tiny_gallery
 

@@ -17,7 +17,7 @@ from index_jobs.index.index_version import IndexVersion
 from index_jobs.index.versions import open_current
 from index_jobs.jobs.update import apply_waiting
 from index_jobs.rebuild import rebuild
-from tests.support.redis_server import RedisServer
+from tests.support.servers import RedisServer
 from tests.support.service import ODD_ID, ServiceClient, opened
 
 

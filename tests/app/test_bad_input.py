@@ -76,15 +76,12 @@ async def test_hostile_names_numbers_and_counts_make_short_answers_soon(built_in
         ("POST", "/search/text", {"query": "a", "filter": {"id": [digits]}}),
         ("POST", "/search/batch", {"queries": [{"query": "a", name: 1}]}),
         ("POST", "/search/batch", {"queries": [{"query": "a", "filter": {name: 1}}]}),
-        ("POST", "/search/batch", {"queries": [1] * 20_000}),
-        ("POST", "/search/batch", {"queries": [{}] * 1001}),
-        ("POST", "/v1/embeddings", {"input": ["a"], name: 1}),
-        ("PATCH", "/items", {name: 1}),
+        ("POST", "/search/batch", {"queries": [1] * 20_000}), ("POST", "/search/batch", {"queries": [{}] * 1001}),
+        ("POST", "/v1/embeddings", {"input": ["a"], name: 1}), ("PATCH", "/items", {name: 1}),
         ("PATCH", "/items", {"ids": ["a"], "metadata": {"price": digits}}),
-        ("DELETE", "/items", {"filter": {"x" * 50_000: 1}}),
-        ("DELETE", "/items", {"filter": {"id": [name]}}),
+        ("DELETE", "/items", {"filter": {"x" * 50_000: 1}}), ("DELETE", "/items", {"filter": {"id": [name]}}),
         ("GET", f"/items?{'x' * 50_000}=1", None),
-    ]
+    ]  # fmt: skip
     async with opened(built_index, writes=True, admin_key="long enough") as client:
         for method, path, body in cases:
             began = time.monotonic()
@@ -96,20 +93,14 @@ async def test_hostile_names_numbers_and_counts_make_short_answers_soon(built_in
 
 JPEG = encoded(Image.effect_noise((80, 80), 90).convert("RGB"), "JPEG")
 BROKEN = {
-    "empty": b"",
-    "text": b"this is not an image",
+    "empty": b"", "text": b"this is not an image",
     "svg": b"<svg xmlns='http://www.w3.org/2000/svg'><script>alert(1)</script></svg>",
     "postscript": b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 10 10\n%%EndComments\nshowpage\n",
-    "truncated jpeg": JPEG[: len(JPEG) // 2],
-    "truncated png": png()[:-30],
-    "only a header": png()[:20],
-    "only magic": b"\xff\xd8\xff",
-    "20,000 x 20,000": png_of_size(20_000, 20_000),
-    "noise after magic": b"\x89PNG\r\n\x1a\n" + bytes(range(256)),
-    "webp of nothing": b"RIFF\x00\x00\x00\x00WEBPVP8 ",
-    "tiff of nothing": b"II*\x00\xff\xff\xff\xff",
-    "gif of nothing": b"GIF89a\xff\xff\xff\xff",
-}
+    "truncated jpeg": JPEG[: len(JPEG) // 2], "truncated png": png()[:-30], "only a header": png()[:20],
+    "only magic": b"\xff\xd8\xff", "20,000 x 20,000": png_of_size(20_000, 20_000),
+    "noise after magic": b"\x89PNG\r\n\x1a\n" + bytes(range(256)), "webp of nothing": b"RIFF\x00\x00\x00\x00WEBPVP8 ",
+    "tiff of nothing": b"II*\x00\xff\xff\xff\xff", "gif of nothing": b"GIF89a\xff\xff\xff\xff",
+}  # fmt: skip
 
 
 async def test_invalid_images_name_the_field_and_fail_alone(started: ServiceClient) -> None:

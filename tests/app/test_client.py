@@ -1,11 +1,16 @@
-"""The Python client against the whole service on a real port, and against services that misbehave."""
+"""The Python client against the whole service on a real port, and against services that misbehave; its package."""
 
+import os
 import re
 import shutil
+import subprocess
+import sys
+import tomllib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import dcar_client
 import httpx
 import pytest
 from dcar_client import AsyncClient, Client, NewEvent, ServiceError, models
@@ -16,6 +21,7 @@ from index_jobs.index.job_queue import JobQueue
 from index_jobs.rebuild import rebuild
 from tests.support.files import write_jsonl
 from tests.support.images import png
+from tests.support.paths import ROOT
 from tests.support.processes import free_port
 from tests.support.service import ADMIN, ODD_ID, serving
 
@@ -136,30 +142,19 @@ def test_searches_and_items(built_index: Path, gallery: Path) -> None:
 async def test_the_async_client_returns_the_same(index: Path, gallery: Path, tmp_path: Path) -> None:
     job, file = ended_job(index), gallery / "circle/blue.png"
     calls: list[tuple[str, tuple[Any, ...], dict[str, Any]]] = [
-        ("search_text", ("a red circle",), {"k": 3}),
-        ("search_image", (file, "red"), {"k": 2}),
-        ("search_batch", (["red", {"query": "blue", "k": 3}],), {"k": 2}),
-        ("embeddings", (["red"],), {}),
-        ("similar", (ODD_ID,), {"k": 4}),
-        ("items", (), {"filter": {"category": "circle"}, "k": 4}),
-        ("item", (ODD_ID,), {}),
-        ("image", ("circle/blue.png",), {}),
+        ("search_text", ("a red circle",), {"k": 3}), ("search_image", (file, "red"), {"k": 2}),
+        ("search_batch", (["red", {"query": "blue", "k": 3}],), {"k": 2}), ("embeddings", (["red"],), {}),
+        ("similar", (ODD_ID,), {"k": 4}), ("items", (), {"filter": {"category": "circle"}, "k": 4}),
+        ("item", (ODD_ID,), {}), ("image", ("circle/blue.png",), {}),
         ("feedback", ([{"query_id": "x", "client_id": "c", "action_name": "click", "object_id": "a"}],), {}),
         ("put_items", ([{"id": "a", "image": file}, {"id": "b", "image": png(), "caption": "b"}],), {}),
         ("put_item", ({"id": "a", "image": file, "metadata": {"price": 3}},), {}),
         ("patch_items", ({"metadata": {"price": 3}},), {"filter": {"category": "circle"}}),
-        ("patch_item", (ODD_ID, {"caption": None}), {}),
-        ("delete_items", (["a"],), {}),
-        ("delete_item", (ODD_ID,), {}),
-        ("jobs", (), {"limit": 3}),
-        ("job", (job,), {}),
-        ("wait_for_job", (job,), {}),
-        ("put_collection", ("lamps",), {"model": "index"}),
-        ("collections", (), {}),
-        ("health", (), {}),
-        ("readiness", (), {}),
-        ("reload", (), {}),
-    ]
+        ("patch_item", (ODD_ID, {"caption": None}), {}), ("delete_items", (["a"],), {}), ("delete_item", (ODD_ID,), {}),
+        ("jobs", (), {"limit": 3}), ("job", (job,), {}), ("wait_for_job", (job,), {}),
+        ("put_collection", ("lamps",), {"model": "index"}), ("collections", (), {}), ("health", (), {}),
+        ("readiness", (), {}), ("reload", (), {}),
+    ]  # fmt: skip
     public = {name for name in vars(Client) if not name.startswith("_")}
     assert public == {name for name in vars(AsyncClient) if name in public}
     assert {name for name, *_ in calls} == public - {"close", "delete_collection"}
@@ -280,3 +275,31 @@ def test_dots_cannot_be_names() -> None:
         client.item("..")
     with pytest.raises(ValueError, match=r"'\.' cannot be"):
         Client("http://service", collection=".")
+
+
+PACKAGE = ROOT / "clients" / "python"
+
+
+def test_the_openapi_document_and_the_generated_models_are_up_to_date() -> None:
+    script = ROOT / "scripts" / "generate_client_models.py"
+    done = subprocess.run([sys.executable, script, "--check"], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+def test_every_model_is_exported() -> None:
+    own = {name for name, each in vars(models).items() if isinstance(each, type) and each.__module__ == models.__name__}
+    assert own - {*dcar_client.__all__} == {"Model"}
+
+
+def test_the_client_depends_on_httpx_and_pydantic_alone() -> None:
+    project = tomllib.loads((PACKAGE / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    assert {re.split(r"[<>=]", each)[0] for each in project["dependencies"]} == {"httpx", "pydantic"}
+    code = "import sys, dcar_client; sys.exit(bool({'torch', 'faiss', 'numpy', 'app', 'dcar_core'} & set(sys.modules)))"
+    environment = {**os.environ, "PYTHONPATH": str(PACKAGE / "src")}
+    assert subprocess.run([sys.executable, "-c", code], cwd=PACKAGE, env=environment).returncode == 0
+
+
+def test_the_readme_names_every_method() -> None:
+    readme = (PACKAGE / "README.md").read_text(encoding="utf-8")
+    methods = [name for name in vars(Client) if not name.startswith("_") and name != "close"]
+    assert [name for name in methods if f"`{name}(" not in readme] == []

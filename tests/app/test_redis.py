@@ -13,7 +13,7 @@ import redis
 from app.core.callers import RateLimiter
 from app.core.redis import connect
 from app.service.redis_cache import RedisCache
-from tests.support.redis_server import RedisServer
+from tests.support.servers import RedisServer
 from tests.support.service import opened
 
 pytestmark = pytest.mark.redis
@@ -81,14 +81,11 @@ async def test_a_password_a_database_and_a_socket_are_used(tmp_path: Path) -> No
 @pytest.mark.parametrize(
     "url",
     [
-        "http://:secretword@localhost",
-        "redis://:secretword@localhost:many",
-        "redis://:half/secretword@localhost",
-        "redis://:secretword@localhost?socket_timeout=soon",
-        "redis://:secretword@localhost?colour=red",
+        "http://:secretword@localhost", "redis://:secretword@localhost:many", "redis://:half/secretword@localhost",
+        "redis://:secretword@localhost?socket_timeout=soon", "redis://:secretword@localhost?colour=red",
         "rediss://:secretword@localhost?ssl_cert_reqs=maybe",
     ],
-)
+)  # fmt: skip
 def test_an_invalid_url_is_refused_without_showing_its_password(url: str) -> None:
     with pytest.raises(ValueError, match=r"must be redis://.* %2F") as caught:
         connect(url)

@@ -18,11 +18,10 @@ from app.service.write_worker import require_writable
 from dcar_core.util.errors import DcarError
 from index_jobs.index.stores import index_path, store_of
 from index_jobs.index.versions import rollback
-from tests.support.load import searching
-from tests.support.nginx import behind_nginx
 from tests.support.object_store import ACCESS, Machines, ObjectStore
 from tests.support.parts import needs
 from tests.support.paths import ROOT
+from tests.support.servers import behind_nginx, searching
 from tests.support.service import ADMIN, ADMIN_ONLY, WORDS, opened, serving, serving_process, until, until_ready
 from tests.support.versions import publish_copy
 from tests.support.writes import ADMINS

@@ -18,6 +18,7 @@ from app.api.routing import JsonResponse
 from app.core.settings import Settings
 from app.search import Index
 from app.search.errors import InvalidQueryError, ItemNotFoundError
+from app.search.query import normalize_text
 from app.search.served_version import load_served_version
 from dcar_core import Encoder
 from dcar_core.model.backbone import BackboneSource, load_backbone
@@ -213,15 +214,10 @@ async def test_texts_and_images_have_the_vectors_of_searches(
 @pytest.mark.parametrize(
     ("given", "status", "field"),
     [
-        ({}, 422, "input"),
-        ({"input": []}, 422, "input"),
-        ({"input": None}, 422, "input.0"),
-        ({"input": [[1, 2, 3]]}, 422, "input.0"),
-        ({"input": ["red", 5]}, 422, "input.1"),
-        ({"input": ["red", " "]}, 422, "input.1"),
-        ({"input": ["red"] * 33}, 422, "input"),
-        ({"input": "x" * 1001}, 422, "input.0"),
-        ({"input": {"image": ""}}, 422, "input.0.image"),
+        ({}, 422, "input"), ({"input": []}, 422, "input"), ({"input": None}, 422, "input.0"),
+        ({"input": [[1, 2, 3]]}, 422, "input.0"), ({"input": ["red", 5]}, 422, "input.1"),
+        ({"input": ["red", " "]}, 422, "input.1"), ({"input": ["red"] * 33}, 422, "input"),
+        ({"input": "x" * 1001}, 422, "input.0"), ({"input": {"image": ""}}, 422, "input.0.image"),
         ({"input": {"image": "no base64!"}}, 422, "input.0.image"),
         ({"input": ["red", {"image": base64.b64encode(b"no image").decode()}]}, 422, "input.1.image"),
         ({"input": {"image": base64.b64encode(png("red") + bytes(20_000)).decode()}}, 413, "input.0.image"),
@@ -231,7 +227,7 @@ async def test_texts_and_images_have_the_vectors_of_searches(
         ({"input": "red", "model": "text-embedding-3-small"}, 404, "model"),
         ({"input": "red", "modell": "index"}, 422, "modell"),
     ],
-)
+)  # fmt: skip
 async def test_invalid_input_is_refused_by_name(
     started: ServiceClient, given: dict[str, Any], status: int, field: str
 ) -> None:
@@ -356,3 +352,16 @@ async def test_explanations_match_measured_falls_of_the_score(
         assert "words" not in by_image
         assert by_image["results"][0]["explanation"].keys() == {"relevance", "fit"}
         assert np.ptp(by_image["results"][0]["explanation"]["relevance"]) > 0.001
+
+
+@pytest.mark.parametrize(
+    ("given", "expected"),
+    [
+        ("  red \t apple\n", "red apple"), ("cafe\u0301", "café"), ("a\x00b\x07c", "abc"), ("a\u200bb\u202ec", "abc"),
+        ("cafe\u200b\u0301", "café"), ("a\u00a0b\u3000c", "a b c"), ("👩\u200d🚀", "👩\u200d🚀"), ("a < b", "a < b"),
+        ("\x00\n", ""),
+    ],
+)  # fmt: skip
+def test_normalized_texts_have_no_invisible_characters(given: str, expected: str) -> None:
+    assert normalize_text(given) == expected
+    assert normalize_text(expected) == expected

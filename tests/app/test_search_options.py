@@ -167,16 +167,12 @@ def test_combined_options_give_the_results_of_the_oracle(searched: tuple[Index, 
     draw = random.Random(seed)
     row: dict[str, Any] = {
         "query": draw.choice([RED, "blue mirror", "gohst zzz", "WX-12 circle", ""]),
-        "without": draw.choice(["", "", "red"]),
-        "more_like": draw.choice([(), (), ("item5",), ("item20", "item152")]),
-        "less_like": draw.choice([(), (), ("item9",)]),
-        "k": draw.choice([1, 5, 24, 155]),
-        "offset": draw.choice([0, 0, 3, 20]),
-        "min_score": draw.choice([None, "top 60"]),
+        "without": draw.choice(["", "", "red"]), "more_like": draw.choice([(), (), ("item5",), ("item20", "item152")]),
+        "less_like": draw.choice([(), (), ("item9",)]), "k": draw.choice([1, 5, 24, 155]),
+        "offset": draw.choice([0, 0, 3, 20]), "min_score": draw.choice([None, "top 60"]),
         "filter": draw.choice([None, None, {"sale": True}, {"price": {"gt": 18}}, {"color": {"not": ["red", "blue"]}}]),
-        "facets": draw.choice([(), ("tags", "price", "brand")]),
-        "fields": draw.choice([(), ("price",)]),
-    }
+        "facets": draw.choice([(), ("tags", "price", "brand")]), "fields": draw.choice([(), ("price",)]),
+    }  # fmt: skip
     if not row["query"]:
         row["more_like"] = row["more_like"] or ("item7",)
     elif draw.random() < 0.5:

@@ -12,8 +12,8 @@ import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
 from tests.support.commands import Command
-from tests.support.load import searching
 from tests.support.processes import is_alive
+from tests.support.servers import searching
 from tests.support.service import ADMIN, SERVE, bearer, serving_process
 
 pytestmark = pytest.mark.slow

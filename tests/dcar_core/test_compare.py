@@ -295,14 +295,11 @@ def test_hard_negatives_are_encoded_as_queries(name: str, backbone: Backbone, tr
 @pytest.mark.parametrize(
     ("name", "expected"),
     [
-        ("clip", ("shared", "unchanged")),
-        ("coop", ("shared", "unchanged")),
-        ("clip-adapter", ("shared", "recomputed")),
-        ("dcar+", ("shared", "encoded again")),
-        ("block-adapters", ("shared", "encoded again")),
-        ("lora", ("own", "encoded again")),
+        ("clip", ("shared", "unchanged")), ("coop", ("shared", "unchanged")),
+        ("clip-adapter", ("shared", "recomputed")), ("dcar+", ("shared", "encoded again")),
+        ("block-adapters", ("shared", "encoded again")), ("lora", ("own", "encoded again")),
     ],
-)
+)  # fmt: skip
 def test_the_cost_of_serving(name: str, expected: tuple[str, str], backbone: Backbone) -> None:
     cost = serving_cost(seeded_model(backbone, find_method(name).config, 0))
     assert (cost["backbone"], cost["gallery"]) == expected

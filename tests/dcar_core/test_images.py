@@ -180,19 +180,13 @@ def noisy(width: int, height: int) -> Image.Image:
     ("kind", "mode", "options"),
     [
         ("JPEG", "RGB", {"progressive": True}),
-        ("JPEG", "RGB", {"quality": 95, "subsampling": 0, "comment": b"taken by hand"}),
-        ("JPEG", "CMYK", {}),
-        ("PNG", "P", {}),
-        ("PNG", "1", {}),
-        ("GIF", "P", {"comment": b"drawn by hand"}),
-        ("WEBP", "RGB", {"lossless": True}),
-        ("AVIF", "RGB", {"speed": 10}),
-        ("TIFF", "RGB", {"compression": "jpeg"}),
-        ("TIFF", "1", {"compression": "group4"}),
-        ("TIFF", "RGB", {"big_tiff": True, "compression": "zstd"}),
+        ("JPEG", "RGB", {"quality": 95, "subsampling": 0, "comment": b"taken by hand"}), ("JPEG", "CMYK", {}),
+        ("PNG", "P", {}), ("PNG", "1", {}), ("GIF", "P", {"comment": b"drawn by hand"}),
+        ("WEBP", "RGB", {"lossless": True}), ("AVIF", "RGB", {"speed": 10}), ("TIFF", "RGB", {"compression": "jpeg"}),
+        ("TIFF", "1", {"compression": "group4"}), ("TIFF", "RGB", {"big_tiff": True, "compression": "zstd"}),
         ("BMP", "RGB", {}),
     ],
-)
+)  # fmt: skip
 @pytest.mark.parametrize("orientation", [None, 3, 6])
 def test_an_honest_file_is_decoded_as_pillow_does(
     kind: str, mode: str, options: dict[str, object], orientation: int | None

@@ -301,12 +301,9 @@ def test_a_state_of_another_run_is_refused_and_runs_no_code(
 
     run()
     others: dict[str, dict[str, Any]] = {
-        "lr": {"lr": 1e-3},
-        "method": {"name": "dual"},
-        "backbone": {"backbone": retrained},
-        "training data": {"data": (pairs[1], pairs[1])},
-        "validation data": {"data": (pairs[0], pairs[0])},
-    }
+        "lr": {"lr": 1e-3}, "method": {"name": "dual"}, "backbone": {"backbone": retrained},
+        "training data": {"data": (pairs[1], pairs[1])}, "validation data": {"data": (pairs[0], pairs[0])},
+    }  # fmt: skip
     for named, other in others.items():
         with pytest.raises(DcarError, match=f"unfinished run with another {named}; .*--restart"):
             run(**other)
@@ -370,13 +367,10 @@ def test_true_caption_is_no_negative_of_its_image(backbone: Backbone, training: 
     """A caption matches its own image and images with an equal caption or attribute, and no others."""
     gift, popper, cat, other = (replace(s, negatives=(), negative_categories=()) for s in training.samples[:4])
     samples = [
-        replace(gift, caption="Birthday_party"),
-        replace(gift, caption="a wrapped gift"),
-        replace(popper, caption="a party popper", attributes=("birthday party", "loud")),
-        replace(cat, caption="a cat"),
-        replace(other, caption="birthday  party"),
-        replace(other, caption="loud"),
-    ]
+        replace(gift, caption="Birthday_party"), replace(gift, caption="a wrapped gift"),
+        replace(popper, caption="a party popper", attributes=("birthday party", "loud")), replace(cat, caption="a cat"),
+        replace(other, caption="birthday  party"), replace(other, caption="loud"),
+    ]  # fmt: skip
     _, data = model_and_data(backbone, replace(training, samples=samples), "coop")
     found = data.positives(np.arange(6))
     rows = "111011 110000 001000 000100 111011 001011"  # of the image of: gift, gift, popper, cat, other, other

@@ -71,18 +71,13 @@ def test_waiting_puts_become_one_version_with_their_images(index: Path, encoder:
 def test_jobs_change_items_in_their_order_by_ids_and_by_filter(index: Path) -> None:
     first, second, third, *_ = before = items_of(index)
     jobs = [
-        patch(index, first, second, "unknown", price=3, stock=1),
-        patch(index, first, price=20),
-        patch(index, filter={"price": {"lt": 10}}, sale=True),
-        patch(index, second, price="cheap"),
-        patch(index, filter={"colour": "red"}, sale=True),
-        put(index, "a", "b", price=1),
-        put(index, "a", color="cyan", price=1),
-        delete(index, "b", third, "unknown"),
-        patch(index, "a", price=2, stock=None, caption="last"),
-        put(index, "c", price=7),
+        patch(index, first, second, "unknown", price=3, stock=1), patch(index, first, price=20),
+        patch(index, filter={"price": {"lt": 10}}, sale=True), patch(index, second, price="cheap"),
+        patch(index, filter={"colour": "red"}, sale=True), put(index, "a", "b", price=1),
+        put(index, "a", color="cyan", price=1), delete(index, "b", third, "unknown"),
+        patch(index, "a", price=2, stock=None, caption="last"), put(index, "c", price=7),
         delete(index, filter={"price": 7}),
-    ]
+    ]  # fmt: skip
     apply_waiting(index, workers=0)
     found, after = [status(index, job) for job in jobs], items_of(index)
     assert [each["status"] for each in found] == ["done"] * 3 + ["failed"] * 2 + ["done"] * 6
@@ -114,14 +109,10 @@ def test_repeated_put_publishes_nothing(index: Path) -> None:
 def test_bad_job_ends_alone(index: Path) -> None:
     gone, *old = items_of(index)
     jobs = [
-        put(index, "a", price=1),
-        put(index, "b", data=[b"no picture"]),
-        put(index, "c", price="cheap"),
-        delete(index, gone),
-        put(index, "a", "d", data=[b"no picture", picture("gold")]),
-        put(index, gone, data=[b"none"]),
-        delete(index, *old),
-    ]
+        put(index, "a", price=1), put(index, "b", data=[b"no picture"]), put(index, "c", price="cheap"),
+        delete(index, gone), put(index, "a", "d", data=[b"no picture", picture("gold")]),
+        put(index, gone, data=[b"none"]), delete(index, *old),
+    ]  # fmt: skip
     apply_waiting(index)
     found = [status(index, job) for job in jobs]
     assert [each["status"] for each in found] == ["done", "failed", "failed", "done", "done", "failed", "done"]

@@ -156,16 +156,13 @@ def _require_accepted(_: Given, index: Path) -> None:
 
 
 CASES = {
-    "a build": Case(lambda _, folder: folder / "index", _build),
-    "an addition": Case(_copied, _add),
-    "a removal": Case(_copied, _remove),
-    "a change of metadata": Case(_copied, _change),
+    "a build": Case(lambda _, folder: folder / "index", _build), "an addition": Case(_copied, _add),
+    "a removal": Case(_copied, _remove), "a change of metadata": Case(_copied, _change),
     "a rollback": Case(_with_changes, lambda _, index: rollback(index, 1)),
     "accepted changes": Case(_with_changes, _apply, _require_applied),
-    "an acceptance": Case(_copied, _accept, _require_accepted),
-    "a removal in a store": Case(_in_a_store, _remove),
+    "an acceptance": Case(_copied, _accept, _require_accepted), "a removal in a store": Case(_in_a_store, _remove),
     "an addition in a store": Case(_in_a_store, _add),
-}
+}  # fmt: skip
 
 
 class CountedStore:

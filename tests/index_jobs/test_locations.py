@@ -264,15 +264,12 @@ def test_locations_are_joined_split_and_cut() -> None:
 
 HOSTS, SMALL, REMOTE = {"hosts": frozenset({"shop.example"})}, {"max_bytes": 4}, "s3://bucket/images"
 ALLOWED: list[tuple[dict[str, Any], str, str, tuple[int, int], str]] = [
-    ({}, "G", "a.png", (WHOLE_FILE, 0), "G/a.png"),
-    ({}, "G", "link.png", (WHOLE_FILE, 0), "G/a.png"),
-    ({}, "G", "G/a.png", (WHOLE_FILE, 0), "G/a.png"),
-    ({}, "file://G", "a.png", (WHOLE_FILE, 0), "G/a.png"),
-    ({"roots": "G"}, "G/deep", "../a.png", (WHOLE_FILE, 0), "G/a.png"),
-    (SMALL, "G", "a.png", (0, 4), "G/a.png"),
+    ({}, "G", "a.png", (WHOLE_FILE, 0), "G/a.png"), ({}, "G", "link.png", (WHOLE_FILE, 0), "G/a.png"),
+    ({}, "G", "G/a.png", (WHOLE_FILE, 0), "G/a.png"), ({}, "file://G", "a.png", (WHOLE_FILE, 0), "G/a.png"),
+    ({"roots": "G"}, "G/deep", "../a.png", (WHOLE_FILE, 0), "G/a.png"), (SMALL, "G", "a.png", (0, 4), "G/a.png"),
     (HOSTS, "G", "https://shop.example/a.png", (WHOLE_FILE, 0), "https://shop.example/a.png"),
     ({}, REMOTE, "b/a.png", (WHOLE_FILE, 0), "b/a.png"),
-]
+]  # fmt: skip
 REFUSED: list[tuple[dict[str, Any], str, str, tuple[int, int]]] = [
     *(({}, root, location, (WHOLE_FILE, 0)) for root in ("G", "file://G")
       for location in ("away.png", "../secret", "G/../secret", "file://G/../secret", "/etc/passwd")),

@@ -163,15 +163,11 @@ def test_command_writes_annotations_and_a_summary(photos: Path) -> None:
 
 
 REFUSED = {
-    "I'm sorry, but I can't assist with that owl.": "a refusal",
-    "As an AI, I see an owl.": "a refusal",
-    "I\u2019m unable to view the owl.": "a refusal",
-    "A barn with a bowl of owlets.": "does not name the category",
-    "An owl " + "that is very much like any other owl " * 12: "longer than the context",
-    "  ": "empty",
-    "...": "empty",
+    "I'm sorry, but I can't assist with that owl.": "a refusal", "As an AI, I see an owl.": "a refusal",
+    "I\u2019m unable to view the owl.": "a refusal", "A barn with a bowl of owlets.": "does not name the category",
+    "An owl " + "that is very much like any other owl " * 12: "longer than the context", "  ": "empty", "...": "empty",
     "<think>An owl on grass.": "empty",
-}
+}  # fmt: skip
 
 
 @pytest.mark.parametrize("draft", list(REFUSED))
@@ -223,18 +219,12 @@ def test_judge_decides_within_a_limited_number_of_rounds(photos: Path) -> None:
         ('Sure:\n```json\n{"accept": "no",\n "feedback": null}\n``` {', (False, "")),
         ("<think>accept? {no}</think> Reject: the\ncolour is wrong.", (False, "the colour is wrong.")),
         ('Hm, {"accept": true}?\n</think>\n{"accept": false, "feedback": "no"}', (False, "no")),
-        ("Yes, it fits.</Think> No, it does not.", (False, "it does not.")),
-        ('<think>{"accept": true}', None),
-        ('{"accept": false, "feedback": "no \\ud83d good"}', (False, "no \ufffd good")),
-        ('{"accept":' * 100_000, None),
-        ("Yes.", (True, "")),
-        ("**Accepted**", (True, "**")),
-        ("North is up", None),
-        ('{"verdict": 1}', None),
-        ('{"accept": tr', None),
-        ("", None),
+        ("Yes, it fits.</Think> No, it does not.", (False, "it does not.")), ('<think>{"accept": true}', None),
+        ('{"accept": false, "feedback": "no \\ud83d good"}', (False, "no \ufffd good")), ('{"accept":' * 100_000, None),
+        ("Yes.", (True, "")), ("**Accepted**", (True, "**")), ("North is up", None), ('{"verdict": 1}', None),
+        ('{"accept": tr', None), ("", None),
     ],
-)
+)  # fmt: skip
 def test_verdicts_are_parsed(answer: str, verdict: tuple[bool, str] | None) -> None:
     assert read_verdict(Completion(answer, "stop")) == verdict
 
@@ -254,14 +244,10 @@ def test_missing_verdict_fails_the_image_and_keeps_the_draft(photos: Path) -> No
 LEADS = ("Sure: ", "Sure! Here is the caption: ", "Of course! Here\u2019s the caption:\n\n", "Certainly. The caption: ",
          "Image caption: ", "**The image caption:** ", "Here is a caption for the picture: ")  # fmt: skip
 KEPT = (
-    '"Barn owl" beside a sign that says "Farm"',
-    "\u201cBarn owl\u201d beside a sign that says \u201cFarm\u201d",
-    "'Barn owl' beside a sign that says 'Farm'",
-    '"Barn owl" on the farm of the Smiths\'',
-    "Of course a beagle has ears: long ones.",
-    ":) on a sign",
-    'An owl and a sign: "open".',
-)
+    '"Barn owl" beside a sign that says "Farm"', "\u201cBarn owl\u201d beside a sign that says \u201cFarm\u201d",
+    "'Barn owl' beside a sign that says 'Farm'", '"Barn owl" on the farm of the Smiths\'',
+    "Of course a beagle has ears: long ones.", ":) on a sign", 'An owl and a sign: "open".',
+)  # fmt: skip
 
 
 @pytest.mark.parametrize(
@@ -269,15 +255,11 @@ KEPT = (
     [
         ('<think>an owl?</think>\n**Caption:** "An owl\n on a  branch."', "An owl on a branch."),
         ("An owl? Or two?\n</think>\n\nAn owl.", "An owl."),
-        ("<think>an owl?</think> Two. <think>no</think>An owl.", "An owl."),
-        ("<think>An owl?", ""),
-        ("\u201cAn owl.\u201d", "An owl."),
-        ("'A barn owl's nest'", "A barn owl's nest"),
-        ('""', ""),
-        *((f"{lead}A beagle on grass.", "A beagle on grass.") for lead in LEADS),
-        *((draft, draft) for draft in KEPT),
+        ("<think>an owl?</think> Two. <think>no</think>An owl.", "An owl."), ("<think>An owl?", ""),
+        ("\u201cAn owl.\u201d", "An owl."), ("'A barn owl's nest'", "A barn owl's nest"), ('""', ""),
+        *((f"{lead}A beagle on grass.", "A beagle on grass.") for lead in LEADS), *((draft, draft) for draft in KEPT),
     ],
-)
+)  # fmt: skip
 def test_drafts_are_cleaned(answer: str, draft: str) -> None:
     assert tidy_draft(answer) == draft
 
@@ -301,18 +283,13 @@ TRANSIENT = {
 }
 REFUSAL = {"choices": [{"message": {"content": None, "refusal": "No owl may be described."}}]}
 UNUSABLE: dict[str, Raw | dict[str, Any]] = {
-    "truncated JSON": Raw(body=json.dumps(message("half"))[:40]),
-    "no JSON": Raw(body="all fine"),
-    "not UTF-8": Raw(body="\udcff".encode("utf-8", "surrogateescape").decode("latin-1")),
-    "a list": Raw(body="[]"),
-    "null": Raw(body="null"),
-    "no choices": {"usage": {"prompt_tokens": 1, "completion_tokens": 0}},
-    "empty choices": {"choices": []},
-    "null choices": {"choices": None},
+    "truncated JSON": Raw(body=json.dumps(message("half"))[:40]), "no JSON": Raw(body="all fine"),
+    "not UTF-8": Raw(body="\udcff".encode("utf-8", "surrogateescape").decode("latin-1")), "a list": Raw(body="[]"),
+    "null": Raw(body="null"), "no choices": {"usage": {"prompt_tokens": 1, "completion_tokens": 0}},
+    "empty choices": {"choices": []}, "null choices": {"choices": None},
     "no message": {"choices": [{"finish_reason": "stop"}]},
-    "an error in a 200": {"error": {"message": "out of memory"}},
-    "too deep": Raw(body="[" * 200_000),
-}
+    "an error in a 200": {"error": {"message": "out of memory"}}, "too deep": Raw(body="[" * 200_000),
+}  # fmt: skip
 
 
 @pytest.mark.parametrize("how", TRANSIENT)
