@@ -90,7 +90,6 @@ def judge(
 
 
 def _open(path: Path, version: int | None, device: str) -> tuple["Index", str]:
-    """Return a version of an index, and its name."""
     from app.search import Index
 
     opened = Index.open(path, device=device, version=version)

@@ -205,7 +205,6 @@ def annotation_files(path: Path, split: str) -> list[Path]:
 
 
 def _tables(path: Path, name: str, suffixes: Sequence[str] = (".json", *_TABLES)) -> list[Path]:
-    """Return the first table of that name, if there is one."""
     return [file for suffix in suffixes if (file := path / f"{name}{suffix}").is_file()][:1]
 
 

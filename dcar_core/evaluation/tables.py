@@ -137,7 +137,6 @@ def _spread_of(results: Results) -> str:
 
 
 def _cells(method: dict[str, Any], spreads: Iterable[dict[str, float] | None]) -> list[str]:
-    """Return mean ± standard deviation over a method's seeds; a single seed has no deviation."""
     form = "{mean:.1f} ± {std:.1f}" if len(method["runs"]) > 1 else "{mean:.1f}"
     return ["-" if spread is None else form.format(**spread) for spread in spreads]
 

@@ -143,7 +143,6 @@ class DecodeWorker:
         raise ImageError("its decoder was killed, perhaps out of memory; try again", ImageFault.UNREADABLE)
 
     def _stop(self) -> int | None:
-        """End the process, unless it ends by itself, and return its status."""
         process, self.process = self.process, None
         if process is None:
             return None

@@ -307,6 +307,5 @@ class FrozenFeatures:
 
 
 def _has_other_category(sample: Sample, negative: int) -> bool:
-    """True if a negative caption is known to be of another category than the sample."""
     category = sample.negative_categories[negative : negative + 1]
     return any(category) and fold_name(category[0]) != fold_name(sample.category)

@@ -120,7 +120,6 @@ def hard_negative_accuracy(image: Floats, positive: Floats, negatives: Sequence[
 
 
 def _scores(query: Floats, target: Floats) -> Iterator[Floats]:
-    """Yield the scores of each query with all targets."""
     for start in range(0, len(query), CHUNK):
         yield from query[start : start + CHUNK] @ target.T
 
@@ -240,7 +239,6 @@ def _resampled(units: int, resamples: int) -> Iterator[NDArray[np.int64]]:
 
 
 def _estimates(measures: Sequence[str], figures: NDArray[np.float64]) -> dict[str, Estimate]:
-    """Return the estimates of (1 + R, M) figures: the values, and those of all resamples."""
     tail = (1 - CONFIDENCE) / 2
     ends = np.quantile(figures[1:], [tail, 1 - tail], axis=0)
     columns = zip(figures[0].tolist(), *ends.tolist(), strict=True)

@@ -239,7 +239,6 @@ def _require_unique_ids(table: pa.Table) -> None:
 
 
 def _require_addressable_ids(table: pa.Table) -> None:
-    """Refuse ids that cannot be part of a URL of the service."""
     ids = table["id"]
     is_bad = pc.match_substring_regex(ids, r"[\x00-\x1f\x7f]|^\.{1,2}$|/(image|similar)$")
     if len(bad := ids.filter(pc.or_(is_bad, pc.greater(pc.utf8_length(ids), _MAX_ID_LENGTH)))):

@@ -134,7 +134,6 @@ def _match_values(column: pa.ChunkedArray, values: list[Any], field: str) -> Mas
 
 
 def _match_substring(column: pa.ChunkedArray, text: Any, field: str) -> Mask:
-    """Match a substring, without regard to case."""
     if not isinstance(text, str) or _member_type(column) != pa.string():
         raise FilterError(field, '"contains" takes a text, and a field of texts')
     if len(text) > _MAX_SUBSTRING:
@@ -164,7 +163,6 @@ def _is_present(members: pa.ChunkedArray, field: str) -> Mask:
 
 
 def _checked_value(value: Any, member_type: pa.DataType, field: str) -> Any:
-    """Return the value if a field of this type can have it."""
     if member_type == pa.bool_():
         fits = isinstance(value, bool)
     elif member_type == pa.string():

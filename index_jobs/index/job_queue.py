@@ -81,7 +81,6 @@ class JobQueue:
 
     @contextmanager
     def _database(self) -> Iterator[sqlite3.Connection]:
-        """Open the database, and commit at the end."""
         try:
             with closing(sqlite3.connect(self._path, timeout=_BUSY_S, isolation_level="IMMEDIATE")) as database:
                 database.executescript(_SCHEMA)

@@ -267,7 +267,6 @@ class NewVersion:
 
 
 def _displaced(new: Manifest, numbers: Sequence[int], manifests: Mapping[int, Manifest], keep: int) -> set[int]:
-    """Return the versions that a new one displaces; see `NewVersion.commit`."""
     written = {number for number, manifest in manifests.items() if manifest.origin}
     protected = {new.version, new.replaced} if keep > 1 else {new.version}
     ranked = sorted({*numbers, new.version}, key=lambda number: (number in protected, number), reverse=True)
@@ -430,7 +429,6 @@ def _pull_version(store: Storage, mirror: Directory, version: int, sha256: str =
 
 
 def _trim(index: Path) -> None:
-    """Remove the versions that were not in use lately."""
     paths = [index / manifest_key(number) for number in version_numbers(index)]
     paths.sort(key=lambda path: path.stat().st_mtime)
     for path in paths[:-_KEPT]:

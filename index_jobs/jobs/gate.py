@@ -159,7 +159,6 @@ def _rows_by_key(gallery: Gallery, keys: set[_ImageKey]) -> dict[_ImageKey, int]
 
 
 def _caption_pairs(gallery: Gallery) -> list[tuple[str, int]]:
-    """Return the captions that one image has, with its row."""
     captions = gallery.table["caption"].cast(pa.large_string())  # distinct captions in one array may exceed 2 GiB
     counts = pc.value_counts(captions)
     unique = counts.field("values").filter(pc.equal(counts.field("counts"), 1))

@@ -181,11 +181,7 @@ def read_pairs(files: Sequence[Path], served: IndexVersion, gallery: Gallery) ->
             raise DataError(f"{file} is not a table of pairs ({kinds}); `dcar feedback export` writes pairs.jsonl")
         for line, row in read_records(str(file), partial(open_location, str(file))):
             where = f"{file}, line {line}"
-            text, item_id, weight = (
-                required_text(row, where, "caption"),
-                label_text(row, where, "id"),
-                _weight(row, where),
-            )
+            text, item_id = required_text(row, where, "caption"), label_text(row, where, "id")
             weight, image = _weight(row, where), next((name for name in IMAGE_COLUMNS if row.get(name)), "image")
             number = served.row_of(item_id) if item_id else by_name.get(required_text(row, where, image))
             if number is None:
@@ -204,7 +200,6 @@ def read_pairs(files: Sequence[Path], served: IndexVersion, gallery: Gallery) ->
 
 
 def _weight(row: Mapping[str, Any], where: str) -> float | None:
-    """Return the relevance of a pair, None if the row has none."""
     if (value := row.get("relevance")) in (None, ""):
         return None
     with suppress(TypeError, ValueError):
@@ -293,7 +288,6 @@ class Retraining:
         )  # fmt: skip
 
     def _learn(self, learned: ItemPairs) -> None:
-        """Tune the adapter."""
         features, adapter = self._features(learned.texts), self.after.adapter
         shown, places = np.unique(
             np.concatenate([learned.rows[:, None], self._nearest_wrong(learned)], 1), return_inverse=True
@@ -413,7 +407,6 @@ class Retraining:
 
 
 def _text_adapter(trainables: Trainables, width: int) -> FeatureAdapter:
-    """Return the adapter of text features in a model, or else a neutral one."""
     torch.manual_seed(_SEED)
     adapter = FeatureAdapter(width)
     own = {name.removeprefix(_ADAPTER): torch.from_numpy(tensor) for name, tensor in trainables.items()}

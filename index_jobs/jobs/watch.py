@@ -154,7 +154,6 @@ class _WatchedGallery:
         return {"removed": len(gone)}
 
     def _encoders(self) -> list[Encoder]:
-        """Return the encoders of the served version, which stay loaded."""
         current = open_current(self._index)
         if not self._replicas or self._replicas[0].fingerprint != current.manifest.spec.fingerprint:
             exact, options = current.manifest.spec.exact, self._options

@@ -48,8 +48,8 @@ def use_core(folder: Path) -> str:
 def exact(vectors: Floats, queries: Floats, mask: Mask) -> Rows:
     """Return the nearest allowed rows, int64 (q, 10) or fewer."""
     rows = np.flatnonzero(mask)
-    found = faiss.knn(queries, vectors[rows], min(NEIGHBOURS, len(rows)), metric=faiss.METRIC_INNER_PRODUCT)[1]
-    return rows[found]
+    nearest = faiss.knn(queries, vectors[rows], min(NEIGHBOURS, len(rows)), metric=faiss.METRIC_INNER_PRODUCT)[1]
+    return rows[nearest]
 
 
 def measure(search: Callable[[Floats], Any], queries: Floats, truth: Rows) -> str:
@@ -68,17 +68,17 @@ def main() -> None:
     parser.add_argument("location", help="URL of a server, with settings, or core")
     parser.add_argument("--count", type=int, default=100_000)
     parser.add_argument("--dim", type=int, default=512)
-    given = parser.parse_args()
+    arguments = parser.parse_args()
     sys.path.append(str(HERE.parents[1] / "benchmarks"))
     from index_material import Clusters  # type: ignore[import-not-found]
 
-    clusters = Clusters(given.count, given.dim)
-    vectors, queries = clusters.draw(given.count, 0), clusters.draw(1000, 1)
+    clusters = Clusters(arguments.count, arguments.dim)
+    vectors, queries = clusters.draw(arguments.count, 0), clusters.draw(1000, 1)
     number = np.random.default_rng(0).permutation(len(vectors))
     fields = pa.table({
         "id": [str(row) for row in range(len(vectors))],
         **dict.fromkeys(("caption", "category"), [""] * len(vectors)),
-        "kind": [f"k{each % CATEGORIES}" for each in number], "brand": [f"b{each % BRANDS}" for each in number],
+        "kind": [f"k{row % CATEGORIES}" for row in number], "brand": [f"b{row % BRANDS}" for row in number],
     })  # fmt: skip
     masks = {"kind": number % CATEGORIES == 1, "brand": number % BRANDS == 1}
     timed = queries[1::2][:TIMED]
@@ -86,7 +86,7 @@ def main() -> None:
     print("| --- | ---: | --- | --- | --- |")
     with tempfile.TemporaryDirectory() as temporary:
         (core := Path(temporary) / "core").mkdir()
-        url = use_core(core) if given.location == "core" else given.location
+        url = use_core(core) if arguments.location == "core" else arguments.location
         engines: dict[str, Engine] = {"qdrant": qdrant_engine.QdrantEngine(url), "faiss": load_engine("faiss")}
         for name, engine in engines.items():
             (folder := Path(temporary) / name).mkdir(parents=True)

@@ -107,8 +107,8 @@ def search_batch(prefix: str, queries: Sequence[str | NewQuery], options: Search
 
 def embeddings(inputs: Sequence[str | bytes], model: str | None) -> Call[EmbeddingsResponse]:
     """POST /v1/embeddings, with image files as base64."""
-    given = [each if isinstance(each, str) else {"image": base64.b64encode(each).decode()} for each in inputs]
-    body = {"input": given, "model": model}
+    sent = [part if isinstance(part, str) else {"image": base64.b64encode(part).decode()} for part in inputs]
+    body = {"input": sent, "model": model}
     return Call("POST", "/v1/embeddings", _reader(EmbeddingsResponse), {"json": body})
 
 
@@ -150,16 +150,16 @@ def feedback(events: Sequence[NewEvent]) -> Call[FeedbackResponse]:
 
 def put_items(prefix: str, items: Sequence[NewItem]) -> Call[JobResponse]:
     """PUT /items."""
-    given = [_with_image(each) for each in items]
-    arguments = {"json": {"items": given}}
+    sent = [_with_image(item) for item in items]
+    arguments = {"json": {"items": sent}}
     return Call("PUT", f"{prefix}/items", _reader(JobResponse), arguments)
 
 
 def put_item(prefix: str, item: NewItem) -> Call[JobResponse]:
     """PUT /items/{id}."""
-    given = _with_image(item)
-    path = f"{prefix}/items/{path_segment(given.pop('id'))}"
-    return Call("PUT", path, _reader(JobResponse), {"json": given})
+    sent = _with_image(item)
+    path = f"{prefix}/items/{path_segment(sent.pop('id'))}"
+    return Call("PUT", path, _reader(JobResponse), {"json": sent})
 
 
 def patch_items(
@@ -255,20 +255,18 @@ def path_segment(name: str) -> str:
     return quote(name, safe="")
 
 
-def _with_image(given: Mapping[str, Any]) -> dict[str, Any]:
-    """Return an item or a query as JSON, with an image file in base64."""
-    image = given.get("image")
+def _with_image(fields: Mapping[str, Any]) -> dict[str, Any]:
+    image = fields.get("image")
     if isinstance(image, Path):
         image = image.read_bytes()
     if isinstance(image, bytes):
         image = base64.b64encode(image).decode()
-    return {**given} if image is None else {**given, "image": image}
+    return {**fields} if image is None else {**fields, "image": image}
 
 
 def _chosen(ids: Sequence[str] | None, filter: Mapping[str, Any] | None) -> dict[str, Any]:
-    """Return the part of a body that chooses items."""
-    given = {"ids": None if ids is None else [*ids], "filter": filter}
-    return {name: value for name, value in given.items() if value is not None}
+    selection = {"ids": None if ids is None else [*ids], "filter": filter}
+    return {name: value for name, value in selection.items() if value is not None}
 
 
 def _reader(model: type[M]) -> Callable[[httpx.Response], M]:

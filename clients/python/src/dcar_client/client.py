@@ -424,11 +424,11 @@ def _prefix(collection: str | None) -> str:
 
 def _address(url: str, key: str | None) -> dict[str, Any]:
     """Return arguments of httpx's clients: an address without credentials, which logs may contain, and these apart."""
-    given = httpx.URL(url)
+    address = httpx.URL(url)
     headers = {"Accept-Encoding": "gzip"}
-    if given.userinfo:
-        user = f"{given.username}:{given.password}".encode()
+    if address.userinfo:
+        user = f"{address.username}:{address.password}".encode()
         headers["Authorization"] = f"Basic {base64.b64encode(user).decode()}"
     elif key:
         headers["Authorization"] = f"Bearer {key}"
-    return {"base_url": given.copy_with(userinfo=b""), "headers": headers}
+    return {"base_url": address.copy_with(userinfo=b""), "headers": headers}

@@ -38,11 +38,11 @@ def error_from(response: httpx.Response) -> ServiceError:
     plain = partial(clean, secrets=secrets_of(response.request.headers))
     problem = None
     with contextlib.suppress(ValueError):
-        given = ProblemResponse.model_validate(json_of(response))
-        texts = {name: plain(getattr(given, name)) for name in ("type", "title", "detail")}
-        faults = given.errors and [
-            FieldError(field=plain(each.field), message=plain(each.message)) for each in given.errors[:20]
+        sent = ProblemResponse.model_validate(json_of(response))
+        texts = {name: plain(getattr(sent, name)) for name in ("type", "title", "detail")}
+        faults = sent.errors and [
+            FieldError(field=plain(error.field), message=plain(error.message)) for error in sent.errors[:20]
         ]
-        problem = given.model_copy(update={**texts, "errors": faults})
+        problem = sent.model_copy(update={**texts, "errors": faults})
     request_id = plain(response.headers.get("x-request-id", "")) or None
     return ServiceError(response.status_code, problem, request_id)

@@ -173,12 +173,11 @@ class GalleryTools:
         return Image(data=data, format=kind).to_image_content()
 
     def _clean(self, value: Any) -> Any:
-        """Return JSON with all of its texts cleaned."""
         if isinstance(value, str):
             return clean(value, self._secrets, MOST_CHARACTERS)
         if isinstance(value, dict):
             return {clean(name, self._secrets): self._clean(each) for name, each in value.items()}
-        return [self._clean(each) for each in value] if isinstance(value, list) else value
+        return [self._clean(member) for member in value] if isinstance(value, list) else value
 
 
 async def _plain(call: Awaitable[T]) -> T:
@@ -218,15 +217,15 @@ def main() -> None:
     parser.add_argument("--collection", help="the collection to search; the default one if left out")
     parser.add_argument("--api-key-env", metavar="NAME", help="environment variable that has the API key")
     parser.add_argument("--pictures", type=Path, metavar="DIR", help="folder whose files may be search pictures")
-    given = parser.parse_args()
-    if not given.url.startswith(("http://", "https://")):
-        parser.error(f"--url: {given.url} is not an address such as http://127.0.0.1:8000")
-    key = os.environ.get(given.api_key_env) if given.api_key_env else None
-    if given.api_key_env and not key:
-        parser.error(f"--api-key-env: the environment variable {given.api_key_env} is not set")
-    if given.pictures and not given.pictures.is_dir():
-        parser.error(f"--pictures: {given.pictures} is not a folder")
-    server(given.url, key=key, collection=given.collection, folder=given.pictures).run()
+    arguments = parser.parse_args()
+    if not arguments.url.startswith(("http://", "https://")):
+        parser.error(f"--url: {arguments.url} is not an address such as http://127.0.0.1:8000")
+    key = os.environ.get(arguments.api_key_env) if arguments.api_key_env else None
+    if arguments.api_key_env and not key:
+        parser.error(f"--api-key-env: the environment variable {arguments.api_key_env} is not set")
+    if arguments.pictures and not arguments.pictures.is_dir():
+        parser.error(f"--pictures: {arguments.pictures} is not a folder")
+    server(arguments.url, key=key, collection=arguments.collection, folder=arguments.pictures).run()
 
 
 if __name__ == "__main__":

@@ -43,8 +43,8 @@ def to_conditions(rows: RowFilter, fields: Mapping[str, Sequence[str]], count: i
         if 2 * len(hidden) > count:
             return models.Filter(must=[_rows(np.flatnonzero(rows.mask))])
         return models.Filter(must_not=[_rows(hidden)])
-    found = models.Filter(must=stored, must_not=[_rows(rows.excluded)] if len(rows.excluded) else None)
-    return models.Filter(should=[found, _rows(rows.included)]) if len(rows.included) else found
+    condition = models.Filter(must=stored, must_not=[_rows(rows.excluded)] if len(rows.excluded) else None)
+    return models.Filter(should=[condition, _rows(rows.included)]) if len(rows.included) else condition
 
 
 def _rows(rows: Rows) -> models.HasIdCondition:
@@ -80,23 +80,23 @@ def _condition(field: str, key: str, kind: str, condition: Any) -> models.Filter
 
 def _one_of(field: str, key: str, kind: str, values: Sequence[Any]) -> models.Filter:
     """Return the condition that a field has one of some values; key is "" if no stored row has the field."""
-    given = [value for value in values if value is not None]
-    is_null = None in values or (field in EMPTY_IS_MISSING and "" in given)
+    present = [value for value in values if value is not None]
+    is_null = None in values or (field in EMPTY_IS_MISSING and "" in present)
     if not key:
         return models.Filter() if is_null else _NOTHING
     parts: list[Any] = [models.IsNullCondition(is_null=models.PayloadField(key=key))] if is_null else []
     if kind == "double":
-        parts += [_range(key, kind, {"gte": value, "lte": value}) for value in given]
+        parts += [_range(key, kind, {"gte": value, "lte": value}) for value in present]
     elif kind == "bool":
-        if not all(isinstance(value, bool) for value in given):
+        if not all(isinstance(value, bool) for value in present):
             raise _NoCounterpartError
-        parts += [models.FieldCondition(key=key, match=models.MatchValue(value=value)) for value in given]
+        parts += [models.FieldCondition(key=key, match=models.MatchValue(value=value)) for value in present]
     elif kind == "int64":
-        given = [int(value) for value in given if -(2**63) <= value < 2**63 and value == int(value)]
+        present = [int(value) for value in present if -(2**63) <= value < 2**63 and value == int(value)]
     else:
-        given = [replace_surrogates(value) for value in given]
-    if given and kind not in ("double", "bool"):
-        parts.append(models.FieldCondition(key=key, match=models.MatchAny(any=given)))
+        present = [replace_surrogates(value) for value in present]
+    if present and kind not in ("double", "bool"):
+        parts.append(models.FieldCondition(key=key, match=models.MatchAny(any=present)))
     return models.Filter(should=parts) if parts else _NOTHING
 
 

@@ -33,13 +33,13 @@ T = TypeVar("T")
 @lru_cache
 def connect(location: str) -> QdrantClient:
     """Return the client of a location; threads share it."""
-    place: dict[str, Any] = {"location": location} if location == ":memory:" else {"path": location}
+    arguments: dict[str, Any] = {"location": location} if location == ":memory:" else {"path": location}
     if "://" in location:
         key = os.environ.get(API_KEY, "").strip()  # files of secrets end with a newline
         if not (key.isascii() and key.isprintable()):  # the client's error would show it
             raise StoreUnavailableError(f"Qdrant is unavailable: {API_KEY} has characters that no key has")
-        place = {"url": location, "api_key": key or None, "timeout": CALL_SECONDS, "check_compatibility": False}
-    client = call(lambda: QdrantClient(**place, force_disable_check_same_thread=True))
+        arguments = {"url": location, "api_key": key or None, "timeout": CALL_SECONDS, "check_compatibility": False}
+    client = call(lambda: QdrantClient(**arguments, force_disable_check_same_thread=True))
     atexit.register(client.close)  # later, the local mode could not
     return client
 

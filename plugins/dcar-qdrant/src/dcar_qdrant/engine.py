@@ -60,15 +60,15 @@ class QdrantEngine(Engine):
         elif location not in ("", ":memory:"):
             location = str(Path(location).absolute())  # services start elsewhere
         self._location = location
-        given = dict(parse_qsl(query, keep_blank_values=True))
-        self._quantization = given.pop("quantization", "")
-        is_known = given.keys() <= _SETTINGS and all(text.isdecimal() and int(text) for text in given.values())
+        settings = dict(parse_qsl(query, keep_blank_values=True))
+        self._quantization = settings.pop("quantization", "")
+        is_known = settings.keys() <= _SETTINGS and all(text.isdecimal() and int(text) for text in settings.values())
         if not self._location or self._quantization not in ("", *_QUANTIZATIONS) or not is_known:
             raise DataError(
                 f"the engine qdrant takes the URL of a server, or a folder to try it, and after ? settings: "
                 f"{', '.join(sorted(_SETTINGS))} (above 0), quantization ({' or '.join(_QUANTIZATIONS)}); not {uri!r}"
             )
-        self._settings = {name: int(text) for name, text in given.items()}
+        self._settings = {name: int(text) for name, text in settings.items()}
 
     def plan(self, spec: IndexSpec, count: int, dim: int) -> int:
         """Check that Qdrant has the kind and responds."""
@@ -117,25 +117,25 @@ class QdrantEngine(Engine):
         here, prefix = self._location, collection_prefix(name)
         alias = f"{prefix}_current"
         try:
-            places = {
+            locations = {
                 number: [QdrantLocation.read(files[LOCATION]) for files in parts if LOCATION in files]
                 for number, parts in versions.items()
             }
-            served = next(iter(places.get(version, ())), None)
+            served = next(iter(locations.get(version, ())), None)
             client = connect(here)
             steps: list[Any] = []
-            if any(each.alias_name == alias for each in client.get_aliases().aliases):
+            if any(known.alias_name == alias for known in client.get_aliases().aliases):
                 steps.append(models.DeleteAliasOperation(delete_alias=models.DeleteAlias(alias_name=alias)))
             if served and served.location.rstrip("/") == here.rstrip("/"):
                 create = models.CreateAlias(collection_name=served.collection, alias_name=alias)
                 steps.append(models.CreateAliasOperation(create_alias=create))
             if steps:
                 call(lambda: client.update_collection_aliases(steps))  # all at once
-            named = {place.collection for parts in places.values() for place in parts}
-            for each in [each.name for each in client.get_collections().collections]:
-                match = re.fullmatch(rf"{prefix}_v(\d+)_[0-9a-f]+", each)
-                if match and int(match[1]) <= version and each not in named:
-                    client.delete_collection(each)
+            named = {location.collection for parts in locations.values() for location in parts}
+            for collection in [known.name for known in client.get_collections().collections]:
+                match = re.fullmatch(rf"{prefix}_v(\d+)_[0-9a-f]+", collection)
+                if match and int(match[1]) <= version and collection not in named:
+                    client.delete_collection(collection)
         except Exception as error:
             logger.warning("the Qdrant at %s could not be updated to version %d: %s", here, version, error)
 
@@ -184,7 +184,7 @@ def _payload(record: dict[str, Any]) -> dict[str, Any]:
     """Return the fields of one point. Numbers that are not finite are left out, since JSON has none."""
     for key in EMPTY_IS_MISSING:
         record[key] = record.get(key) or None
-    return {key: each for key, each in record.items() if not (isinstance(each, float) and not math.isfinite(each))}
+    return {key: value for key, value in record.items() if not (isinstance(value, float) and not math.isfinite(value))}
 
 
 def collection_prefix(name: str) -> str:

@@ -85,7 +85,7 @@ class QdrantIndex(VectorIndex):
             rescoring = models.QuantizationSearchParams(rescore=True, oversampling=_OVERSAMPLING)
             quantization = rescoring if self._is_quantized else None
             parameters = models.SearchParams(hnsw_ef=self.ef, exact=self.ef is None, quantization=quantization)
-        found = np.full((len(vectors), k), -1, np.int64)
+        numbers = np.full((len(vectors), k), -1, np.int64)
         scores = np.full((len(vectors), k), -np.inf, np.float32)
         requests = [
             models.QueryRequest(query=vector, filter=conditions, params=parameters, limit=min(k, self.count))
@@ -99,9 +99,9 @@ class QdrantIndex(VectorIndex):
             ask = partial(self._client.query_batch_points, self._name, part, timeout=seconds)
             for number, response in enumerate(self._read(ask), start):
                 hits = response.points
-                found[number, : len(hits)] = [hit.id for hit in hits]
+                numbers[number, : len(hits)] = [hit.id for hit in hits]
                 scores[number, : len(hits)] = [hit.score for hit in hits]
-        return scores, found
+        return scores, numbers
 
     def vectors(self, rows: Rows) -> Floats:
         """As `VectorIndex.vectors`."""
