@@ -39,7 +39,7 @@ class SharedRedis:
         self.client, self._without, self._retry_at = connect(url), without, 0.0
 
     async def attempt(self, use: Callable[[], Awaitable[T]]) -> T | None:
-        """Return what a use of the client returns; None if it fails, is late, or follows a failure by `PAUSE_S`."""
+        """Return the result of a use of the client; None if it fails or is late, and for `PAUSE_S` after that."""
         if time.monotonic() < self._retry_at:
             return None
         try:

@@ -202,7 +202,7 @@ class Decoders:
             worker.close()
 
     async def run(self, convert: Convert, data: bytes, max_pixels: int, formats: Set[ImageFormat]) -> Any:
-        """Return what `convert` makes of an image file, when its turn has come. Raise ImageError if it has none."""
+        """Apply `convert` to an image file in turn. Raise ImageError if it fails."""
         limits = Limits(MEMORY, max_pixels=max_pixels, formats=formats, expected=MEMORY)
         try:
             return await self._threads.run(self._decode, convert, data, limits)

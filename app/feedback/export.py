@@ -115,7 +115,7 @@ def export(
     return report
 
 
-def counted(query: QueryRow, events: Iterable[EventRow]) -> tuple[list[EventRow], set[str]]:
+def first_client_events(query: QueryRow, events: Iterable[EventRow]) -> tuple[list[EventRow], set[str]]:
     """Return the events for shown items of the first client of a search, and the items that it saw.
 
     Impression events say what was seen; without any, all results were.
@@ -127,14 +127,14 @@ def counted(query: QueryRow, events: Iterable[EventRow]) -> tuple[list[EventRow]
 
 
 def _read(folder: Path, collection: str, report: Report) -> _Log:
-    """Return what counts of a log. In one with impressions, searches without events do not."""
+    """Return the searches that count: in a log with impressions, those with events."""
     texts, items, clients = (defaultdict[Any, int](count().__next__) for _ in range(3))  # codes
     ratings, searches = defaultdict[tuple[int, int], dict[str, int]](dict), Counter[str]()
     clicked_for = defaultdict[tuple[int, int], set[int]](set)  # texts, by client and item
     rows, has_impressions, left_out = array("q"), False, report.left_out
     for query, events in read_log(folder):
         is_of = query is not None and query.collection == collection
-        own, seen = counted(query, events) if query is not None and is_of else ([], set())
+        own, seen = first_client_events(query, events) if query is not None and is_of else ([], set())
         left_out["events of other searches or clients, or for items not shown"] += len(events) - len(own)
         if query is None or not is_of:
             continue
@@ -340,7 +340,7 @@ def summarize(folder: Path, collection: str) -> dict[str, Any]:
     for query, events in read_log(folder, time.time() - _DAYS * 86_400):
         if query is None or query.collection != collection:
             continue
-        own, seen = counted(query, events)
+        own, seen = first_client_events(query, events)
         clicked = {event.item for event in own if event.action in CLICKS}
         for position, item in enumerate(query.hits, query.offset + 1):
             if item in seen:

@@ -42,7 +42,7 @@ class ImageFinder:
         return matches[0] if len(matches) == 1 else None
 
     def faults(self, names: Sequence[str]) -> dict[str, str]:
-        """Decode images, and return why each broken one cannot be."""
+        """Decode images, and return the faults of the broken ones."""
 
         def decode(name: str) -> str:
             try:

@@ -40,7 +40,7 @@ class NoPairsError(DataError):
 
 
 class Annotations:
-    """The annotation files of a data set, each read once, when it is needed."""
+    """The annotation files of a data set, read once, on demand."""
 
     def __init__(self, path: Path, image_root: Path | None = None) -> None:
         """Take the directory that holds them, or one file, and the image root if it is another folder."""
@@ -50,7 +50,7 @@ class Annotations:
         self._read_files: dict[Path, tuple[list[tuple[str, Sample]], CleaningReport]] = {}
 
     def splits(self) -> list[str]:
-        """Return the splits that there are; a val split held out from training counts. Raise DataError for none."""
+        """Return the names of the splits, a held-out val split included. Raise DataError for none."""
         has_val = any(map(_is_held_out, self._samples_of("train")))
         splits = [split for split in SPLITS if self._samples_of(split) or (split == "val" and has_val)]
         if not splits:
@@ -99,7 +99,7 @@ class Annotations:
     def load_all(
         self, splits: Sequence[str] | None = None, image_policy: ImagePolicy = "require"
     ) -> tuple[dict[str, Dataset], dict[str, CleaningReport]]:
-        """Load splits, None for all, and report images that an earlier one has too."""
+        """Load splits (None: all), and report images that occur in several."""
         datasets, reports = dict[str, Dataset](), dict[str, CleaningReport]()
         for split in splits or self.splits():
             datasets[split], reports[split] = self.load(split, image_policy)

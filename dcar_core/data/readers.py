@@ -46,7 +46,7 @@ class BadRowsError(DataError):
 
 
 def read_annotations(file: Path, report: CleaningReport) -> list[tuple[str, Sample]]:
-    """Return the pairs of a file, each with the split that its row states, or "". Bad rows are skipped and reported.
+    """Return the pairs of a file with the splits that its rows state, or "". Skip and report bad rows.
 
     Raises:
         DataError: the file cannot be parsed, or none of its rows can be used.
@@ -164,7 +164,7 @@ def _read_tar(file: Path, report: CleaningReport, on_fault: OnBadLine) -> Rows:
 
 
 def read_sidecar(where: str, extension: str, tar: BinaryIO, span: TarSpan) -> dict[str, Any]:
-    """Return what a tar member says of its image: .json is a row, .cls a category, .txt has a caption on each line."""
+    """Return the fields of an image from a tar member: .json is a row, .cls a category, a line of .txt a caption."""
     if span.size > MAX_LINE:
         raise DataError(f"{where}: its .{extension} has {span.size:,} bytes; at most {MAX_LINE:,} are read")
     tar.seek(span.offset)

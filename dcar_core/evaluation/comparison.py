@@ -159,7 +159,7 @@ def _recommend(results: Results, means: Mapping[str, Scores]) -> tuple[str, str]
 
 
 def _cost(result: Mapping[str, Any]) -> tuple[Any, ...]:
-    """Return the cost of a method, for comparison: what it adds to serving, then to a gallery, then its training."""
+    """Return a sort key: the cost of serving, then that of a gallery, then that of training."""
     serving = result["serving"]
     seconds = float(np.mean([run["seconds"] for run in result["runs"]]))
     return serving["bytes"], ("unchanged", "recomputed", "encoded again").index(serving["gallery"]), seconds
@@ -184,7 +184,7 @@ def _run_method(
     """Tune, train and test one method. Raise DivergedError if a run diverges.
 
     Returns:
-        Its results, by its name; and those with its second stage, if it has one, with WITH_RERANK behind.
+        Results by the method's name; those of a second stage by the name with WITH_RERANK.
     """
     model = seeded_model(runner.backbone, config, 0)
     has_trainables = any(True for _ in model.trainables())

@@ -1,4 +1,4 @@
-"""Training and test runs of methods, each kept in a directory of its own and never repeated, and the analysis of one.
+"""Training and test runs of methods, kept in directories and never repeated, and their analysis.
 
     runs/<method>/seed0-lr0.002-1a2b3c4d/    trainables.safetensors, config.json, log.csv, training.json, test.json
 

@@ -4,7 +4,7 @@
   worker refuses the memory (RLIMIT_DATA), or is ended by a timer of its processor time (ITIMER_PROF) or, after `WALL`
   times the seconds, by one of the clock (ITIMER_REAL), and replaced.
 - Only the header of a file decides how much it may take, and it is read within the same limits.
-- A worker imports Pillow and NumPy, takes 0.15 s to start, and ends with this process: its input is at an end then.
+- A worker imports Pillow and NumPy, takes 0.15 s to start, and ends when its input ends, as with this process.
 - Images go through pipes, beside JSON: the name of a function with its options, and what it says. Nothing is pickled.
 """
 
@@ -112,7 +112,7 @@ class DecodeWorker:
             self._stop()
 
     def run(self, convert: Convert, data: bytes, limits: Limits) -> Decoded:
-        """Return what `convert`, a function of a module without heavy imports, makes of an image file.
+        """Apply `convert`, a function of a module without heavy imports, to an image file.
 
         It may be a `partial` of one, with keywords that JSON holds. Raise ImageError if the file cannot be read, or
         takes more than its limits; LargeImageError: see `Limits`.

@@ -83,7 +83,7 @@ def upper_first(text: str) -> str:
 
 
 def replace_name(caption: str, spans: Sequence[tuple[int, int]], name: str, new: str) -> str:
-    """Replace the mentions of `name` by `new`, in the number and the writing of each."""
+    """Replace the mentions of `name` by `new`; keep their number, capitals and separators."""
     folded, many = fold_name(name), fold_name(plural(name))
     for start, end in sorted(spans, reverse=True):
         written = caption[start:end]

@@ -154,7 +154,7 @@ class Scores:
         return replace(self, queries=queries, sums=sums)
 
     def percent(self, counts: NDArray[np.int64]) -> NDArray[np.float64]:
-        """Return each measure, and their mean if it has a name, with each unit taken `counts` (R, I) times."""
+        """Return the measures, and their mean if it has a name, for units taken `counts` (R, I) times."""
         pairs = zip(self.sums, self.queries, strict=True)
         measures = [100 * (counts @ sums) / (counts @ queries) for sums, queries in pairs]
         mean = [sum(measures) / len(measures)]
@@ -231,7 +231,7 @@ class Comparison:
 
 
 def _resampled(units: int, resamples: int) -> Iterator[NDArray[np.int64]]:
-    """Yield how often each unit is taken, (r, n): first without resampling, then in each resample."""
+    """Yield counts of the units, (r, n): first one of each, then those of the resamples."""
     yield np.ones((1, units), np.int64)
     rng, shares = np.random.default_rng(0), np.full(units, 1 / units)
     for start in range(0, resamples, _CHUNK):

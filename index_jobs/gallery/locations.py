@@ -154,7 +154,7 @@ def open_image(root: str, location: str, offset: int, size: int) -> tuple[Binary
 def read_images(
     root: str, locations: Sequence[ImageLocation], pauses: Sequence[float] = _PAUSES_S
 ) -> list[bytes | Exception]:
-    """Return the bytes of several images, or the error of each: an ImageError for a file of more than a gibibyte.
+    """Return the bytes of images, or their errors: an ImageError for a file of more than a gibibyte.
 
     Args:
         pauses: seconds before each retry of a URL.

@@ -5,7 +5,7 @@
 - A version has parts: what was built, and later additions. Removed items are a list of rows, so an update shares all
   other files with the previous version.
 - Rows are numbered through all parts. A removed row keeps its number and is never found, by a search or by its id.
-- Opening checks that every file has its full length; `storage.verify` also compares its hash.
+- Opening checks that every file has its full length; `stores.verify` also compares its hash.
 """
 
 import errno
@@ -74,7 +74,7 @@ class Item:
 
 @dataclass(frozen=True, slots=True)
 class ImageAccess:
-    """What a service reads of a gallery, which can change after indexing: nothing beyond its root, unless allowed.
+    """Limits on reading a gallery, which may change after indexing: nothing outside its root unless allowed.
 
     roots: further directories. hosts: hosts, or buckets, that rows with a URL may name. max_bytes: of an image file.
     """
@@ -197,9 +197,9 @@ class IndexVersion:
         except ArtifactError:
             return np.empty((0, self.manifest.dim), np.float32)
 
-    def _nth_live(self, places: Rows) -> Rows:
-        """Return the rows at these places among those that were not removed."""
-        return places + np.searchsorted(self.removed - np.arange(len(self.removed)), places, "right")
+    def _nth_live(self, positions: Rows) -> Rows:
+        """Return the rows at these positions among the live ones."""
+        return positions + np.searchsorted(self.removed - np.arange(len(self.removed)), positions, "right")
 
     def _is_removed(self, row: int) -> bool:
         position = int(np.searchsorted(self.removed, row))

@@ -1,4 +1,4 @@
-"""Accepted changes of an index's items, in a database: which wait, how far they are, and how they ended.
+"""The queue of accepted changes of an index's items: a database with their progress and outcomes.
 
 INDEX/jobs.sqlite       the jobs; one is accepted once its row is committed
 INDEX/images/<sha256>   pictures that were put, on the disk before their job is committed
@@ -61,8 +61,8 @@ class Job:
     """A job that waits.
 
     items: of a put, objects with `id`, `caption`, `category`, `metadata` and `image`, a name below INDEX; of others,
-    objects with `id`. filter: instead of items, which ones a patch or a delete changes. fields: of a patch, what to
-    merge; None removes a field. starts: how often it was begun before; each time, the process has died.
+    objects with `id`. filter: selects the items of a patch or a delete instead. fields: of a patch, to be merged; None
+    removes one. starts: earlier attempts, during which the process has died.
     """
 
     number: int
@@ -151,7 +151,7 @@ class JobQueue:
         return batch
 
     def status(self, job: str) -> dict[str, Any] | None:
-        """Return `id`, `kind`, `items`, `accepted`, `status` and what else is known of a job; None if there is none."""
+        """Return `id`, `kind`, `items`, `accepted`, `status` and more of a job; None for an unknown one."""
         return next(iter(self._statuses("id = ?", job)), None)
 
     def newest(self, limit: int) -> list[dict[str, Any]]:

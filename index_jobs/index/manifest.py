@@ -20,7 +20,7 @@ OVER_HTTP, BY_WATCH = "over HTTP", "by a watch"  # origins of changes
 
 
 def manifest_key(version: int) -> str:
-    """Return the place of a manifest in an index."""
+    """Return the path of a manifest in an index."""
     return f"{VERSIONS}/{version}.json"
 
 
@@ -60,7 +60,7 @@ class FileInfo:
 
     @property
     def key(self) -> str:
-        """Its place in an index."""
+        """Its path in an index."""
         return f"{BLOBS}/{self.sha256}"
 
 

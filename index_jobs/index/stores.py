@@ -1,4 +1,4 @@
-"""Where an index is stored: a directory, or a URL of an object store, of which a directory of the cache is the mirror.
+"""Stores of an index: a directory, or the URL of an object store with a mirror in the cache.
 
 INDEX/CURRENT             the version that is served, and the sha256 of its manifest; see `Current`
 INDEX/versions/<n>.json   the manifest of a version, created once; it names files by their hashes
@@ -46,7 +46,7 @@ RETRIES: Any = {"max_retries": 3, "retry_timeout": timedelta(seconds=20)}
 
 
 class Stored(NamedTuple):
-    """What a storage has under a name. written: Unix seconds; 0 in a directory."""
+    """An entry of a storage. written: Unix seconds; 0 in a directory."""
 
     size: int
     written: float = 0
@@ -222,7 +222,7 @@ class ObjectStore(Storage):
 
 
 def _first_line(error: Exception) -> str:
-    """Return what a store has responded, without the times of attempts, which differ each time."""
+    """Return the response of a store without the times of its attempts, which vary."""
     line = str(error).partition("\n")[0].rpartition(" - ")[2].partition(": <?xml")[0][:300]
     code = re.search(r"<Code>(\w+)</Code>", str(error))
     return f"{line} ({code[1]})" if code else line

@@ -53,7 +53,7 @@ _KEPT = 3  # versions on the disk of a replica: those that were in use last
 
 
 def read_current(index: Path) -> Current | None:
-    """Return what CURRENT says, None if nothing is published. Raise ArtifactError if it names no version."""
+    """Return the content of CURRENT; None if nothing is published. Raise ArtifactError if it names no version."""
     data = Directory(index).read(CURRENT)
     return None if data is None else Current.parse(data, location_of(index))
 
@@ -65,7 +65,7 @@ def current_version(index: Path) -> int | None:
 
 
 def require_index(index: Path) -> Current:
-    """Return what CURRENT says. Raise ArtifactError, which names the command to run, if there is none."""
+    """Return the content of CURRENT. Raise ArtifactError, which names the command to run, if there is none."""
     return Current.parse(Directory(index).read(CURRENT), location_of(index))
 
 
@@ -332,7 +332,7 @@ def _point(index: Path, base: bytes | None, version: int) -> bytes:
 
 
 def _sync(index: Path, version: int, manifests: Mapping[int, Manifest], kept: Iterable[int]) -> None:
-    """Let the engines of all versions follow CURRENT, and drop what those that are kept do not name."""
+    """Let the engines follow CURRENT, and drop what no kept version names."""
     parts = {
         number: [
             manifests[number].paths(index, prefix)

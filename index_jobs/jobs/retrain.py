@@ -3,7 +3,7 @@
 - Only the adapter of text features is tuned [ours], so the vectors of the items stay, and the new version shares all
   files with the served one except its checkpoint.
 - A hash divides the texts: eight tenths are learned from, and two choose how far to go from the served adapter
-  (WiSE-FT). Each of these two is compared as far as the other one chose [ours], so both decide, and none for itself.
+  (WiSE-FT). Each tenth is compared at the share that the other one chose [ours], so none judges its own choice.
 - Pairs with a relevance are clicks. Those without one, such as captions, stand for the words that nobody has clicked
   yet; together they weigh as much as the clicks [ours]. If no pair has a relevance, all are alike.
 - Only what was shown can have been clicked, so held-out clicks compare two models by the place of each item among those
@@ -95,7 +95,7 @@ class ItemPairs:
         return self.take(np.flatnonzero(known))
 
     def with_captions(self, captions: "ItemPairs") -> "ItemPairs":
-        """Return these pairs and captions, which together weigh as much."""
+        """Return these pairs with captions of the same total weight."""
         weight = self.weights.sum() / max(len(captions), 1)
         weights = np.concatenate([self.weights, np.full(len(captions), weight, np.float32)])
         rows = np.concatenate([self.rows, captions.rows])
@@ -111,7 +111,7 @@ class ItemPairs:
 
 @dataclass(frozen=True, kw_only=True)
 class RetrainSummary:
-    """What came of a retraining, as in `retrain.json`."""
+    """Result of a retraining, as in `retrain.json`."""
 
     version: int  # the new one, or the one that stays published
     published: bool = False
@@ -164,7 +164,7 @@ def retrain(
 
 
 def read_pairs(files: Sequence[Path], served: IndexVersion, gallery: Gallery) -> tuple[ItemPairs, ItemPairs, int]:
-    """Return the pairs of items in the index, each once, the captions, and how many items are not in the index.
+    """Return the distinct pairs of items in the index, the captions, and the number of pairs of other items.
 
     Captions are pairs without a relevance, if others have one.
     An item is known by its id, or by its image's location or name in the gallery.

@@ -364,7 +364,7 @@ def _put(queue: JobQueue, jobs: Sequence[Job], options: dict[str, Any]) -> _Resu
 
 
 def _list_new(index: Path, current: IndexVersion | None, items: Sequence[dict[str, Any]]) -> Gallery:
-    """Return as a gallery what the version lacks of some items."""
+    """Return the items that the version lacks, as a gallery."""
     rows = (
         {**item["metadata"], **{name: item[name] for name in _OWN_FIELDS}, "file_name": item["image"]} for item in items
     )
