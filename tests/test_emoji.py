@@ -45,7 +45,7 @@ def test_splits_share_no_emoji_no_image_and_no_caption(domain: str) -> None:
     for split, unseen in (("train", "val"), ("train", "test"), ("val", "test")):
         negatives = {text for pair in entries[split] for text in pair["negative"]}
         positives = [pair["positive"] for pair in entries[unseen]]
-        captions = {text for each in positives for text in ([each] if isinstance(each, str) else each)}
+        captions = {text for positive in positives for text in ([positive] if isinstance(positive, str) else positive)}
         assert len(negatives) > 500
         assert not negatives & captions
 

@@ -181,7 +181,7 @@ async def test_facets_are_fields_that_few_values_divide(started: ServiceClient) 
         response = await started.get("/ui/facets", params={"filter": json.dumps(filter)})
         assert response.status_code == 200, response.text
         facets = response.json()["facets"]
-        return {facet["name"]: {each["value"]: each["count"] for each in facet["values"]} for facet in facets}
+        return {facet["name"]: {value["value"]: value["count"] for value in facet["values"]} for facet in facets}
 
     everything = await counted()
     assert list(everything) == ["category", "color"], "no field whose values are all different"
@@ -202,7 +202,7 @@ async def test_gallery_shows_each_group_once(products: Path) -> None:
         some = {"filter": json.dumps({"category": ["cross", "square"]})}
         assert {item["group"]["count"] for item in (await client.get("/items", params=some)).json()["items"]} == {2}
         facets = (await client.get("/ui/facets")).json()["facets"]
-        assert [(facet["name"], {each["count"] for each in facet["values"]}) for facet in facets] == [("category", {6})]
+        assert [(each["name"], {value["count"] for value in each["values"]}) for each in facets] == [("category", {6})]
         about = (await client.get("/ui/catalogue")).json()
         assert about | {"group_field": "color", "has_words": True, "hybrid_by_default": True, "max_k": 200} == about
 

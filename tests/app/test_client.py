@@ -113,7 +113,7 @@ def test_searches_and_items(built_index: Path, gallery: Path) -> None:
         with Client(url, key=key) as client:
             (collection,) = client.collections()
             own_options = client.search_batch(["red", {"query": "red", "k": 3, "without": "circle"}], k=2)
-            assert [len(each.results) for each in own_options] == [2, 3]
+            assert [len(answer.results) for answer in own_options] == [2, 3]
             circle = {"category": "circle"}
             found = client.search_image(file, k=1, filter=circle, less_like=["circle/red.png"], fields=["file_name"])
             (by_file,) = found.results
@@ -122,7 +122,7 @@ def test_searches_and_items(built_index: Path, gallery: Path) -> None:
             assert in_batch[0].results[0].id == "circle/blue.png"
             circles = client.items(filter=circle, k=4, group_by="")
             assert (circles.count, circles.next_offset) == (6, 4)
-            assert [each.category for each in circles.items] == ["circle"] * 4
+            assert [item.category for item in circles.items] == ["circle"] * 4
             by_caption = client.search_image(file, sort="-caption", min_score=-1.0, k=1)
             assert (by_caption.results[0].caption, by_caption.count) == ("a red triangle", 24)
             assert client.image("circle/blue.png") == file.read_bytes()
@@ -293,7 +293,7 @@ def test_every_model_is_exported() -> None:
 
 def test_the_client_depends_on_httpx_and_pydantic_alone() -> None:
     project = tomllib.loads((PACKAGE / "pyproject.toml").read_text(encoding="utf-8"))["project"]
-    assert {re.split(r"[<>=]", each)[0] for each in project["dependencies"]} == {"httpx", "pydantic"}
+    assert {re.split(r"[<>=]", dependency)[0] for dependency in project["dependencies"]} == {"httpx", "pydantic"}
     code = "import sys, dcar_client; sys.exit(bool({'torch', 'faiss', 'numpy', 'app', 'dcar_core'} & set(sys.modules)))"
     environment = {**os.environ, "PYTHONPATH": str(PACKAGE / "src")}
     assert subprocess.run([sys.executable, "-c", code], cwd=PACKAGE, env=environment).returncode == 0

@@ -170,8 +170,8 @@ async def test_collection_is_created_filled_and_dropped(index: Path, tmp_path: P
         assert (await client.get("/items")).json()["count"] == 24
 
         async def count_elsewhere() -> bool:
-            listed = {each["name"]: each["count"] for each in (await other.get("/collections")).json()["collections"]}
-            return listed == {"index": 24, "lamps": 3}
+            listed = (await other.get("/collections")).json()["collections"]
+            return {known["name"]: known["count"] for known in listed} == {"index": 24, "lamps": 3}
 
         await until(count_elsewhere)
     async with opened(index, **given) as client:
@@ -180,7 +180,7 @@ async def test_collection_is_created_filled_and_dropped(index: Path, tmp_path: P
         with JobQueue(list_collections(tmp_path / "created")["lamps"]).lock():
             drops = [asyncio.create_task(client.delete(path, headers=ADMINS)) for _ in range(8)]
             await asyncio.sleep(0.2)
-        assert sorted([(await each).status_code for each in drops]) == [204] + [404] * 7
+        assert sorted([(await drop).status_code for drop in drops]) == [204] + [404] * 7
         assert (await client.get(f"{path}/items")).status_code == 404
         assert not list((tmp_path / "created").glob("*/"))
         assert (await client.put(path, headers=ADMINS)).json()["count"] == 0
@@ -201,7 +201,7 @@ async def test_empty_collection_has_no_results_and_checks_requests(index: Path, 
         by_image = await client.post(f"{path}/search/image", files={"file": png()}, data={"filter": '{"price": 3}'})
         assert by_image.json()["results"] == []
         batch = await client.post(f"{path}/search/batch", json={"queries": [text, {"query": "blue", "k": 5}]})
-        assert [each["results"] for each in batch.json()["answers"]] == [[], []]
+        assert [answer["results"] for answer in batch.json()["answers"]] == [[], []]
         for route in ("items?group_by=price", 'items?filter={"price": 3}', "items?sort=-price"):
             listed = (await client.get(f"{path}/{route}")).json()
             assert listed == {"index_version": 0, "count": 0, "items": []}

@@ -246,7 +246,7 @@ def test_old_rows_and_those_beyond_the_size_are_removed(tmp_path: Path) -> None:
         gone = prune(tmp_path, 90, 40_000)
         assert gone > 0
         removed += gone
-    assert [*stored(tmp_path)[0]] == [each.query_id for each in searches[10 + removed // 2 :]], "the newest are kept"
+    assert [*stored(tmp_path)[0]] == [row.query_id for row in searches[10 + removed // 2 :]], "the newest are kept"
     file = file.rename(tmp_path / "elsewhere.sqlite")
     Store(tmp_path).close()
     assert prune(tmp_path, 1, 2**20) == 0, "another host may be writing it"

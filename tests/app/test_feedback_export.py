@@ -233,7 +233,7 @@ def test_propensities_hold_for_pairs_with_few_impressions_and_after_a_version_th
             clicked = rng.random(pairs) < examined[place] * attractive
             number = np.arange(pairs)
             parts.append(seen(number, number, 0, number, place + 1, clicked, version))
-        clicks = np.sum([each.clicked for each in parts], 0)
+        clicks = np.sum([part.clicked for part in parts], 0)
         position = np.clip(position - clicks, 0, depth - 1)
     found, _ = estimate_propensities(np.concatenate(parts).view(np.recarray))
     assert np.abs(found / examined - 1).max() < 0.1, found
@@ -283,7 +283,7 @@ def test_searches_are_counted_by_day_position_version_and_text(tmp_path: Path) -
         {"day": DAYS[0], "searches": 5, "clicked": 2, "nothing": 3},
         {"day": DAYS[1], "searches": 1, "clicked": 0, "nothing": 0},
     ], "one click is of an item that was not shown"
-    shown = {each["position"]: (each["shown"], each["clicked"]) for each in found["positions"]}
+    shown = {position["position"]: (position["shown"], position["clicked"]) for position in found["positions"]}
     assert shown == {1: (4, 1), 2: (4, 1), 3: (3, 0), 4: (1, 1), 5: (1, 0), 6: (1, 0)}
     assert found["versions"][2] == {"searches": 1, "clicked": 0, "nothing": 0}
     assert found["worst"] == [{"query": "none", "searches": 1, "clicked": 0, "nothing": 1, "items": []}], (

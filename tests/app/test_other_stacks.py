@@ -97,8 +97,8 @@ async def test_an_assistant_searches_over_mcp(url: str, client: Client, gallery:
         found = await mcp.call_tool("search_by_words", {"query": "a red circle", **options, "thumbnails": True})
         expected = client.search_text("a red circle", k=3, filter={"category": "circle"}, fields=["color"])
         results = found.structured_content["results"]
-        assert [each["id"] for each in results] == [each.id for each in expected.results]
-        assert [each["metadata"] for each in results] == [each.metadata for each in expected.results]
+        assert [result["id"] for result in results] == [result.id for result in expected.results]
+        assert [result["metadata"] for result in results] == [result.metadata for result in expected.results]
         assert results[0]["image_url"] == url + expected.results[0].image_url
         assert json.loads(found.content[0].text) == found.structured_content
         assert len(pictures(found.content)) == 3
@@ -106,11 +106,11 @@ async def test_an_assistant_searches_over_mcp(url: str, client: Client, gallery:
         file = gallery / "circle/blue.png"
         for given in ({"file": "circle/blue.png"}, {"image": base64.b64encode(file.read_bytes()).decode()}):
             found = await mcp.call_tool("search_by_picture", {**given, "k": 1})
-            assert [each["id"] for each in found.structured_content["results"]] == ["circle/blue.png"]
+            assert [result["id"] for result in found.structured_content["results"]] == ["circle/blue.png"]
             assert pictures(found.content) == []
         found = await mcp.call_tool("similar_items", {"item_id": ODD_ID, "k": 2})
         similar = client.similar(ODD_ID, k=2)
-        assert [each["id"] for each in found.structured_content["results"]] == [each.id for each in similar.results]
+        assert [item["id"] for item in found.structured_content["results"]] == [item.id for item in similar.results]
         found = await mcp.call_tool("get_item", {"item_id": ODD_ID, "thumbnail": True})
         assert found.structured_content["metadata"] == client.item(ODD_ID).metadata
         assert len(pictures(found.content)) == 1
@@ -147,7 +147,7 @@ async def test_the_mcp_server_tells_of_a_wrong_key_a_rate_and_a_service_that_is_
     with serving(built_index, rate_limit="1/day") as (_, port):
         async with AssistantClient(server(f"http://127.0.0.1:{port}")) as mcp:
             answers = [await mcp.call_tool("search_by_words", {"query": "red"}) for _ in range(2)]
-            assert [each.is_error for each in answers] == [False, True]
+            assert [answer.is_error for answer in answers] == [False, True]
             assert "429" in answers[1].content[0].text
     async with AssistantClient(server("http://127.0.0.1:9")) as mcp:
         refused = await mcp.call_tool("search_by_words", {"query": "red"})
@@ -173,7 +173,7 @@ async def test_langchain_retrieves_captions(url: str, client: Client) -> None:
     retriever = DcarRetriever(client=client, k=3, options={"fields": ["color"]})
     expected = client.search_text("a red circle", k=3, fields=["color"]).results
     documents = retriever.invoke("a red circle")
-    assert [each.id for each in documents] == [each.id for each in expected]
+    assert [document.id for document in documents] == [result.id for result in expected]
     first, result = documents[0], expected[0]
     assert (first.page_content, first.metadata["color"]) == (result.caption, (result.metadata or {})["color"])
     assert (first.metadata["score"], first.metadata["image_url"]) == (result.score, result.image_url)
@@ -200,9 +200,9 @@ async def test_llama_index_retrieves_captions(url: str, client: Client, gallery:
             (QueryBundle("red", image_path=str(file)), client.search_image(file, "red", k=3, fields=["color"])),
         ):
             nodes = retriever.retrieve(query)
-            assert [each.node_id for each in nodes] == [each.id for each in expected.results]
-            assert [each.score for each in nodes] == [each.score for each in expected.results]
-            assert [each.text for each in nodes] == [each.caption for each in expected.results]
+            assert [node.node_id for node in nodes] == [result.id for result in expected.results]
+            assert [node.score for node in nodes] == [result.score for result in expected.results]
+            assert [node.text for node in nodes] == [result.caption for result in expected.results]
             assert nodes[0].metadata["color"] == (expected.results[0].metadata or {})["color"]
             assert await retriever.aretrieve(query) == nodes
             assert await both.aretrieve(query) == nodes

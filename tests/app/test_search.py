@@ -160,7 +160,7 @@ async def test_index_answers_as_the_service_does(reranking_index: Path, tmp_path
     own, scores = {"took_ms", "cached", "results"}, {"score", "text_score", "rerank_score", "explanation"}
     for found, answer in answers:
         body = answer.json()
-        close(body, [(each["id"], each["score"]) for each in found["results"]])
+        close(body, [(result["id"], result["score"]) for result in found["results"]])
         for one, other in zip(found["results"], body["results"], strict=True):
             assert one.keys() == other.keys()
             assert {k: one[k] for k in one.keys() - scores} == {k: other[k] for k in other.keys() - scores}
@@ -346,8 +346,8 @@ async def test_explanations_match_measured_falls_of_the_score(
         np.testing.assert_allclose(relevance[1, 3], text @ whole - text @ without, atol=1e-3)
         shorter = encoder.encode_text(["red square", "a square", "a red"])
         words = first["explanation"]["words"]
-        assert [each["word"] for each in words] == ["a", "red", "square"]
-        np.testing.assert_allclose([each["effect"] for each in words], text @ whole - shorter @ whole, atol=2e-3)
+        assert [word["word"] for word in words] == ["a", "red", "square"]
+        np.testing.assert_allclose([word["effect"] for word in words], text @ whole - shorter @ whole, atol=2e-3)
         by_image = await client.image((gallery / "circle/blue.png").read_bytes(), k="1", explain="true")
         assert "words" not in by_image
         assert by_image["results"][0]["explanation"].keys() == {"relevance", "fit"}

@@ -307,7 +307,7 @@ async def test_invalid_options_name_the_field(catalogue: Path) -> None:
                 assert "available: brand, caption, category, color, file_name, id" in problem["detail"]
         for form, field in INVALID_IMAGES:
             problem = assert_problem(await http.post("/search/image", files=picture, data=form), 422)
-            assert all(each["field"].startswith(field) for each in problem["errors"]), form
+            assert all(error["field"].startswith(field) for error in problem["errors"]), form
         for params, field in INVALID_LISTINGS:
             assert_problem(await http.get("/items", params=params), 422, field)
         for queries, status, field in INVALID_BATCHES:
@@ -355,7 +355,7 @@ async def test_crops_are_of_the_upright_image_and_cached_by_their_place(built_in
             file = turned if data is None else encoded(data)
             form = {"crop": json.dumps(crop)} if crop else {}
             bodies.append((await http.post("/search/image", files={"file": file}, data=form)).json())
-        assert [each["cached"] for each in bodies[:3]] == [False, True, False]
+        assert [body["cached"] for body in bodies[:3]] == [False, True, False]
         assert bodies[0]["results"] == bodies[1]["results"] == bodies[3]["results"] != bodies[2]["results"]
         assert bodies[4]["results"], "one pixel"
 
@@ -372,7 +372,7 @@ async def test_levels_follow_from_the_calibration_of_the_build(
             options: dict[str, Any] = {"query": "red", "k": 24, **more}
             body = (await http.post("/search/text", json=options)).json()
             oracle.check(body, **options)
-            assert 0 < len([each for each in body["results"] if each["level"] == "likely"]) < 24
+            assert 0 < len([result for result in body["results"] if result["level"] == "likely"]) < 24
 
 
 async def test_long_metadata_are_bounded_in_responses(built_index: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -409,4 +409,4 @@ async def test_counts_of_the_best_rows_alone_are_approximate(
             assert body["facets_approximate"]
             assert sum(each["count"] for each in body["facets"]["color"]) == 5
         assert (body["count"], body["count_approximate"]) == (5, True)
-        assert {each["id"] for each in body["results"]} == {each["id"] for each in first}
+        assert {result["id"] for result in body["results"]} == {each["id"] for each in first}

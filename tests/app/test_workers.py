@@ -39,10 +39,10 @@ class Service:
     def sample(self, name: str, **labels: str) -> float:
         families = text_string_to_metric_families(self.get("/metrics").text)
         return sum(
-            each.value
+            sample.value
             for family in families
-            for each in family.samples
-            if each.name == name and labels.items() <= each.labels.items()
+            for sample in family.samples
+            if sample.name == name and labels.items() <= sample.labels.items()
         )
 
 

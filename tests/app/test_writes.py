@@ -49,7 +49,7 @@ async def test_items_are_patched_put_replaced_and_deleted_by_jobs(index: Path, i
         assert found["metadata"] == before["metadata"] | {"price": 12.5, "brand": "Acme"}
         assert (found["caption"], found["category"], found["index_version"]) == ("a guitar", before["category"], 2)
         body = {"query": "guitar", "hybrid": 1, "filter": {"price": {"lt": 13}}}
-        assert [each["id"] for each in (await client.post("/search/text", json=body)).json()["results"]] == [first]
+        assert [result["id"] for result in (await client.post("/search/text", json=body)).json()["results"]] == [first]
 
         job = await patch("/items", ids=[first, second, "unknown"], metadata={"price": 3, "brand": None})
         assert (job["items"], job["changed"], job["unknown"], job["new_fields"]) == (3, 2, ["unknown"], [])

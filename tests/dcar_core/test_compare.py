@@ -311,7 +311,7 @@ def test_the_cost_of_serving(name: str, expected: tuple[str, str], backbone: Bac
 def verdict(adapted: range, untouched: range, images: int = 100, method: str = "dcar+") -> Verdict:
     """Return the verdict on models that find these images, and their captions."""
     hits = (np.isin(np.arange(images), found).astype(float) for found in (adapted, untouched))
-    scores = [Scores(np.ones((2, images)), np.array([each, each])) for each in hits]
+    scores = [Scores(np.ones((2, images)), np.array([hit, hit])) for hit in hits]
     return Verdict(method, Comparison.of(*scores, resamples=500), TrainConfig(lr=2e-3, epochs=20))
 
 

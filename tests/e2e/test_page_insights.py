@@ -70,7 +70,7 @@ def test_the_page_reports_what_is_seen_opened_and_judged(
 def test_the_figures_of_the_log_are_shown(both: Page, indexes: dict[str, Path], tmp_path: Path) -> None:
     page = both
     with served(indexes["shapes"], feedback=tmp_path / "log", **ADMIN_ONLY) as address:
-        ids = [each["id"] for each in httpx.get(f"{address}/items", params={"k": 24}).json()["items"]]
+        ids = [item["id"] for item in httpx.get(f"{address}/items", params={"k": 24}).json()["items"]]
         write_days(tmp_path / "log", "shapes", ids)
         page.open(f"{address}/ui/insights")
         page.appears("#key").send_keys("wrong key\n")

@@ -49,7 +49,7 @@ def test_examples_come_from_the_gallery(page: Page, site: str) -> None:
     until(lambda: page.all("#examples button"))
     words = page.texts("#examples button")
     assert len(set(words)) == 6
-    assert set(words) <= {each["caption"] for each in httpx.get(f"{site}/items", params={"k": 100}).json()["items"]}
+    assert set(words) <= {item["caption"] for item in httpx.get(f"{site}/items", params={"k": 100}).json()["items"]}
     page.click("#examples button", 1)
     page.arrives("#q=")
     page.settled(24)
@@ -130,7 +130,7 @@ def test_explanations_are_drawn(page: Page, site: str) -> None:
     assert bars == pytest.approx(abs(shares), abs=0.01)
     titles = [str(word.get_attribute("title")).split("” ")[1] for word in drawn]
     assert titles[shares.argmax()] == "matters most"
-    assert [each == "speaks against" for each in titles] == list(shares < -0.08)
+    assert [title == "speaks against" for title in titles] == list(shares < -0.08)
     veil = np.array(page.js("""
         const map = document.querySelector('#results .map'), side = map.width / 4;
         const {data} = map.getContext('2d').getImageData(0, 0, map.width, map.height);

@@ -135,7 +135,7 @@ class Reader:
         self._server = commands.Command("app.cli", *words[1:], "--port", port, **streams)
         self._address = ready(f"http://127.0.0.1:{port}")
         lines = log.read_text().splitlines(keepends=True)
-        return "".join(each for each in lines if "listening on" in each or "serving version" in each)
+        return "".join(line for line in lines if "listening on" in line or "serving version" in line)
 
 
 @pytest.fixture(scope="module")

@@ -133,7 +133,7 @@ def _apply(_: Given, index: Path) -> None:
 
 def _require_applied(given: Given, index: Path) -> None:
     jobs, opened = JobQueue(index).newest(9)[::-1], open_current(index)
-    assert [each["status"] for each in jobs] == ["done"] * 5
+    assert [job["status"] for job in jobs] == ["done"] * 5
     assert [each["id"] for each in jobs[0]["failed"]] == ["bad"]
     published, manifests = [opened.manifest], {each.version: each for each in list_versions(index)}
     while published[-1].replaced:

@@ -130,7 +130,7 @@ def test_chosen_metadata_fields_are_looked_up(build: Build, tmp_path: Path) -> N
     def found(*words: str) -> list[int]:
         lexical = open_current(index).lexical
         assert lexical is not None
-        return [len(lexical.search(each, 9)[1]) for each in words]
+        return [len(lexical.search(word, 9)[1]) for word in words]
 
     build(tmp_path / "gallery", text_fields=["code", "brand"], group_field="code")
     assert found("wx300", "mirror", "velvet") == [1, 1, 0]

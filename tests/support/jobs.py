@@ -25,7 +25,7 @@ def delete(index: Path, *ids: str, filter: dict[str, Any] | None = None) -> str:
 
 def patch(index: Path, *item_ids: str, filter: dict[str, Any] | None = None, **fields: Any) -> str:
     """Accept a job that merges fields into items."""
-    return JobQueue(index).accept("patch", [{"id": each} for each in item_ids], filter=filter, fields=fields)
+    return JobQueue(index).accept("patch", [{"id": item_id} for item_id in item_ids], filter=filter, fields=fields)
 
 
 def status(index: Path, job: str) -> dict[str, Any]:

@@ -26,11 +26,11 @@ def meets(value: Any, condition: Any) -> bool:
     tests = {
         "in": lambda operand: meets(value, operand),
         "not": lambda operand: not meets(value, operand),
-        "contains": lambda operand: any(operand.lower() in each.lower() for each in members),
-        "gt": lambda operand: any(each > operand for each in members),
-        "gte": lambda operand: any(each >= operand for each in members),
-        "lt": lambda operand: any(each < operand for each in members),
-        "lte": lambda operand: any(each <= operand for each in members),
+        "contains": lambda operand: any(operand.lower() in member.lower() for member in members),
+        "gt": lambda operand: any(member > operand for member in members),
+        "gte": lambda operand: any(member >= operand for member in members),
+        "lt": lambda operand: any(member < operand for member in members),
+        "lte": lambda operand: any(member <= operand for member in members),
     }
     return all(tests[name](operand) for name, operand in condition.items())
 
@@ -206,7 +206,7 @@ class Oracle:
             wanted = (
                 item.metadata
                 if "*" in query.fields
-                else {each: item.metadata[each] for each in query.fields if each in item.metadata}
+                else {field: item.metadata[field] for field in query.fields if field in item.metadata}
             )
             assert result.get("metadata") == (wanted if query.fields else None)
             assert result["level"] == self.level_of(levels, scores[row], texts[row])

@@ -133,11 +133,11 @@ class Page:
 
     def says(self, selector: str, *words: str) -> None:
         """Wait until an element's text contains these words."""
-        until(lambda: all(each in self.one(selector).text for each in words))
+        until(lambda: all(word in self.one(selector).text for word in words))
 
     def arrives(self, *parts: str) -> None:
         """Wait until the address contains these parts."""
-        until(lambda: all(each in self.url for each in parts))
+        until(lambda: all(part in self.url for part in parts))
 
     def counts(self, count: int, selector: str = "#results .card") -> None:
         """Wait until there are so many elements."""

@@ -17,7 +17,7 @@ def assert_problem(answer: httpx.Response, status: int, field: str | None = None
     assert body["status"] == status
     assert body["detail"]
     if field is not None:
-        assert field in [each["field"] for each in body["errors"]]
+        assert field in [error["field"] for error in body["errors"]]
     return body
 
 

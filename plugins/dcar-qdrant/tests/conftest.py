@@ -27,9 +27,9 @@ def url(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     """The URL of a server whose new collections are dropped at the end."""
     if real := os.environ.get("QDRANT_URL"):
         client = connection.connect(real)
-        before = {each.name for each in client.get_collections().collections}
+        before = {collection.name for collection in client.get_collections().collections}
         yield real
-        for name in {each.name for each in client.get_collections().collections} - before:
+        for name in {collection.name for collection in client.get_collections().collections} - before:
             client.delete_collection(name)
     else:
         with running_server(tmp_path_factory.mktemp("core")) as server:

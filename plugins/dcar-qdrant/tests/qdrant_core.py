@@ -29,7 +29,7 @@ class CoreClient:
             shard.close()
 
     def get_collections(self) -> Any:
-        collections = [models.CollectionDescription(name=each) for each in self._shards]
+        collections = [models.CollectionDescription(name=shard) for shard in self._shards]
         return models.CollectionsResponse(collections=collections)
 
     def get_aliases(self) -> Any:
@@ -64,7 +64,7 @@ class CoreClient:
         self._shards[name].update(core.UpdateOperation.create_field_index(key, kind))
 
     def upsert(self, name: str, points: Any) -> None:
-        stored = [core.Point(each.id, each.vector, _without_bools(each.payload)) for each in points]
+        stored = [core.Point(point.id, point.vector, _without_bools(point.payload)) for point in points]
         self._shards[name].update(core.UpdateOperation.upsert_points(stored))
 
     def delete(self, name: str, ids: list[int]) -> None:

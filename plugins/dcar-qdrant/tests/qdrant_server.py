@@ -107,7 +107,7 @@ class QdrantServer:
             case "POST/points":
                 return [point.model_dump(mode="json") for point in client.retrieve(name, body["ids"])]
             case "POST/points/query/batch":
-                found = client.query_batch_points(name, [models.QueryRequest(**each) for each in body["searches"]])
+                found = client.query_batch_points(name, [models.QueryRequest(**search) for search in body["searches"]])
                 return [
                     {"points": [{"id": p.id, "version": 0, "score": p.score} for p in each.points]} for each in found
                 ]

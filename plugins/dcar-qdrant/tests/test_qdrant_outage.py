@@ -66,7 +66,7 @@ async def test_a_qdrant_that_hangs_holds_no_search_to_the_deadline_and_no_item(
             asked = [client.post("/search/text", json={"query": f"red {number}"}) for number in range(30)]
             responses = await asyncio.gather(*asked, client.get(place))
             assert time.monotonic() - began < 8, "the first threads wait for two attempts of a second"
-            assert [each.status_code for each in responses] == [503] * 30 + [200]
+            assert [response.status_code for response in responses] == [503] * 30 + [200]
         finally:
             goes_on.set()
 

@@ -139,8 +139,8 @@ def response(index: Index, request: dict[str, Any]) -> Any:
         found = index.search(**request)
     except SearchError as error:
         return str(error)
-    matches = [(each["id"], each.get("group"), each.get("folded"), each["level"]) for each in found["results"]]
-    scores = [(each["score"], each.get("text_score", 0)) for each in found["results"]]
+    matches = [(item["id"], item.get("group"), item.get("folded"), item["level"]) for item in found["results"]]
+    scores = [(result["score"], result.get("text_score", 0)) for result in found["results"]]
     rest = {name: value for name, value in found.items() if name not in ("results", "took_ms")}
     return matches, rest, np.array(scores).round(4).tolist()
 

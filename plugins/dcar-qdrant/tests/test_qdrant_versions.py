@@ -32,7 +32,7 @@ from tests.support.versions import Build, file_of
 def collections(url: str, index: Path) -> tuple[list[str], list[str]]:
     """Return the collections of an index, and those that its alias names."""
     client, prefix = connect(url), collection_prefix(index_name(index))
-    names = [each.name for each in client.get_collections().collections if each.name.startswith(prefix)]
+    names = [known.name for known in client.get_collections().collections if known.name.startswith(prefix)]
     aliases = [a.collection_name for a in client.get_aliases().aliases if a.alias_name == f"{prefix}_current"]
     return sorted(names), aliases
 
