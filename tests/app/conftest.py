@@ -6,6 +6,7 @@ import os
 import shutil
 from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -32,28 +33,27 @@ def gallery(tiny_gallery: Path, tmp_path_factory: pytest.TempPathFactory) -> Pat
     return root
 
 
+def _built(gallery: Path, checkpoint: Path, name: str, **options: Any) -> Path:
+    rebuild(gallery, checkpoint, gallery.parent / name, workers=0, progress=False, **options)
+    return gallery.parent / name
+
+
 @pytest.fixture(scope="session")
 def built_index(gallery: Path, tiny_checkpoint: Path) -> Path:
     """Do not change it: take `index` for that."""
-    out = gallery.parent / "index"
-    rebuild(gallery, tiny_checkpoint, out, workers=0, progress=False)
-    return out
+    return _built(gallery, tiny_checkpoint, "index")
 
 
 @pytest.fixture(scope="session")
 def reranking_index(gallery: Path, reranking_checkpoint: Path) -> Path:
     """The same gallery, encoded by a model with a second stage. Do not change it."""
-    out = gallery.parent / "reranking"
-    rebuild(gallery, reranking_checkpoint, out, workers=0, progress=False)
-    return out
+    return _built(gallery, reranking_checkpoint, "reranking")
 
 
 @pytest.fixture(scope="session")
 def products(gallery: Path, tiny_checkpoint: Path) -> Path:
     """An index in which the images of one color are one product."""
-    out = gallery.parent / "products"
-    rebuild(gallery, tiny_checkpoint, out, group_field="color", workers=0, progress=False)
-    return out
+    return _built(gallery, tiny_checkpoint, "products", group_field="color")
 
 
 @pytest.fixture(scope="session")

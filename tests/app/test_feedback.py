@@ -176,18 +176,17 @@ async def test_a_flood_takes_bounded_memory_and_a_failing_disk_costs_events_and_
     assert [len(rows) for rows in stored(tmp_path)] == [1, 4]
 
 
-def test_a_log_that_cannot_be_written_is_an_error(tmp_path: Path) -> None:
+def test_the_setting_is_a_switch_or_a_directory_that_can_be_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for value, folder in {"true": Path("index/feedback"), "0": None, "log/x": Path("log/x")}.items():
+        monkeypatch.setenv("DCAR_FEEDBACK", value)
+        assert load_settings(index=Path("index")).feedback_folder == folder
     (tmp_path / "file").write_text("")
     with pytest.raises(DcarError, match="DCAR_FEEDBACK"):
         Store(tmp_path / "file").close()
     first, second = (Store(tmp_path / "log").secret for _ in range(2))
     assert first == second
-
-
-def test_the_setting_is_a_switch_or_a_directory(monkeypatch: pytest.MonkeyPatch) -> None:
-    for given, folder in {"true": Path("index/feedback"), "0": None, "log/x": Path("log/x")}.items():
-        monkeypatch.setenv("DCAR_FEEDBACK", given)
-        assert load_settings(index=Path("index")).feedback_folder == folder
 
 
 WRITER = """
