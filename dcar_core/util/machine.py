@@ -40,10 +40,7 @@ def missing_bf16() -> str | None:
 
 
 def map_weights(model: "nn.Module", file: Path) -> None:
-    """Replace the tensors of a loaded model by those mapped from its file.
-
-    Nothing changes if names, shapes or types differ (half precision in the file, float32 in the model).
-    """
+    """Replace the tensors of a loaded model by those mapped from its file, unless names, shapes or types differ."""
     if file.suffix != ".safetensors" or not file.is_file():
         return
     from safetensors.torch import load_file
@@ -68,10 +65,7 @@ def read_shapes(file: Path) -> dict[str, tuple[int, ...]]:
 
 
 def release_pages(paths: Iterable[Path]) -> None:
-    """Release the unmodified pages mapped from these files, or from files in these directories, which may be links.
-
-    The system reads them again when they are needed. Does nothing on systems without `madvise`.
-    """
+    """Release the unmodified pages mapped from these files, or files in these directories, where `madvise` exists."""
     advise = getattr(mmap, "MADV_DONTNEED", None)
     roots = "|".join(re.escape(str(path.resolve())) for root in paths for path in (root, *root.glob("*")))
     if not roots or advise is None or not Path("/proc/self/smaps").is_file():
