@@ -9,13 +9,7 @@ import typer
 from app.cli import options
 from app.cli.options import app
 from dcar_core.model.catalogue import recommended_weights
-from dcar_core.model.config import (
-    GRID,
-    Amp,
-    BackboneSource,
-    LossDirection,
-    TrainConfig,
-)
+from dcar_core.model.config import GRID, Amp, BackboneSource, LossDirection, TrainConfig
 from dcar_core.util.files import require_writable
 from dcar_core.util.options import command, option, with_options
 from index_jobs.spec import BuildOptions

@@ -32,13 +32,7 @@ from dcar_core.training.validation import encode_captions, encode_images, mean_r
 from dcar_core.util.arrays import Floats, Rows
 from dcar_core.util.errors import DivergedError
 from dcar_core.util.files import hash_json, write_json
-from dcar_core.util.metrics import (
-    Ranks,
-    Scores,
-    compute_ranks,
-    hard_negative_accuracy,
-    recall_of_ranks,
-)
+from dcar_core.util.metrics import Ranks, Scores, compute_ranks, hard_negative_accuracy, recall_of_ranks
 
 _BY_VECTORS_ALONE: dict[str, Any] = {"hard_negative_accuracy": None}
 _BATCH = 256  # negatives that are encoded at a time

@@ -164,8 +164,7 @@ def _learn(model: DCAR, split: PreparedSplit, seed: int) -> None:
     late = [*stage.layers.word.parameters(), *stage.layers.patch.parameters(), stage.layers.late_scale]
     prompts = [*stage.layers.down.parameters(), *stage.layers.up.parameters()]
     optimizer = torch.optim.AdamW(
-        [{"params": prompts, "lr": PROMPTS_RATE}, {"params": late, "lr": LATE_RATE}],
-        weight_decay=1e-2,
+        [{"params": prompts, "lr": PROMPTS_RATE}, {"params": late, "lr": LATE_RATE}], weight_decay=1e-2
     )
     batches = hard_batches(torch.from_numpy(own).to(nearest.device), nearest, optimizer, STAGE_EPOCHS, random)
     total = STAGE_EPOCHS * math.ceil(len(own) / BATCH)

@@ -16,14 +16,7 @@ from dcar_core.images import ImageRoot
 from dcar_core.model.backbone import Backbone
 from dcar_core.negatives import LETTER_FUNCTIONS, add_negatives, backbone_functions
 from dcar_core.negatives.complete import TextFunctions, load_taxonomy, rank_categories
-from dcar_core.negatives.words import (
-    article,
-    find_mentions,
-    plural,
-    replace_name,
-    singular,
-    swap_attributes,
-)
+from dcar_core.negatives.words import article, find_mentions, plural, replace_name, singular, swap_attributes
 from dcar_core.util.errors import DataError
 from tests.support.commands import dcar
 from tests.support.files import write_json

@@ -31,10 +31,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 @pytest.fixture(scope="session")
 def indexes(
-    tiny_data: Path,
-    tiny_checkpoint: Path,
-    other_checkpoint: Path,
-    tmp_path_factory: pytest.TempPathFactory,
+    tiny_data: Path, tiny_checkpoint: Path, other_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> dict[str, Path]:
     """Indexes by name: one with a cut-off, other galleries and models, and one with a group field."""
     path = tmp_path_factory.mktemp("page")

@@ -90,10 +90,7 @@ def test_scores_of_chosen_rows_equal_those_of_a_search(tmp_path: Path) -> None:
             np.testing.assert_allclose(lexical.score(query, chosen), expected[chosen], rtol=1e-5)
 
 
-@pytest.mark.parametrize(
-    "damage",
-    [lambda path: (path / "meta.json").write_text("{}"), shutil.rmtree],
-)
+@pytest.mark.parametrize("damage", [lambda path: (path / "meta.json").write_text("{}"), shutil.rmtree])
 def test_a_missing_or_damaged_index_is_an_error_with_its_path(damage: Callable[[Path], object], tmp_path: Path) -> None:
     path = tmp_path / "lexical"
     write_lexical(path, TEXTS)

@@ -143,11 +143,7 @@ class Client:
         return self._send(calls.put_item(self._prefix, item))
 
     def patch_items(
-        self,
-        fields: ItemFields,
-        *,
-        ids: Sequence[str] | None = None,
-        filter: Mapping[str, Any] | None = None,
+        self, fields: ItemFields, *, ids: Sequence[str] | None = None, filter: Mapping[str, Any] | None = None
     ) -> JobResponse:
         """Merge fields into the items of some ids or of a filter, by a job; their images stay."""
         return self._send(calls.patch_items(self._prefix, fields, ids, filter))
@@ -324,11 +320,7 @@ class AsyncClient:
         return await self._send(calls.put_item(self._prefix, item))
 
     async def patch_items(
-        self,
-        fields: ItemFields,
-        *,
-        ids: Sequence[str] | None = None,
-        filter: Mapping[str, Any] | None = None,
+        self, fields: ItemFields, *, ids: Sequence[str] | None = None, filter: Mapping[str, Any] | None = None
     ) -> JobResponse:
         """Merge fields into the items of some ids or of a filter, by a job; their images stay."""
         return await self._send(calls.patch_items(self._prefix, fields, ids, filter))
