@@ -37,8 +37,8 @@ from app.feedback.export import Report, export
 from app.feedback.log import EventRow, FeedbackLog
 from app.search.query import Query
 from dcar_core import Encoder
-from dcar_core.model.backbone import BackboneSource, load_backbone
 from dcar_core.model.checkpoint import save_zero_shot
+from dcar_core.model.config import BackboneSource
 from dcar_core.util.arrays import Rows
 from dcar_core.util.errors import DataError, GateError
 from index_jobs.index.versions import open_current
@@ -214,7 +214,7 @@ def main() -> None:
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as name:
         work = Path(name)
-        save_zero_shot(load_backbone(BackboneSource(str(args.model))), work / "model")
+        save_zero_shot(BackboneSource(str(args.model)), work / "model")
         rebuild(args.gallery, work / "model", work / "start", device="cpu", progress=False)
         encoder = Encoder.load(work / "model", device="cpu")
         runs = {"honest": (0.0, "all")} | ({"on": (args.hostile, "all")} if args.hostile else {})

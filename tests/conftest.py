@@ -23,13 +23,13 @@ import torch
 from dcar_core import Encoder
 from dcar_core.model.backbone import BackboneSource, load_backbone
 from dcar_core.model.checkpoint import save_checkpoint
-from dcar_core.model.config import MODEL_CONFIG
 from dcar_core.model.dcar import DCAR
 from dcar_core.model.methods import find_method
 from index_jobs.jobs.build import RebuildSummary
 from index_jobs.rebuild import rebuild
 from tests.support import parts
 from tests.support.images import draw
+from tests.support.random_clip import write_model
 from tests.support.versions import Build
 
 torch.set_num_threads(1)
@@ -41,15 +41,6 @@ if MEMORY.is_dir() and shutil.disk_usage(MEMORY).free > 6 * 2**30:
 
 COLORS = ("red", "green", "blue", "orange", "purple", "black")
 SHAPES = ("square", "circle", "triangle", "cross")
-TINY = {
-    "model_cfg": {
-        "embed_dim": 32,
-        "vision_cfg": {"image_size": 32, "layers": 2, "width": 64, "head_width": 32, "patch_size": 8},
-        "text_cfg": {"context_length": 32, "vocab_size": 49408, "width": 64, "heads": 2, "layers": 2},
-    },
-    "preprocess_cfg": {"mean": [0.5, 0.5, 0.5], "std": [0.5, 0.5, 0.5], "resize_mode": "squash", "size": [32, 32]},
-}
-
 # Keep exported models out of the user's cache. Few tests are about the runtime `auto`.
 for name in [
     each for each in os.environ if each.startswith("DCAR_") and each not in ("DCAR_REQUIRE_ALL", "DCAR_RUNTIME")
@@ -102,16 +93,13 @@ def anyio_backend() -> str:
 @pytest.fixture(scope="session")
 def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A directory with a randomly initialised 32 px CLIP in open_clip's form."""
-    import open_clip
-    from safetensors.torch import save_file
+    return write_model(tmp_path_factory.mktemp("tiny") / "base")
 
-    path = tmp_path_factory.mktemp("tiny") / "base"
-    path.mkdir()
-    torch.manual_seed(0)
-    clip = open_clip.CLIP(**json.loads(json.dumps(TINY["model_cfg"])))
-    save_file({k: v.contiguous() for k, v in clip.state_dict().items()}, str(path / "open_clip_model.safetensors"))
-    (path / MODEL_CONFIG).write_text(json.dumps(TINY))
-    return path
+
+@pytest.fixture(scope="session")
+def exported_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same towers in a class of open_clip's that OpenVINO runs by an export alone."""
+    return write_model(tmp_path_factory.mktemp("exported") / "base", custom_text=True)
 
 
 def _checkpoint(model: Path, path: Path, seed: int, name: str = "dcar", noise: float = 0.02) -> Path:
@@ -127,6 +115,11 @@ def _checkpoint(model: Path, path: Path, seed: int, name: str = "dcar", noise: f
 @pytest.fixture(scope="session")
 def tiny_checkpoint(tiny_model: Path) -> Path:
     return _checkpoint(tiny_model, tiny_model.parent / "checkpoint", 1)
+
+
+@pytest.fixture(scope="session")
+def exported_checkpoint(exported_model: Path) -> Path:
+    return _checkpoint(exported_model, exported_model.parent / "checkpoint", 1)
 
 
 @pytest.fixture(scope="session")
@@ -149,10 +142,10 @@ def run_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
-def exports(tiny_checkpoint: Path, run_folder: Path) -> Path:
-    """OpenVINO's graphs of the tiny model, exported once for all processes of a run: see `copy_exports`."""
+def exports(exported_checkpoint: Path, run_folder: Path) -> Path:
+    """OpenVINO's graphs of `exported_model`, exported once for all processes of a run: see `copy_exports`."""
     cache = run_folder / "runtime-cache"
-    Encoder.load(tiny_checkpoint, device="cpu", runtime="openvino", cache=cache)  # waits while another exports them
+    Encoder.load(exported_checkpoint, device="cpu", runtime="openvino", cache=cache)  # waits while another exports them
     return cache / "exports"
 
 

@@ -71,7 +71,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         for file in write_tiny_model(model, folder / kind / "model").iterdir():
             file.rename(folder / kind / file.name)
     base = write_tiny_model("ViT-B-32", folder / "checkpoints" / "base")
-    save_zero_shot(load_backbone(BackboneSource(str(base))), folder / "checkpoints")
+    save_zero_shot(BackboneSource(str(base)), folder / "checkpoints")
     spec = IndexSpec(gallery="g", gallery_signature="s", fingerprint="f")
     manifest = Manifest(spec=spec, dim=4, files={"a": FileInfo(1, "0" * 64)})
     (folder / "manifests" / "1.json").write_bytes(manifest.to_bytes())

@@ -214,8 +214,8 @@ def _unadapted(model: str, pretrained: str | None, folder: Path) -> Path:
 
     That of local files is always written again, since the files may have changed.
     """
-    from dcar_core.model.backbone import BackboneSource, load_backbone
     from dcar_core.model.checkpoint import is_checkpoint, save_zero_shot
+    from dcar_core.model.config import BackboneSource
 
     source = BackboneSource(model, pretrained)
     is_local = source.directory is not None or source.weights_file.is_file()
@@ -223,7 +223,7 @@ def _unadapted(model: str, pretrained: str | None, folder: Path) -> Path:
     if is_checkpoint(out) and not is_local:
         return out
     try:
-        save_zero_shot(load_backbone(source), out)
+        save_zero_shot(source, out)
     except HubUnavailableError:
         if not EXAMPLES.is_dir():
             raise
@@ -235,11 +235,11 @@ def _unadapted(model: str, pretrained: str | None, folder: Path) -> Path:
 
 def bundled_checkpoint(out: Path, note: str = "") -> Path:
     """Return a checkpoint of the unadapted bundled model, which is written once."""
-    from dcar_core.model.backbone import BackboneSource, load_backbone
     from dcar_core.model.checkpoint import is_checkpoint, save_zero_shot
+    from dcar_core.model.config import BackboneSource
 
     if not is_checkpoint(out):
-        save_zero_shot(load_backbone(BackboneSource(str(EXAMPLES / "base"))), out, note)
+        save_zero_shot(BackboneSource(str(EXAMPLES / "base")), out, note)
     return out
 
 

@@ -126,10 +126,9 @@ def zero_shot(
     It needs no data, and works wherever a trained checkpoint does: `dcar index build --checkpoint OUT ...`
     """
     require_writable(out)
-    from dcar_core.model.backbone import load_backbone
     from dcar_core.model.checkpoint import save_zero_shot
 
-    fingerprint = save_zero_shot(load_backbone(BackboneSource(model, pretrained or recommended_weights(model))), out)
+    fingerprint = save_zero_shot(BackboneSource(model, pretrained or recommended_weights(model)), out)
     typer.echo(f"{out}: {model} unadapted, fingerprint {fingerprint[:12]}")
 
 
@@ -159,7 +158,8 @@ def evaluate(
     from dcar_core.encoder.encoder import pick_device
     from dcar_core.evaluation import all_tables, compare
     from dcar_core.model.backbone import load_backbone
-    from dcar_core.model.methods import UNTOUCHED, comparable_methods, find_method
+    from dcar_core.model.config import UNTOUCHED
+    from dcar_core.model.methods import comparable_methods, find_method
 
     names = list(dict.fromkeys(name.strip() for name in methods.split(",") if name.strip()))
     for name in names:

@@ -16,8 +16,7 @@ from app.search.errors import InvalidQueryError
 from app.search.query import Crop, Plan, Query, make_plan, query_vector, row_of
 from app.search.results import SearchResponse, answer
 from app.search.served_version import ServedVersion, load_served_version
-from dcar_core.encoder import exports
-from dcar_core.encoder.encoder import ImageRow, TextRow, encode_image_rows, encode_text_rows
+from dcar_core.encoder.encoder import ImageRow, TextRow, encode_image_rows, encode_text_rows, starts_quickly
 from dcar_core.images import OpenedImage
 from dcar_core.util.arrays import Floats
 from dcar_core.util.errors import ImageError
@@ -38,14 +37,13 @@ class Index:
         """Open a version of an index by its directory or URL. Raise DcarError if it or its checkpoint is broken.
 
         Args:
-            runtime: see `Encoder.load`. Default: auto if the encoder was exported here before, else PyTorch.
+            runtime: see `Encoder.load`. Default: auto if it starts without PyTorch, else PyTorch.
             version: its number. Default: the current one.
         """
         index = published_index(path, version)
         if not runtime:
             opened = open_current(index) if version is None else open_version(index, version)
-            is_cached = exports.has_entry(opened.checkpoint, opened.manifest.spec.fingerprint, device)
-            runtime = "auto" if is_cached else "torch"
+            runtime = "auto" if starts_quickly(opened.checkpoint, device) else "torch"
         settings = Settings.model_construct(index=index, device=device, runtime=runtime)  # not of the environment
         return cls(load_served_version(settings.index, settings, version=version, warm_up=False), settings)
 

@@ -15,20 +15,40 @@ from collections.abc import Callable, Sequence
 from contextlib import suppress
 from functools import partial
 from pathlib import Path
+from shutil import copyfile
 from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 from PIL import Image
 
 from dcar_core.encoder import exports
-from dcar_core.encoder.runtimes import OpenVinoRuntime, check_runtime, load_runtime
+from dcar_core.encoder.clip_graphs import load_state, open_clip_graphs
+from dcar_core.encoder.runtimes import AUTO, OpenVinoRuntime, auto_exports, check_runtime, load_runtime
 from dcar_core.encoder.state import EncoderState, Runtime, encode_pixels, encode_texts, normalize
 from dcar_core.images import ImageSource
-from dcar_core.model.checkpoint import PORTABLE, compute_fingerprint, is_checkpoint, load_checkpoint, read_config
+from dcar_core.model.checkpoint import (
+    PORTABLE,
+    Trainables,
+    backbone_source,
+    compute_fingerprint,
+    is_checkpoint,
+    load_checkpoint,
+    read_config,
+    read_verified,
+)
+from dcar_core.model.clip_files import read_clip_files
+from dcar_core.model.config import UNTOUCHED, BackboneSource
 from dcar_core.util.arrays import Floats, Pixels
-from dcar_core.util.errors import ImageError, MissingExtraError, ModelError, RuntimeUnavailableError, requires_pytorch
+from dcar_core.util.errors import (
+    CheckpointError,
+    ImageError,
+    MissingExtraError,
+    ModelError,
+    RuntimeUnavailableError,
+    requires_pytorch,
+)
 from dcar_core.util.files import default_cache_directory, link_or_copy
-from dcar_core.util.machine import release_pages, trim_heap
+from dcar_core.util.machine import is_installed, release_pages, trim_heap
 
 if TYPE_CHECKING:
     from dcar_core.model.backbone import Backbone
@@ -86,7 +106,7 @@ class Encoder:
         pretrained: str | None = None,
         device: str = "auto",
         exact: bool = False,
-        runtime: str = "torch",
+        runtime: str = "",
         cache: Path | None = None,
         backbone: "Backbone | None" = None,
         threads: int | None = None,
@@ -99,6 +119,7 @@ class Encoder:
             device: "auto" takes a GPU when there is one; or cpu, cuda, cuda:1, mps.
             exact: preprocess images bit for bit as open_clip does, instead of the fast mode of `Preprocess`.
             runtime: "auto" (by what is installed and the processor has), or a name of `encoder.runtimes.RUNTIMES`.
+                Default: float32, by PyTorch if it is installed.
             cache: directory of exports; default: the user's cache directory.
             backbone: a loaded one, for a checkpoint made on the same weights to share.
             threads: of the towers; default: PyTorch's own number, or the available cores without it.
@@ -107,6 +128,7 @@ class Encoder:
             CheckpointError, ModelError: with what to do.
             RuntimeUnavailableError, MissingExtraError: the named runtime cannot be used here.
         """
+        runtime = runtime or ("torch" if is_installed("torch") else "openvino")
         check_runtime(runtime)
         path, cache = Path(source), cache or default_cache_directory()
 
@@ -119,18 +141,23 @@ class Encoder:
                 model, fingerprint = load_checkpoint(path, device=pick_device(device), backbone=backbone)
                 backbone_hash = str(read_config(path)["backbone"]["sha256"])  # load_checkpoint has compared it
             else:
-                from dcar_core.model.backbone import BackboneSource, load_backbone
+                from dcar_core.model.backbone import load_backbone
                 from dcar_core.model.dcar import DCAR
-                from dcar_core.model.methods import UNTOUCHED
 
                 named = load_backbone(BackboneSource(str(source), pretrained), pick_device(device))
                 model, backbone_hash = DCAR(named, UNTOUCHED), named.content_hash()
                 fingerprint = compute_fingerprint(backbone_hash, model.config, {})
             return model.eval(), backbone_hash, fingerprint
 
-        uses_export = is_checkpoint(path) and exports.may_use_export(device, runtime)
-        if uses_export and (cached := exports.restore(path, runtime, threads, cache)) is not None:
-            encoder = cls(cached[0], None, cached[1], exact=exact, load_model=lambda path: load_model(path)[0])
+        may_use_openvino = exports.may_use_export(device, runtime)
+        uses_export = is_checkpoint(path) and may_use_openvino
+        quick = (
+            _load_files(path, BackboneSource(str(source), pretrained), runtime, threads) if may_use_openvino else None
+        )
+        if quick is None and uses_export:
+            quick = exports.restore(path, runtime, threads, cache)
+        if quick is not None:
+            encoder = cls(quick[0], None, quick[1], exact=exact, load_model=lambda path: load_model(path)[0])
             encoder.add_checkpoint_path(path)
             return encoder
 
@@ -183,6 +210,32 @@ class Encoder:
         trim_heap()
 
 
+def _load_files(
+    path: Path, source: BackboneSource, runtime: str, threads: int | None
+) -> tuple[EncoderState, Runtime] | None:
+    """Load a checkpoint, or else a model, of CLIP's own family; None for any other, or if nothing of `auto` runs it."""
+    names = [runtime] if runtime != AUTO else auto_exports() if is_installed("openvino") else []
+    clip = read_clip_files(backbone_source(path) if is_checkpoint(path) else source) if names else None
+    if clip is None:
+        return None
+    backbone_hash, config, trainables = clip.content_hash(), UNTOUCHED, Trainables()
+    fingerprint = compute_fingerprint(backbone_hash, config, trainables)
+    if is_checkpoint(path):
+        config, trainables, fingerprint = read_verified(path, clip.source, backbone_hash)
+    try:
+        state = load_state(clip, config, trainables, (fingerprint, backbone_hash))
+    except (KeyError, ValueError, IndexError) as error:
+        raise CheckpointError(f"{path} cannot be read: {error}") from error
+    for name in names:
+        try:
+            return state, open_clip_graphs(name, clip, config, backbone_hash, threads)
+        except RuntimeUnavailableError as error:
+            if runtime != AUTO:
+                raise
+            logger.warning("%s", error)
+    return None
+
+
 class TextRow(NamedTuple):
     """A text for one encoder."""
 
@@ -210,13 +263,19 @@ def encode_image_rows(rows: Sequence[ImageRow]) -> Floats:
 
 
 def add_portable_export(checkpoint: Path, backbone: "Backbone | None") -> None:
-    """Put an export into a checkpoint, by which it is served without PyTorch; a model without an export is a warning.
+    """Put what serves a checkpoint without PyTorch into it: the files of its model, or an export.
 
-    backbone: of the checkpoint, if it is in memory; one on the CPU saves a second copy.
+    A model without an export is a warning. backbone: of the checkpoint, if it is in memory; one on the CPU saves a
+    second copy.
     """
     portable = checkpoint / PORTABLE
     shared = backbone if backbone is not None and backbone.device.type == "cpu" else None
     shutil.rmtree(portable, ignore_errors=True)  # of another release
+    if (clip := read_clip_files(backbone_source(checkpoint))) is not None:
+        portable.mkdir()
+        for file in clip.files:  # a directory's may be written again
+            (copyfile if clip.source.directory else link_or_copy)(file, portable / file.name)
+        return
     try:
         encoder = Encoder.load(checkpoint, device="cpu", runtime="openvino", backbone=shared)
         assert isinstance(encoder.runtime, OpenVinoRuntime)
@@ -230,16 +289,23 @@ def add_portable_export(checkpoint: Path, backbone: "Backbone | None") -> None:
         logger.warning("services of this model will need PyTorch: %s", error)
 
 
+def starts_quickly(checkpoint: Path, device: str) -> bool:
+    """Return whether `auto` opens a checkpoint without PyTorch: by an export, or as one of CLIP's own family."""
+    if not exports.may_use_export(device, AUTO) or not is_installed("openvino"):
+        return False
+    return exports.has_entry(checkpoint) or read_clip_files(backbone_source(checkpoint)) is not None
+
+
 def load_exact(checkpoint: Path, device: str) -> Encoder:
-    """Load a checkpoint on a runtime in float32: its portable export's, which starts soonest, or else PyTorch's."""
-    if exports.may_use_export(device, "openvino") and exports.has_portable(checkpoint):
+    """Load a checkpoint in float32 on the runtime that starts soonest: OpenVINO if it is ready, or else PyTorch."""
+    if starts_quickly(checkpoint, device):
         with suppress(MissingExtraError, RuntimeUnavailableError):
             return Encoder.load(checkpoint, device=device, runtime="openvino")
     return Encoder.load(checkpoint, device=device)
 
 
 def has_started_portable(encoder: Encoder, checkpoint: Path) -> bool:
-    """Return whether an encoder runs the portable export of a checkpoint."""
+    """Return whether an encoder runs the portable files of a checkpoint."""
     portable, runtime = (checkpoint / PORTABLE).resolve(), encoder.runtime
     return isinstance(runtime, OpenVinoRuntime) and runtime.directory.resolve() == portable
 

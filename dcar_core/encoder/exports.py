@@ -32,7 +32,7 @@ from tokenizers import Tokenizer
 from dcar_core.encoder import runtimes
 from dcar_core.encoder.state import EncoderState, FeatureAdapterArrays, Runtime
 from dcar_core.model.checkpoint import PORTABLE, compute_fingerprint, read_config, read_trainables
-from dcar_core.model.config import ModelConfig
+from dcar_core.model.config import MODEL_CONFIG, ModelConfig
 from dcar_core.model.preprocess import Preprocess
 from dcar_core.model.tokenizer import TextLayout, TextTokenizer
 from dcar_core.util import machine
@@ -140,12 +140,14 @@ def store(export: Path, state: EncoderState, model: "DCAR") -> None:
 
 
 def copy_portable(source: Path, target: Path, state: EncoderState, probe_texts: Floats) -> None:
-    """Copy the portable export of a checkpoint to one with another text adapter, that of `state`.
+    """Copy the portable files of a checkpoint to one with another text adapter, that of `state`.
 
     probe_texts: its vectors of `PROBE_TEXTS`, by which every start checks the export.
     """
-    arrays, _ = _read(source / PORTABLE / ENTRY)
     copy_export(source / PORTABLE, target / PORTABLE)
+    if (source / PORTABLE / MODEL_CONFIG).is_file():
+        return
+    arrays, _ = _read(source / PORTABLE / ENTRY)
     _write(target / PORTABLE / ENTRY, state, (probe_texts, arrays["probe_images"]))
 
 
@@ -157,10 +159,10 @@ def copy_export(source: Path, target: Path) -> None:
             link_or_copy(file, target / file.name)
 
 
-def has_entry(checkpoint: Path, fingerprint: str, device: str) -> bool:
-    """True if `auto` can start without PyTorch. fingerprint: the checkpoint's fingerprint."""
-    is_cached = any(default_cache_directory().glob(f"exports/*/{entry_name(fingerprint)}"))
-    return may_use_export(device, runtimes.AUTO) and (is_cached or has_portable(checkpoint))
+def has_entry(checkpoint: Path) -> bool:
+    """Return whether a checkpoint has an entry, in the default cache or its own."""
+    name = entry_name(read_config(checkpoint)["fingerprint"])
+    return any(default_cache_directory().glob(f"exports/*/{name}")) or has_portable(checkpoint)
 
 
 def restore(checkpoint: Path, runtime: str, threads: int | None, cache: Path) -> tuple[EncoderState, Runtime] | None:
@@ -175,7 +177,9 @@ def restore(checkpoint: Path, runtime: str, threads: int | None, cache: Path) ->
 
 
 def has_portable(checkpoint: Path) -> bool:
-    """Return whether a checkpoint has a portable export that this release can use."""
+    """Return whether a checkpoint has portable files that this release can use."""
+    if (checkpoint / PORTABLE / MODEL_CONFIG).is_file():
+        return True
     with suppress(*_FAULTS):
         _read(checkpoint / PORTABLE / ENTRY)
         return True

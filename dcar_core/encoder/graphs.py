@@ -7,25 +7,22 @@ d width of a head, L context length, W, W_t and W_v widths, E joint space, S sid
 """
 
 import copy
-import hashlib
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from dcar_core.encoder.state import EncoderState, FeatureAdapterArrays, Runtime
+from dcar_core.encoder.state import EncoderState, FeatureAdapterArrays, Runtime, build_state
 from dcar_core.model.backbone import Backbone
 from dcar_core.model.dcar import DCAR, FeatureAdapter
 from dcar_core.model.towers.text import NativeText, project_by
 from dcar_core.util.arrays import Floats
 
-_CHUNK = 4096  # tokens of the vocabulary
 Example = tuple[tuple[Tensor, ...], list[list[int]]]  # inputs to trace a graph with; shapes, -1 for what may change
 
 
@@ -249,41 +246,15 @@ def _run(graph: nn.Module, device: torch.device, dtype: torch.dtype, inputs: tup
 @torch.inference_mode()
 def extract_state(model: DCAR, fingerprint: str, backbone_hash: str) -> EncoderState:
     """Extract the state of a model as it is now. backbone_hash: as `Backbone.content_hash`."""
-    backbone, prompts, (graph, _) = model.backbone, model.prompts, graphs_of(model)
-    text, image = (None, None) if prompts is None else (prompts.text_prompts(), prompts.image_prompts())
-    adapters = () if model.block_adapters is None else model.block_adapters.matrices()
-    image_inputs = tuple(_to_numpy(values.unsqueeze(1)) for values in (image, *adapters) if values is not None)
-    image_key = hashlib.sha256(backbone_hash.encode() + b"".join(values.tobytes() for values in image_inputs))
-    return EncoderState(
-        fingerprint=fingerprint,
-        image_key=image_key.hexdigest(),
-        dim=backbone.embed_dim,
-        scale=float(backbone.scale),
-        patch_grid=backbone.image_tower.patch_grid,
-        reranks=model.config.rerank.blocks > 0 and model.rerank_weight > 0,
-        preprocess=backbone.preprocess,
-        tokenizer=backbone.text_tokenizer(model.prompt_tokens),
-        layout=backbone.layout,
-        text_inputs=tuple(map(_to_numpy, graph.prompt_inputs(text))),
-        skipped=graph.skipped,
-        image_inputs=image_inputs,
-        token_factors=_token_factors(model),
-        text_adapter=adapter_arrays(model.text_adapter),
-        image_adapter=adapter_arrays(model.image_adapter),
-    )
+    (graph, _), backbone = graphs_of(model), model.backbone
+    trainables = {name: _to_numpy(parameter) for name, parameter in model.served()}
 
+    def text_inputs(prompts: Floats | None) -> tuple[Floats, ...]:
+        values = None if prompts is None else torch.from_numpy(prompts).to(backbone.device)
+        return tuple(map(_to_numpy, graph.prompt_inputs(values)))
 
-def _token_factors(model: DCAR) -> Floats | None:
-    """Tabulate the head over the vocabulary: it reads a token's embedding alone."""
-    if model.head is None or model.query_weights != "predicted":
-        return None
-    count = len(model.backbone.text_tower.table.weight)
-    parts = []
-    for start in range(0, count, _CHUNK):
-        ids = torch.arange(start, min(start + _CHUNK, count), device=model.backbone.device)[None]
-        everywhere = torch.ones(ids.shape, dtype=torch.bool, device=ids.device)
-        parts.append(_to_numpy(model.head(model.backbone.text_tower.embed(ids), everywhere)[0]))
-    return np.concatenate(parts)
+    hashes = fingerprint, backbone_hash
+    return build_state(backbone, model.served_config, trainables, hashes, text_inputs, graph.skipped)
 
 
 def adapter_arrays(adapter: FeatureAdapter | None) -> FeatureAdapterArrays | None:

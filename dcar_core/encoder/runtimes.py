@@ -31,6 +31,8 @@ logger = logging.getLogger(__name__)
 AUTO = "auto"
 EXPORTED = {"openvino-bf16": "bf16", "openvino": "f32"}  # runtimes on an export, and OpenVINO's name of the precision
 RUNTIMES = ("torch", "cuda", *EXPORTED)
+# Of OpenVINO: one request at a time on all cores.
+OPTIONS = {"INFERENCE_PRECISION_HINT": "f32", "PERFORMANCE_HINT": "LATENCY", "NUM_STREAMS": "1"}
 TEXT, IMAGE = "text.xml", "image.xml"  # the graphs of an export
 LEAST_COSINE = 0.999
 PROBE_TEXTS = (
@@ -59,21 +61,23 @@ def library() -> Any:
 
 
 class OpenVinoRuntime(Runtime):
-    """Both graphs of an export, compiled; needs neither the model nor PyTorch. hint: "f32" or "bf16"."""
+    """Both graphs, compiled; needs neither the model nor PyTorch.
 
-    def __init__(self, name: str, directory: Path, *, hint: str, threads: int) -> None:
+    graphs: of texts and of images, as files or models. directory: of their weights. hint: "f32" or "bf16".
+    """
+
+    def __init__(self, name: str, graphs: tuple[Any, Any], directory: Path, *, hint: str, threads: int) -> None:
         core = library().Core()
         self.directory = directory
-        config = {"INFERENCE_PRECISION_HINT": hint, "INFERENCE_NUM_THREADS": str(threads)}
-        config |= {"PERFORMANCE_HINT": "LATENCY", "NUM_STREAMS": "1"}
+        config = OPTIONS | {"INFERENCE_PRECISION_HINT": hint, "INFERENCE_NUM_THREADS": str(threads)}
         try:
             with ThreadPoolExecutor(2) as pool:  # each takes one core for half a second
-                graphs = list(pool.map(lambda n: core.compile_model(directory / n, "CPU", config), (TEXT, IMAGE)))
+                compiled = list(pool.map(lambda graph: core.compile_model(graph, "CPU", config), graphs))
         except RuntimeError as error:
             reason = str(error).strip().splitlines()[-1]
-            raise RuntimeUnavailableError(f"OpenVINO cannot compile the export in {directory}: {reason}") from error
+            raise RuntimeUnavailableError(f"OpenVINO cannot compile the model in {directory}: {reason}") from error
         turn = threading.Lock()
-        super().__init__(name, *(partial(_run, graph, turn) for graph in graphs))
+        super().__init__(name, *(partial(_run, graph, turn) for graph in compiled))
 
 
 def _run(graph: Any, turn: threading.Lock, inputs: tuple[Any, ...]) -> Floats:
@@ -151,11 +155,19 @@ def open_runtime(name: str, model: "DCAR", export: Callable[[], Path]) -> Runtim
 
 def open_export(name: str, directory: Path, threads: int | None = None) -> Runtime:
     """Open a runtime on a checked export, or return the one that is open; errors as of `open_runtime`."""
+    return open_openvino(name, directory.resolve(), directory, threads, lambda: (directory / TEXT, directory / IMAGE))
+
+
+def open_openvino(
+    name: str, graphs_key: Hashable, directory: Path, threads: int | None, graphs: Callable[[], tuple[Any, Any]]
+) -> Runtime:
+    """Open a runtime of `EXPORTED`, or return the one that is open by this key. graphs: makes them."""
     torch = sys.modules.get("torch")
     threads = threads or (torch.get_num_threads() if torch else machine.available_cores())
-    key = name, directory.resolve(), threads
+    key = name, graphs_key, threads
     if (runtime := _open.get(key)) is None:
-        runtime = _open[key] = OpenVinoRuntime(name, directory, hint=EXPORTED[name], threads=threads)
+        runtime = OpenVinoRuntime(name, graphs(), directory, hint=EXPORTED[name], threads=threads)
+        _open[key] = runtime
     return runtime
 
 

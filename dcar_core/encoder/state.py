@@ -9,7 +9,8 @@ shape, and get the vectors that each encoder gives alone.
 Letters: V tokens of the vocabulary, A an adapter's inner width, S side in pixels; others as in `encoder.graphs`.
 """
 
-from collections.abc import Callable, Hashable, Iterable, Sequence
+import hashlib
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
@@ -17,10 +18,12 @@ from typing import Any
 import numpy as np
 from threadpoolctl import ThreadpoolController
 
+from dcar_core.model.config import ModelConfig, ReweightConfig
 from dcar_core.model.preprocess import Preprocess
 from dcar_core.model.tokenizer import TextLayout, TextTokenizer
 from dcar_core.util.arrays import Floats, Pixels, Rows, TokenIds
 
+_CHUNK = 4096  # tokens of the vocabulary
 PASS_COST = 128  # of a forward pass before its first token, in tokens; on a ViT-B/32 with AMX a fifth faster than 32
 _NUMPY_THREADS = ThreadpoolController()  # found now, since later it would search more libraries
 
@@ -63,7 +66,7 @@ class FeatureAdapterArrays:
 class EncoderState:
     """One model's prompts, token weights and feature adapters, and what else a query needs beside a runtime.
 
-    image_key: hash of what `image_features` depend on: the backbone and `image_inputs`.
+    image_key: hash of what `image_features` depend on: the backbone, and what `image_inputs` are made of.
     dim: E. scale: 1 / tau of the backbone. patch_grid: of the image tower, patches per side.
     reranks: True if the model has a second stage, which scores first results again.
     tokenizer: its limit leaves room for the prompts.
@@ -109,6 +112,66 @@ class EncoderState:
     def adapt_images(self, features: Floats) -> Floats:
         """Turn normalized features of images (n, E) into vectors (n, E)."""
         return features if self.image_adapter is None else self.image_adapter(features)
+
+
+def build_state(
+    backbone: Any,
+    config: ModelConfig,
+    trainables: Mapping[str, Floats],
+    hashes: tuple[str, str],
+    text_inputs: Callable[[Floats | None], tuple[Floats, ...]],
+    skipped: int,
+) -> EncoderState:
+    """Build the state of a model from its backbone and what a checkpoint holds.
+
+    Args:
+        backbone: a `Backbone` or `ClipFiles`. hashes: the fingerprint, and the backbone's.
+        text_inputs: those of text prompts (depth, k, W_t). skipped: as in the state.
+    """
+    prompt, image_inputs, image_key = config.prompt, list[Floats](), hashlib.sha256(hashes[1].encode())
+    if prompt.depths[1]:
+        weight, bias, own = (trainables[f"prompts.{name}"] for name in ("couple.weight", "couple.bias", "residual"))
+        image_inputs.append(trainables["prompts.text"] @ weight.T + bias + own)
+    if config.adapter.blocks:
+        image_inputs += [trainables["block_adapters.down"], trainables["block_adapters.up"]]
+    for name in sorted(trainables):
+        if name.startswith("block_adapters.") or (name.startswith("prompts.") and prompt.depths[1]):
+            image_key.update(f"{name} {trainables[name].shape}".encode() + trainables[name].tobytes())
+    return EncoderState(
+        fingerprint=hashes[0],
+        image_key=image_key.hexdigest(),
+        dim=backbone.embed_dim,
+        scale=float(backbone.scale),
+        patch_grid=backbone.patch_grid,
+        reranks=config.rerank.blocks > 0 and config.rerank.weight > 0,
+        preprocess=backbone.preprocess,
+        tokenizer=backbone.text_tokenizer(prompt.length if prompt.text else 0),
+        layout=backbone.layout,
+        text_inputs=text_inputs(trainables["prompts.text"] if prompt.depths[0] else None),
+        skipped=skipped,
+        image_inputs=tuple(np.ascontiguousarray(values[:, None]) for values in image_inputs),
+        token_factors=_token_factors(backbone, config.reweight, trainables),
+        text_adapter=_feature_adapter("text_adapter", trainables),
+        image_adapter=_feature_adapter("image_adapter", trainables),
+    )
+
+
+def _token_factors(backbone: Any, config: ReweightConfig, trainables: Mapping[str, Floats]) -> Floats | None:
+    """Tabulate `model.token_weights.TokenWeightHead` over the vocabulary: it reads a token's embedding alone."""
+    if config.query != "predicted" or "head.linear.weight" not in trainables:
+        return None
+    parts = list[Floats]()
+    while len(rows := backbone.embeddings(start := _CHUNK * len(parts), start + _CHUNK)):
+        centred = rows - rows.mean(1, keepdims=True)
+        scaled = centred / np.sqrt(centred.var(1, keepdims=True) + 1e-5)
+        factors = 1 + scaled @ trainables["head.linear.weight"][0] + trainables["head.linear.bias"]
+        parts.append(factors.clip(config.low, config.high).astype(np.float32))
+    return np.concatenate(parts)
+
+
+def _feature_adapter(name: str, trainables: Mapping[str, Floats]) -> FeatureAdapterArrays | None:
+    names = [f"{name}.{part}" for part in ("down.weight", "down.bias", "up.weight", "up.bias")]
+    return FeatureAdapterArrays(*(trainables[part] for part in names)) if names[0] in trainables else None
 
 
 def encode_texts(runtime: Runtime, states: Sequence[EncoderState], texts: Sequence[str], batch_size: int) -> Floats:

@@ -19,9 +19,9 @@ from dcar_core.data import SPLITS, Annotations, CleaningReport, Dataset, describ
 from dcar_core.evaluation.method_runner import MethodRunner, serving_cost
 from dcar_core.evaluation.tables import Results, best_method, plot_recall, results_markdown, spread, summarise
 from dcar_core.model.backbone import Backbone
-from dcar_core.model.config import LossDirection, ModelConfig, TrainConfig
+from dcar_core.model.config import UNTOUCHED, LossDirection, ModelConfig, TrainConfig
 from dcar_core.model.dcar import DCAR, seeded_model
-from dcar_core.model.methods import UNTOUCHED, find_method
+from dcar_core.model.methods import find_method
 from dcar_core.negatives import add_negatives, backbone_functions
 from dcar_core.training.prepared_split import FeatureCache, FrozenFeatures, report_truncation
 from dcar_core.training.validation import new_categories

@@ -8,21 +8,20 @@
 Letters: B batch, L context length, n tokens in this batch, k prompt vectors, P patches, E joint space.
 """
 
-import hashlib
-import json
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, replace
+from dataclasses import replace
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
+from dcar_core.model.clip_files import content_hash
 from dcar_core.model.config import RANDOM, BackboneSource
 from dcar_core.model.preprocess import Preprocess
 from dcar_core.model.tokenizer import TextLayout, TextTokenizer
 from dcar_core.model.towers.image import ImageTower, NativeImage, TimmImage, WholeImage
 from dcar_core.model.towers.text import AdapterMatrices, CocaText, HfText, NativeText, TextTower
-from dcar_core.util.arrays import Pixels
+from dcar_core.util.arrays import Floats, Pixels
 from dcar_core.util.errors import ModelError
 
 __all__ = ["RANDOM", "AdapterMatrices", "Backbone", "BackboneSource", "load_backbone"]
@@ -81,6 +80,18 @@ class Backbone(nn.Module):
         """The tokenizer of texts beside this many prompts; needs no PyTorch."""
         return replace(self.tokenizer, limit=self.context_length - prompt_tokens)
 
+    @property
+    def patch_grid(self) -> int:
+        """Patches per side."""
+        return self.image_tower.patch_grid
+
+    @torch.no_grad()
+    def embeddings(self, start: int, stop: int) -> Floats:
+        """Embeddings of tokens [start, stop), before positions: (n, W_t)."""
+        ids = torch.arange(len(self.text_tower.table.weight), device=self.device)[start:stop]
+        embedded: Floats = self.text_tower.embed(ids).float().cpu().numpy()
+        return embedded
+
     def tokenize(self, texts: Sequence[str], prompt_tokens: int = 0) -> Tensor:
         """Return int64 (B, n): start, words, end, padding; at most L - prompt_tokens, so that prompts fit in too."""
         return torch.from_numpy(self.text_tokenizer(prompt_tokens)(texts)).to(self.device)
@@ -111,12 +122,8 @@ class Backbone(nn.Module):
 
     def content_hash(self) -> str:
         """sha256 over every weight and whatever else decides on vectors, as 64 hex digits; fingerprints build on it."""
-        digest = hashlib.sha256(json.dumps(asdict(self.preprocess), sort_keys=True).encode())
-        digest.update(self._settings)
-        for name, value in sorted(self.clip.state_dict().items()):
-            digest.update(f"{name} {value.dtype} {tuple(value.shape)}".encode())
-            digest.update(value.detach().cpu().contiguous().numpy().data)
-        return digest.hexdigest()
+        weights = ((name, value.detach().cpu().numpy()) for name, value in self.clip.state_dict().items())
+        return content_hash(self.preprocess, self._settings, weights)
 
 
 def load_backbone(source: BackboneSource, device: str = "cpu") -> Backbone:

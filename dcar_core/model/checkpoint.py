@@ -17,8 +17,9 @@ from numpy.typing import NDArray
 from safetensors import SafetensorError
 from safetensors.numpy import load_file, save
 
-from dcar_core.model.config import ModelConfig
-from dcar_core.util.errors import CheckpointError, ModelError
+from dcar_core.model.clip_files import ClipFiles, read_clip_files
+from dcar_core.model.config import MODEL_CONFIG, UNTOUCHED, BackboneSource, ModelConfig
+from dcar_core.util.errors import CheckpointError, ModelError, requires_pytorch
 from dcar_core.util.files import link_or_copy, parse_json, write_bytes, write_json
 
 if TYPE_CHECKING:  # torch takes seconds, and reading a checkpoint does not need it
@@ -63,9 +64,7 @@ def save_checkpoint(model: "DCAR", path: Path, *, training: dict[str, Any] | Non
 
         model = type(model)(merge(model.backbone, model.changes, path), model.served_config).eval()
     trainables = {name: p.detach().cpu().contiguous().numpy() for name, p in model.served()}
-    source, backbone_hash = model.backbone.source, model.backbone.content_hash()
-    paths = {"model": _relative(source.model, path), "pretrained": _relative(source.pretrained, path)}
-    return write_checkpoint(path, {**paths, "sha256": backbone_hash}, model.served_config, trainables, training or {})
+    return write_checkpoint(path, _describe(model.backbone, path), model.served_config, trainables, training or {})
 
 
 def write_checkpoint(
@@ -108,6 +107,23 @@ def read_trainables(path: Path) -> Trainables:
     return trainables
 
 
+def read_verified(path: Path, source: BackboneSource, backbone_hash: str) -> tuple[ModelConfig, Trainables, str]:
+    """Read what was learned on a backbone, with its fingerprint. Raise CheckpointError unless all belong together."""
+    content, trainables = read_config(path), read_trainables(path)
+    if backbone_hash != content["backbone"]["sha256"]:
+        raise CheckpointError(
+            f"{path} was trained on another backbone than {source.model} is now, by its weights, tokenizer or "
+            f"preprocessing; train again on it, or point config.json to the right one"
+        )
+    try:
+        config = ModelConfig.from_dict(content["model"])
+    except (ValueError, TypeError) as error:
+        raise CheckpointError(f"{path} cannot be read: {error}") from error
+    if content["fingerprint"] != (fingerprint := compute_fingerprint(backbone_hash, config, trainables)):
+        raise CheckpointError(f"{path / WEIGHTS} and {CONFIG} are of different trainings; copy both, or train again")
+    return config, trainables, fingerprint
+
+
 def load_checkpoint(path: Path, *, device: str = "cpu", backbone: "Backbone | None" = None) -> "tuple[DCAR, str]":
     """Load a model; return it with its fingerprint. Pass a loaded `backbone` to share it.
 
@@ -117,36 +133,33 @@ def load_checkpoint(path: Path, *, device: str = "cpu", backbone: "Backbone | No
     """
     import torch
 
-    from dcar_core.model.backbone import BackboneSource, load_backbone
+    from dcar_core.model.backbone import load_backbone
     from dcar_core.model.dcar import DCAR
 
-    content = read_config(path)
-    described = content["backbone"]
-    if backbone is None:
-        source = {key: _absolute(described[key], path) for key in ("model", "pretrained")}
-        if missing := missing_places(source):
-            raise ModelError(
-                f"{source[missing[0]]}, the backbone of {path}, does not exist; if it was moved, name its new place: "
-                f"for an index by `dcar index build --model PLACE`, else as backbone.{missing[0]} in {path / CONFIG}"
-            )
-        backbone = load_backbone(BackboneSource(str(source["model"]), source["pretrained"]), device)
-    if (backbone_hash := backbone.content_hash()) != described["sha256"]:
-        raise CheckpointError(
-            f"{path} was trained on another backbone than {backbone.source.model} is now, by its weights, tokenizer or "
-            f"preprocessing; train again on it, or point config.json to the right one"
-        )
-    weights = read_trainables(path)
+    backbone = backbone or load_backbone(backbone_source(path), device)
+    config, weights, fingerprint = read_verified(path, backbone.source, backbone.content_hash())
     try:
-        model = DCAR(backbone, ModelConfig.from_dict(content["model"]))
+        model = DCAR(backbone, config)
     except (ModelError, ValueError, KeyError, TypeError) as error:
         raise CheckpointError(f"{path} cannot be read: {error}") from error
     if {name: p.shape for name, p in model.served()} != {name: value.shape for name, value in weights.items()}:
         raise CheckpointError(f"{path / WEIGHTS} does not fit its config.json; copy both, or train again")
     model.load_state_dict({name: torch.from_numpy(value) for name, value in weights.items()}, strict=False)
-    fingerprint = compute_fingerprint(backbone_hash, model.config, weights)
-    if content["fingerprint"] != fingerprint:
-        raise CheckpointError(f"{path / WEIGHTS} and {CONFIG} are of different trainings; copy both, or train again")
     return model.eval(), fingerprint
+
+
+def backbone_source(path: Path) -> BackboneSource:
+    """Return the backbone that a checkpoint brings along or names. Raise ModelError if it names a path to nothing."""
+    if (path / PORTABLE / MODEL_CONFIG).is_file():
+        return BackboneSource(str(path / PORTABLE))
+    described = read_config(path)["backbone"]
+    source = {key: _absolute(described[key], path) for key in ("model", "pretrained")}
+    if missing := missing_places(source):
+        raise ModelError(
+            f"{source[missing[0]]}, the backbone of {path}, does not exist; if it was moved, name its new place: "
+            f"for an index by `dcar index build --model PLACE`, else as backbone.{missing[0]} in {path / CONFIG}"
+        )
+    return BackboneSource(str(source["model"]), source["pretrained"])
 
 
 def missing_places(backbone: dict[str, Any]) -> list[str]:
@@ -189,19 +202,28 @@ def require_own_config(path: Path) -> None:
         raise CheckpointError(f"{path / CONFIG} is not of a checkpoint and would be replaced; name another --out")
 
 
-def save_zero_shot(backbone: "Backbone", out: Path, note: str = "") -> str:
+def save_zero_shot(source: BackboneSource, out: Path, note: str = "") -> str:
     """Write a checkpoint that adds nothing to a model, and return its fingerprint. An older one is replaced.
 
     note: what users of a service with this model should know about it.
     Raise CheckpointError if `out` holds a trained checkpoint, or a `config.json` of something else.
     """
-    from dcar_core.model.dcar import DCAR
-    from dcar_core.model.methods import UNTOUCHED
-
     require_own_config(out)
     if is_checkpoint(out) and read_config(out)["model"] != UNTOUCHED.to_dict():
         raise CheckpointError(f"{out} holds a trained checkpoint; name another --out")
-    return save_checkpoint(DCAR(backbone, UNTOUCHED), out, training={"note": note} if note else None)
+    backbone: Backbone | ClipFiles | None = read_clip_files(source)
+    if backbone is None:
+        with requires_pytorch(f"the model {source.model}"):
+            from dcar_core.model.backbone import load_backbone
+
+            backbone = load_backbone(source)
+    return write_checkpoint(out, _describe(backbone, out), UNTOUCHED, {}, {"note": note} if note else {})
+
+
+def _describe(backbone: "Backbone | ClipFiles", path: Path) -> dict[str, str | None]:
+    """Return `backbone` of a checkpoint in `path`."""
+    model, pretrained = (_relative(value, path) for value in (backbone.source.model, backbone.source.pretrained))
+    return {"model": model, "pretrained": pretrained, "sha256": backbone.content_hash()}
 
 
 def _relative(value: str | None, base: Path) -> str | None:

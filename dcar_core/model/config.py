@@ -166,6 +166,15 @@ class ModelConfig(_Config):
         return replace(self, loss=replace(self.loss, direction=direction))
 
 
+def plain_config(name: str) -> ModelConfig:
+    """Return a configuration without any part of the shared model."""
+    loss = LossConfig(category=0, head=0)
+    return ModelConfig(method=name, prompt=PromptConfig(length=0), reweight=ReweightConfig(train="none"), loss=loss)
+
+
+UNTOUCHED = plain_config("clip")  # zero-shot
+
+
 @dataclass(frozen=True)
 class BackboneSource:
     """The source of a backbone: an open_clip name or a directory, and for a name its weights.

@@ -13,7 +13,16 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from dcar_core.model.backbone import Backbone
-from dcar_core.model.config import AdapterConfig, LossConfig, ModelConfig, PromptConfig, RerankConfig, ReweightConfig
+from dcar_core.model.config import (
+    UNTOUCHED,
+    AdapterConfig,
+    LossConfig,
+    ModelConfig,
+    PromptConfig,
+    RerankConfig,
+    ReweightConfig,
+    plain_config,
+)
 from dcar_core.model.weight_changes import WeightChanges
 from dcar_core.util.errors import DcarError, ModelError
 
@@ -45,12 +54,6 @@ class Method:
     lr_factor: float = 1.0
 
 
-def plain_config(name: str) -> ModelConfig:
-    """Return a configuration without any part of the shared model."""
-    loss = LossConfig(category=0, head=0)
-    return ModelConfig(method=name, prompt=PromptConfig(length=0), reweight=ReweightConfig(train="none"), loss=loss)
-
-
 def consistency_loss(text: Tensor, image: Tensor, frozen_text: Tensor, frozen_image: Tensor, scale: Tensor) -> Tensor:
     """Distance of a batch from the frozen encoders, with the weights of PromptSRC's own code.
 
@@ -78,7 +81,6 @@ def interpolate(changes: WeightChanges, recall: Callable[[], float]) -> None:
     changes.shrink(max(recalls, key=lambda share: recalls[share]) / before)
 
 
-UNTOUCHED = plain_config("clip")  # zero-shot
 # Goyal et al. 2023: every weight by the contrastive loss
 _FLYP = Method(
     config=plain_config("flyp"),

@@ -4,19 +4,13 @@
   file outside its directory, and no setting that makes a library fetch or run something else.
 - Weights must be present and fit exactly; random weights must be requested. open_clip would resize tables of positions:
   that is left to published weights, which are named by a tag or a repository.
-- Files of the Hugging Face hub that are cached are used without asking it, so a service starts without it.
 """
 
-import gzip
-import hashlib
 import json
 import re
-import urllib.error
-import urllib.request
 import warnings
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
-from dataclasses import fields, replace
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -25,21 +19,12 @@ from open_clip.coca_model import MultimodalCfg
 from open_clip.model import CLIPTextCfg, CLIPVisionCfg
 from torch import nn
 
+from dcar_core.model.clip_files import describe_settings
 from dcar_core.model.config import MODEL_CONFIG, RANDOM, BackboneSource
-from dcar_core.model.tokenizer import (
-    CLIP_VOCABULARY,
-    NORMALIZERS,
-    SETTINGS,
-    TOKENIZER,
-    TextTokenizer,
-    load_byte_pairs,
-    load_hub_tokenizer,
-)
-from dcar_core.util.errors import DcarError, HubUnavailableError, MissingExtraError, ModelError
+from dcar_core.model.tokenizer import NORMALIZERS, TextTokenizer, load_tokenizer
+from dcar_core.util.errors import DcarError, MissingExtraError, ModelError
+from dcar_core.util.hub import HUB, cache_only, fetch
 from dcar_core.util.machine import WEIGHTS_FILE, map_weights, read_shapes
-
-HUB = "hf-hub:"
-TIMEOUT_S = 5.0  # of the hub
 
 _MODEL_FIELDS = {
     "embed_dim", "vision_cfg", "text_cfg", "multimodal_cfg", "quick_gelu", "custom_text", "init_logit_scale",
@@ -47,79 +32,12 @@ _MODEL_FIELDS = {
 }  # fmt: skip
 _PREPROCESS_FIELDS = {"size", "mode", "mean", "std", "interpolation", "resize_mode", "fill_color"}
 _TOKENIZER_FIELDS = {"clean", "strip_sep_token", "bpe_path"}
-# Of the configuration of a text encoder of transformers.
-_OF_TRANSFORMERS = (
-    "activation_function", "dense_act_fn", "encoder_attention_heads", "feed_forward_proj", "hidden_act", "is_decoder",
-    "layer_norm_eps", "layer_norm_epsilon", "max_position_embeddings", "model_type", "num_attention_heads",
-    "num_heads", "pad_token_id", "relative_attention_max_distance", "relative_attention_num_buckets",
-    "scale_embedding",
-)  # fmt: skip
 # Of training alone, or identified by content rather than by name.
 _WITHOUT_EFFECT = {
     "patch_dropout", "timm_drop", "timm_drop_path", "timm_model_pretrained", "hf_model_pretrained", "hf_model_name",
     "hf_tokenizer_name", "tokenizer_kwargs", "output_tokens",
 }  # fmt: skip
 _HUB_NAME = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?")
-
-
-def fetch(repository: str, *names: str) -> Path | None:
-    """Return the first of these files that a repository has, from the cache or downloaded; None if it has none.
-
-    Raises:
-        HubUnavailableError: it is not cached, and the hub cannot be reached.
-        ModelError: the hub refuses, the connection breaks, or the disk is full.
-    """
-    from huggingface_hub import hf_hub_download, try_to_load_from_cache
-    from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
-
-    cached = [try_to_load_from_cache(repository, name) for name in names]
-    if file := next((path for path in cached if isinstance(path, str)), None):
-        return Path(file)
-    if None not in cached:  # all are known to be missing
-        return None
-    if not hub_is_reachable():
-        raise HubUnavailableError(
-            f"{names[0]} of {repository} is not cached, and the model hub cannot be reached: connect this machine, "
-            f"name a mirror by HF_ENDPOINT, or give a model's directory, such as --model examples/emoji/base"
-        )
-    for name in names:
-        try:
-            return Path(hf_hub_download(repository, name))
-        except Exception as error:  # of the HTTP library in use
-            if isinstance(error, EntryNotFoundError) and not isinstance(error, LocalEntryNotFoundError):
-                continue
-            reason = " ".join(str(error.__cause__ or error).split())
-            raise ModelError(
-                f"{name} of {repository} cannot be downloaded ({reason}): correct the name, set HF_TOKEN to a token "
-                f"that may read it, or run the same command again"
-            ) from error
-    return None
-
-
-@contextmanager
-def cache_only() -> Iterator[None]:
-    """Let libraries find fetched files without asking the hub, which takes a minute where it is out of reach."""
-    from huggingface_hub import constants
-
-    before, constants.HF_HUB_OFFLINE = constants.HF_HUB_OFFLINE, True
-    try:
-        yield
-    finally:
-        constants.HF_HUB_OFFLINE = before
-
-
-def hub_is_reachable() -> bool:
-    """Return whether the model hub responds; its own client would try for half a minute."""
-    from huggingface_hub import constants
-
-    try:
-        if not constants.HF_HUB_OFFLINE:
-            urllib.request.urlopen(urllib.request.Request(constants.ENDPOINT, method="HEAD"), timeout=TIMEOUT_S).close()
-    except urllib.error.HTTPError as error:
-        error.close()
-    except (OSError, ValueError):
-        return False
-    return not constants.HF_HUB_OFFLINE
 
 
 def builtin_models() -> dict[str, tuple[dict[str, Any], list[str]]]:
@@ -169,30 +87,6 @@ def read_config(source: BackboneSource) -> dict[str, Any]:
     return dict(config)
 
 
-def load_tokenizer(config: Mapping[str, Any], directory: Path | None) -> tuple[TextTokenizer, str]:
-    """Load the tokenizer of a checked configuration, with its identity for the content hash."""
-    text = config["text_cfg"]
-    settings, limit = text.get("tokenizer_kwargs") or {}, int(text.get("context_length", 77))
-    if name := text.get("hf_tokenizer_name"):
-        normalizer, strip_end = settings.get("clean", "whitespace"), bool(settings.get("strip_sep_token"))
-        file, settings_file = _find(name, directory, TOKENIZER), _find(name, directory, SETTINGS)
-        if file is None:
-            raise ModelError(f"{directory or name} has no {TOKENIZER}, and no other tokenizer is supported")
-        tokenizer = load_hub_tokenizer(file, settings_file, limit, normalizer=normalizer, strip_end=strip_end)
-        decisive = normalizer, tokenizer.start_ids, tokenizer.end_id, tokenizer.pad_id
-        return tokenizer, f"{hashlib.sha256(file.read_bytes()).hexdigest()} {decisive}"
-    normalizer, own = settings.get("clean", "lower"), settings.get("bpe_path")
-    file = directory / own if own and directory is not None else CLIP_VOCABULARY
-    tokenizer = replace(load_byte_pairs(file) if own else TextTokenizer.for_clip(), limit=limit, normalizer=normalizer)
-    return tokenizer, f"{hashlib.sha256(gzip.decompress(file.read_bytes())).hexdigest()} {normalizer}"
-
-
-def _find(repository: str, directory: Path | None, name: str) -> Path | None:
-    if directory is None:
-        return fetch(repository, name)
-    return directory / name if (directory / name).is_file() else None
-
-
 def vector_settings(clip: Any, config: Mapping[str, Any], tokenizer: str) -> bytes:
     """What decides on vectors beside weights and preprocessing, as bytes for the content hash.
 
@@ -202,18 +96,13 @@ def vector_settings(clip: Any, config: Mapping[str, Any], tokenizer: str) -> byt
         part: {field.name: field.default for field in fields(kind)}
         for part, kind in (("vision_cfg", CLIPVisionCfg), ("text_cfg", CLIPTextCfg))
     }
-    encoder = getattr(getattr(clip, "text", None), "config", None)
-    described = {
-        "class": type(clip).__name__,
-        "quick_gelu": any(type(module).__name__ == "QuickGELU" for module in clip.modules()),
-        "settings": {
-            part: {key: v for key, v in config[part].items() if key not in _WITHOUT_EFFECT and v != values[key]}
-            for part, values in usual.items()
-        },
-        "tokenizer": tokenizer,
-        "transformers": {name: getattr(encoder, name, None) for name in _OF_TRANSFORMERS},
+    settings = {
+        part: {key: v for key, v in config[part].items() if key not in _WITHOUT_EFFECT and v != values[key]}
+        for part, values in usual.items()
     }
-    return json.dumps(described, sort_keys=True).encode()
+    is_quick = any(type(module).__name__ == "QuickGELU" for module in clip.modules())
+    encoder = getattr(getattr(clip, "text", None), "config", None)
+    return describe_settings(type(clip).__name__, is_quick, settings, tokenizer, encoder)
 
 
 def _require_known(source: BackboneSource) -> None:

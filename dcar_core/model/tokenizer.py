@@ -7,11 +7,12 @@
 """
 
 import gzip
+import hashlib
 import html
 import json
 import string
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
@@ -22,6 +23,7 @@ from tokenizers import Regex, Tokenizer, models, pre_tokenizers
 
 from dcar_core.util.arrays import TokenIds
 from dcar_core.util.errors import ModelError
+from dcar_core.util.hub import fetch
 
 TOKENIZER, SETTINGS = "tokenizer.json", "tokenizer_config.json"
 _SPLIT = r"(?i)'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+"
@@ -155,6 +157,30 @@ def common_words(count: int) -> list[str]:
     words = (piece.removesuffix(_WORD_END) for piece in pieces if piece.endswith(_WORD_END))
     usual = [word for word in words if 4 <= len(word) <= 12 and word.isascii() and word.isalpha()]
     return usual[: _COMMON_WORDS : max(1, _COMMON_WORDS // count)][:count]
+
+
+def load_tokenizer(config: Mapping[str, Any], directory: Path | None) -> tuple[TextTokenizer, str]:
+    """Load the tokenizer of a checked configuration, with its identity for the content hash."""
+    text = config["text_cfg"]
+    settings, limit = text.get("tokenizer_kwargs") or {}, int(text.get("context_length", 77))
+    if name := text.get("hf_tokenizer_name"):
+        normalizer, strip_end = settings.get("clean", "whitespace"), bool(settings.get("strip_sep_token"))
+        file, settings_file = _find(name, directory, TOKENIZER), _find(name, directory, SETTINGS)
+        if file is None:
+            raise ModelError(f"{directory or name} has no {TOKENIZER}, and no other tokenizer is supported")
+        tokenizer = load_hub_tokenizer(file, settings_file, limit, normalizer=normalizer, strip_end=strip_end)
+        decisive = normalizer, tokenizer.start_ids, tokenizer.end_id, tokenizer.pad_id
+        return tokenizer, f"{hashlib.sha256(file.read_bytes()).hexdigest()} {decisive}"
+    normalizer, own = settings.get("clean", "lower"), settings.get("bpe_path")
+    file = directory / own if own and directory is not None else CLIP_VOCABULARY
+    tokenizer = replace(load_byte_pairs(file) if own else TextTokenizer.for_clip(), limit=limit, normalizer=normalizer)
+    return tokenizer, f"{hashlib.sha256(gzip.decompress(file.read_bytes())).hexdigest()} {normalizer}"
+
+
+def _find(repository: str, directory: Path | None, name: str) -> Path | None:
+    if directory is None:
+        return fetch(repository, name)
+    return directory / name if (directory / name).is_file() else None
 
 
 def load_byte_pairs(file: Path) -> TextTokenizer:

@@ -20,6 +20,7 @@ from dcar_core.model.config import MODEL_CONFIG
 from dcar_core.model.tokenizer import SETTINGS, TOKENIZER
 from dcar_core.util.errors import ModelError
 from dcar_core.util.files import write_bytes, write_json
+from dcar_core.util.hub import fetch
 from dcar_core.util.machine import WEIGHTS_FILE
 
 _IMAGE = "visual."
@@ -107,8 +108,6 @@ def merge(backbone: Backbone, changes: WeightChanges, parent: Path) -> Backbone:
 
 def _copy_text_files(text: Mapping[str, Any], source: Path | None, target: Path) -> None:
     """Copy the files of the tokenizer and of a text encoder of transformers, from a model directory or the hub."""
-    from dcar_core.model.open_clip_source import fetch
-
     repositories = {TOKENIZER: text.get("hf_tokenizer_name"), SETTINGS: text.get("hf_tokenizer_name")}
     if encoder := text.get("hf_model_name"):
         repositories[f"{encoder}/config.json"] = encoder

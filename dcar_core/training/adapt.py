@@ -12,9 +12,9 @@ from dcar_core.data import Annotations, Dataset, describe_reports, save_reports
 from dcar_core.encoder.encoder import pick_device
 from dcar_core.model.backbone import load_backbone
 from dcar_core.model.checkpoint import is_checkpoint, read_config, require_own_config, save_checkpoint
-from dcar_core.model.config import BackboneSource, LossDirection, TrainConfig
+from dcar_core.model.config import UNTOUCHED, BackboneSource, LossDirection, TrainConfig
 from dcar_core.model.dcar import DCAR, seeded_model
-from dcar_core.model.methods import DEFAULT, UNTOUCHED, default_method, find_method
+from dcar_core.model.methods import DEFAULT, default_method, find_method
 from dcar_core.negatives import add_negatives, backbone_functions
 from dcar_core.training.prepared_split import FeatureCache, prepare_split, report_truncation
 from dcar_core.training.train import STATE_FILE, delete_state, describe_run, different_names, train

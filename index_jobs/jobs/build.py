@@ -22,7 +22,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from dcar_core import Encoder
-from dcar_core.encoder.encoder import add_portable_export
+from dcar_core.encoder.encoder import add_portable_export, load_exact
 from dcar_core.encoder.exports import has_portable
 from dcar_core.encoder.runtimes import AUTO, EXPORTED
 from dcar_core.model.checkpoint import PORTABLE, copy_checkpoint, missing_places, read_config, read_portable_config
@@ -304,7 +304,7 @@ class _Build:
         if not self.pairs or self.served.manifest.spec.fingerprint == self.encoder.fingerprint:
             return self.encoder
         try:
-            return Encoder.load(self.served.checkpoint, device=device)
+            return load_exact(self.served.checkpoint, device)
         except (CheckpointError, ModelError) as error:
             version = self.served.manifest.version
             raise CheckpointError(

@@ -12,7 +12,7 @@ import pytest
 from PIL import Image
 
 from dcar_core.images.workers import Convert, Decoded, DecodeWorker, Limits
-from dcar_core.model.backbone import BackboneSource, load_backbone
+from dcar_core.model.backbone import BackboneSource
 from dcar_core.model.catalogue import languages_of
 from dcar_core.model.checkpoint import save_zero_shot
 from index_jobs.index.index_version import IndexVersion
@@ -209,7 +209,7 @@ async def test_gallery_shows_each_group_once(products: Path) -> None:
 
 async def test_what_a_model_knows_is_told(tiny_model: Path, tiny_gallery: Path, tmp_path: Path) -> None:
     note = "This model knows emoji, not photos."
-    save_zero_shot(load_backbone(BackboneSource(str(tiny_model))), tmp_path / "checkpoint", note)
+    save_zero_shot(BackboneSource(str(tiny_model)), tmp_path / "checkpoint", note)
     rebuild(tiny_gallery, tmp_path / "checkpoint", tmp_path / "index", workers=0, progress=False)
     async with opened(tmp_path / "index") as client:
         about = (await client.get("/ui/catalogue")).json()

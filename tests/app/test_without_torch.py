@@ -1,4 +1,4 @@
-"""With exported graphs the service starts without the model, and loads it when a query needs it."""
+"""The service starts without the model in PyTorch, and loads it when a query needs it."""
 
 import asyncio
 import base64
@@ -14,13 +14,13 @@ import httpx
 import numpy as np
 import pytest
 
+from app.search import Index
 from dcar_core import Encoder
 from dcar_core.model.checkpoint import PORTABLE
+from dcar_core.util.machine import WEIGHTS_FILE
 from index_jobs.index.versions import open_current, version_numbers
 from index_jobs.jobs.update import remove
 from index_jobs.rebuild import rebuild
-from tests.support.commands import dcar
-from tests.support.files import copy_exports
 from tests.support.images import png
 from tests.support.parts import needs
 from tests.support.processes import without_pytorch
@@ -35,13 +35,6 @@ PLAIN = {"query": "a red square", "k": 5}
 DEEP = PLAIN | {"rerank": True, "explain": True}
 
 
-@pytest.fixture
-def runtime_cache(exports: Path, tmp_path: Path) -> Path:
-    """A cache with graphs but without entries: the first start needs the model."""
-    copy_exports(exports, tmp_path / "cache" / "dcar")
-    return tmp_path / "cache" / "dcar"
-
-
 def live(http: ServiceClient) -> Encoder:
     encoder: Encoder = http.app.state.collections[None].current.encoder
     return encoder
@@ -54,22 +47,19 @@ async def ask(http: httpx.AsyncClient, body: dict[str, Any]) -> dict[str, Any]:
 
 
 @pytest.mark.slow
-async def test_a_later_start_loads_no_model_and_has_the_same_results(
-    reranking_index: Path, runtime_cache: Path, tmp_path: Path
-) -> None:
+async def test_a_later_start_loads_no_model_and_has_the_same_results(reranking_index: Path, tmp_path: Path) -> None:
     """Though the version that it started with is deleted."""
     index = Path(shutil.copytree(reranking_index, tmp_path / "reranking"))
-    settings: dict[str, Any] = {"runtime": "openvino", "runtime_cache": runtime_cache, "poll_s": 0, **ADMIN_ONLY}
+    settings: dict[str, Any] = {"runtime": "openvino", "runtime_cache": tmp_path / "cache", "poll_s": 0, **ADMIN_ONLY}
     async with opened(index, **settings) as http:
-        assert live(http).backbone is not None
         first = await ask(http, PLAIN), await ask(http, DEEP)
     others = {item_id for body in first for item_id in ids(body)}
     async with opened(index, **settings) as http:
         assert live(http).backbone is None
         assert await ask(http, PLAIN) == first[0]
         assert live(http).backbone is None, "a plain search needs no model"
-        index = http.app.state.collections[None].current.index
-        listed = [index.item(row).id for row in range(index.rows)]
+        opened_index = http.app.state.collections[None].current.index
+        listed = [opened_index.item(row).id for row in range(opened_index.rows)]
         for item_id in [item_id for item_id in listed if item_id not in others][-4:]:
             await asyncio.to_thread(remove, index, [item_id])
             assert (await http.post("/admin/reload", headers=ADMINS)).json()["changed"]
@@ -80,26 +70,19 @@ async def test_a_later_start_loads_no_model_and_has_the_same_results(
 
 
 @pytest.mark.slow
-def test_dcar_search_runs_without_pytorch(
-    built_index: Path, tiny_checkpoint: Path, runtime_cache: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setenv("XDG_CACHE_HOME", str(runtime_cache.parent))
+def test_dcar_search_runs_without_pytorch(built_index: Path) -> None:
     program = "import sys, app.cli\ntry: app.cli.main()\nfinally: print('torch' in sys.modules, file=sys.stderr)"
     command = ["search", "a red square", "--index", str(built_index), "--json"]
-    whole = dcar(*command).stdout
-    Encoder.load(tiny_checkpoint, device="cpu", runtime="openvino")
+    expected = Index.open(built_index, device="cpu", runtime="torch").search("a red square")
     done = subprocess.run([sys.executable, "-c", program, *command], capture_output=True, text=True, check=True)
     assert done.stderr.split()[-1] == "False"
-    expected, found = json.loads(whole), json.loads(done.stdout)
-    assert [each["id"] for each in found["results"]] == [each["id"] for each in expected["results"]]
+    assert ids(json.loads(done.stdout)) == [result["id"] for result in expected["results"]]
 
 
 @pytest.mark.slow
 def test_a_published_version_is_served_and_changed_without_pytorch(
-    gallery: Path, reranking_checkpoint: Path, exports: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    gallery: Path, reranking_checkpoint: Path, tmp_path: Path
 ) -> None:
-    copy_exports(exports, tmp_path / "runtimes")  # this model has other graphs, which no other test expects
-    monkeypatch.setenv("DCAR_RUNTIME_CACHE", str(tmp_path / "runtimes"))
     rebuild(gallery, reranking_checkpoint, tmp_path / "index", runtime="openvino", workers=0, progress=False)
     texts, photo = ["a red square", "naïve 😿"], base64.b64encode(png("red")).decode()
     encoder = Encoder.load(reranking_checkpoint, device="cpu")
@@ -126,6 +109,6 @@ def test_a_published_version_is_served_and_changed_without_pytorch(
         while (ended := http.get(job, headers=ADMINS).json())["status"] not in ("done", "failed"):
             time.sleep(0.1)
         assert ended["status"] == "done", ended
-        assert f"checkpoint/{PORTABLE}/encoder" in open_current(tmp_path / "index").manifest.files, (
+        assert f"checkpoint/{PORTABLE}/{WEIGHTS_FILE}" in open_current(tmp_path / "index").manifest.files, (
             "the next version carries it as well"
         )

@@ -25,13 +25,13 @@ PIXELS = np.random.default_rng(0).integers(0, 256, (3, 3, 32, 32), np.uint8)
 
 
 @pytest.fixture(scope="module")
-def checkpoint(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def checkpoint(exported_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """With all that a query can have: deep prompts, adapters, predicted token weights."""
     path = tmp_path_factory.mktemp("cached") / "checkpoint"
     adapters, predicted = AdapterConfig(text=True, image=True), ReweightConfig(query="predicted")
     config = ModelConfig(prompt=PromptConfig(length=3, depth=2), adapter=adapters, reweight=predicted)
     torch.manual_seed(1)
-    dcar = DCAR(load_backbone(BackboneSource(str(tiny_model))), config)
+    dcar = DCAR(load_backbone(BackboneSource(str(exported_model))), config)
     with torch.no_grad():
         for _, parameter in dcar.trainables():
             parameter.add_(0.05 * torch.randn_like(parameter))
@@ -82,7 +82,7 @@ def test_cached_adapter_gives_the_models_vectors(checkpoint: Path, cache: Path) 
 
 @pytest.mark.slow
 def test_runtimes_and_copies_of_a_checkpoint_share_an_entry(
-    checkpoint: Path, tiny_model: Path, cache: Path, tmp_path: Path
+    checkpoint: Path, exported_model: Path, cache: Path, tmp_path: Path
 ) -> None:
     assert is_from_cache(load(checkpoint, cache, "auto"))
     copy_checkpoint(checkpoint, tmp_path / "copy")
@@ -91,7 +91,7 @@ def test_runtimes_and_copies_of_a_checkpoint_share_an_entry(
     quick.add_checkpoint_path(checkpoint)  # of another index, which outlives this one
     shutil.rmtree(tmp_path / "copy")
     assert isinstance(quick.model, DCAR)
-    save_checkpoint(DCAR(load_backbone(BackboneSource(str(tiny_model))), ModelConfig()), tmp_path / "other")
+    save_checkpoint(DCAR(load_backbone(BackboneSource(str(exported_model))), ModelConfig()), tmp_path / "other")
     assert not is_from_cache(load(tmp_path / "other", cache))
 
 

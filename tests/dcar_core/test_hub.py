@@ -4,7 +4,10 @@ import hashlib
 import http.server
 import importlib
 import json
+import os
 import re
+import subprocess
+import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -14,13 +17,19 @@ import open_clip
 import pytest
 from huggingface_hub import constants
 
+from app.search import Index
 from dcar_core.model.backbone import BackboneSource, load_backbone
+from dcar_core.model.catalogue import DEFAULT
+from dcar_core.model.checkpoint import read_config
 from dcar_core.model.config import MODEL_CONFIG
-from dcar_core.model.open_clip_source import fetch
 from dcar_core.util.errors import HubUnavailableError, ModelError
+from dcar_core.util.hub import fetch
 from dcar_core.util.machine import WEIGHTS_FILE
+from index_jobs.index.versions import open_current
 from tests.support.commands import run
-from tests.support.processes import answering
+from tests.support.parts import needs
+from tests.support.paths import ROOT
+from tests.support.processes import answering, without_pytorch
 
 COMMIT = "a" * 40
 FILE = re.compile(r"/(?P<repository>[^/]+/[^/]+)/resolve/(?P<revision>[^/]+)/(?P<file>.+)")
@@ -131,6 +140,38 @@ def test_a_command_downloads_a_model_and_starts_offline_with_it(tiny_model: Path
         f"error: {MODEL_CONFIG} of org/tiny is not cached, and the model hub cannot be reached: connect this machine, "
         "name a mirror by HF_ENDPOINT, or give a model's directory, such as --model examples/emoji/base\n"
     )
+
+
+@needs("openvino")
+def test_quickstart_downloads_the_default_model_and_indexes_without_pytorch(
+    tiny_model: Path, photos: Path, tmp_path: Path
+) -> None:
+    """It says first what it downloads. PyTorch finds the same backbone, and the same vectors."""
+    repository = "laion/CLIP-ViT-B-32-laion2B-s34B-b79K"
+    files = {f"{repository}/{file.name}": file.read_bytes() for file in tiny_model.iterdir()}
+    main = f"from app.cli import serving\nserving.serve_index = lambda **settings: None\n{MAIN}"
+    with hub_serving(files) as server:
+        environment = {"HF_ENDPOINT": server.url, "HF_HOME": str(tmp_path / "home"), "HF_HUB_OFFLINE": "0"}
+        environment |= without_pytorch(tmp_path)
+        environment["PYTHONPATH"] += f"{os.pathsep}{ROOT}"
+        command = [sys.executable, "-c", main, "quickstart", str(photos), "--data", str(tmp_path / "data")]
+        done = subprocess.run(
+            [*command, "--runtime", "openvino"],
+            capture_output=True,
+            text=True,
+            env=os.environ | environment,
+            check=False,
+        )
+    assert done.returncode == 0, done.stderr
+    assert f"downloading {WEIGHTS_FILE} of {repository}, 14 MB" in done.stdout + done.stderr
+    (index,) = (tmp_path / "data" / "quickstart").glob("*/*")
+    opened = Index.open(index, device="cpu", runtime="torch")
+    published = open_current(index)
+    described = read_config(published.checkpoint)["backbone"]
+    assert (described["model"], described["pretrained"]) == (DEFAULT.name, DEFAULT.pretrained)
+    assert described["sha256"] == load_backbone(BackboneSource(str(tiny_model))).content_hash()
+    results = opened.search(image=photos / "owl" / "1.png", k=1)["results"]
+    assert results[0]["score"] > 0.999
 
 
 def test_a_tag_is_fetched_from_the_repository_that_open_clip_names(

@@ -87,8 +87,8 @@ DEEP = ModelConfig(prompt=PromptConfig(length=3, depth=2), adapter=ADAPTERS, rew
 @pytest.mark.slow
 @pytest.mark.parametrize("config", [PLAIN, ModelConfig(), BLOCKS, DEEP], ids=["plain", "dcar", "blocks", "deep"])
 @pytest.mark.parametrize("name", named("torch", "openvino", "openvino-bf16"))
-def test_runtime_gives_the_models_vectors(tiny_model: Path, cache: Path, name: str, config: ModelConfig) -> None:
-    case = moved(tiny_model, config, cache)
+def test_runtime_gives_the_models_vectors(exported_model: Path, cache: Path, name: str, config: ModelConfig) -> None:
+    case = moved(exported_model, config, cache)
     encoder = case.open(name)
     found = encoder.encode_text(PROBE_TEXTS), encoder.encode_pixels(probe_images(32))
     for vectors, expected in zip(found, reference_vectors(case.model), strict=True):
@@ -96,8 +96,8 @@ def test_runtime_gives_the_models_vectors(tiny_model: Path, cache: Path, name: s
 
 
 @pytest.mark.parametrize("name", named("torch", "openvino"))
-def test_rows_of_several_adapters_share_a_batch(tiny_model: Path, cache: Path, name: str) -> None:
-    first, second = (moved(tiny_model, DEEP, cache, seed) for seed in (1, 2))
+def test_rows_of_several_adapters_share_a_batch(exported_model: Path, cache: Path, name: str) -> None:
+    first, second = (moved(exported_model, DEEP, cache, seed) for seed in (1, 2))
     one, other, runtime = first.state, second.state, first.open(name).runtime
     tokens = one.tokens(["a red square", "a green circle", "a red square"])[:, one.skipped :]
     weights = np.ones(tokens.shape, np.float32)
@@ -116,9 +116,9 @@ def test_rows_of_several_adapters_share_a_batch(tiny_model: Path, cache: Path, n
 
 
 @needs("openvino")
-def test_one_export_serves_every_number_of_prompts(tiny_model: Path, cache: Path) -> None:
-    first = moved(tiny_model, ModelConfig(), cache)
-    longer = moved(tiny_model, ModelConfig(prompt=PromptConfig(length=6)), cache)
+def test_one_export_serves_every_number_of_prompts(exported_model: Path, cache: Path) -> None:
+    first = moved(exported_model, ModelConfig(), cache)
+    longer = moved(exported_model, ModelConfig(prompt=PromptConfig(length=6)), cache)
     lengths = [case.state.text_inputs[0].shape[3] for case in (first, longer)]
     assert lengths == [5, 7], "SOS and the prompts"
     assert first.export() == longer.export()
@@ -146,9 +146,9 @@ def test_auto_decides_by_device_libraries_and_instructions(
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("name", ["torch", "cuda"])
-def test_gpu_gives_the_same_vectors(tiny_checkpoint: Path, tmp_path: Path, name: str) -> None:
-    wanted = Encoder.load(tiny_checkpoint, device="cpu")
-    given = Encoder.load(tiny_checkpoint, device="cuda", runtime=name, cache=tmp_path)
+def test_gpu_gives_the_same_vectors(exported_checkpoint: Path, tmp_path: Path, name: str) -> None:
+    wanted = Encoder.load(exported_checkpoint, device="cpu")
+    given = Encoder.load(exported_checkpoint, device="cuda", runtime=name, cache=tmp_path)
     texts, pixels = [" ".join("abcdefghij"[: 1 + i % 10]) for i in range(40)], np.tile(probe_images(32), (10, 1, 1, 1))
 
     def both(encoder: Encoder) -> NDArray[np.float32]:
@@ -162,8 +162,8 @@ def test_gpu_gives_the_same_vectors(tiny_checkpoint: Path, tmp_path: Path, name:
 
 
 @pytest.mark.parametrize("side", [0, 1], ids=["text", "image"])
-def test_a_single_vector_below_the_threshold_is_enough(tiny_model: Path, tmp_path: Path, side: int) -> None:
-    case = moved(tiny_model, PLAIN, tmp_path)
+def test_a_single_vector_below_the_threshold_is_enough(exported_model: Path, tmp_path: Path, side: int) -> None:
+    case = moved(exported_model, PLAIN, tmp_path)
     for cosine, is_refused in ((LEAST_COSINE + 0.0002, False), (LEAST_COSINE - 0.0002, True), (np.nan, True)):
         expected = reference_vectors(case.model)
         expected[side][-1] *= cosine
@@ -201,22 +201,22 @@ def export(cache: Path) -> Path:
 
 @pytest.mark.slow
 def test_a_runtime_that_cannot_be_used_says_why(
-    tiny_checkpoint: Path, chosen: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture,
+    exported_checkpoint: Path, chosen: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:  # fmt: skip
     with pytest.raises(RuntimeUnavailableError, match=r"no runtime is named 'tensorrt'; there are: auto, torch"):
-        by_name(tiny_checkpoint, chosen, "tensorrt")
+        by_name(exported_checkpoint, chosen, "tensorrt")
     with pytest.raises(RuntimeUnavailableError, match="cuda needs --device cuda, but the device is cpu"):
-        by_name(tiny_checkpoint, chosen, "cuda")
+        by_name(exported_checkpoint, chosen, "cuda")
     (tmp_path / "cpuinfo").write_text("flags : sse2 avx2\n")
     monkeypatch.setattr(machine, "CPUINFO", tmp_path / "cpuinfo")
     with pytest.raises(RuntimeUnavailableError, match=r"no bf16 instructions \(.*avx512_bf16"):
-        by_name(tiny_checkpoint, chosen, "openvino-bf16")
-    assert auto(tiny_checkpoint, chosen, caplog) == ("openvino", [])
+        by_name(exported_checkpoint, chosen, "openvino-bf16")
+    assert auto(exported_checkpoint, chosen, caplog) == ("openvino", [])
     monkeypatch.setitem(sys.modules, "openvino", None)  # what importing it does when it is not installed
-    assert auto(tiny_checkpoint, chosen, caplog)[0] == "torch"
+    assert auto(exported_checkpoint, chosen, caplog)[0] == "torch"
     with pytest.raises(MissingExtraError, match=r"dcar\[openvino\]"):
-        by_name(tiny_checkpoint, chosen, "openvino")
+        by_name(exported_checkpoint, chosen, "openvino")
 
 
 def refuse_to_convert(*_: object, **__: object) -> None:
@@ -257,7 +257,7 @@ def fail(*_: Any) -> Any:
     ],
 )
 def test_runtime_that_cannot_be_used_is_refused_or_replaced_by_the_next(
-    tiny_checkpoint: Path, chosen: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch,
+    exported_checkpoint: Path, chosen: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch,
     fault: Callable[..., object], says: str,
 ) -> None:  # fmt: skip
     import openvino
@@ -267,17 +267,17 @@ def test_runtime_that_cannot_be_used_is_refused_or_replaced_by_the_next(
         monkeypatch.setattr(OpenVinoRuntime, "text", fault)
     else:
         fault(chosen)
-    name, warnings = auto(tiny_checkpoint, chosen, caplog)
+    name, warnings = auto(exported_checkpoint, chosen, caplog)
     assert name == "torch"
     for following, warning in zip([*NAMES[1:], "torch"], warnings, strict=True):
         assert re.search(rf"{says.partition('.*')[0]}.*; using the runtime {following} instead", warning)
     with pytest.raises(RuntimeUnavailableError, match=says):
-        by_name(tiny_checkpoint, chosen)
+        by_name(exported_checkpoint, chosen)
 
 
-def test_remains_of_a_killed_export_are_replaced(tiny_checkpoint: Path, chosen: Path) -> None:
+def test_remains_of_a_killed_export_are_replaced(exported_checkpoint: Path, chosen: Path) -> None:
     whole = export(chosen)
     left = whole.rename(whole.with_name(f"{whole.name}.part"))
-    by_name(tiny_checkpoint, chosen)
+    by_name(exported_checkpoint, chosen)
     assert export(chosen) == whole
     assert not left.exists()

@@ -17,6 +17,7 @@ from dcar_core import Encoder
 from dcar_core.encoder import exports
 from dcar_core.model.checkpoint import PORTABLE
 from dcar_core.util.errors import DataError, GateError
+from dcar_core.util.machine import WEIGHTS_FILE
 from index_jobs.index import versions
 from index_jobs.index.index_version import IndexVersion
 from index_jobs.index.versions import current_version, open_current, open_version, verify_index, version_numbers
@@ -226,22 +227,29 @@ assert "open_clip" not in sys.modules, "it takes seconds to import"
 
 
 def weights(exported: Path, version: int) -> Path:
-    return file_of(exported, f"checkpoint/{PORTABLE}/image.bin", version)
+    files = open_version(exported, version).manifest.files
+    (name,) = (name for name in files if name.endswith(("image.bin", f"{PORTABLE}/{WEIGHTS_FILE}")))
+    return file_of(exported, name, version)
 
 
 @pytest.fixture
-def exported(build: Build, exports: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+def exported(
+    request: pytest.FixtureRequest, build: Build, exports: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> Path:
+    """An index whose model brings an export along; `tiny_checkpoint` brings its files."""
     monkeypatch.setenv("DCAR_RUNTIME_CACHE", str(exports.parent))
-    build(runtime="openvino")
+    name = getattr(request, "param", "exported_checkpoint")
+    build(checkpoint=request.getfixturevalue(name), runtime="openvino")
     return tmp_path / "index"
 
 
 @needs("openvino")
-def test_versions_of_a_model_share_one_export(exported: Path, build: Build, exports: Path) -> None:
-    build(runtime="openvino", force=True)
+@pytest.mark.parametrize("exported", ["exported_checkpoint", "tiny_checkpoint"], indirect=True)
+def test_versions_of_a_model_share_one_export(exported: Path, build: Build) -> None:
+    first = open_version(exported, 1)
+    build(checkpoint=first.checkpoint, runtime="openvino", force=True)
     remove(exported, [open_current(exported).item(0).id])
     assert all(weights(exported, number).samefile(weights(exported, 1)) for number in (2, 3))
-    assert "checkpoint/portable/encoder" in open_current(exported).manifest.files
     third = open_version(exported, 3)
     build(checkpoint=third.checkpoint, runtime="openvino", force=True)
     assert weights(exported, 4).samefile(weights(exported, 3)), "a checkpoint brings its own"
@@ -263,7 +271,11 @@ def require_own_export(exported: Path, cache: Path) -> None:
 
 
 @needs("openvino")
-@pytest.mark.parametrize("is_damaged", [False, True])
+@pytest.mark.parametrize(
+    ("exported", "is_damaged"),
+    [("exported_checkpoint", False), ("exported_checkpoint", True), ("tiny_checkpoint", False)],
+    indirect=["exported"],
+)
 def test_a_retrained_version_carries_an_export_of_its_own(
     is_damaged: bool, exported: Path, pairs: Path, tmp_path: Path
 ) -> None:
