@@ -1,12 +1,12 @@
 # Images of the service and the index job (docs/how-to/containers.md), by --target:
-# - full, the default: with PyTorch; trains, builds indexes and serves. With EXTRAS=gpu it searches on an NVIDIA GPU.
-# - serve: only serves, versions with a portable export, without PyTorch.
+# - serve, the default: builds indexes and serves them, without PyTorch.
+# - full: with PyTorch; trains and re-ranks as well, with every model. With EXTRAS=gpu it searches on an NVIDIA GPU.
 #
 # Build arguments:
 # - BASE: a Debian image with Python 3.11 or newer as `python`, and pip. Pin it by digest for reproducible builds.
-# - EXTRAS: extras of pyproject.toml to include: openvino (several times as fast on a CPU), http, s3, ...
+# - EXTRAS: extras of pyproject.toml to include: http, s3, ...
 # - LOCK, SERVE_LOCK: lock files with hashes. If one is empty, the ranges in pyproject.toml apply.
-# - PIP_EXTRA_INDEX_URL: an index of PyTorch's CPU builds; PyPI's torch for Linux is the CUDA build, several GB.
+# - PIP_EXTRA_INDEX_URL: for full, an index of PyTorch's CPU builds; PyPI's torch for Linux is the CUDA build, several GB.
 # - PIP_INDEX_URL: a mirror. PIP_FIND_LINKS, PIP_CONSTRAINT: addresses, or paths that the build can see.
 ARG BASE=python:3.12-slim
 
@@ -14,7 +14,7 @@ ARG BASE=python:3.12-slim
 FROM ${BASE} AS requirements
 ARG EXTRAS=""
 COPY pyproject.toml .
-RUN for target in serve:openvino full:torch; do python -c "import sys, tomllib; \
+RUN for target in serve: full:torch; do python -c "import sys, tomllib; \
     wanted = tomllib.load(open('pyproject.toml', 'rb'))['project']; extras = sys.argv[1].replace(',', ' ').split(); \
     parts = [wanted['optional-dependencies'][each] for each in extras]; lines = sum(parts, wanted['dependencies']); \
     print(*[line for line in lines if 'gpu' not in extras or not line.startswith('faiss-cpu')], sep='\n')" \
@@ -38,8 +38,8 @@ RUN --mount=type=cache,target=/var/cache/pip \
 RUN --mount=type=cache,target=/var/cache/pip \
     pip --python /opt/venv/bin/python install --requirement /full.txt
 
-# Without what no search uses: plugins for other devices and readers of other formats than the export's, Arrow's network
-# protocol and object store, the client of the model hub, symbols of debuggers, headers, stubs and tests.
+# Without what no command uses: plugins for other devices and readers of other formats than the export's, Arrow's network
+# protocol and object store, symbols of debuggers, headers, stubs and tests.
 FROM builder AS installed-serve
 ARG PIP_INDEX_URL PIP_EXTRA_INDEX_URL PIP_FIND_LINKS PIP_CONSTRAINT
 ARG SERVE_LOCK="requirements-serve.lock"
@@ -55,7 +55,7 @@ RUN --mount=type=cache,target=/var/cache/pip \
     && find openvino/libs -name '*_plugin.so' ! -name '*_cpu_*' -delete \
     && rm -rf openvino/libs/cache.json openvino/frontend/*/ openvino/include openvino/cmake openvino/tools \
     pyarrow/include pyarrow/src pyarrow/*flight* pyarrow/*s3* pyarrow/libarrow_python.so pyarrow/libarrow_python.so.*.* \
-    numpy/f2py numpy/distutils huggingface_hub hf_xet \
+    numpy/f2py numpy/distutils \
     && find . -regex '.*\.\(pyi\|pyx\|pxd\|pxi\|h\|a\)' -delete && find . -type d -name tests -prune -exec rm -rf {} + \
     && find pyarrow tantivy tokenizers uvloop '(' -name '*.so' -o -name '*.so.*' ')' -exec strip --strip-unneeded {} +
 
@@ -84,11 +84,12 @@ CMD ["dcar", "serve"]
 
 # In each image the dependencies are one layer; a change of the source replaces only the small one after it. Copied, not
 # mounted: Buildah reuses a cached step even if a mounted file has changed.
-FROM service AS serve
-COPY --from=installed-serve /opt/venv /opt/venv
-COPY --from=project /opt/venv /opt/venv
-
 FROM service AS full
 COPY --from=installed-full /opt/venv /opt/venv
+COPY --from=project /opt/venv /opt/venv
+COPY examples/emoji examples/emoji
+
+FROM service AS serve
+COPY --from=installed-serve /opt/venv /opt/venv
 COPY --from=project /opt/venv /opt/venv
 COPY examples/emoji examples/emoji

@@ -7,27 +7,27 @@
 # make mutants    share of changes of critical code that tests notice; hours   (ARGS="index_jobs.index.filters*" for some)
 # make reference  generated pages of docs, openapi.json, and the client's models
 # make docs       the documentation as a site in site/
-# make install    set-up only                                                 (EXTRAS=dev,openvino,ray for more parts)
+# make install    set-up only: searching and indexing                         (EXTRAS=torch,ray for more parts)
 #                 LOCK=requirements.lock installs the versions and hashes of a lock file
+# All but install, demo, docs and size add the extras dev and torch.
 PYTHON ?= python3
 HOST ?= 127.0.0.1
 PORT ?= 8000
 DOMAIN ?= twemoji
-EXTRAS ?= dev
+EXTRAS ?=
 JOBS ?= 3
 VENV := .venv
 BIN := $(VENV)/bin
 
 .PHONY: install demo test test-plugins check size coverage mutants reference docs
 comma := ,
-UNLOCKED := $(VENV)/.installed-$(subst $(comma),-,$(EXTRAS))
+space := $(subst ,, )
+PARTS := $(sort $(subst $(comma), ,$(EXTRAS)) $(if $(filter-out install demo docs size,$(MAKECMDGOALS)),dev torch))
+UNLOCKED := $(VENV)/.installed$(subst $(space),,$(PARTS:%=-%))
 INSTALLED := $(UNLOCKED)$(if $(LOCK),-$(notdir $(LOCK)))
 
 install: $(INSTALLED)
 
-# PyPI's torch for Linux is the CUDA build, several GB. Set PIP_INDEX_URL or PIP_EXTRA_INDEX_URL to an index of CPU builds
-# to avoid it.
-#
 # A venv that was interrupted, or failed because python3-venv is missing, lacks pip and `activate`, and is made again. One of uv
 # lacks pip alone, and gets it.
 $(INSTALLED): pyproject.toml $(LOCK)
@@ -35,9 +35,9 @@ $(INSTALLED): pyproject.toml $(LOCK)
 	@$(BIN)/python -m pip --version >/dev/null 2>&1 || if test -f $(BIN)/activate && $(BIN)/python -c '' 2>/dev/null; \
 	then $(BIN)/python -m ensurepip; else $(PYTHON) -m venv $(VENV); fi
 	@test -z "$(LOCK)" || $(BIN)/python -m pip install --quiet --disable-pip-version-check --require-hashes --no-deps --requirement $(LOCK)
-	@echo "installing into $(VENV); without an index of CPU builds, PyTorch for Linux is a download of several GB"
-	$(BIN)/python -m pip install --disable-pip-version-check --editable '.[torch,$(EXTRAS)]'
-	@touch $(UNLOCKED) $@
+	$(if $(filter torch,$(PARTS)),@echo "PyTorch for Linux is a download of several GB without an index of CPU builds in PIP_EXTRA_INDEX_URL")
+	$(BIN)/python -m pip install --disable-pip-version-check --no-compile --editable '.$(if $(PARTS),[$(subst $(space),$(comma),$(PARTS))])'
+	@touch $(VENV)/.installed $(UNLOCKED) $@
 
 demo: install
 	@$(BIN)/dcar demo --host $(HOST) --port $(PORT) --domain $(DOMAIN)
@@ -75,7 +75,7 @@ coverage: install
 	$(BIN)/python -m pytest -n $(JOBS) --dist worksteal --cov --cov-report=term:skip-covered $(ARGS)
 
 mutants: install
-	@$(BIN)/python -m mutmut --version >/dev/null 2>&1 || $(BIN)/python -m pip install --disable-pip-version-check --editable '.[mutants]'
+	@$(BIN)/python -m mutmut --version >/dev/null 2>&1 || $(BIN)/python -m pip install --disable-pip-version-check --no-compile --editable '.[mutants]'
 	$(BIN)/python -m mutmut run --max-children $(JOBS) $(ARGS)
 	@$(BIN)/python -m mutmut export-cicd-stats >/dev/null
 	@$(BIN)/python -c 'import json; found = json.load(open("mutants/mutmut-cicd-stats.json")); killed = found["killed"] + found["timeout"]; \

@@ -15,8 +15,8 @@ lock() {
   lock=$1 extras=$2
   shift 2
   uv pip compile pyproject.toml --universal --python-version 3.11 --generate-hashes --no-annotate --no-header --quiet \
-    --output-file "$lock" --extra "$extras" "$@" >/dev/null
-  { echo "# Written by scripts/lock.sh; extras: $extras."
+    --output-file "$lock" ${extras:+--extra "$extras"} "$@" >/dev/null
+  { echo "# Written by scripts/lock.sh; extras: ${extras:-none}."
     echo "# Without PyTorch: install it from the index of your choice, after this file."
     awk '/^[a-z0-9]/ { skip = /^(torch|torchvision|triton|nvidia-.+|cuda-.+)==/ } !skip' "$lock"
   } >"$lock.new"
@@ -24,5 +24,5 @@ lock() {
 }
 
 lock requirements.lock torch "$@"
-lock requirements-serve.lock openvino "$@"
-lock requirements-ci.lock "torch,$(sed -n 's/^export EXTRAS=//p' .ci/run)" "$@"
+lock requirements-serve.lock "" "$@"
+lock requirements-ci.lock "$(sed -n 's/^export EXTRAS=//p' .ci/run)" "$@"

@@ -84,6 +84,6 @@ def test_missing_parts_are_told_in_a_line_each() -> None:
     reasons = ["needs redis", "needs openvino", "needs redis", "this file system has no files of that size"]
     assert parts.summary(reasons) == [
         "skipped 2 tests of Redis: apt-get install redis-server",
-        "skipped 1 test of OpenVINO: make test EXTRAS=dev,openvino",
+        "skipped 1 test of OpenVINO: run on a processor that it has wheels for",
         "skipped 1 test: this file system has no files of that size",
     ]

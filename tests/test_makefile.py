@@ -28,10 +28,11 @@ def make(folder: Path, *given: str, **variables: str) -> str:
 @needs("make")
 def test_a_lock_is_installed_into_an_environment_without_one(tmp_path: Path) -> None:
     (tmp_path / ".venv").mkdir()
-    for name in ("pyproject.toml", "a.lock", ".venv/.installed-dev"):
+    for name in ("pyproject.toml", "a.lock", ".venv/.installed"):
         (tmp_path / name).touch()
     assert "Nothing to be done" in make(tmp_path, "-n", "install")
+    assert "--editable '.[dev,heic,torch]'" in make(tmp_path, "-n", "test", "EXTRAS=torch,heic"), "all that tests need"
     assert "--requirement a.lock" in make(tmp_path, "-n", "install", "LOCK=a.lock")
     assert "No rule to make target 'b.lock'" in make(tmp_path, "-n", "install", "LOCK=b.lock")
-    (tmp_path / ".venv" / ".installed-dev-a.lock").touch()
+    (tmp_path / ".venv" / ".installed-a.lock").touch()
     assert "Nothing to be done" in make(tmp_path, "-n", "install", "LOCK=a.lock")

@@ -20,8 +20,8 @@ CI_EXTRAS = re.search(r"^export EXTRAS=(\S+)$", (ROOT / ".ci" / "run").read_text
 assert CI_EXTRAS
 LOCKED = {
     "requirements.lock": ["torch"],
-    "requirements-serve.lock": ["openvino"],
-    "requirements-ci.lock": ["torch", *CI_EXTRAS[1].split(",")],
+    "requirements-serve.lock": [],
+    "requirements-ci.lock": CI_EXTRAS[1].split(","),
 }
 OF_TORCH = re.compile(r"(torch|torchvision|triton|(nvidia|cuda)-.+)==")
 

@@ -148,7 +148,7 @@ def demo(
     for number, name in enumerate(names, 1):
         gallery = EXAMPLES / name.removesuffix("-clip")
         checkpoint = bundled_checkpoint(data / "zero-shot") if name == clip else gallery / "checkpoint"
-        summary = rebuild(gallery, checkpoint, data / "index" / name, validation=gallery, **build)
+        summary = rebuild(gallery, checkpoint, data / "index" / name, validation=gallery, workers=0, **build)
         state = "already indexed" if summary.reused else f"indexed in {summary.seconds:.0f} s"
         typer.echo(f"{number} of {len(names)}: {summary.count:,} {name} images, {state}")
     url, body = base_url(host, port), """-H 'content-type: application/json' -d '{"query": "crying cat", "k": 3}'"""

