@@ -71,8 +71,8 @@ class IndexSpec:
     exact: bool = option(False, "Decode every JPEG at full size, bit for bit as open_clip does.")
     runtime: str = option(
         "torch",
-        "Encoder runtime: auto (by what is installed and the processor), torch, openvino-bf16, and others of "
-        "docs/how-to/choose-a-runtime.md.",
+        "Encoder runtime: auto (by what is installed and the processor), openvino, openvino-bf16, torch or cuda; "
+        "see docs/how-to/choose-a-runtime.md.",
         envvar="DCAR_RUNTIME",
         command_default="auto",
     )

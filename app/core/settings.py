@@ -96,7 +96,7 @@ class Settings(BaseSettings):
     device: str = "auto"
     """Device of the model: auto, cpu, cuda, cuda:1, ..."""
     runtime: str = "auto"
-    """Runtime of the encoder: auto, torch, openvino-bf16, ...; see docs/how-to/choose-a-runtime.md."""
+    """Runtime of the encoder: auto, openvino, openvino-bf16, torch or cuda; see docs/how-to/choose-a-runtime.md."""
     runtime_cache: Path | None = None
     """Directory for exported models, and for mirrors of object storage. Unset: the user's cache directory."""
     threads: int | None = Field(None, ge=1)
