@@ -21,7 +21,7 @@ import numpy as np
 from dcar_core.encoder.state import EncoderState, Runtime, encode_pixels, encode_texts
 from dcar_core.util import machine
 from dcar_core.util.arrays import Floats, Pixels
-from dcar_core.util.errors import DcarError, MissingExtraError, RuntimeUnavailableError
+from dcar_core.util.errors import DcarError, RuntimeUnavailableError, install_command
 
 if TYPE_CHECKING:
     from dcar_core.model.dcar import DCAR
@@ -51,12 +51,13 @@ _open: "weakref.WeakValueDictionary[Hashable, Runtime]" = weakref.WeakValueDicti
 
 
 def library() -> Any:
-    """Import OpenVINO, without telemetry that would take the cores; or raise MissingExtraError."""
+    """Import OpenVINO, without telemetry that would take the cores; or raise RuntimeUnavailableError."""
     sys.modules.setdefault("openvino_telemetry", None)  # type: ignore[arg-type] # as if it were not installed
     try:
         import openvino
     except ImportError:
-        raise MissingExtraError("the runtime openvino", "openvino") from None
+        remedy = f"the runtime torch needs none: {install_command('torch')}"
+        raise RuntimeUnavailableError(f"OpenVINO is not installed; {remedy}") from None
     return openvino
 
 
@@ -110,7 +111,10 @@ def load_runtime(name: str, state: EncoderState, model: "DCAR", export: Callable
     """Open a runtime by name, or the first that can be used by `auto`, which never fails; see `open_runtime`."""
     if name != AUTO:
         return _open_and_check(name, state, model, export)
-    names = auto_runtimes(model.backbone.device.type)
+    device = model.backbone.device.type
+    if device == "cpu" and not machine.is_installed("openvino"):
+        logger.warning("OpenVINO is not installed, so PyTorch encodes, which is slower")
+    names = auto_runtimes(device)
     for current, following in pairwise(names):
         try:
             return _open_and_check(current, state, model, export)
@@ -137,7 +141,7 @@ def _open_and_check(name: str, state: EncoderState, model: "DCAR", export: Calla
 def open_runtime(name: str, model: "DCAR", export: Callable[[], Path]) -> Runtime:
     """Open a runtime by name, or return the one that is open for this backbone. export: see `exports.ensure_export`.
 
-    Raise RuntimeUnavailableError or MissingExtraError if the runtime cannot be used here.
+    Raise RuntimeUnavailableError if the runtime cannot be used here.
     """
     from dcar_core.encoder.graphs import TorchRuntime
 
