@@ -72,6 +72,7 @@ def test_in_the_environment_of_a_checkout_the_command_is_make(tmp_path: Path, mo
 
 
 @needs("registry")
+@pytest.mark.timeout(600)
 def test_a_wheel_in_a_clean_environment_serves_without_pytorch(
     tiny_gallery: Path, tiny_checkpoint: Path, exports: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
