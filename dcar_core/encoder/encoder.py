@@ -214,8 +214,8 @@ def _load_files(
     path: Path, source: BackboneSource, runtime: str, threads: int | None
 ) -> tuple[EncoderState, Runtime] | None:
     """Load a checkpoint, or else a model, of CLIP's own family; None for any other, or if nothing of `auto` runs it."""
-    names = [runtime] if runtime != AUTO else auto_exports() if is_installed("openvino") else []
-    clip = read_clip_files(backbone_source(path) if is_checkpoint(path) else source) if names else None
+    names = [runtime] if runtime != AUTO else auto_exports()
+    clip = read_clip_files(backbone_source(path) if is_checkpoint(path) else source)
     if clip is None:
         return None
     backbone_hash, config, trainables = clip.content_hash(), UNTOUCHED, Trainables()
@@ -291,9 +291,9 @@ def add_portable_export(checkpoint: Path, backbone: "Backbone | None") -> None:
 
 def starts_quickly(checkpoint: Path, device: str) -> bool:
     """Return whether `auto` opens a checkpoint without PyTorch: by an export, or as one of CLIP's own family."""
-    if not exports.may_use_export(device, AUTO) or not is_installed("openvino"):
-        return False
-    return exports.has_entry(checkpoint) or read_clip_files(backbone_source(checkpoint)) is not None
+    return exports.may_use_export(device, AUTO) and (
+        exports.has_entry(checkpoint) or read_clip_files(backbone_source(checkpoint)) is not None
+    )
 
 
 def load_exact(checkpoint: Path, device: str) -> Encoder:

@@ -62,7 +62,7 @@ def may_use_export(device: str, runtime: str) -> bool:
     """Return whether `Encoder.load` with these arguments may run an export."""
     may_have_gpu = sys.platform == "darwin" or any(Path(gpu).exists() for gpu in _GPUS)
     on_cpu = device == "cpu" or (device == "auto" and not (may_have_gpu and machine.is_installed("torch")))
-    return on_cpu and runtime in (runtimes.AUTO, *runtimes.EXPORTED)
+    return on_cpu and (runtime in runtimes.EXPORTED or (runtime == runtimes.AUTO and machine.is_installed("openvino")))
 
 
 def ensure_export(model: "DCAR", backbone_hash: str, cache: Path) -> Path:
