@@ -20,8 +20,8 @@ def add_plugins() -> None:
     for entry in entry_points(group="dcar.commands"):
         *names, name = entry.name.split(".")
         parent = app
-        for name in names:
-            parent = group(name, parent)
+        for part in names:
+            parent = group(part, parent)
         try:
             command(parent, name)(entry.load())
         except Exception as error:
