@@ -33,6 +33,14 @@ def read_gallery_records(location: str) -> Iterator[tuple[int, Record]]:
     return read_records(location, lambda: open_location(location), infer_types=True)
 
 
+def images_of_row(names: str, record: Record) -> Iterator[tuple[str, Record]]:
+    """Yield the name and the fields of each image of a row, as in `a.png|b.png`; the id of the second ends in -2."""
+    parts = [part.strip() for part in names.split("|") if part.strip()]
+    for number, name in enumerate(parts, 1):
+        item_id = record.get("id")
+        yield name, record | {"file_name": name} | ({"id": f"{item_id}-{number}"} if item_id and number > 1 else {})
+
+
 class GalleryMetadata:
     """Records by image name, which remember whether an image has used them."""
 
@@ -42,16 +50,17 @@ class GalleryMetadata:
         self._used: set[str] = set()
 
     @classmethod
-    def read(cls, path: str) -> "GalleryMetadata":
-        """Read a metadata file, by `file_name`."""
+    def read(cls, path: str, names: Collection[str]) -> "GalleryMetadata":
+        """Read a metadata file, by `file_name`. names: of the folder's files."""
         records: dict[str, tuple[int, Record]] = {}
         for line, record in read_gallery_records(path):
             name = record.get("file_name")
             if not isinstance(name, str) or not name.strip():
                 raise DataError(f"{path}, row {line}: no file_name; the columns are {', '.join(record) or 'none'}")
-            first, _ = records.setdefault(name.replace("\\", "/").removeprefix("./"), (line, record))
-            if first != line:
-                raise DataError(f"{path}: rows {first} and {line} both describe {name}; keep one")
+            for image, fields in [(name, record)] if name in names else images_of_row(name, record):
+                first, _ = records.setdefault(image.replace("\\", "/").removeprefix("./"), (line, fields))
+                if first != line:
+                    raise DataError(f"{path}: rows {first} and {line} both describe {image}; keep one")
         if not records:
             raise DataError(f"{path} has no rows; fill or remove it")
         return cls(path, {name: record for name, (_, record) in records.items()})
@@ -91,7 +100,7 @@ class GalleryMetadata:
         if len(files) > 1:
             raise DataError(f"{join_location(folder, files[0])} and {files[1]} both exist; keep one")
         if files:
-            return cls.read(join_location(folder, files[0]))
+            return cls.read(join_location(folder, files[0]), names)
         if is_url(folder):
             return None
         metadata = cls.from_annotations(folder)
@@ -133,8 +142,8 @@ def read_sidecars(tar: str, file: BinaryIO, members: Mapping[str, TarSpan]) -> d
     return records
 
 
-def read_changes(location: str) -> Iterator[tuple[str, Record]]:
-    """Yield the ids of a table and the fields to merge into each item; None removes one.
+def read_changes(location: str, by: str = "id") -> Iterator[tuple[str, Record]]:
+    """Yield the ids of a table, or values of another column, and the fields to merge; None removes one.
 
     An empty cell of a CSV or Parquet table changes nothing, nor does a file name. Raise DataError for a row without an
     id, and if two rows have the same.
@@ -143,14 +152,15 @@ def read_changes(location: str) -> Iterator[tuple[str, Record]]:
     for number, record in read_gallery_records(location):
         filled = {name: value for name, value in record.items() if has_nulls or value not in (None, "")}
         item_id, caption, category, fields = split_fields(filled, f"{location}, row {number}")
-        if not item_id:
+        key = item_id if by == "id" else _to_text(fields.pop(by, None))
+        if not key:
             columns = ", ".join(record) or "none"
-            raise DataError(f"{location}, row {number}: no id; the table needs a column id, and it has {columns}")
-        if (first := seen.setdefault(item_id, number)) != number:
-            raise DataError(f"{location}: rows {first} and {number} both have the id {item_id!r}; keep one")
+            raise DataError(f"{location}, row {number}: no {by}; the table needs a column {by}, and it has {columns}")
+        if (first := seen.setdefault(key, number)) != number:
+            raise DataError(f"{location}: rows {first} and {number} both have the {by} {key!r}; keep one")
         texts = {"caption": caption, "category": category}
         fields |= {name: text or None for name, text in texts.items() if text or name in filled}
-        yield item_id, {name: value for name, value in fields.items() if name != "file_name"}
+        yield key, {name: value for name, value in fields.items() if name != "file_name"}
 
 
 def split_fields(fields: Record, where: str) -> tuple[str, str, str, Record]:

@@ -43,6 +43,7 @@ from index_jobs.gallery.locations import (
 from index_jobs.gallery.metadata import (
     METADATA_FILES,
     GalleryMetadata,
+    images_of_row,
     read_gallery_records,
     read_sidecars,
     split_fields,
@@ -70,6 +71,7 @@ _NAMED = re.compile(r"([\w.-]+)=(.+)", re.DOTALL)
 _TABLE_ROWS = 65_536
 _ID_DIGITS = 20  # of sha256: 80 bits, enough for a billion names
 _PATH_COLUMNS = (*IMAGE_COLUMNS, "url")
+_CAPTION_COLUMNS = ("title", "name")  # of lists without captions
 _NOT_READ = formats.HEIC_SUFFIXES | {  # of images, videos and compressed tars
     ".svg", ".svgz", ".cr2", ".cr3", ".nef", ".arw", ".dng", ".raf", ".orf", ".rw2", ".pef", ".mp4", ".mov", ".avi",
     ".mkv", ".webm", ".m4v", ".mpg", ".wmv", ".3gp", ".psd", ".jp2", ".jxl", ".ico", ".gz", ".tgz", ".bz2", ".xz",
@@ -159,9 +161,10 @@ def absolute_locations(table: pa.Table, root: str) -> pa.Table:
 
 def _scan_one(location: str, name: str) -> tuple[str, pa.Table]:
     """Return the root and the table of one gallery; name: before its ids and names."""
+    replaced = Counter[str]()
     try:
         root, images = _list_images(location)
-        rows = (_row(image, f"{name}/" if name else "") for image in images)
+        rows = (_row(_with_caption(image, replaced), f"{name}/" if name else "") for image in images)
         batches = [pa.RecordBatch.from_pylist(part, SCHEMA) for part in iter(lambda: [*islice(rows, _TABLE_ROWS)], [])]
     except DcarError:
         raise
@@ -173,6 +176,8 @@ def _scan_one(location: str, name: str) -> tuple[str, pa.Table]:
     if not batches:
         suffixes = ", ".join(sorted(formats.IMAGE_SUFFIXES))
         raise DataError(f"the gallery {location} is empty: no file or tar member with one of the suffixes {suffixes}")
+    for column, count in replaced.items():
+        logger.info("%s images of %s have no caption; their %s is taken as one", f"{count:,}", location, column)
     return root, pa.Table.from_batches(batches, SCHEMA)
 
 
@@ -202,6 +207,17 @@ def _list_images(location: str) -> tuple[str, Iterable[GalleryImage]]:
         remedy = "give JPEG or PNG and plain tars; HEIC needs"
         logger.warning("not read: %s; %s %s", kinds, remedy, install_command("heic"))
     return root, sorted(images, key=lambda image: image.name)
+
+
+def _with_caption(image: GalleryImage, replaced: Counter[str]) -> GalleryImage:
+    """Give an image whose fields lack a caption its title or name as one, and count it."""
+    if "caption" in image.fields or "captions" in image.fields:
+        return image
+    column = next((name for name in _CAPTION_COLUMNS if image.fields.get(name)), "")
+    if not column:
+        return image
+    replaced[column] += 1
+    return image._replace(fields=image.fields | {"caption": image.fields[column]})
 
 
 def _row(image: GalleryImage, prefix: str) -> dict[str, Any]:
@@ -265,7 +281,7 @@ def _folder_images(root: str, skipped: Counter[str]) -> list[GalleryImage]:
             images += _tar_images(root, file, metadata, skipped)
         elif has_image_suffix(file.name):
             folders, _, name = file.name.rpartition("/")
-            of_path = {"category": folders, "title": name.rpartition(".")[0].replace("_", " ").strip()}
+            of_path = {"caption": "", "category": folders, "title": name.rpartition(".")[0].replace("_", " ").strip()}
             fields = (metadata.find(file.name) if metadata else {}) or of_path
             images.append(file._replace(fields=fields))
     if metadata and images:
@@ -275,16 +291,9 @@ def _folder_images(root: str, skipped: Counter[str]) -> list[GalleryImage]:
 
 def _list_rows(listing: str) -> Iterator[GalleryImage]:
     """Yield the images of a list, in its order."""
-    root, column, line, protocols = parent_folder(listing), "", 0, set[str]()
-    for line, record in read_gallery_records(listing):
-        column = column or next((name for name in _PATH_COLUMNS if name in record), "")
-        if not column:
-            columns = ", ".join(record) or "none"
-            raise DataError(f"{listing} has no column {' or '.join(_PATH_COLUMNS)} with image paths; it has {columns}")
-        value = record.get(column)
-        if not isinstance(value, str) or not value.strip():
-            raise DataError(f"{listing}, row {line}: {column} is empty or not a path or URL; write images to files")
-        location = _row_location(listing, line, value)
+    root, line, protocols = parent_folder(listing), 0, set[str]()
+    for line, name, fields in _read_list(listing):
+        location = _row_location(listing, line, name)
         size = version = 0
         path = join_location(root, location)
         if not is_url(path):
@@ -296,9 +305,26 @@ def _list_rows(listing: str) -> Iterator[GalleryImage]:
         elif (protocol := path.partition(":")[0]) not in protocols:
             file_system(path)  # an unknown protocol is an error now, not after hours
             protocols.add(protocol)
-        yield GalleryImage(location, location, WHOLE_FILE, size, version, record | {"file_name": value})
+        yield GalleryImage(location, location, WHOLE_FILE, size, version, fields)
     if not line:
         raise DataError(f"the list {listing} has no rows")
+
+
+def _read_list(listing: str) -> Iterator[tuple[int, str, Record]]:
+    """Yield the line, the name and the fields of each image of a list."""
+    root, column = parent_folder(listing), ""
+    for line, record in read_gallery_records(listing):
+        column = column or next((name for name in _PATH_COLUMNS if name in record), "")
+        if not column:
+            columns = ", ".join(record) or "none"
+            raise DataError(f"{listing} has no column {' or '.join(_PATH_COLUMNS)} with image paths; it has {columns}")
+        value = record.get(column)
+        if not isinstance(value, str) or not value.strip():
+            raise DataError(f"{listing}, row {line}: {column} is empty or not a path or URL; write images to files")
+        if "|" in value and not os.path.exists(join_location(root, value)):  # noqa: PTH110
+            yield from ((line, name, fields) for name, fields in images_of_row(value, record))
+        else:
+            yield line, value, record | {"file_name": value}
 
 
 def _local_files(root: str, skipped: Counter[str]) -> Iterator[GalleryImage]:

@@ -188,6 +188,7 @@ GREEN_JSON = b'{"a": {"file_name": "a.png", "positive": "a green cat"}}'
         ({"train.csv": b"id_code,diagnosis\na,2\n"}, "it has id_code, diagnosis"),
         ({"metadata.csv": GREEN_CSV, "pairs.json": GREEN_JSON}, ""),
         ({"a.csv": GREEN_CSV, "b.csv": GREEN_CSV}, "a.csv is not read as metadata; call it metadata.csv"),
+        ({"metadata.csv": b"file_name,title\na.png | gone.png,a green cat\n"}, "their title is taken as one"),
     ],
 )
 def test_tables_that_are_not_read_are_named(
@@ -195,6 +196,7 @@ def test_tables_that_are_not_read_are_named(
 ) -> None:
     for name, content in {"a.png": png(), **tables}.items():
         write_file(tmp_path / name, content)
+    caplog.set_level("INFO")
     (row,) = scan(tmp_path).table.to_pylist()
     assert row["caption"] == ("a green cat" if "metadata.csv" in tables else "")
     assert said in caplog.text
@@ -251,6 +253,14 @@ LISTS: dict[str, tuple[str, bytes | str, list[dict[str, Any]]]] = {
     "blanks around cells": (
         "l.csv", "path , caption , brand , n\na.png , red , Acme , 9 \n",
         [{"location": "a.png", "caption": "red", "brand": "Acme", "n": 9}],
+    ),
+    "titles instead of captions": (
+        "l.csv", "path,title,name\na.png,red cup,A 7\nb.png,,B 8\n", [{"caption": "red cup"}, {"caption": "B 8"}],
+    ),
+    "one product a row": (
+        "l.csv", "path,id,sku,caption\na.png|b.png,p,7,cup\n",
+        [{"location": name, "file_name": name, "id": i, "sku": 7, "caption": "cup"}
+         for name, i in (("a.png", "p"), ("b.png", "p-2"))],
     ),
     "columns without a name": (
         "l.csv", ",,Unnamed: 0,path,n,\n0,0,7,a.png,9,0\n", [{"Unnamed: 0": 7, "n": 9, "": None}],
