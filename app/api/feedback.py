@@ -81,7 +81,7 @@ async def feedback(request: Request) -> Response:
     return JsonResponse({"accepted": len(faults) - len(ignored), "ignored": ignored[:_LISTED]})
 
 
-@routes.add("GET", "/ui/insights/data", Policy("admin", is_private=True))
+@routes.add("GET", "/ui/insights/data", Policy("admin", is_view=True, is_private=True))
 async def insights(request: Request) -> Response:
     """Return what the log says about the searches of a collection, and its versions."""
     log, collections = state_of(request).feedback, state_of(request).collections

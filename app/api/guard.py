@@ -12,6 +12,7 @@
 """
 
 import asyncio
+import hmac
 import logging
 import math
 import random
@@ -20,7 +21,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal, cast
-from urllib.parse import quote
+from urllib.parse import parse_qsl, quote
 
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
@@ -33,6 +34,7 @@ from app.core.callers import (
     key_hash,
     key_in,
     network_of,
+    path_signature,
     request_id,
 )
 from app.core.metrics import Metrics
@@ -72,6 +74,8 @@ class Policy:
     scope: what a key must open. collection: the one in the path, or the default one; checked: the endpoint checks it.
     cost: 1 if a request counts against the rate limit; an endpoint may charge more, see `Access.charge`.
     body: largest size in bytes.
+    is_view: True for what a page shows beside its searches, which has a rate of its own.
+    is_signable: True if a signed address opens it without a key.
     is_private: True for routes of the search page, which are not documented.
     """
 
@@ -79,6 +83,8 @@ class Policy:
     scope: Literal["collection", "checked", "service"] = "collection"
     cost: Literal[0, 1] = 1
     body: Callable[[Settings], int] = query_bytes
+    is_view: bool = False
+    is_signable: bool = False
     is_private: bool = False
 
 
@@ -99,7 +105,7 @@ class Access:
         if policy.access == "open" or scope["method"] == "OPTIONS":
             return
         headers, key = Headers(scope=scope), None
-        if self._settings.api_keys and policy.access != "admin":
+        if self._settings.api_keys and policy.access != "admin" and not (policy.is_signable and self._is_signed(scope)):
             key = self._find_key(headers, accepts_admin=policy.access in ("monitor", "write"))
             if key is None:
                 raise _unauthorized("a known API key")
@@ -109,7 +115,7 @@ class Access:
             scope[CALLER], scope[API_KEY] = key.name, key
             current_caller.set(key.name)
         if policy.cost:
-            await self.charge()
+            await self.charge(is_view=policy.is_view)
         if policy.access == "write" and not self._settings.writes:
             raise Problem(403, "Writing is disabled; set DCAR_WRITES=true to enable it.")
         if policy.access == "admin" or (policy.access == "write" and key is None):
@@ -120,10 +126,10 @@ class Access:
         elif policy.access == "write" and key is not None and not key.may_write:
             raise out_of_scope()
 
-    async def charge(self, extra: int | None = None) -> None:
+    async def charge(self, extra: int | None = None, *, is_view: bool = False) -> None:
         """Count the request, or `extra` beside it. Raise Problem if the caller exceeds the rate limit."""
         caller = current_caller.get()
-        if self._rates is not None and (wait := await self._rates.charge(caller, extra)):
+        if self._rates is not None and (wait := await self._rates.charge(caller, extra, is_view=is_view)):
             seconds = math.ceil(wait)
             detail = f"Too many requests from {caller}. Try again in {seconds} s."
             raise Problem(429, detail, headers={"Retry-After": str(seconds)}, refused="rate")
@@ -132,6 +138,15 @@ class Access:
         """Return True if no key is needed, or if a request has the admin key or a key that opens all collections."""
         key = self._find_key(headers, accepts_admin=True)
         return not self._settings.api_keys or (key is not None and key.collections is None)
+
+    def _is_signed(self, scope: Scope) -> bool:
+        """Return True if the address is signed and has not expired."""
+        given, secret = dict(parse_qsl(scope["query_string"].decode("latin-1"))), self._settings.image_secret
+        expires, signature = given.get("expires", ""), given.get("signature", "")
+        if secret is None or not re.fullmatch("[0-9]{1,12}", expires) or int(expires) < time.time():
+            return False
+        wanted = path_signature(scope["path"], expires, secret.get_secret_value().strip())
+        return hmac.compare_digest(signature.encode(), wanted.encode())
 
     def _is_admin(self, key: str) -> bool:
         secret = self._settings.admin_key

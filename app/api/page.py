@@ -23,7 +23,7 @@ from app.search.served_version import filter_rows, group_field
 from index_jobs.index.index_version import IndexVersion
 
 routes = Routes()
-_PRIVATE = Policy("read", is_private=True)
+_PRIVATE = Policy("read", is_view=True, is_private=True)
 _PUBLIC = Policy("open", "service", cost=0, is_private=True)
 
 _LISTED_FIELDS = 12

@@ -44,6 +44,7 @@ from dcar_core.util.errors import MissingExtraError
 
 TIMEOUT_S = 10.0  # of one image, including the time in the queue
 MAX_URLS = 8  # of one request
+_MAX_INPUTS = 2048  # to embed, as OpenAI's API takes
 _AT_ONCE = 16
 _AT_ONCE_EACH = 4  # of one caller
 _SCHEMES = ("http://", "https://")
@@ -116,9 +117,8 @@ class EmbeddingsQuery(Strict, json_schema_extra={"examples": [{"input": ["crying
 
     input: Annotated[
         list[Annotated[_Text | _Image, Discriminator(_kind)]],
-        Field(min_length=1, description="texts and images; a single one needs no list"),
+        Field(min_length=1, max_length=_MAX_INPUTS, description="texts and images; a single one needs no list"),
         FailFast(),
-        BeforeValidator(_check_count),
         BeforeValidator(lambda value: value if isinstance(value, list) else [value]),
     ]
     model: Annotated[str | None, Field(description="the collection that embeds; the default one if absent")] = None

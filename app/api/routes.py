@@ -6,6 +6,7 @@
 
 import asyncio
 import base64
+from collections.abc import Sequence
 from typing import Annotated, Any, Literal
 
 from fastapi import FastAPI, Request
@@ -19,6 +20,7 @@ from app.api.guard import OPEN, PART_BYTES, Policy, byte_counter, out_of_scope
 from app.api.requests import decode_base64
 from app.api.responses import items_path
 from app.api.routing import (
+    QUICK_BYTES,
     ItemId,
     JsonResponse,
     Routes,
@@ -38,15 +40,18 @@ from app.search.results import SearchResponse
 from app.search.served_version import ServedVersion, filter_rows, group_field, list_rows
 from dcar_core.images import sniff_format
 from dcar_core.images.decoding import ThumbnailFormat
+from dcar_core.util.arrays import Floats
 from dcar_core.util.errors import DcarError, ImageError
 
 _READ, _CHECKED = Policy("read"), Policy("read", "checked")
+_PICTURE = Policy("read", is_view=True, is_signable=True)
 _UPLOAD = Policy("read", body=lambda settings: settings.max_upload_bytes + PART_BYTES)
 _BATCH = Policy("read", body=requests.batch_bytes)
 _EMBED = Policy("read", "checked", body=requests.batch_bytes)
 _Pixels = Literal["192", "384", "1280"]  # of a card on screens with one and two dots per pixel, and of the detail view
 _FORM = "multipart/form-data"
 _IMAGE_MAX_AGE_S = 3600
+_NUMBER_BYTES = 22  # of a number in JSON, at most
 
 
 routes = Routes()
@@ -136,7 +141,7 @@ async def similar(request: Request, item_id: ItemId, page: Annotated[requests.Pa
     return await _search(request, served, validated(Query, fields, state_of(request).settings))
 
 
-@routes.add("GET", "/items/{item_id:path}/image", _READ, "image/*")
+@routes.add("GET", "/items/{item_id:path}/image", _PICTURE, "image/*")
 async def picture(
     request: Request,
     item_id: ItemId,
@@ -185,20 +190,25 @@ async def embeddings(request: Request) -> Response:
         if not isinstance(error.cause, ImageError):
             raise error.cause from None
         raise field_problem(f"input.{error.number}.image", str(error.cause)) from None
-    sent = [
-        vector.tolist()
-        if query.encoding_format == "float"
-        else base64.b64encode(vector.astype("<f4").tobytes()).decode()
-        for vector in vectors
-    ]
+    is_text = query.encoding_format == "float"
+    if (size := len(vectors) * encoder.dim * (_NUMBER_BYTES if is_text else 4)) > QUICK_BYTES:
+        byte_counter(request.scope)(size)
+    data = await asyncio.to_thread(_vectors, vectors, is_text=is_text)
     body: responses.EmbeddingsResponse = {
         "object": "list",
-        "data": [{"object": "embedding", "index": index, "embedding": vector} for index, vector in enumerate(sent)],
+        "data": data,
         "model": name,
         "fingerprint": encoder.fingerprint,
         "usage": {"prompt_tokens": 0, "total_tokens": 0},
     }
-    return JsonResponse(body)
+    return await asyncio.to_thread(JsonResponse, body)
+
+
+def _vectors(vectors: Sequence[Floats], *, is_text: bool) -> list[responses.Embedding]:
+    sent = (
+        vector.tolist() if is_text else base64.b64encode(vector.astype("<f4").tobytes()).decode() for vector in vectors
+    )
+    return [{"object": "embedding", "index": index, "embedding": vector} for index, vector in enumerate(sent)]
 
 
 def _inputs(query: requests.EmbeddingsQuery, max_bytes: int) -> list[str | bytes]:

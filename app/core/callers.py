@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from ipaddress import ip_address, ip_network
 from typing import Any
 
-from limits import parse
+from limits import RateLimitItem, parse
 from limits.aio.storage import MemoryStorage
 from limits.aio.storage.redis import RedisStorage
 from limits.aio.strategies import SlidingWindowCounterRateLimiter
@@ -25,6 +25,7 @@ from app.core.redis import SharedRedis
 
 current_caller = ContextVar("caller", default="")  # of the current request
 request_id = ContextVar("request_id", default="-")
+VIEWS = 50  # pictures and parts of pages for each search
 _ENTRY = re.compile(
     r"(?P<name>[A-Za-z0-9._-]{1,64}):(?P<digest>[0-9a-fA-F]{64})"
     r"(:(?P<right>read|write)(:(?P<collections>[A-Za-z0-9._+-]+))?)?"
@@ -80,6 +81,11 @@ def key_in(headers: Mapping[str, str]) -> str:
     return (key.strip() if scheme.lower() == "bearer" else "") or headers.get("x-api-key", "")
 
 
+def path_signature(path: str, expires: str, secret: str) -> str:
+    """Return the HMAC-SHA256 of a decoded path and the Unix time until which it opens, in hexadecimal digits."""
+    return hmac.new(secret.encode(), f"{path}\n{expires}".encode(), hashlib.sha256).hexdigest()
+
+
 def network_of(address: str) -> str:
     """Return the address that requests are counted by: an IPv4 address, or the /64 network of an IPv6 address."""
     try:
@@ -91,10 +97,14 @@ def network_of(address: str) -> str:
 
 
 class RateLimiter:
-    """Count the requests of each caller in a sliding window: in Redis if there is one, else in this process."""
+    """Count the requests of each caller in a sliding window: in Redis if there is one, else in this process.
+
+    Views, which a page shows beside its searches, are counted apart; VIEWS times as many are allowed.
+    """
 
     def __init__(self, rate: str, redis_url: str | None = None) -> None:
         self._rate = parse(rate)
+        self._views = type(self._rate)(VIEWS * self._rate.amount, self._rate.multiples, "views")
         self._redis = SharedRedis(redis_url, "rates are not limited") if redis_url is not None else None
         storage: MemoryStorage | RedisStorage = MemoryStorage()
         if self._redis is not None:
@@ -102,7 +112,7 @@ class RateLimiter:
             storage = RedisStorage("async+redis://", implementation="redispy", **shared)
         self._limiter = SlidingWindowCounterRateLimiter(storage)
 
-    async def charge(self, caller: str, extra: int | None = None) -> float:
+    async def charge(self, caller: str, extra: int | None = None, *, is_view: bool = False) -> float:
         """Count one request. Return 0 if it is allowed, else the seconds until a retry may succeed.
 
         extra: for a request that is counted already, its further cost. A cost above the limit counts as the limit.
@@ -110,14 +120,15 @@ class RateLimiter:
         count = 1 if extra is None else min(extra, self._rate.amount - 1)
         if count == 0:
             return 0.0
+        rate = self._views if is_view else self._rate
         if self._redis is None:
-            return await self._count(caller, count)
-        return await self._redis.attempt(lambda: self._count(caller, count)) or 0.0
+            return await self._count(rate, caller, count)
+        return await self._redis.attempt(lambda: self._count(rate, caller, count)) or 0.0
 
-    async def _count(self, caller: str, count: int) -> float:
-        if await self._limiter.hit(self._rate, caller, cost=count):
+    async def _count(self, rate: RateLimitItem, caller: str, count: int) -> float:
+        if await self._limiter.hit(rate, caller, cost=count):
             return 0.0
-        stats = await self._limiter.get_window_stats(self._rate, caller)
+        stats = await self._limiter.get_window_stats(rate, caller)
         return max(0.01, stats.reset_time - time.time())
 
     async def close(self) -> None:

@@ -26,10 +26,11 @@ T = TypeVar("T")
 DEFAULT_K = 10
 MAX_QUERIES = 1000  # upper bound of the setting max_queries
 COLLECTION_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
+_SECRETS = ("admin_key", "api_keys", "image_secret", "redis_url")
 # Variables with our prefix that are not settings: of other commands, of docker-compose.yml, and of Kubernetes, which
 # describes a service named dcar to every container.
 _OTHER_VARIABLES = re.compile(
-    r"FEATURES|CAPTION_API_KEY|JUDGE_API_KEY|REQUIRE_ALL|DOMAIN|PORT_PUBLISHED|MEMORY|IMAGE"
+    rf"({'|'.join(_SECRETS).upper()})_FILE|FEATURES|CAPTION_API_KEY|JUDGE_API_KEY|REQUIRE_ALL|DOMAIN|PORT_PUBLISHED|MEMORY|IMAGE"
     r"|SERVICE_(HOST|PORT\w*)|PORT_\d+_(TCP|UDP)\w*"
 )
 _SUCCESSORS = {
@@ -134,7 +135,7 @@ class Settings(BaseSettings):
     max_window: int = Field(1000, ge=DEFAULT_K)
     """Maximum offset + k."""
     max_queries: int = Field(32, ge=1, le=MAX_QUERIES)
-    """Largest number of searches in a batch, or of inputs to /v1/embeddings."""
+    """Largest number of searches in a batch; inputs of /v1/embeddings are embedded so many at a time."""
     rerank_depth: int = Field(10, ge=1, le=200)
     """Number of first results that `rerank` scores again."""
     explain_results: int = Field(8, ge=1, le=200)
@@ -147,6 +148,8 @@ class Settings(BaseSettings):
     api_keys: Keys = {}
     """Keys that may search, as NAME:HASH pairs separated by commas; `dcar key NAME` makes one. NAME:HASH:write may
     change items as well, and NAME:HASH:read:shoes+bags opens these collections only. Unset: everybody may search."""
+    image_secret: Annotated[SecretStr, Field(min_length=16)] | None = None
+    """Secret that signs addresses of pictures, which then open without a key until they expire. Unset: none do."""
     writes: bool = False
     """Accept changes of items over HTTP, with the admin key or a key that may write."""
     collections_dir: Path | None = None
@@ -203,6 +206,23 @@ class Settings(BaseSettings):
         return self
 
 
+def _read_secrets() -> dict[str, str]:
+    """Return the settings that DCAR_ADMIN_KEY_FILE and the like name a file for, as of Docker's secrets."""
+    secrets = {}
+    for variable in (f"DCAR_{name.upper()}" for name in _SECRETS):
+        if not (file := os.environ.get(f"{variable}_FILE")):
+            continue
+        if os.environ.get(variable):
+            raise DcarError(f"{variable}_FILE: {variable} is set as well; unset one of them")
+        try:
+            secrets[variable] = Path(file).read_text(encoding="utf-8").strip()
+        except (OSError, UnicodeDecodeError) as error:
+            raise DcarError(f"{variable}_FILE: {error}") from None
+        if not secrets[variable]:
+            raise DcarError(f"{variable}_FILE: {file} is empty")
+    return {variable.removeprefix("DCAR_").lower(): text for variable, text in secrets.items()}
+
+
 def load_settings(**flags: Any) -> Settings:
     """Read the settings from flags (None: not set) and the environment.
 
@@ -216,7 +236,7 @@ def load_settings(**flags: Any) -> Settings:
             (nearest,) = difflib.get_close_matches(name.lower(), Settings.model_fields, 1, 0.0)
             raise DcarError(f"{variable}: unknown setting; did you mean DCAR_{nearest.upper()}?")
     try:
-        return Settings(**{name: value for name, value in flags.items() if value is not None})
+        return Settings(**_read_secrets() | {name: value for name, value in flags.items() if value is not None})
     except ValidationError as error:
         raise DcarError("; ".join(dict.fromkeys(map(_fault, error.errors())))) from None
     except SettingsError:  # only this variable holds JSON

@@ -146,14 +146,21 @@ class Retriever:
             compute.is_cancelled = True
 
     async def embed(self, served: ServedVersion, inputs: Sequence[str | bytes]) -> list[Floats]:
-        """Return the vectors (E,) of normalized texts and image files. Raise BatchQueryError if one has none."""
-        async with self._admitted(len(inputs)):
-            embed = self.encoder
-            outcomes = await asyncio.gather(
-                *(embed.text(served, x) if isinstance(x, str) else embed.image(served, x) for x in inputs),
-                return_exceptions=True,
-            )
-        return [vector for vector, _ in _all_or_error(outcomes)]
+        """Return the vectors (E,) of normalized texts and image files. Raise BatchQueryError if one has none.
+
+        They are taken in parts as large as a batch of searches, which count and end as such a batch does.
+        """
+        embed, outcomes = self.encoder, list[tuple[Floats, bool] | BaseException]()
+        embedded = list[tuple[Floats, bool]]()
+        for start in range(0, len(inputs), size := self._settings.max_queries):
+            part = inputs[start : start + size]
+            async with self._admitted(len(part)):
+                outcomes += await asyncio.gather(
+                    *(embed.text(served, x) if isinstance(x, str) else embed.image(served, x) for x in part),
+                    return_exceptions=True,
+                )
+            embedded = _all_or_error(outcomes)
+        return [vector for vector, _ in embedded]
 
     async def image(
         self, served: ServedVersion, item_id: str, side: int | None, thumbnail_format: ThumbnailFormat

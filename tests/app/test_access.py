@@ -5,6 +5,7 @@ import time
 from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 import httpx
 import pytest
@@ -17,6 +18,7 @@ from tests.support.responses import assert_problem
 from tests.support.service import ADMIN, ALICE, BOB, KEYS, WORDS, bearer, opened, serving
 
 PUBLIC = {"/", "/docs", "/openapi.json", "/favicon.ico", "/healthz", "/readyz", "/ui/insights", "/ui/{name}"}
+IMAGE, SECRET = "/items/circle%2Fred.png/image", "a secret of a shop"
 
 
 async def test_every_route_except_pages_and_probes_needs_a_key(built_index: Path) -> None:
@@ -79,10 +81,30 @@ async def test_caller_over_its_rate_is_refused_429(built_index: Path) -> None:
         asked = [await collections(address) for address in addresses.split()]
         assert asked == [200, 429, 200, 200, 429, 200, 200], "without keys, callers are addresses and networks"
         assert [(await client.get("/metrics")).status_code for _ in range(2)] == [200, 200]
+        views = [(await client.get(path)).status_code for path in ("/ui/catalogue", IMAGE) * 26]
+        assert views == [200] * 50 + [429] * 2, "views are counted apart"
+
+
+async def test_a_signed_picture_opens_without_a_key_until_it_expires(built_index: Path) -> None:
+    guide = (Path(__file__).parents[2] / "docs/how-to/secure.md").read_text()
+    names: dict[str, Any] = {}
+    exec(guide.split("```python\n")[1].split("```")[0], names)  # as a shop would copy it
+    address = names["signed"](IMAGE, SECRET)
+    async with opened(built_index, **KEYS, image_secret=SECRET) as client:
+        assert (await client.get(f"{address}&size=192")).status_code == 200
+        expires = int(address.split("expires=")[1].split("&")[0])
+        for wrong in (
+            IMAGE, names["signed"](IMAGE, "x" * 32), names["signed"](IMAGE, SECRET, seconds=-1),
+            address.replace("red", "blue"), address.replace("/image", ""),
+            address.replace(str(expires), str(expires + 1)), address.replace(str(expires), "x"),
+        ):  # fmt: skip
+            assert (await client.get(wrong)).status_code == 401, wrong
+    async with opened(built_index, **KEYS) as client:
+        assert (await client.get(address)).status_code == 401
 
 
 async def test_responses_behind_keys_are_private_to_caches(built_index: Path) -> None:
-    image = "/items/circle%2Fred.png/image"
+    image = IMAGE
     paths = ("/collections", "/items", "/items/circle%2Fred.png", "/items/circle%2Fred.png/similar")
     for given, who, wanted in (({}, {}, "public"), (KEYS, bearer(ALICE), "private")):
         async with opened(built_index, cors_origins="https://shop.example", **given) as client:

@@ -215,7 +215,19 @@ def test_variables_of_other_programs_are_ignored(monkeypatch: pytest.MonkeyPatch
     load_settings(index=tmp_path)
 
 
+def test_secrets_are_read_from_files(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    file = write_file(tmp_path / "key", b"a-long-secret\n")
+    monkeypatch.setenv("DCAR_ADMIN_KEY_FILE", str(file))
+    settings = load_settings(index=tmp_path)
+    assert settings.admin_key is not None
+    assert settings.admin_key.get_secret_value() == "a-long-secret"
+    monkeypatch.setenv("DCAR_ADMIN_KEY", "another-secret")
+    with pytest.raises(DcarError, match="DCAR_ADMIN_KEY_FILE: DCAR_ADMIN_KEY is set as well"):
+        load_settings(index=tmp_path)
+
+
 WRONG = [
+    ("ADMIN_KEY_FILE", ["/dev/null", "/nowhere/key"], ""),
     ("PORT", ["many"], ""),
     ("ADMIN_KEY", ["tiny&"], "at least 8"),
     ("FEEDBACK_TEXTS", ["true"], "needs DCAR_FEEDBACK"),

@@ -209,6 +209,8 @@ async def test_texts_and_images_have_the_vectors_of_searches(
     body = {"input": "cafe", "encoding_format": "base64", "model": "index", "dimensions": encoder.dim}
     (packed,) = (await started.post("/v1/embeddings", json=body)).json()["data"]
     np.testing.assert_allclose(np.frombuffer(base64.b64decode(packed["embedding"]), "<f4"), expected[2], atol=1e-6)
+    many = (await started.post("/v1/embeddings", json={"input": [*["cafe"] * 2047, "a red circle"]})).json()["data"]
+    np.testing.assert_allclose([many[index]["embedding"] for index in (2046, 2047)], expected[[2, 0]], atol=1e-6)
 
 
 @pytest.mark.parametrize(
@@ -216,10 +218,10 @@ async def test_texts_and_images_have_the_vectors_of_searches(
     [
         ({}, 422, "input"), ({"input": []}, 422, "input"), ({"input": None}, 422, "input.0"),
         ({"input": [[1, 2, 3]]}, 422, "input.0"), ({"input": ["red", 5]}, 422, "input.1"),
-        ({"input": ["red", " "]}, 422, "input.1"), ({"input": ["red"] * 33}, 422, "input"),
+        ({"input": ["red", " "]}, 422, "input.1"), ({"input": ["red"] * 2049}, 422, "input"),
         ({"input": "x" * 1001}, 422, "input.0"), ({"input": {"image": ""}}, 422, "input.0.image"),
         ({"input": {"image": "no base64!"}}, 422, "input.0.image"),
-        ({"input": ["red", {"image": base64.b64encode(b"no image").decode()}]}, 422, "input.1.image"),
+        ({"input": ["red"] * 40 + [{"image": base64.b64encode(b"no image").decode()}]}, 422, "input.40.image"),
         ({"input": {"image": base64.b64encode(png("red") + bytes(20_000)).decode()}}, 413, "input.0.image"),
         ({"input": {"image": IMAGE, "url": "http://x"}}, 422, "input.0.url"),
         ({"input": "red", "dimensions": 8}, 422, "dimensions"),
