@@ -249,10 +249,11 @@ class Retraining:
         (clicked, *compared), (captions, *held_captions) = pairs.divide(), captions.divide()
         compared = [tenth.comparable() for tenth in compared]
         if (few := min(len({*tenth.texts}) for tenth in compared)) < MIN_HELD_OUT:
+            wanted = "click on an item" + (" after skipped ones" if pairs.skipped else "")
             raise DataError(
-                f"{', '.join(map(str, files))}: {len({*pairs.comparable().texts}):,} texts of items in the index "
-                f"{'and with skipped ones ' if pairs.skipped else ''}are too few: two tenths compare the models, "
-                f"and each needs {MIN_HELD_OUT}, not {few}"
+                f"{', '.join(map(str, files))}: {len({*pairs.comparable().texts}):,} texts with a {wanted} of the "
+                f"index are too few; collect about {10 * (MIN_HELD_OUT - few):,} more: two tenths compare the "
+                f"models, and each needs {MIN_HELD_OUT}, not {few}"
             )
         learned = clicked.with_captions(captions)
         held = [tenth.with_captions(others) for tenth, others in zip(compared, held_captions, strict=True)]
