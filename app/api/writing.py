@@ -30,11 +30,13 @@ from app.search.errors import CollectionNotFoundError
 from app.search.query import check_filter, checked_parts
 from app.search.served_version import ServedVersion, filter_rows
 from app.service.collections import Collections
-from dcar_core.util.errors import ImageError, LockedError
+from dcar_core.util.errors import DataError, ImageError, LockedError
 from dcar_core.util.files import canonical_json
 from index_jobs.checks import MAX_CAPTION_CHARS, MAX_METADATA_BYTES, MAX_METADATA_LEVELS, is_too_deep
+from index_jobs.index.changes import rows_with
 from index_jobs.index.created_collections import create_collection, drop_collection
 from index_jobs.index.index_version import IndexVersion
+from index_jobs.index.items import fit_one_field, type_of
 from index_jobs.index.job_queue import JobKind
 
 logger = logging.getLogger(__name__)
@@ -137,6 +139,18 @@ class ChosenItems(Strict, json_schema_extra={"examples": [{"ids": ["1f63f"]}]}):
 class PatchItems(PatchItem, ChosenItems, json_schema_extra={"examples": [{"ids": ["1f63f"], "metadata": {"size": 3}}]}):
     """Fields to merge into chosen items; null removes one, and the others stay."""
 
+    changes: Annotated[
+        dict[str, Metadata] | None,
+        Field(min_length=1, max_length=_MAX_CHOSEN, description="instead, fields for each id, or value of `by`"),
+    ] = None
+    by: Annotated[str, Field(max_length=_MAX_NAME, description="a field whose values name items in `changes`")] = "id"
+
+    @model_validator(mode="after")
+    def _require_fields(self) -> Self:
+        if (self.changes is None) == (not self.fields):
+            raise ValueError("must have metadata, a caption or a category, or else changes")
+        return self
+
 
 def _items_bytes(settings: Settings) -> int:
     """Return the largest size of a change of items in JSON."""
@@ -173,7 +187,18 @@ async def put_item(request: Request, item_id: ItemPath) -> Response:
 async def patch_items(request: Request) -> Response:
     """Merge fields into items, without their images, by a job; ids that the index lacks are ignored."""
     patch = await read_json(request, PatchItems)
-    return await _change(request, patch, patch)
+    if patch.changes is None:
+        return await _change(request, patch, patch)
+    served, changes, by = await _served(request), patch.changes, patch.by
+    new_fields = _check_fields(served.index, {f"changes.{key}": fields for key, fields in changes.items()})
+    try:
+        rows = await state_of(request).retriever.run("filter", rows_with, served.index, by, [*changes])
+    except DataError as error:
+        raise field_problem("by", str(error)) from None
+    _check_size(sum(len(rows[key]) * len(canonical_json(fields)) for key, fields in changes.items()), "changes")
+    notes = {"items": sum(map(len, rows.values())), "new_fields": new_fields}
+    items = [{"id": key, "fields": fields} for key, fields in changes.items()]
+    return await _accept(request, "patch", items, by=by, notes=notes)
 
 
 @routes.add("PATCH", "/items/{item_id:path}", _ITEMS, JobResponse, status=202, accepts=PatchItem)
@@ -271,7 +296,7 @@ async def _served(request: Request) -> ServedVersion:
 async def _put(request: Request, items: list[PutItem]) -> Response:
     served, state = await _served(request), state_of(request)
     metadata = {f"items.{number}.metadata": item.metadata for number, item in enumerate(items)}
-    new_fields = _new_fields(served.index, metadata)
+    new_fields = _check_fields(served.index, metadata)
     sources = {f"items.{number}": item.image for number, item in enumerate(items)}
     images = await state.fetcher.read(request.scope, sources)
     for name, image in images.items():
@@ -287,7 +312,7 @@ async def _change(request: Request, chosen: ChosenItems, patch: PatchItem | None
     """Accept a patch of chosen items, or their removal."""
     served, fields, notes = await _served(request), (patch.fields if patch else {}), dict[str, Any]()
     if patch:
-        notes["new_fields"] = _new_fields(served.index, {"metadata": patch.metadata})
+        notes["new_fields"] = _check_fields(served.index, {"metadata": patch.metadata})
     if (chosen.ids is None) == (chosen.filter is None):
         raise field_problem("ids", "give either ids or a filter")
     items = [{"id": item_id} for item_id in dict.fromkeys(chosen.ids or ())]
@@ -295,18 +320,26 @@ async def _change(request: Request, chosen: ChosenItems, patch: PatchItem | None
         mask = await state_of(request).retriever.run("search", lambda: filter_rows(served, filter).mask)
         notes["items"] = int(np.count_nonzero(mask))
     count, size = notes.get("items", len(items)), len(canonical_json(fields))
-    if patch and count * size > MAX_CHANGE_BYTES:
-        message = f"{count:,} times {size:,} bytes of fields are too many; choose fewer items at a time"
-        raise field_problem("ids" if filter is None else "filter", message)
+    if patch:
+        _check_size(count * size, "ids" if filter is None else "filter")
     return await _accept(request, "patch" if patch else "delete", items, filter=filter, fields=fields, notes=notes)
 
 
-def _new_fields(index: IndexVersion, metadata: Mapping[str, Mapping[str, Any]]) -> list[str]:
-    """Return the fields with a value that no item has. Raise Problem if the collection would have too many.
+def _check_size(size: int, field: str) -> None:
+    if size > MAX_CHANGE_BYTES:
+        raise field_problem(field, f"{size:,} bytes of fields are too many; choose fewer items at a time")
+
+
+def _check_fields(index: IndexVersion, metadata: Mapping[str, Mapping[str, Any]]) -> list[str]:
+    """Return the fields with a value that no item has. Raise Problem for too many, or a value of another type.
 
     metadata: of items, by its name in the request.
     """
     fields = [(name, part) for part, values in metadata.items() for name in values if values[name] is not None]
+    for name, part in fields:
+        current, kind = index.fields.get(name), str(type_of(metadata[part][name]))
+        if current is not None and not fit_one_field(current, kind):
+            raise field_problem(f"{part}.{name}", f"must be {current}, as in the index, not {kind}")
     new = {name: part for name, part in fields if name not in index.fields}
     if new and (count := len(index.fields) + len(new)) > _MAX_FIELDS:
         raise field_problem([*new.values()][-1], f"with it items have {count:,} fields, at most {_MAX_FIELDS:,}")
@@ -318,7 +351,7 @@ async def _accept(
     kind: JobKind,
     items: Sequence[Mapping[str, Any]],
     images: Sequence[bytes] = (),
-    **more: Mapping[str, Any] | None,
+    **more: Any,
 ) -> Response:
     async with _storing("job", state_of(request).collections, _name(request)):
         job = await state_of(request).writer.accept(_name(request), kind, items, images, **more)

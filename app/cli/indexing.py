@@ -127,6 +127,7 @@ def update(
         dir_okay=False,
         metavar="FILE",
     ),
+    by: str = option("id", "Another column that names items, such as sku; all with its value are changed."),
     **build: Any,
 ) -> None:
     """Publish a version with other metadata of some items; nothing is encoded."""
@@ -135,12 +136,12 @@ def update(
     from index_jobs.index.changes import change_metadata
     from index_jobs.index.manifest import quantity
 
-    summary = change_metadata(index, read_changes(str(metadata)), metadata.name, **build)
+    summary = change_metadata(index, read_changes(str(metadata), by), metadata.name, by=by, **build)
     typer.echo(f"{location_of(index)}: version {summary.version}, {quantity(summary.changed, 'item')} changed")
     if summary.new_fields:
         typer.echo(f"new fields: {', '.join(summary.new_fields)}")
     if summary.unknown:
-        typer.echo(f"{quantity(len(summary.unknown), 'unknown id')}: {shorten(summary.unknown)}")
+        typer.echo(f"{quantity(len(summary.unknown), f'unknown {by}')}: {shorten(summary.unknown)}")
     _recommend(summary.rebuild)
 
 

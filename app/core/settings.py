@@ -209,18 +209,18 @@ class Settings(BaseSettings):
 def _read_secrets() -> dict[str, str]:
     """Return the settings that DCAR_ADMIN_KEY_FILE and the like name a file for, as of Docker's secrets."""
     secrets = {}
-    for variable in (f"DCAR_{name.upper()}" for name in _SECRETS):
-        if not (file := os.environ.get(f"{variable}_FILE")):
-            continue
-        if os.environ.get(variable):
-            raise DcarError(f"{variable}_FILE: {variable} is set as well; unset one of them")
-        try:
-            secrets[variable] = Path(file).read_text(encoding="utf-8").strip()
-        except (OSError, UnicodeDecodeError) as error:
-            raise DcarError(f"{variable}_FILE: {error}") from None
-        if not secrets[variable]:
-            raise DcarError(f"{variable}_FILE: {file} is empty")
-    return {variable.removeprefix("DCAR_").lower(): text for variable, text in secrets.items()}
+    for name in _SECRETS:
+        variable = f"DCAR_{name.upper()}"
+        if file := os.environ.get(f"{variable}_FILE"):
+            if os.environ.get(variable):
+                raise DcarError(f"{variable}_FILE: {variable} is set as well; unset one of them")
+            try:
+                secrets[name] = Path(file).read_text(encoding="utf-8").strip()
+            except (OSError, UnicodeDecodeError) as error:
+                raise DcarError(f"{variable}_FILE: {error}") from None
+            if not secrets[name]:
+                raise DcarError(f"{variable}_FILE: {file} is empty")
+    return secrets
 
 
 def load_settings(**flags: Any) -> Settings:

@@ -77,7 +77,7 @@ class WriteWorker:
         kind: JobKind,
         items: Sequence[Mapping[str, Any]],
         images: Sequence[bytes] = (),
-        **more: Mapping[str, Any] | None,
+        **more: Any,
     ) -> dict[str, Any]:
         """Store a job as `JobQueue.accept` does, and return its status.
 

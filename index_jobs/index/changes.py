@@ -4,7 +4,7 @@
 - Only the files of changed items are written, and of the lexical index what belongs to changed words.
 """
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -24,7 +24,10 @@ from index_jobs.spec import BuildOptions
 
 @dataclass(frozen=True)
 class ChangeSummary:
-    """Result of a change of metadata. unknown: ids that the index lacks. rebuild: as of `Manifest`."""
+    """Result of a change of metadata. unknown: ids, or values of another field, that the index lacks.
+
+    rebuild: as of `Manifest`.
+    """
 
     version: int
     changed: int
@@ -45,31 +48,38 @@ class FieldChanges:
         """Names that no item had."""
         return sorted(self._types.keys() - self._version.fields.keys())
 
-    def merge(self, rows: Iterable[int], fields: Mapping[str, Any]) -> int:
-        """Merge fields into items, and return how many changed.
+    def merge(self, changes: Iterable[tuple[Sequence[int], Mapping[str, Any]]]) -> int:
+        """Merge fields into items, the rows of each change, and return how many changed.
 
         Raise DataError, and change none, for a value of another type than its field, or too many levels or bytes.
         """
-        if is_too_deep(fields):
-            raise DataError(f"the fields have more than {MAX_METADATA_LEVELS} nested levels; flatten them")
-        types = {name: str(type_of(value)) for name, value in fields.items() if value is not None}
-        for name, new in types.items():
-            if not fit_one_field(current := self._types.get(name, new), new):
-                raise DataError(f"the field {name!r} is {current} in the index, not {new}; give values of that type")
-        merged = {}
-        for row in rows:
-            before = self.records.get(row) or self._record(row)
-            after = {name: value for name, value in {**before, **fields}.items() if fields.get(name, "") is not None}
-            if after != before:
-                merged[row] = after
-                if len(canonical_json(after)) > MAX_METADATA_BYTES:
-                    name = self._version.item(row).id
-                    raise DataError(f"the fields of {name!r} would take more than {MAX_METADATA_BYTES // 2**10} KiB")
+        merged, types, names = dict[int, dict[str, Any]](), dict[str, str](), set[str]()
+        for rows, fields in changes:
+            if not rows:
+                continue
+            self._check(fields, types)
+            names |= fields.keys()
+            for row in rows:
+                before = merged.get(row) or self.records.get(row) or self._record(row)
+                after = {key: value for key, value in {**before, **fields}.items() if fields.get(key, "") is not None}
+                if after != before:
+                    merged[row] = after
+                    if len(canonical_json(after)) > MAX_METADATA_BYTES:
+                        kib = MAX_METADATA_BYTES // 2**10
+                        raise DataError(f"the fields of {self._version.item(row).id!r} would take more than {kib} KiB")
         if merged:
             self.records |= merged
-            self._names |= fields.keys()
+            self._names |= names
             self._types = types | self._types
         return len(merged)
+
+    def _check(self, fields: Mapping[str, Any], types: dict[str, str]) -> None:
+        """Raise DataError for fields that do not fit. types: of new fields, which get those of these ones."""
+        if is_too_deep(fields):
+            raise DataError(f"the fields have more than {MAX_METADATA_LEVELS} nested levels; flatten them")
+        for name, new in ((name, str(type_of(value))) for name, value in fields.items() if value is not None):
+            if not fit_one_field(current := self._types.get(name) or types.setdefault(name, new), new):
+                raise DataError(f"the field {name!r} is {current} in the index, not {new}; give values of that type")
 
     def _record(self, row: int) -> dict[str, Any]:
         item = self._version.item(row)
@@ -99,26 +109,44 @@ class FieldChanges:
         return new.publish(replace(manifest, changed=changed, change=change, origin=origin), keep=keep)
 
 
+def rows_with(version: IndexVersion, by: str, values: Iterable[str]) -> dict[str, list[int]]:
+    """Return the rows of the items that have each value in a field, as text; [] for unknown ones.
+
+    Raise DataError if no item has the field.
+    """
+    rows: dict[str, list[int]] = {value: [] for value in values}
+    if by == "id":
+        return {value: [] if (row := version.row_of(value)) is None else [row] for value in rows}
+    column, ending = version.column(by).to_pylist(), ".0" if version.fields[by] == "double" else ""
+    same = {value.removesuffix(ending): chosen for value, chosen in rows.items()}
+    for row in np.flatnonzero(version.live).tolist():
+        if column[row] is not None:
+            same.get(str(column[row]).removesuffix(ending), []).append(row)
+    return rows
+
+
 def change_metadata(
-    index: Path, changes: Iterable[tuple[str, Mapping[str, Any]]], source: str, *, keep: int = BuildOptions.keep
+    index: Path,
+    changes: Iterable[tuple[str, Mapping[str, Any]]],
+    source: str,
+    *,
+    by: str = "id",
+    keep: int = BuildOptions.keep,
 ) -> ChangeSummary:
     """Publish a version with changed fields of items, unless nothing changes.
 
-    changes: ids and the fields to merge. source: where they come from, for the history. Raise DataError if no id is in
-    the index, or a value does not fit its field; other errors as of `update.remove`.
+    changes: ids, or values of the field `by`, and the fields to merge into their items. source: where they come from,
+    for the history. Raise DataError if no id is in the index, or a value does not fit its field; other errors as of
+    `update.remove`.
     """
     with report_os_errors(index), new_version(index) as new:
-        current = open_current(index)
-        merged, unknown, known = FieldChanges(current), list[str](), 0
-        for item_id, fields in changes:
-            if (row := current.row_of(item_id)) is None:
-                unknown.append(item_id)
-            else:
-                known += 1
-                merged.merge([row], fields)
-        if not known:
+        current, changes = open_current(index), [*changes]
+        merged, rows = FieldChanges(current), rows_with(current, by, (value for value, _ in changes))
+        unknown = [value for value in rows if not rows[value]]
+        if len(unknown) == len(rows):
             example = f", such as {unknown[0]!r}" if unknown else ""
-            raise DataError(f"none of the {len(unknown):,} ids of {source} is in the index{example}")
+            raise DataError(f"none of the {len(unknown):,} {by}s of {source} is in the index{example}")
+        merged.merge((rows[value], fields) for value, fields in changes)
         manifest, count = current.manifest, len(merged.records)
         if count:
             manifest = merged.publish(new, f"metadata of {source}: {quantity(count, 'item')} changed", keep=keep)

@@ -62,7 +62,8 @@ class Job:
 
     items: of a put, objects with `id`, `caption`, `category`, `metadata` and `image`, a name below INDEX; of others,
     objects with `id`. filter: selects the items of a patch or a delete instead. fields: of a patch, to be merged; None
-    removes one. starts: earlier attempts, during which the process has died.
+    removes one. starts: earlier attempts, during which the process has died. by: of a patch whose objects have
+    `fields` of their own, the field that their `id` is a value of.
     """
 
     number: int
@@ -71,6 +72,7 @@ class Job:
     filter: dict[str, Any] | None
     fields: dict[str, Any]
     starts: int
+    by: str = "id"
 
 
 class JobQueue:
@@ -105,18 +107,19 @@ class JobQueue:
         *,
         filter: Mapping[str, Any] | None = None,
         fields: Mapping[str, Any] | None = None,
+        by: str = "id",
         notes: Mapping[str, Any] | None = None,
     ) -> str:
         """Store a job durably and return its id.
 
-        items, filter, fields: as in `Job`, without `image`. images: of a put, the image file of each item. notes: what
-        the status of the job shows as well.
+        items, filter, fields, by: as in `Job`, without `image`. images: of a put, the image file of each item. notes:
+        what the status of the job shows as well.
         """
         job, names = secrets.token_hex(16), [hashlib.sha256(data).hexdigest() for data in images]
         if images:
             items = [{**item, "image": f"{IMAGES}/{name}"} for item, name in zip(items, names, strict=True)]
         summary = {"kind": kind, "items": len(items), "accepted": _now(), **(notes or {})}
-        body = {"items": [*items], "filter": filter, "fields": fields or {}}
+        body = {"items": [*items], "filter": filter, "fields": fields or {}, "by": by}
         with self._database() as database:
             database.execute("BEGIN IMMEDIATE")  # against a sweep
             for name, data in zip(names, images, strict=True):
@@ -134,7 +137,8 @@ class JobQueue:
     def next_batch(self) -> list[Job]:
         """Return the first waiting jobs of one kind, which are applied together.
 
-        A job with a filter is by itself, since it depends on the jobs before it; no two put the same item.
+        A job with a filter or another field than `id` is by itself, since it depends on the jobs before it; no two put
+        the same item.
         """
         batch, ids = list[Job](), set[str]()
         query = "SELECT number, kind, body, coalesce(starts, 0) FROM jobs LEFT JOIN progress ON job = number"
@@ -142,7 +146,9 @@ class JobQueue:
         for number, kind, body, starts in self._read(query):
             job = Job(number, kind, **json.loads(body), starts=starts)
             new = {item["id"] for item in job.items}
-            is_alone = any(waiting.filter or waiting.starts >= MAX_STARTS_TOGETHER for waiting in (*batch, job))
+            is_alone = any(
+                other.filter or other.by != "id" or other.starts >= MAX_STARTS_TOGETHER for other in [*batch, job]
+            )
             is_other = batch and (kind != batch[0].kind or (kind == "put" and not ids.isdisjoint(new)))
             if batch and (is_alone or is_other or len(ids) + len(new) > BATCH_ITEMS):
                 break

@@ -29,7 +29,7 @@ from index_jobs.engines.measure import text_queries
 from index_jobs.engines.protocol import NewIndex, load_engine
 from index_jobs.gallery.scan import SCHEMA, Gallery, absolute_locations, scan
 from index_jobs.index import versions
-from index_jobs.index.changes import FieldChanges
+from index_jobs.index.changes import FieldChanges, rows_with
 from index_jobs.index.filters import match_rows
 from index_jobs.index.index_version import IndexVersion, write_rows
 from index_jobs.index.items import COLUMNS, Items, fit_one_field, infer_types, take_rows, write_items
@@ -312,8 +312,8 @@ def _patch(queue: JobQueue, jobs: Sequence[Job], options: dict[str, Any]) -> _Re
         draft, version = FieldChanges(current), current.manifest.version
         for job in jobs:
             try:
-                rows, unknown = _chosen(current, job)
-                outcomes.append({"changed": draft.merge(rows, job.fields), "unknown": unknown[:_MAX_LISTED]})
+                changes, unknown = _chosen(current, job)
+                outcomes.append({"changed": draft.merge(changes), "unknown": unknown[:_MAX_LISTED]})
             except DataError as error:
                 outcomes.append({"status": "failed", "reason": str(error)})
         if draft.records:
@@ -325,7 +325,7 @@ def _patch(queue: JobQueue, jobs: Sequence[Job], options: dict[str, Any]) -> _Re
 def _delete(queue: JobQueue, jobs: Sequence[Job], options: dict[str, Any]) -> _Result:
     version = None
     if (current := open_published(queue.index)) is not None:
-        ids = [current.item(row).id for job in jobs for row in _chosen(current, job)[0]]
+        ids = [current.item(row).id for job in jobs for rows, _ in _chosen(current, job)[0] for row in rows]
         version = remove(queue.index, ids, missing_ok=True, keep=options["keep"], origin=OVER_HTTP).version
     return version, [{"failed": []} for _ in jobs]
 
@@ -382,13 +382,16 @@ def _is_held(opened: IndexVersion, new: dict[str, Any]) -> bool:
     return is_same and location.endswith(f"/{new['location']}")
 
 
-def _chosen(opened: IndexVersion, job: Job) -> tuple[list[int], list[str]]:
-    """Return the rows of a job's items, and the ids that the index lacks. Raise FilterError for a wrong filter."""
+def _chosen(opened: IndexVersion, job: Job) -> tuple[list[tuple[list[int], dict[str, Any]]], list[str]]:
+    """Return rows of a job's items with the fields to merge, and the ids, or values, that the index lacks.
+
+    Raise FilterError for a wrong filter, and DataError if no item has the field `by`.
+    """
     if job.filter is not None:
-        return np.flatnonzero(match_rows(opened, job.filter)).tolist(), []
-    rows_of = {item["id"]: opened.row_of(item["id"]) for item in job.items}
-    rows = [row for row in rows_of.values() if row is not None]
-    return rows, [item_id for item_id, row in rows_of.items() if row is None]
+        return [(np.flatnonzero(match_rows(opened, job.filter)).tolist(), job.fields)], []
+    rows = rows_with(opened, job.by, (item["id"] for item in job.items))
+    changes = [(rows[item["id"]], item.get("fields", job.fields)) for item in job.items]
+    return changes, [value for value in rows if not rows[value]]
 
 
 def open_published(index: Path) -> IndexVersion | None:

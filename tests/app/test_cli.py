@@ -87,10 +87,10 @@ def test_an_image_without_a_suffix_is_searched_by_its_content(
 def test_a_search_prints_titles_with_their_files(tiny_checkpoint: Path, tmp_path: Path) -> None:
     for name in ("a", "b"):
         draw("red", "circle").save(write_file(tmp_path / f"photos/{name}.png", b""))
-    write_jsonl(tmp_path / "photos/metadata.jsonl", {"file_name": "a.png", "title": "Red dot"}, {"file_name": "b.png"})
+    write_jsonl(tmp_path / "photos/metadata.jsonl", {"file_name": "a.png", "caption": "", "title": "Red dot"})
     rebuild(tmp_path / "photos", tiny_checkpoint, tmp_path / "index", workers=0, progress=False)
     lines = dcar("search", "red", "--index", tmp_path / "index").stdout.splitlines()
-    assert sorted(line.split("  ")[-1].strip() for line in lines) == ["Red dot (a.png)", "b.png"]
+    assert sorted(line.split("  ")[-1].strip() for line in lines) == ["Red dot (a.png)", "b (b.png)"]
     nothing = dcar("search", "red", "--index", tmp_path / "index", "--filter", '{"title": "Blue"}')
     assert "no item fulfils the filter" in nothing.stderr
 

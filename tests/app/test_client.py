@@ -150,6 +150,7 @@ async def test_the_async_client_returns_the_same(index: Path, gallery: Path, tmp
         ("put_items", ([{"id": "a", "image": file}, {"id": "b", "image": png(), "caption": "b"}],), {}),
         ("put_item", ({"id": "a", "image": file, "metadata": {"price": 3}},), {}),
         ("patch_items", ({"metadata": {"price": 3}},), {"filter": {"category": "circle"}}),
+        ("patch_each", ({"circle": {"price": 3}},), {"by": "category"}),
         ("patch_item", (ODD_ID, {"caption": None}), {}), ("delete_items", (["a"],), {}), ("delete_item", (ODD_ID,), {}),
         ("jobs", (), {"limit": 3}), ("job", (job,), {}), ("wait_for_job", (job,), {}),
         ("put_collection", ("lamps",), {"model": "index"}), ("collections", (), {}), ("health", (), {}),

@@ -55,10 +55,21 @@ async def test_items_are_patched_put_replaced_and_deleted_by_jobs(index: Path, i
         assert (job["items"], job["changed"], job["unknown"], job["new_fields"]) == (3, 2, ["unknown"], [])
         job = await patch("/items", filter={"price": 3}, metadata={"price": 4})
         assert (job["items"], job["changed"]) == (2, 2)
-        wrong = await client.patch("/items/circle%2Fred.png", json={"metadata": {"price": "4 EUR"}}, headers=ADMINS)
-        assert "'price' is double in the index, not string" in (await ended(client, wrong))["reason"]
+        job = await patch("/items", by="price", changes={"4": {"price": 5, "sku": "7"}, "9": {"price": 1}})
+        assert (job["items"], job["changed"], job["unknown"], job["new_fields"]) == (2, 2, ["9"], ["sku"])
+        job = await patch("/items", by="sku", changes={"7": {"price": 4}})
+        assert (job["changed"], (await client.get("/items/circle%2Fblue.png")).json()["metadata"]["price"]) == (2, 4)
+        wrong = {**item("a"), "metadata": {"price": "19,90"}}
+        for method, path, given, field in (
+            ("PATCH", "/items", {"by": "sku", "changes": {"7": wrong["metadata"]}}, "changes.7.price"),
+            ("PATCH", "/items/circle%2Fred.png", {"metadata": wrong["metadata"]}, "metadata.price"),
+            ("PUT", "/items", {"items": [item("b"), wrong]}, "items.1.metadata.price"),
+        ):
+            response = await client.request(method, path, json=given, headers=ADMINS)
+            assert_problem(response, 422, field)
+            assert "must be double, as in the index, not string" in response.text
         listed = (await client.get("/jobs?limit=2", headers=ADMINS)).json()["jobs"]
-        assert [each["id"] for each in listed] == [wrong.json()["id"], job["id"]]
+        assert listed[0]["id"] == job["id"]
         assert in_process == []
 
         new = item("new/1", caption="a pink thing", category="things", metadata={"price": 5, "size": "S"})
@@ -218,7 +229,8 @@ BAD: list[tuple[str, Any, str]] = [
     ("PATCH", {"filter": {"price": 3}, "caption": ""}, "filter.price"),
     ("PATCH", {"ids": ["a"], "metadata": {"caption": "b"}}, "metadata"),
     ("PATCH", {"ids": ["a"], "metadata": {"x": json.loads("[" * 100 + "]" * 100)}}, "metadata"),
-    ("PATCH", {"ids": ["a"], "image": "AAAA"}, "image"),
+    ("PATCH", {"ids": ["a"], "image": "AAAA"}, "image"), ("PATCH", {"by": "sku", "changes": {"7": {"x": 1}}}, "by"),
+    ("PATCH", {"changes": {"a": {"x": 1}}, "caption": "b"}, "body"), ("PATCH", {"changes": {}}, "changes"),
     ("PATCH", {"ids": [f"{n}" for n in range(200)], "caption": "x" * 9000}, "ids"),
     ("PATCH", {"filter": {"id": {"not": "a"}}, "metadata": {"x": "x" * 60_000}}, "filter"),
     (f"PUT {ONE}", {"image": "%"}, "image"), (f"PUT {ONE}", {"image": "AAAA"}, "image"),

@@ -393,6 +393,14 @@ def test_update_command_merges_a_table(index: Path, tmp_path: Path) -> None:
     run("update", index, "--metadata", lines)
     opened = open_current(index)
     assert (opened.item(0).category, "brand" in opened.fields) == ("tools", False)
+    for position, sku in enumerate(("007", "8", "007")):
+        change_metadata(index, [(ids(index)[position], {"sku": sku})], "skus")
+    table.write_text("sku,price\n007,5\n9,6\n")
+    done = run("update", index, "--metadata", table, "--by", "sku")
+    assert done.split(": ", 1)[1] == "version 7, 2 items changed\n1 unknown sku: 9\n"
+    assert [metadata(index, item)["price"] for item in ids(index)[:3]] == [5, 12, 5]
+    with pytest.raises(DataError, match="no item has the field 'ean'"):
+        change_metadata(index, [("1", {"price": 1})], "prices.csv", by="ean")
     for name, text, said in (
         ("a.csv", "sku,price\na,1\n", r"row 2: no id; .* it has sku, price"),
         ("a.csv", "id,price\na,1\nb,2\na,3\n", "rows 2 and 4 both have the id 'a'; keep one"),

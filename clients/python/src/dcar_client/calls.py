@@ -170,6 +170,11 @@ def patch_items(
     return Call("PATCH", f"{prefix}/items", _reader(JobResponse), arguments)
 
 
+def patch_each(prefix: str, changes: Mapping[str, Mapping[str, Any]], by: str) -> Call[JobResponse]:
+    """PATCH /items with `changes`."""
+    return Call("PATCH", f"{prefix}/items", _reader(JobResponse), {"json": {"changes": changes, "by": by}})
+
+
 def patch_item(prefix: str, item_id: str, fields: ItemFields) -> Call[JobResponse]:
     """PATCH /items/{id}."""
     path = f"{prefix}/items/{path_segment(item_id)}"

@@ -148,6 +148,10 @@ class Client:
         """Merge fields into the items of some ids or of a filter, by a job; their images stay."""
         return self._send(calls.patch_items(self._prefix, fields, ids, filter))
 
+    def patch_each(self, changes: Mapping[str, Mapping[str, Any]], *, by: str = "id") -> JobResponse:
+        """Merge metadata into the items of each id, or of each value of another field, by a job."""
+        return self._send(calls.patch_each(self._prefix, changes, by))
+
     def patch_item(self, item_id: str, fields: ItemFields) -> JobResponse:
         """Merge fields into one item, by a job; its image stays."""
         return self._send(calls.patch_item(self._prefix, item_id, fields))
@@ -324,6 +328,10 @@ class AsyncClient:
     ) -> JobResponse:
         """Merge fields into the items of some ids or of a filter, by a job; their images stay."""
         return await self._send(calls.patch_items(self._prefix, fields, ids, filter))
+
+    async def patch_each(self, changes: Mapping[str, Mapping[str, Any]], *, by: str = "id") -> JobResponse:
+        """Merge metadata into the items of each id, or of each value of another field, by a job."""
+        return await self._send(calls.patch_each(self._prefix, changes, by))
 
     async def patch_item(self, item_id: str, fields: ItemFields) -> JobResponse:
         """Merge fields into one item, by a job; its image stays."""
