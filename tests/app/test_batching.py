@@ -143,6 +143,34 @@ async def test_an_idle_batcher_starts_at_once(bench: Callable[..., Bench]) -> No
         await bench(max_wait_s=60).one("alone")
 
 
+async def test_a_busy_batcher_waits_for_the_callers_of_the_last_batch(bench: Callable[..., Bench]) -> None:
+    """From the end of its pass, which took longer than the wait."""
+    made = bench(max_wait_s=0.5)
+    first, waiting = await made.held(), await made.submit("a")
+    await asyncio.sleep(0.6)
+    made.gate.set()
+    await first
+    await asyncio.gather(*waiting, *await made.submit("again"))
+    early = await made.submit("early")
+    await asyncio.sleep(0.05)
+    await asyncio.gather(*early, *await made.submit("late"))
+    assert made.batches == [["first"], ["a", "again"], ["early", "late"]]
+
+
+async def test_close_finishes_what_is_accepted_and_still_wanted(bench: Callable[..., Bench]) -> None:
+    made = bench(max_batch=1)
+    first, (*rest, gone) = await made.held(), await made.submit("a", "bb", "gone")
+    closing = asyncio.create_task(made.batcher.close())
+    gone.cancel()
+    await asyncio.sleep(0)
+    with pytest.raises(UnavailableError):
+        await made.one("late")
+    made.gate.set()
+    await closing
+    assert [int(vector[0]) for vector in await asyncio.gather(first, *rest)] == [5, 1, 2]
+    assert made.batches == [["first"], ["a"], ["bb"]]
+
+
 async def test_callers_take_turns_whatever_one_of_them_sends(bench: Callable[..., Bench]) -> None:
     made, images = bench(max_batch=4), Recorder()
     waiting = [await made.held()]
@@ -230,7 +258,14 @@ async def test_the_caller_and_then_the_request_that_had_least_is_next() -> None:
     put("b", "1")
     put("a", "3")
     assert [take(1) for _ in range(5)] == ["b1", "a1", "b1", "a3", "a1"], "new ones begin with what others have had"
-    put("a", "1")
+    for place in ("b1", "b1", "a1", "a1", "c1"):
+        put(*place)
+    for turn in (queue.waiting[2], queue.waiting[4]):
+        turn.future.cancel()
+    assert [take(5), take(9)] == ["b1", "a1"]
+    put("c", "1")
+    put("c", "1")
+    assert [take(1), take(1)] == ["c1", "b1"], "one that gave up begins anew"
     queue.waiting[0].future.cancel()
     assert queue.take() is None
 
