@@ -15,8 +15,8 @@ from torch import Tensor
 from dcar_core.data import Dataset
 from dcar_core.model.backbone import RANDOM, Backbone, BackboneSource, load_backbone
 from dcar_core.model.config import MODEL_CONFIG, Amp, LossConfig, ReweightConfig, TrainWeights
-from dcar_core.model.dcar import DCAR
-from dcar_core.model.methods import METHODS, find_method
+from dcar_core.model.dcar import DCAR, seeded_model
+from dcar_core.model.methods import METHODS, consistency_loss, find_method
 from dcar_core.model.token_weights import blend, pair_weights
 from dcar_core.training import objective
 from dcar_core.training.objective import (
@@ -179,6 +179,28 @@ def test_loss_equals_the_pairs_one_by_one(weights: TrainWeights, backbone: Backb
         wanted = wanted + 0.7 * head_loss(predicted, used, backbone.layout.caption_mask(data.tokens))
     held = anchor_loss(image, torch.cat(frozen_images)) + anchor_loss(text, torch.cat(frozen_texts))
     torch.testing.assert_close(batch_loss(model, data, np.arange(len(data))), wanted + 0.2 * held, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("name", ["filip", "promptsrc", "prolip"])
+def test_loss_of_a_method_has_its_terms(name: str, backbone: Backbone, described_twice: Dataset) -> None:
+    config, samples = find_method(name).config.with_loss_direction("image-to-text"), described_twice.samples
+    model, data = move_weights(seeded_model(backbone, config, 0), described_twice)
+    pixels = backbone.normalized(np.stack([backbone.preprocess(described_twice.read(each.image)) for each in samples]))
+    tokens, positives = data.tokens, torch.from_numpy(data.positives(np.arange(len(data))))
+    text, image = model.encode_text(tokens), model.encode_image(pixels)
+    wanted = contrastive_loss(text, image, positives, backbone.scale, "image-to-text")
+    if name == "filip":
+        words = model.encode_text(tokens, rows=True)[:, 1:] * backbone.layout.caption_mask(tokens)[..., None]
+        patches = model.encode_image(pixels, rows=True)[:, 1:]
+        wanted = (wanted + late_interaction_loss(words, patches, positives, backbone.scale, "image-to-text")) / 2
+    elif name == "promptsrc":
+        read = backbone.encode_text(backbone.tokenize([each.caption for each in samples]))
+        frozen = [F.normalize(rows, dim=-1) for rows in (read, backbone.encode_image(pixels))]
+        wanted = wanted + consistency_loss(text, image, *frozen, backbone.scale)
+    else:
+        assert model.changes is not None
+        wanted = wanted + model.changes.distance()
+    torch.testing.assert_close(batch_loss(model, data, np.arange(len(data))), wanted, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("amp", ["bfloat16", "float16"])
