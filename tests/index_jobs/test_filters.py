@@ -144,7 +144,7 @@ def test_empty_caption_or_category_counts_as_missing(field: str, none: bool) -> 
     assert match_column(column, None, field).tolist() == [False, none, True]
 
 
-@pytest.mark.parametrize("bound", [-2.5, -0.0, 0.5, 2.0, 2.5, 1e300, -1e300, float("inf"), float("nan"), 10**30])
+@pytest.mark.parametrize("bound", [-2.5, -0.0, 0.5, 2.5, 1e300, -1e300, float("inf"), float("nan"), 10**30, -(2**63)])
 def test_fractions_and_huge_numbers_compare_with_whole_numbers(bound: float) -> None:
     whole = [-(2**63), -3, -2, -1, 0, 1, 2, 3, 2**63 - 1]
     column = pa.chunked_array([[*whole, None]], pa.int64())
