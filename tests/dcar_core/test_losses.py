@@ -210,6 +210,8 @@ def test_mixed_precision_is_close_to_full(amp: Amp, backbone: Backbone, training
     full = accumulate_gradients(model, data, rows)
     expected = gradients(model)
     precision = MixedPrecision(amp, torch.device("cpu"))
+    with precision.autocast():
+        assert torch.get_autocast_dtype("cpu") == getattr(torch, amp)
     mixed = accumulate_gradients(model, data, rows, precision=precision)
     scale = precision.scaler.get_scale()
     assert mixed != full  # it really was another precision
