@@ -3,23 +3,19 @@
 import json
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from dcar_core.data import Annotations
 from dcar_core.model.backbone import Backbone, BackboneSource, load_backbone
 from dcar_core.model.checkpoint import copy_checkpoint, load_checkpoint, save_checkpoint
 from dcar_core.model.config import MODEL_CONFIG
 from dcar_core.model.dcar import DCAR, seeded_model
 from dcar_core.model.methods import consistency_loss, find_method, interpolate
 from dcar_core.model.weight_changes import merge
-from dcar_core.training.prepared_split import prepare_split
 from tests.support.parts import needs
 from tests.support.tiny_models import write_tiny_model
-from tests.support.training import batch_loss
 
 
 @pytest.fixture
@@ -76,17 +72,6 @@ def test_a_merged_model_has_the_configuration_of_its_text_encoder(tmp_path: Path
     assert merged.source.directory is not None
     assert (merged.source.directory / encoder / "config.json").is_file()
     assert merged.content_hash() == original.content_hash()
-
-
-def test_the_distance_from_the_frozen_weights_is_part_of_the_loss(backbone: Backbone, tiny_data: Path) -> None:
-    model = changed_model(backbone, "prolip")
-    assert model.changes is not None
-    data = prepare_split(Annotations(tiny_data).load("train")[0], model, for_training=True)
-    rows = np.arange(len(data))
-    with_distance = batch_loss(model, data, rows)
-    model.config = find_method("flyp").config  # the same loss without the distance
-    difference = sum(float(high.detach().square().sum()) for high in model.changes.high.values())
-    assert float((with_distance - batch_loss(model, data, rows)).detach()) == pytest.approx(difference, rel=1e-3)
 
 
 def test_validation_chooses_between_frozen_and_trained_weights(backbone: Backbone) -> None:
