@@ -93,8 +93,9 @@ def test_a_published_version_is_served_and_changed_without_pytorch(
         "DCAR_RUNTIME": "auto",
         "DCAR_WRITES": "true",
         "DCAR_ADMIN_KEY": ADMIN,
+        **without_pytorch(tmp_path),
     }
-    with serving_by(sys.executable, tmp_path / "index", **settings, **without_pytorch(tmp_path)) as http:
+    with serving_by(sys.executable, "serve", "--index", tmp_path / "index", **settings) as http:
         given = {"input": [*texts, {"image": photo}]}
         found = [each["embedding"] for each in http.post("/v1/embeddings", json=given).json()["data"]]
         assert (np.array(found) * expected).sum(1).min() > 0.999

@@ -189,11 +189,13 @@ def serving_process(
 
 
 @contextmanager
-def serving_by(python: str, index: Path, **environment: str) -> Iterator[httpx.Client]:
-    """A client of `dcar serve`, run by an interpreter with these variables."""
+def serving_by(python: str, *command: str | Path, **environment: str) -> Iterator[httpx.Client]:
+    """A client of a dcar command that serves, run by an interpreter with these variables."""
     port = free_port()
-    command = [python, "-m", "app.cli", "serve", "--index", str(index), "--port", str(port)]
-    process = subprocess.Popen(command, env=os.environ | environment, stderr=subprocess.PIPE, text=True)
+    arguments = [python, "-m", "app.cli", *command, "--port", str(port)]
+    process = subprocess.Popen(
+        arguments, env=os.environ | environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
+    )
     try:
         with _ready_client(port, process) as client:
             yield client
