@@ -150,26 +150,24 @@ class Encoder:
             return model.eval(), backbone_hash, fingerprint
 
         may_use_openvino = exports.may_use_export(device, runtime)
-        uses_export = is_checkpoint(path) and may_use_openvino
-        quick = (
-            _load_files(path, BackboneSource(str(source), pretrained), runtime, threads) if may_use_openvino else None
-        )
-        if quick is None and uses_export:
-            quick = exports.restore(path, runtime, threads, cache)
-        if quick is not None:
-            encoder = cls(quick[0], None, quick[1], exact=exact, load_model=lambda path: load_model(path)[0])
-            encoder.add_checkpoint_path(path)
-            return encoder
+        if may_use_openvino:
+            opened = _load_files(path, BackboneSource(str(source), pretrained), runtime, threads)
+            if opened is None and is_checkpoint(path):
+                opened = exports.restore(path, runtime, threads, cache)
+            if opened is not None:
+                encoder = cls(opened[0], None, opened[1], exact=exact, load_model=lambda path: load_model(path)[0])
+                encoder.add_checkpoint_path(path)
+                return encoder
 
         with requires_pytorch(f"loading {source} without a portable export for this runtime"):
             from dcar_core.encoder.graphs import extract_state
 
             model, backbone_hash, fingerprint = load_model(path)
         state = extract_state(model, fingerprint, backbone_hash)
-        opened = load_runtime(runtime, state, model, partial(exports.ensure_export, model, backbone_hash, cache))
-        if uses_export and isinstance(opened, OpenVinoRuntime):
-            exports.store(opened.directory, state, model)
-        return cls(state, model, opened, exact=exact)
+        chosen = load_runtime(runtime, state, model, partial(exports.ensure_export, model, backbone_hash, cache))
+        if may_use_openvino and is_checkpoint(path) and isinstance(chosen, OpenVinoRuntime):
+            exports.store(chosen.directory, state, model)
+        return cls(state, model, chosen, exact=exact)
 
     def encode_text(self, texts: Sequence[str], batch_size: int = 64) -> Floats:
         """Encode texts -> float32 (n, E), L2-normalized. Texts beyond the context are cut."""
