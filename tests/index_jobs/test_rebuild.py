@@ -73,7 +73,7 @@ def test_another_kind_or_other_captions_need_no_encoding(
     assert (first.version, first.count, first.failed, first.reused, first.encoded) == (1, 24, 0, False, 24)
     assert (first.fingerprint, first.kind, first.dim, first.gate) == (encoder.fingerprint, "Flat", 32, None)
     manifest = open_current(index).manifest
-    assert (manifest.spec.gallery, manifest.measured["query_source"]) == (str(gallery), "captions")
+    assert (manifest.spec.gallery, manifest.measured["query_source"]) == (str(gallery), "captions and words")
     rename_captions(gallery, "a red circle", "a crimson circle")
     for options, encoded in (
         ({"kind": "hnsw"}, 0),
