@@ -20,4 +20,6 @@ if [ "$device" = cuda ]; then run "$python" -m pytest -q -m gpu tests; fi
 run "$python" benchmarks/runtimes.py --device "$device" --checkpoint "$emoji/checkpoint" --data "$emoji" --pictures "$captions" --runtimes "$runtime"
 run "$python" benchmarks/training_cost.py --device "$device" --model "$model" --batches "$batches" --batch-size "$batch" --methods "$methods"
 run "$python" benchmarks/encode.py --device "$device" --runtime "$runtime" --model "$model" --pictures "$pictures" --batch-size "$batch"
-run "$python" benchmarks/index_kinds.py --count "$vectors" "${kinds[@]/#/--kind=}"
+vectors_of=$(mktemp -d)
+run "$python" benchmarks/emoji_vectors.py "$vectors_of" --count "$vectors"
+run "$python" benchmarks/index_kinds.py "$vectors_of" "${kinds[@]/#/--kind=}"

@@ -131,7 +131,7 @@ def vit_checkpoint(work: Path) -> Path:
 
 def random_vit(work: Path, count: int = 100_000) -> Path:
     """Return an index of `count` random vectors under a random ViT-B/32; made once."""
-    from index_material import Clusters
+    from clusters import Clusters
 
     captions = [f"item {i}" for i in range(count)]
     return made_index(

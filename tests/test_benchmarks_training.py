@@ -19,7 +19,7 @@ from tests.support import commands
 from tests.support.files import write_json, write_jsonl
 from tests.support.parts import needs
 from tests.support.paths import ROOT
-from tests.support.vectors import clustered
+from tests.support.vectors import clustered, unit
 
 EMOJI, DOMAINS = ROOT / "examples" / "emoji", ("twemoji", "openmoji")
 TABLES = {  # commands, and patterns of what they print
@@ -71,19 +71,31 @@ def test_a_script_prints_its_table(
 
 
 @pytest.mark.slow
-def test_index_kinds_takes_vectors_of_a_file_and_more_like_them(tmp_path: Path) -> None:
-    """Each target, filter and update has its figures; peers that are not installed are left out."""
-    np.save(tmp_path / "v.npy", clustered(200))
-    np.save(tmp_path / "q.npy", clustered(100, seed=3))
-    files = ("--vectors", tmp_path / "v.npy", "--queries", tmp_path / "q.npy", "--count", "300", "--query-count", "50")
-    tasks = ["--kind", "flat", "--kind", "IVF8,Flat", "--filters", "--target", "0.99", "--target", "0.5", "--peers"]
-    table = run("index_kinds.py", *files, *tasks).stdout.splitlines()
-    assert table[0].startswith("300 vectors of 32, from v; ")
-    rows = [line.strip("| ").split(" | ") for line in table if line.startswith(("| `flat`", "| `IVF8,Flat`"))]
-    kinds = (["`flat`", "`Flat`"], ["`IVF8,Flat`", "`IVF8,Flat`"])
-    assert [row[:3] for row in rows] == [[*kind, target] for kind in kinds for target in ("0.99", "0.5")]
-    assert float(rows[2][-1]) >= 0.95 > float(rows[3][-1]) >= 0.5
-    assert all(float(filtered.rsplit(", ")[1]) >= 0.9 for row in rows for filtered in row[-4:-1])
+def test_index_kinds_shows_the_recall_of_each_kind_of_text(tmp_path: Path) -> None:
+    for seed, (name, count) in enumerate({"vectors": 300, "captions": 100, "words": 80}.items()):
+        np.save(tmp_path / f"{name}.npy", clustered(count, seed=seed))
+    tasks = ["--kind", "flat", "--kind", "IVF8,Flat", "--tune", "captions", "--tune", "words", "--filters"]
+    first, _, head, _, *rows = run(
+        "index_kinds.py", tmp_path, "--target", 0.5, "--count", 200, *tasks
+    ).stdout.splitlines()
+    assert first == "200 vectors of 32:"
+    assert [line.split(" | ")[1:3] for line in rows] == [
+        [f"`{kind}`", source] for kind in ("Flat", "IVF8,Flat") for source in ("captions", "words")
+    ]
+    for row in (dict(zip(head.split(" | "), line.split(" | "), strict=True)) for line in rows):
+        lowest = 1 if "flat" in row["| kind"] else 0.5
+        assert lowest <= min(float(row["captions"]), float(row["words"])) <= 1
+        assert float(row["10 % allowed"].partition(", ")[2]) >= 0.9
+
+
+def test_more_vectors_are_like_those_of_their_item() -> None:
+    grown = importlib.import_module("emoji_vectors").grown
+    encoded = unit(np.tile(clustered(10), (10, 1))[:93] + 0.05 * np.random.default_rng(0).normal(size=(93, 32)))
+    more = np.concatenate(list(grown([encoded[:50], encoded[50:]], 200, 10)))
+    assert (more[:93] == encoded).all()
+    assert np.linalg.norm(more, axis=1) == pytest.approx(1)
+    assert (np.argmax(more @ encoded[:10].T, 1) == np.arange(200) % 93 % 10).mean() > 0.9
+    assert not (more[93:, None] == encoded).all(2).any()
 
 
 @pytest.mark.parametrize("domain", DOMAINS)

@@ -5,7 +5,7 @@
 
 - The collection is created, filled and tuned by the engine, as `dcar index build` does, and dropped at the end.
 - Filters are conditions for Qdrant and a mask for FAISS, whose time does not include making the mask.
-- `benchmarks/index_material.py` describes the vectors.
+- `benchmarks/clusters.py` describes the vectors.
 """
 
 import argparse
@@ -70,7 +70,7 @@ def main() -> None:
     parser.add_argument("--dim", type=int, default=512)
     arguments = parser.parse_args()
     sys.path.append(str(HERE.parents[1] / "benchmarks"))
-    from index_material import Clusters  # type: ignore[import-not-found]
+    from clusters import Clusters  # type: ignore[import-not-found]
 
     clusters = Clusters(arguments.count, arguments.dim)
     vectors, queries = clusters.draw(arguments.count, 0), clusters.draw(1000, 1)
