@@ -191,8 +191,7 @@ def choose_kinds(kind: str, count: int, dim: int, *, memory: int | None = None) 
     named, reason = _kinds(count, dim).get(kind.lower().removeprefix(_GPU)), f"requested: {kind}"
     choice = replace(named, reason=reason, on_gpu=kind.startswith(_GPU)) if named else IndexChoice(kind, reason)
     if choice.on_gpu and not gpu_count():
-        remedy = "pip uninstall faiss-cpu, then pip install faiss-gpu"
-        raise DataError(f"{kind} needs an NVIDIA GPU and FAISS's build for it: {remedy}")
+        raise DataError(f"{kind} needs an NVIDIA GPU and FAISS's build for it: pip install faiss-gpu")
     create_index(choice.factory, dim)
     return [choice]
 
