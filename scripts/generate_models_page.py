@@ -21,8 +21,8 @@ sys.path.insert(0, str(ROOT))
 
 from dcar_core.model.catalogue import (  # noqa: E402
     PARAMETERS,
-    RECOMMENDED,
-    list_catalogue,
+    SOURCES,
+    list_recommended,
 )
 
 MARK = "<!-- Generated below by scripts/generate_models_page.py. Run `make reference` after an update of open_clip. -->"
@@ -34,14 +34,13 @@ def page(text: str) -> str:
 
 
 def _recommended() -> str:
-    entries = {entry.name: entry for entry in list_catalogue()}
-    rows = ["| model | weights | COCO | Flickr30k | M | GFLOP per image | licence | for |", f"|{8 * ' --- |'}"]
-    for each in RECOMMENDED:
-        figures = f"{each.coco} | {each.flickr} | {entries[each.name].parameters} | {each.gflops}"
-        rows.append(f"| `{each.name}` | `{each.pretrained}` | {figures} | {each.licence} | {each.use} |")
+    rows = ["| model | COCO | stated by | M | GFLOP per image | licence | for |", f"|{7 * ' --- |'}"]
+    for each, entry in list_recommended().items():
+        figures = f"{each.coco or '-'} | [{each.source}]({SOURCES[each.source]}) | {entry.parameters} | {each.gflops}"
+        rows.append(f"| `{each.name}` | {figures} | {each.licence} | {each.use} |")
     note = (
-        "Text-to-image R@1 in percent, zero-shot, from open_clip's openclip_retrieval_results.csv; "
-        "`dcar models --recommend` lists these models."
+        "COCO: zero-shot text-to-image R@1 in percent, as published, not measured here. "
+        "`dcar models --recommend` names the weights."
     )
     return "\n\n".join(["## Recommended", note, "\n".join(rows)])
 

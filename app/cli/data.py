@@ -6,10 +6,10 @@ import typer
 
 from app.cli import options
 from app.cli.options import app, group
-from dcar_core.model.catalogue import RECOMMENDED
 from dcar_core.util.errors import ModelError
 from dcar_core.util.options import command, option
 
+_RECOMMENDED = "{:42}  {:21}  {:>4}  {:>8}  {:>5}  {:>4}  {:11}  {:13}  {}"
 commands = group("data", help="Check annotations, or add negative captions.")
 
 
@@ -78,26 +78,31 @@ def negatives(
 def models(
     name: str = option("", "Part of the names to list, in any case. Default: all."),
     *,
-    recommend: bool = option(False, "Only recommended models, with their weights and what they are for."),
+    recommend: bool = option(False, "Recommended models, with published recall, size, cost and licence."),
 ) -> None:
     """List the built-in models: name, level, parameters in millions, image size, context length, languages,
     libraries, and tags for --pretrained.
 
-    Levels: full takes prompts in both towers, text in the text tower only. docs/models.md has
-    the published recall of recommended models, and helps to choose.
+    Levels: full takes prompts in both towers, text in the text tower only. docs/models.md helps to choose.
     """
-    from dcar_core.model.catalogue import list_catalogue
+    from dcar_core.model.catalogue import list_catalogue, list_recommended
 
-    entries = {entry.name: entry for entry in list_catalogue() if name.lower() in entry.name.lower()}
-    uses = {model.name: f"{model.pretrained:24}  {model.use}" for model in RECOMMENDED if model.name in entries}
     if recommend:
-        entries = {model: entries[model] for model in uses}
+        heads = "model", "weights", "M", "download", "GFLOP", "COCO", "stated by", "licence", "for"
+        typer.echo(_RECOMMENDED.format(*heads))
+        rows = {row: entry for row, entry in list_recommended().items() if name.lower() in row.name.lower()}
+        for row, entry in rows.items():
+            size = entry.parameters or 0
+            cells = row.name, row.pretrained or "its own", size, f"{size / 250:.1f} GB", row.gflops, row.coco or "-"
+            typer.echo(_RECOMMENDED.format(*cells, row.source, row.licence, row.use))
+        return
+    entries = [entry for entry in list_catalogue() if name.lower() in entry.name.lower()]
     if not entries:
         raise ModelError("no built-in model matches; `dcar models` lists all")
-    width = max(map(len, entries))
-    for entry in entries.values():
+    width = max(len(entry.name) for entry in entries)
+    for entry in entries:
         typer.echo(
             f"{entry.name:{width}}  {entry.level:8}  {entry.parameters or '-':4} M  {entry.image_size:3} px  "
             f"{entry.context_length:2} tokens  {entry.languages:7}  {', '.join(entry.needs) or '-':12}  "
-            f"{uses[entry.name] if recommend else ', '.join(entry.pretrained) or '-'}"
+            f"{', '.join(entry.pretrained) or '-'}"
         )

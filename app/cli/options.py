@@ -66,7 +66,7 @@ def parse_filter(text: str) -> dict[str, Any]:
 
 INDEX = option(help="Directory or URL of a published index.", parser=published_index, metavar="DIR")
 OUT = option(help="Directory to write to; created if missing.")
-MODEL = option(DEFAULT.name, "An open_clip model such as ViT-B-16-SigLIP, or a directory.")
+MODEL = option(DEFAULT.name, "An open_clip model such as ViT-B-16-SigLIP2, or a directory.")
 PRETRAINED = option(
     None, "Weights of a named model: a tag, or a .safetensors or .pt file. Default: as `dcar models --recommend`."
 )

@@ -1,13 +1,13 @@
 """The models that open_clip has built in, read from their configurations, and those worth taking.
 
-Published recall and operations are those of open_clip's tables (openclip_retrieval_results.csv and model_profile.csv in
-the docs of its repository), licences those of the weights' pages.
+Published recall is that of SOURCES, licences those of the weights' pages. Operations are those of open_clip's
+model_profile.csv, or counted alike by torch.utils.flop_counter.
 """
 
 import json
 import os
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, NamedTuple
 
@@ -21,30 +21,52 @@ _MULTILINGUAL = re.compile("nllb|SigLIP2|i18n|worldwide|xlm|mt5")  # as their pu
 class Recommended(NamedTuple):
     """A model and its weights.
 
-    coco, flickr: zero-shot text-to-image R@1 on COCO and Flickr30k, in percent.
+    coco: zero-shot text-to-image R@1 on COCO in percent, as the source states it; None if it states none.
     gflops: operations for one image, in billions; a ViT-B/32 takes 8.8.
+    towers: of a repository of the hub, the built-in model with the same towers.
     """
 
     name: str
     pretrained: str
-    coco: float
-    flickr: float
+    coco: float | None
+    source: str
     gflops: float
     licence: str
     use: str
+    towers: str = ""
 
 
-_HF = "many languages; extra hf"
+_GITHUB = "https://github.com/"
+SOURCES = {
+    "open_clip": _GITHUB + "mlfoundations/open_clip/blob/main/docs/openclip_retrieval_results.csv",
+    "SigLIP 2": _GITHUB + "google-research/big_vision/tree/main/big_vision/configs/proj/image_text",
+    "PE": _GITHUB + "facebookresearch/perception_models/tree/main/apps/pe",
+    "MobileCLIP2": _GITHUB + "apple/ml-mobileclip/tree/main/results",
+    "MetaCLIP 2": _GITHUB + "facebookresearch/MetaCLIP",
+    "Marqo": _GITHUB + "marqo-ai/marqo-ecommerce-embeddings",
+}
+_MARQO, _SHOPS = "hf-hub:Marqo/marqo-ecommerce-embeddings-", "R@10 on GoogleShopping"
 RECOMMENDED = (
-    Recommended("ViT-B-32", "laion2b_s34b_b79k", 39.3, 66.8, 8.8, "MIT", "a CPU; the default"),
-    Recommended("ViT-B-32-quickgelu", "openai", 30.4, 58.8, 8.8, "MIT", "comparisons with papers"),
-    Recommended("ViT-B-16-SigLIP", "webli", 47.8, 74.7, 35.4, "Apache-2.0", "a CPU and time: 4 x the cost per image"),
-    Recommended("ViT-L-14", "datacomp_xl_s13b_b90k", 45.7, 73.4, 162.0, "MIT", "a GPU, long captions"),
-    Recommended("ViT-SO400M-14-SigLIP-384", "webli", 54.2, 83.0, 670.4, "Apache-2.0", "a GPU; the best recall"),
-    Recommended("xlm-roberta-base-ViT-B-32", "laion5b_s13b_b90k", 37.8, 64.5, 8.8, "MIT", "a CPU, " + _HF),
-    Recommended("ViT-B-16-SigLIP-i18n-256", "webli", 44.9, 72.2, 46.8, "Apache-2.0", "many languages, and time"),
-    Recommended("xlm-roberta-large-ViT-H-14", "frozen_laion5b_s13b_b90k", 49.2, 77.4, 334.6, "MIT", "a GPU, " + _HF),
-)
+    Recommended("ViT-B-32", "laion2b_s34b_b79k", 39.3, "open_clip", 8.8, "MIT", "a CPU; the default"),
+    Recommended("ViT-B-32-quickgelu", "openai", 30.4, "open_clip", 8.8, "MIT", "comparisons with papers"),
+    Recommended("ViT-B-32-SigLIP2-256", "webli", 47.2, "SigLIP 2", 11.5, "Apache-2.0", "a CPU, many languages"),
+    Recommended("MobileCLIP2-S2", "dfndr2b", 48.8, "MobileCLIP2", 15.7, "research only", "a CPU, in research"),
+    Recommended("ViT-B-16-SigLIP2", "webli", 52.1, "SigLIP 2", 35.4, "Apache-2.0", "a CPU and time, many languages"),
+    Recommended("ViT-L-14", "datacomp_xl_s13b_b90k", 45.7, "open_clip", 162.0, "MIT", "a GPU, long captions"),
+    Recommended("ViT-SO400M-16-SigLIP2-256", "webli", 55.4, "SigLIP 2", 220.5, "Apache-2.0", "a GPU, many languages"),
+    Recommended("PE-Core-L-14-336", "meta", 57.1, "PE", 384.4, "Apache-2.0", "a GPU; the best recall"),
+    Recommended(
+        "ViT-H-14-worldwide-quickgelu", "metaclip2_worldwide", None, "MetaCLIP 2", 334.6, "CC-BY-NC-4.0",
+        "a GPU, many languages, in research: 57.4 on CVQA",
+    ),
+    Recommended(
+        _MARQO + "B", "", None, "Marqo", 35.4, "Apache-2.0", f"shops: {_SHOPS} 83.2, of ViT-B-16-SigLIP 66.0",
+        "ViT-B-16-SigLIP",
+    ),
+    Recommended(
+        _MARQO + "L", "", None, "Marqo", 162.6, "Apache-2.0", f"shops, a GPU: {_SHOPS} 87.8", "ViT-L-16-SigLIP-256"
+    ),
+)  # fmt: skip
 DEFAULT = RECOMMENDED[0]
 
 
@@ -85,9 +107,15 @@ def list_catalogue() -> list[CatalogueEntry]:
     return entries
 
 
+def list_recommended() -> dict[Recommended, CatalogueEntry]:
+    """Describe the recommended models, in their order."""
+    entries = {entry.name: entry for entry in list_catalogue()}
+    return {row: replace(entries[row.towers or row.name], name=row.name) for row in RECOMMENDED}
+
+
 def recommended_weights(model: str) -> str | None:
     """Return the tag of the weights that a model is recommended with; None for any other model, and for a directory."""
-    return next((row.pretrained for row in RECOMMENDED if row.name == model and not Path(model).is_dir()), None)
+    return next((row.pretrained or None for row in RECOMMENDED if row.name == model and not Path(model).is_dir()), None)
 
 
 def languages_of(model: str) -> Literal["English", "many", ""]:

@@ -15,7 +15,7 @@ from typer.testing import CliRunner
 
 from app.cli import app
 from dcar_core.model.backbone import level_of_config, select_towers
-from dcar_core.model.catalogue import RECOMMENDED, CatalogueEntry, list_catalogue
+from dcar_core.model.catalogue import DEFAULT, RECOMMENDED, CatalogueEntry, list_catalogue, list_recommended
 from dcar_core.util.errors import ModelError
 from tests.support.parts import needs
 from tests.support.paths import ROOT
@@ -122,7 +122,13 @@ def test_the_catalogue_describes_every_model() -> None:
     many |= {each.name for each in RECOMMENDED if "many languages" in each.use}
     assert {entries()[name].languages for name in many} == {"many"}
     assert entries()["ViT-B-16-SigLIP"].languages == entries()["roberta-ViT-B-32"].languages == "English"
-    assert all(each.pretrained in entries()[each.name].pretrained for each in RECOMMENDED)
+    for row, entry in list_recommended().items():
+        assert row.pretrained in (entry.pretrained if not row.towers else ("",)), row.name
+
+
+def test_the_default_has_the_best_recall_of_free_weights_at_its_cost() -> None:
+    rivals = [each for each in RECOMMENDED if each.gflops <= DEFAULT.gflops and each.licence in ("MIT", "Apache-2.0")]
+    assert max(rivals, key=lambda each: each.coco or 0) == DEFAULT
 
 
 def models(*given: str) -> str:
@@ -132,9 +138,12 @@ def models(*given: str) -> str:
 def test_the_command_filters_and_recommends() -> None:
     line = next(line for line in models("mobileclip2").splitlines() if line.startswith("MobileCLIP2-B "))
     assert " ".join(line.split()) == "MobileCLIP2-B full 150 M 224 px 77 tokens English timm dfndr2b"
-    lines = models("--recommend").splitlines()
+    _, *lines = models("--recommend").splitlines()
     assert [line.split()[0] for line in lines] == [each.name for each in RECOMMENDED]
-    assert len(models("quickgelu", "--recommend").splitlines()) == 1
+    row = "ViT-B-32-SigLIP2-256 webli 377 1.5 GB 11.5 47.2 SigLIP 2 Apache-2.0 a CPU, many languages"
+    assert row in [" ".join(line.split()) for line in lines]
+    assert len({line.index(each.licence) for line, each in zip(lines, RECOMMENDED, strict=True)}) == 1, "columns"
+    assert len(models("quickgelu", "--recommend").splitlines()) == 3
     with pytest.raises(ModelError):
         models("no such model")
 

@@ -1,7 +1,8 @@
-"""Families of models go the whole way: train, checkpoint, index, serve, search, explain, restart."""
+"""Recommended models and other families go the whole way: train, checkpoint, index, serve, search, explain, restart."""
 
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -9,6 +10,7 @@ import pytest
 from dcar_core import Encoder
 from dcar_core.data import Annotations
 from dcar_core.model.backbone import BackboneSource, load_backbone
+from dcar_core.model.catalogue import RECOMMENDED
 from dcar_core.model.checkpoint import save_checkpoint
 from dcar_core.model.config import TrainConfig
 from dcar_core.model.dcar import seeded_model
@@ -21,12 +23,8 @@ from tests.support.searches import Client
 from tests.support.service import ServiceClient, opened
 from tests.support.tiny_models import small_timm_models, write_tiny_model
 
-FAMILIES = {  # one for each kind of towers
-    "ViT": "ViT-B-32", "SigLIP2": "ViT-B-16-SigLIP2", "ViTamin": "ViTamin-S", "PE-Core": "PE-Core-T-16-384",
-    "CoCa": "coca_ViT-B-32", "XLM-R": "xlm-roberta-base-ViT-B-32", "MobileCLIP-S": "MobileCLIP2-S0",
-    "ResNet": "RN50", "ConvNeXt": "convnext_base",
-}  # fmt: skip
-WITH_OPENVINO = ("SigLIP2", "XLM-R")  # whose conversion takes seconds
+RECOMMENDED_TOWERS = [row.towers or row.name for row in RECOMMENDED]
+OTHERS = ("ViTamin-S", "coca_ViT-B-32", "xlm-roberta-base-ViT-B-32", "RN50", "convnext_base")  # other kinds of towers
 QUERY = {"query": "a red square", "k": 2}
 
 
@@ -36,9 +34,8 @@ def _small_models() -> Iterator[None]:
         yield
 
 
-def trained(family: str, data: Path, path: Path) -> Path:
-    """A checkpoint of the family's shrunk model after two steps, by the method that has every part its towers take."""
-    name = FAMILIES[family]
+def trained(name: str, data: Path, path: Path) -> Path:
+    """A checkpoint of the shrunk model after two steps, by the method that has every part its towers take."""
     backbone = load_backbone(BackboneSource(str(write_tiny_model(name, path / "model"))))
     model = seeded_model(
         backbone, find_method("dcar+" if backbone.level == "full" else default_method(backbone)).config, 0
@@ -67,23 +64,28 @@ async def scores_of(http: ServiceClient) -> list[float]:
 
 @uses_parts
 @pytest.mark.parametrize(
-    "family",
-    [pytest.param(each, marks=needs("hf")) if name.startswith("xlm") else each for each, name in FAMILIES.items()],
+    "name",
+    [
+        pytest.param(each, marks=needs("hf")) if each.startswith("xlm") else each
+        for each in (*RECOMMENDED_TOWERS, *OTHERS)
+    ],
 )
-async def test_a_family_goes_the_whole_way(family: str, tiny_data: Path, tmp_path: Path) -> None:
-    checkpoint = trained(family, tiny_data, tmp_path)
+async def test_a_family_goes_the_whole_way(name: str, tiny_data: Path, tmp_path: Path) -> None:
+    with_export = PARTS["openvino"].is_present and name in (*RECOMMENDED_TOWERS, "xlm-roberta-base-ViT-B-32")
+    checkpoint = trained(name, tiny_data, tmp_path)
     index = tmp_path / "index"
     rebuild(tiny_data / "circle", checkpoint, index, workers=0, progress=False)
-    runtimes = ["torch", *(["openvino"] if PARTS["openvino"].is_present and family in WITH_OPENVINO else [])]
+    runtimes = ["torch", *["openvino"] * with_export]
+    settings: dict[str, Any] = {"runtime_cache": tmp_path / "cache", "deadline_ms": 100_000}
     scores = []
     for runtime in runtimes:
-        async with opened(index, runtime=runtime, runtime_cache=tmp_path / "cache") as http:
+        async with opened(index, runtime=runtime, **settings) as http:
             assert live(http).runtime.name == runtime
             scores.append(await scores_of(http))
-    if family in WITH_OPENVINO or family == "MobileCLIP-S":
-        async with opened(index, runtime=runtimes[-1], runtime_cache=tmp_path / "cache") as http:
+    if with_export:
+        async with opened(index, runtime=runtimes[-1], **settings) as http:
             await Client(http).text(**QUERY)
-            assert len(runtimes) == 1 or live(http).backbone is None, "a later start on an export needs no model"
+            assert live(http).backbone is None, "a later start on an export needs no model"
             scores.append(await scores_of(http))
     for each in scores[1:]:
         np.testing.assert_allclose(each, scores[0], atol=2e-3)
