@@ -147,13 +147,7 @@ async def ask(port: int, request: bytes) -> bytes:
 
 
 async def closed_loop(
-    port: int,
-    requests: Requests,
-    *,
-    connections: int,
-    seconds: float,
-    pause_s: float = 0.0,
-    check: Check | None = None,
+    port: int, requests: Requests, *, connections: int, seconds: float, pause_s: float = 0.0, check: Check | None = None
 ) -> Tally:
     """Run callers that send the next request as soon as they have a response, or after a pause."""
     tally = Tally()

@@ -23,10 +23,7 @@ from dcar_core.model.backbone import BackboneSource, load_backbone
 from dcar_core.model.checkpoint import load_checkpoint
 from dcar_core.model.dcar import DCAR
 from dcar_core.training.prepared_split import FeatureCache, FrozenFeatures, PreparedSplit, prepare_split
-from dcar_core.training.validation import (
-    encode_images,
-    new_categories,
-)
+from dcar_core.training.validation import encode_images, new_categories
 from dcar_core.util.metrics import Comparison, Ranks, Scores, compute_ranks
 
 CHUNK = 32
