@@ -193,10 +193,10 @@ def test_job_that_ends_its_process_is_given_up(index: Path, monkeypatch: pytest.
             raise SystemExit("killed")
         return add(index, gallery, **options)
 
-    def die_of_text(draft: FieldChanges, rows: Any, fields: Any) -> int:
-        if "deadly" in fields.values():
+    def die_of_text(draft: FieldChanges, changes: Any) -> int:
+        if any("deadly" in fields.values() for _, fields in changes):
             raise SystemExit("killed")
-        return merge(draft, rows, fields)
+        return merge(draft, changes)
 
     monkeypatch.setattr(updates, "add", die_of_images)
     merge = FieldChanges.merge
