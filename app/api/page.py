@@ -16,7 +16,15 @@ from fastapi.responses import Response
 
 from app.api.guard import Policy
 from app.api.requests import ItemsQuery
-from app.api.routing import JsonResponse, Routes, not_modified, openapi_document, served_version, state_of
+from app.api.routing import (
+    JsonResponse,
+    Routes,
+    collection_of,
+    not_modified,
+    openapi_document,
+    served_version,
+    state_of,
+)
 from app.core.problems import Problem
 from app.search.results import count_values
 from app.search.served_version import filter_rows, group_field
@@ -63,7 +71,7 @@ def _sort_fields(index: IndexVersion) -> list[dict[str, Any]]:
 async def catalogue(request: Request) -> Response:
     """Return the fields of the index, and whether the page can and should search by words as well."""
     served, settings = await served_version(request), state_of(request).settings
-    index = served.index
+    index, waits_for = served.index, state_of(request).collections[collection_of(request)].waits_for
     has_words = len(index.sample_vectors) > 0
     body = {
         "fields": _sort_fields(index),
@@ -71,7 +79,7 @@ async def catalogue(request: Request) -> Response:
         "has_words": has_words,
         "has_cutoff": served.min_score is not None,
         "hybrid_by_default": has_words and settings.page_hybrid,
-        "model_note": served.model_note,
+        "model_note": " ".join(filter(None, (served.model_note, waits_for))),
         "languages": served.languages,
         "max_k": min(settings.max_k, settings.max_window),
     }

@@ -22,6 +22,7 @@ from app.search.errors import CollectionNotFoundError, UnavailableError, without
 from app.search.served_version import ServedVersion, is_published, load_served_version
 from dcar_core.util.errors import ArtifactError, DcarError
 from index_jobs.index.created_collections import list_collections
+from index_jobs.index.manifest import WAITING
 from index_jobs.index.stores import location_of, store_of
 from index_jobs.index.versions import current_version, pull, require_index
 
@@ -40,6 +41,7 @@ class Collection:
         self.reason: str | None = _OPENING if is_created else _LOADING  # why it is not served, without directories
         self.waiting_jobs = 0  # changes of its items that had not ended when they were last counted
         self.was_tried = asyncio.Event()  # set once the first load has ended, or the collection is closed
+        self.waits_for: str | None = None  # why the watch of its gallery takes no more changes, without directories
         self._collections = collections
         self._tried_version: int | None = None
         self._retry_at = 0.0
@@ -132,7 +134,7 @@ class Collection:
     @property
     def fault(self) -> str | None:
         """Why the collection is degraded; None if it is not, or not open yet."""
-        return self.reason if self.was_tried.is_set() else None
+        return (self.reason or self.waits_for) if self.was_tried.is_set() else None
 
     def _record_failure(self, error: BaseException, state: str = "not served") -> DcarError:
         """Note why a version is not served; log it once, or report it if the service cannot start."""
@@ -159,9 +161,17 @@ class Collection:
             if version is None or version != self._tried_version or time.monotonic() >= self._retry_at:
                 with contextlib.suppress(DcarError):  # `_record_failure` has logged it
                     await self.reload()
+            self.waits_for = await self._collections.disk.run(self._read_waiting)
             if poll_s == 0:
                 return
             await asyncio.sleep(poll_s)
+
+    def _read_waiting(self) -> str | None:
+        """Return the reason that a watch has written lately; None if none waits."""
+        with contextlib.suppress(OSError):
+            if time.time() - (path := self.path / WAITING).stat().st_mtime < RETRY_S:
+                return without_directories(path.read_text(encoding="utf-8"), self.path)
+        return None
 
 
 class Collections:

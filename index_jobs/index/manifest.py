@@ -17,6 +17,7 @@ ITEMS, REMOVED, CHANGED = "items.arrow", "removed.npy", "changed.npy"
 CHECKPOINT, FAILED, LEXICAL = "checkpoint", "failed.jsonl", "lexical"
 _HASH = re.compile("[0-9a-f]{64}")
 OVER_HTTP, BY_WATCH = "over HTTP", "by a watch"  # origins of changes
+WAITING = "watch-waits.txt"  # why a watch takes no more changes, written again while it lasts
 
 
 def manifest_key(version: int) -> str:

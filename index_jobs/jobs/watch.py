@@ -5,16 +5,17 @@
 - A change is taken once two scans, SETTLE_S apart, agree on it: a file that is being copied waits. One that cannot be
   decoded is reported, and tried again when it changes.
 - Everything that has changed meanwhile becomes one version. A renamed file is one removed and one added.
-- A gallery that is missing, empty, or has lost too many images is taken for an unmounted disk: nothing is changed until
-  it is back.
+- A gallery that is missing, empty, or has lost too many images is taken for an unmounted disk: nothing is removed until
+  it is back. The service reads the reason in the index. A file that is elsewhere in the gallery is not lost.
 - Items that came from elsewhere, as over HTTP, are left alone.
 """
 
+import contextlib
 import multiprocessing
 import signal
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -24,11 +25,12 @@ import watchfiles
 
 from dcar_core import Encoder
 from dcar_core.util.errors import DataError, DcarError, GalleryShrunkError
+from dcar_core.util.files import write_bytes
 from index_jobs.encoding.encode import load_replicas
 from index_jobs.gallery.locations import is_url, join_location
 from index_jobs.gallery.scan import Gallery, scan
 from index_jobs.index.index_version import IndexVersion
-from index_jobs.index.manifest import BY_WATCH
+from index_jobs.index.manifest import BY_WATCH, WAITING
 from index_jobs.index.versions import open_current
 from index_jobs.jobs.update import add, live_gallery, read_failures, remove
 from index_jobs.spec import KEEP_WRITES, BuildOptions
@@ -74,14 +76,17 @@ def watch(index: Path, say: Callable[[str], object], **options: Any) -> None:
                 now = folder.stat()
                 if is_due or notices:
                     is_due, reason = watched.update(stop), ""
+                    (index / WAITING).unlink(missing_ok=True)
                 if parent is not None and not parent.is_alive():
                     return
                 if (now.st_dev, now.st_ino) != device:  # mounted anew; the former folder sends no notices
                     break
         except (DcarError, OSError) as error:
             if str(error) != reason:
-                say(f"nothing is changed while this lasts: {error}")
+                say(f"nothing is removed while this lasts: {error}")
             reason = str(error)
+            with contextlib.suppress(OSError):  # the disk may be full
+                write_bytes(index / WAITING, reason.encode(), shared=True)
             stop.wait(RETRY_S)
 
 
@@ -106,7 +111,7 @@ class _WatchedGallery:
         """Publish what has changed. Return True if images are still changing.
 
         Raises:
-            GalleryShrunkError: too many images are gone.
+            GalleryShrunkError: too many images are gone; the others are published.
             DcarError: the gallery cannot be read, or nothing can be published now.
         """
         started, before = time.monotonic(), _states(scan(self._location))
@@ -117,11 +122,9 @@ class _WatchedGallery:
         gallery = scan(self._location)
         states = _states(gallery)
         gone = [item_id for item_id in known if item_id not in states and item_id not in before]
-        if len(gone) > max(_FEW, self._options.max_vanished * len(known)):
-            raise GalleryShrunkError(
-                f"{len(gone):,} of the {len(known):,} images of {self._location} are gone; mount or restore what is "
-                f"missing, or, if they are meant to be gone, take them out by `dcar index remove`"
-            )
+        lost = _lost([known[item_id] for item_id in gone], states.values())
+        if is_shrunk := lost > max(_FEW, self._options.max_vanished * len(known)):
+            gone = []
         changed = {key: state for key, state in states.items() if before.get(key) == state != known.get(key)}
         if changed or gone:
             counts = self._publish(
@@ -131,6 +134,12 @@ class _WatchedGallery:
             if done := ", ".join(f"{count:,} {name}" for name, count in counts.items() if count):
                 manifest = open_current(self._index).manifest
                 self._say(f"{done}: version {manifest.version}, {manifest.count:,} images")
+        if is_shrunk:
+            raise GalleryShrunkError(
+                f"{lost:,} of the {len(known):,} images of {self._location} are gone; mount or restore what is "
+                f"missing, or, if they are meant to be gone, run `dcar index watch --max-vanished 1`, or `dcar "
+                f"quickstart` again"
+            )
         return self._known != states
 
     def _publish(self, changed: Gallery, gone: list[str]) -> dict[str, int]:
@@ -167,6 +176,12 @@ def _states(gallery: Gallery) -> dict[str, _State]:
     columns = ("id", "location", "size", "mtime_ns", "caption", "category", "metadata")
     rows = zip(*(gallery.table[name].to_pylist() for name in columns), strict=True)
     return {item_id: (join_location(gallery.root, location), *rest) for item_id, location, *rest in rows}
+
+
+def _lost(gone: Iterable[_State], states: Iterable[_State]) -> int:
+    """Count the files that are nowhere else: none has their size and time of change, or name where that is unknown."""
+    elsewhere = {(size, kept) for path, size, mtime, *_ in states for kept in (mtime, path.rpartition("/")[2])}
+    return sum((size, mtime or path.rpartition("/")[2]) not in elsewhere for path, size, mtime, *_ in gone)
 
 
 def _indexed_states(current: IndexVersion, states: dict[str, _State]) -> dict[str, _State]:

@@ -18,7 +18,7 @@ from app.core.settings import Settings
 from app.core.turns import supervise
 from app.server import serve
 from dcar_core.util.errors import DcarError
-from index_jobs.index.manifest import Current
+from index_jobs.index.manifest import WAITING, Current
 from index_jobs.index.versions import current_version, rollback
 from index_jobs.rebuild import rebuild
 from tests.support.commands import Command
@@ -58,6 +58,11 @@ async def test_broken_version_keeps_the_old_one_served_until_it_is_repaired(
             point(index, 2)
             await until_ready(client, status="ready")
         assert ready["reason"].startswith("index has no version 7")
+        (index / WAITING).write_text(reason := "21 of the 24 images are gone; mount what is missing")
+        assert (await until_ready(client, status="degraded"))["reason"] == reason
+        assert (await client.get("/ui/catalogue")).json()["model_note"].endswith(reason)
+        (index / WAITING).unlink()
+        await until_ready(client, status="ready")
     assert not [record for record in caplog.records if record.exc_info]
 
 

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from dcar_core.util.errors import ArtifactError, DataError
+from index_jobs.index.manifest import WAITING
 from index_jobs.index.versions import list_versions, open_current, version_numbers
 from index_jobs.jobs.update import apply_waiting
 from index_jobs.jobs.watch import watch as watch_index
@@ -124,8 +125,9 @@ def test_a_gallery_that_is_gone_or_mostly_gone_empties_no_index(gallery: Path, i
     assert watching.is_silent()
     gallery.rename(aside)
     line = watching.line()
-    assert line.startswith("nothing is changed while this lasts: ")
+    assert line.startswith("nothing is removed while this lasts: ")
     assert str(gallery) in line
+    assert str(gallery) in (index / WAITING).read_text()
     aside.rename(gallery)
     draw("pink", "circle").save(gallery / "pink.png")
     assert watching.line().startswith("1 added: version 2, 25 images")
@@ -135,10 +137,23 @@ def test_a_gallery_that_is_gone_or_mostly_gone_empties_no_index(gallery: Path, i
     for shape in ("circle", "triangle"):
         (gallery / shape).rename(aside / shape)
     assert "12 of the 19 images" in watching.line()
+    draw("navy", "circle").save(gallery / "navy.png")
+    assert watching.line().startswith("1 added: version 4, 20 images")
     assert watching.is_silent(), "the reason is said once"
     (aside / "circle").rename(gallery / "circle")
-    assert watching.line().startswith("6 removed: version 4, 13 images")
+    assert watching.line().startswith("6 removed: version 5, 14 images")
     assert watching.end() == 0
+    assert not (index / WAITING).exists()
+
+
+def test_most_of_a_gallery_in_a_renamed_folder_is_a_move(gallery: Path, index: Path, watch: Watch) -> None:
+    (new := gallery / "by-shape").mkdir()
+    for shape in ("circle", "triangle"):
+        (gallery / shape).rename(new / shape)
+    watching = watch()
+    assert watching.line().startswith("12 added, 12 removed: version 2, 24 images"), "moved before the watch began"
+    new.rename(gallery / "shapes")
+    assert watching.line().startswith("12 added, 12 removed: version 3, 24 images")
 
 
 def test_a_watch_without_an_index_or_a_gallery_on_this_machine_ends_with_an_error(

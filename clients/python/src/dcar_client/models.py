@@ -278,7 +278,7 @@ class HealthResponse(Model):
 
 
 class ReadinessResponse(Model):
-    """ready: searches work in every open collection. degraded: they work, but a newer version cannot be served.
+    """ready: searches work in every open collection. degraded: they work, but not for a newer version or changed files.
 
     index_version and count belong to the default collection. model_note: tells of a model that stands in.
     """
