@@ -5,6 +5,7 @@ import sys
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from enum import StrEnum
+from importlib.util import find_spec
 from pathlib import Path
 
 _SHOWN, _SHOWN_FIELDS, _SHOWN_CHARS = 5, 40, 80  # names in a message, names of fields, characters of one
@@ -112,7 +113,9 @@ def install_command(extra: str) -> str:
     checkout = Path(__file__).parents[2]
     if Path(sys.prefix) == checkout / ".venv":
         return f"make {'' if Path.cwd() == checkout else f'-C {shlex.quote(str(checkout))} '}install EXTRAS={extra}"
-    return f"{shlex.quote(sys.executable)} -m pip install 'dcar[{extra}]'"
+    python = shlex.quote(sys.executable)
+    pip = "" if find_spec("pip") else f"{python} -m ensurepip && "  # environments of uv have none
+    return f"{pip}{python} -m pip install 'dcar[{extra}]'"
 
 
 @contextmanager
