@@ -7,7 +7,6 @@
 import logging
 import math
 from typing import Any, Literal, NotRequired
-from urllib.parse import quote
 
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
@@ -15,7 +14,7 @@ from fastapi.responses import Response
 from starlette.requests import ClientDisconnect
 from typing_extensions import TypedDict  # pydantic needs this one before Python 3.12
 
-from app.api.routing import FieldError, collection_of, state_of
+from app.api.routing import FieldError, state_of
 from app.core.problems import Problem, field_problem, from_validation
 from app.search import errors
 from app.search.results import SearchResponse, image_url, public_metadata
@@ -135,12 +134,6 @@ def gallery_item(items: str, item: Item) -> GalleryItem:
         "width": item.width,
         "height": item.height,
     }
-
-
-def items_path(request: Request) -> str:
-    """Return the URL path of the items of the request's collection."""
-    collection = collection_of(request)
-    return "/items" if collection is None else f"/collections/{quote(collection, safe='')}/items"
 
 
 class ItemResponse(GalleryItem):

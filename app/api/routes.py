@@ -18,12 +18,12 @@ from app.api import feedback, page, requests, responses, writing
 from app.api.feedback import noted
 from app.api.guard import OPEN, PART_BYTES, Policy, byte_counter, out_of_scope
 from app.api.requests import decode_base64
-from app.api.responses import items_path
 from app.api.routing import (
     QUICK_BYTES,
     ItemId,
     JsonResponse,
     Routes,
+    items_path,
     may_read,
     not_modified,
     read_json,
@@ -71,7 +71,8 @@ async def search_text(request: Request) -> Response:
 
 async def _search(request: Request, served: ServedVersion, query: Query, image: bytes | None = None) -> Response:
     body, size = await state_of(request).retriever.search(served, query, image, items_path(request))
-    noted(request, query, body, has_image=image is not None)
+    if state_of(request).feedback is not None:
+        noted(request, query, body, has_image=image is not None)
     return await send_items(request, body, size)
 
 

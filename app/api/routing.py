@@ -11,6 +11,7 @@ from collections.abc import Awaitable, Callable, Mapping
 from functools import cache
 from inspect import signature
 from typing import Annotated, Any, NotRequired, Protocol, TypeVar, cast
+from urllib.parse import quote
 
 from fastapi import FastAPI, Path, Request
 from fastapi.responses import Response
@@ -201,6 +202,12 @@ def state_of(request: Request) -> ServiceState:
 def collection_of(request: Request) -> str | None:
     """Return the collection named in the path; None means the default one."""
     return cast(str | None, request.path_params.get("collection"))
+
+
+def items_path(request: Request) -> str:
+    """Return the URL path of the items of the request's collection."""
+    collection = collection_of(request)
+    return "/items" if collection is None else f"/collections/{quote(collection, safe='')}/items"
 
 
 async def served_version(request: Request) -> ServedVersion:

@@ -16,7 +16,7 @@ from app.search.errors import InvalidQueryError
 from app.search.query import Crop, Plan, Query, make_plan, query_vector, row_of
 from app.search.results import SearchResponse, answer
 from app.search.served_version import ServedVersion, load_served_version
-from dcar_core.encoder.encoder import ImageRow, TextRow, encode_image_rows, encode_text_rows, starts_quickly
+from dcar_core.encoder.encoder import starts_quickly
 from dcar_core.images import OpenedImage
 from dcar_core.util.arrays import Floats
 from dcar_core.util.errors import ImageError
@@ -84,7 +84,7 @@ class Index:
         return {**body, "took_ms": round((time.perf_counter() - started) * 1000, 2)}
 
     def _encode(self, texts: Sequence[str]) -> list[Floats]:
-        return list(encode_text_rows([TextRow(self.served.encoder, text) for text in texts])) if texts else []
+        return list(self.served.encoder.encode_text(texts, max(1, len(texts))))
 
     def _encode_image(self, image: str | Path | bytes, crop: Crop | None) -> Floats:
         preprocess = self.served.preprocess
@@ -95,7 +95,7 @@ class Index:
             if isinstance(image, bytes):
                 raise
             raise ImageError(f"{image}: {error.strerror if isinstance(error, OSError) else error}") from error
-        vector: Floats = encode_image_rows([ImageRow(self.served.encoder, pixels)])[0]
+        vector: Floats = self.served.encoder.encode_pixels(pixels[None])[0]
         return vector
 
 

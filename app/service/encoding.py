@@ -4,7 +4,7 @@
     image -> hash -> cache, Redis, or decoding process -> model thread (batched)
 
 - Equal queries at the same time share one computation, which is cancelled when its last waiter leaves.
-- Encoders that share a backbone share its forward passes: see `dcar_core.encoder.encoder`.
+- Encoders that share a backbone share its forward passes: see `dcar_core.encoder.state`.
 """
 
 import asyncio
@@ -25,7 +25,8 @@ from app.search.errors import UnavailableError
 from app.search.query import Crop
 from app.search.served_version import Recent, ServedVersion
 from app.service.redis_cache import RedisCache
-from dcar_core.encoder.encoder import Encoder, ImageRow, TextRow, encode_image_rows, encode_text_rows
+from dcar_core.encoder.encoder import Encoder
+from dcar_core.encoder.state import ImageRow, TextRow, encode_image_rows, encode_text_rows
 from dcar_core.images import ALL_FORMATS, MAX_PIXELS
 from dcar_core.images.workers import Convert
 from dcar_core.model.preprocess import Preprocess
@@ -218,7 +219,7 @@ class QueryEncoder:
         encoder = served.encoder
 
         async def embed() -> Floats:  # encoders on one backbone share its runtime
-            row = TextRow(encoder, text)
+            row = TextRow(encoder.runtime, encoder.state, text)
             return await self.batcher.submit(id(encoder.runtime), encode_text_rows, row)
 
         return await self._find(encoder, text, embed)
@@ -228,7 +229,8 @@ class QueryEncoder:
         encoder = served.encoder
 
         async def embed() -> Floats:
-            row = ImageRow(encoder, await self._pixels(data, served.preprocess, crop, is_query=True))
+            pixels = await self._pixels(data, served.preprocess, crop, is_query=True)
+            row = ImageRow(encoder.runtime, encoder.state, pixels)
             return await self.batcher.submit(id(encoder.runtime), encode_image_rows, row)
 
         quick = len(data) <= _QUICK_BYTES

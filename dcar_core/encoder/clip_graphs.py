@@ -13,8 +13,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from dcar_core.encoder.runtimes import OPTIONS, library, open_openvino
-from dcar_core.encoder.state import EncoderState, Runtime, build_state
+from dcar_core.encoder.runtimes import open_openvino
+from dcar_core.encoder.state import OPENVINO_OPTIONS, EncoderState, Runtime, build_state, openvino_library
 from dcar_core.model.checkpoint import Trainables
 from dcar_core.model.clip_files import ClipFiles
 from dcar_core.model.config import ModelConfig
@@ -28,7 +28,7 @@ class _Tower:
     """The parts of a tower as nodes of a graph. prefix: of the names of its weights."""
 
     def __init__(self, clip: ClipFiles, prefix: str) -> None:
-        self.ops, self.clip, self.prefix = library().opset13, clip, prefix
+        self.ops, self.clip, self.prefix = openvino_library().opset13, clip, prefix
         sizes = clip.vision if prefix else clip.text
         self.width, self.blocks = int(sizes["width"]), int(sizes["layers"])
         self.heads = int(self.width // sizes["head_width"] if prefix else sizes["heads"])
@@ -116,7 +116,7 @@ def image_graph(clip: ClipFiles, depth: int, *, has_adapters: bool) -> Any:
             inner = ops.relu(ops.matmul(tower.normalized(x), down, False, True))
             x = x + ops.matmul(inner, up, False, False)
     x = ops.matmul(tower.norm(tower.reshaped(x, 0, width), "ln_post"), tower.weight("proj"), False, False)
-    return library().Model([x], [pixels, *prompts, *adapters])
+    return openvino_library().Model([x], [pixels, *prompts, *adapters])
 
 
 def text_graph(clip: ClipFiles) -> Any:
@@ -142,7 +142,7 @@ def text_graph(clip: ClipFiles) -> Any:
             mask = ops.unsqueeze(ops.gather(mask, last, _ZERO), _ONE)  # [B, 1, 1, p + n]
         x = tower.block(x, i, q, k, v, mask)
     x = ops.matmul(tower.norm(tower.reshaped(x, 0, width), "ln_final"), tower.weight("text_projection"), False, False)
-    return library().Model([x], [tokens, weights, keys, values])
+    return openvino_library().Model([x], [tokens, weights, keys, values])
 
 
 def prefix(clip: ClipFiles, prompts: Floats | None) -> tuple[Floats, Floats]:
@@ -158,7 +158,7 @@ def prefix(clip: ClipFiles, prompts: Floats | None) -> tuple[Floats, Floats]:
         q, k, v = tower.queries_keys_values(x, i)
         outputs += [k, v]
         x = tower.block(x, i, q, k, v, mask)
-    graph = library().Core().compile_model(library().Model(outputs, [rows]), "CPU", OPTIONS)
+    graph = openvino_library().Core().compile_model(openvino_library().Model(outputs, [rows]), "CPU", OPENVINO_OPTIONS)
     arrays = list(graph([given]).values())
     return np.stack(arrays[::2]), np.stack(arrays[1::2])
 

@@ -16,15 +16,15 @@ from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from shutil import copyfile
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING
 
 import numpy as np
 from PIL import Image
 
 from dcar_core.encoder import exports
 from dcar_core.encoder.clip_graphs import load_state, open_clip_graphs
-from dcar_core.encoder.runtimes import AUTO, OpenVinoRuntime, auto_exports, check_runtime, load_runtime
-from dcar_core.encoder.state import EncoderState, Runtime, encode_pixels, encode_texts, normalize
+from dcar_core.encoder.runtimes import AUTO, auto_exports, check_runtime, load_runtime
+from dcar_core.encoder.state import EncoderState, OpenVinoRuntime, Runtime, encode_texts, normalize
 from dcar_core.images import ImageSource
 from dcar_core.model.checkpoint import (
     PORTABLE,
@@ -232,32 +232,6 @@ def _load_files(
                 raise
             logger.warning("%s", error)
     return None
-
-
-class TextRow(NamedTuple):
-    """A text for one encoder."""
-
-    encoder: Encoder
-    text: str
-
-
-class ImageRow(NamedTuple):
-    """An image for one encoder: uint8 (3, S, S), from its `preprocess`."""
-
-    encoder: Encoder
-    pixels: Pixels
-
-
-def encode_text_rows(rows: Sequence[TextRow]) -> Floats:
-    """Encode texts -> float32 (B, E), L2-normalized. All encoders must share one runtime."""
-    states = [row.encoder.state for row in rows]
-    return encode_texts(rows[0].encoder.runtime, states, [row.text for row in rows], len(rows))
-
-
-def encode_image_rows(rows: Sequence[ImageRow]) -> Floats:
-    """Encode images -> float32 (B, E), L2-normalized. All encoders must share one runtime."""
-    states = [row.encoder.state for row in rows]
-    return encode_pixels(rows[0].encoder.runtime, states, [row.pixels for row in rows])
 
 
 def add_portable_export(checkpoint: Path, backbone: "Backbone | None") -> None:

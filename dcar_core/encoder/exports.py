@@ -30,7 +30,7 @@ from safetensors.numpy import load, save
 from tokenizers import Tokenizer
 
 from dcar_core.encoder import runtimes
-from dcar_core.encoder.state import EncoderState, FeatureAdapterArrays, Runtime
+from dcar_core.encoder.state import EncoderState, FeatureAdapterArrays, Runtime, openvino_library
 from dcar_core.model.checkpoint import PORTABLE, compute_fingerprint, read_config, read_trainables
 from dcar_core.model.config import MODEL_CONFIG, ModelConfig
 from dcar_core.model.preprocess import Preprocess
@@ -75,7 +75,7 @@ def ensure_export(model: "DCAR", backbone_hash: str, cache: Path) -> Path:
 
     text, image = graphs_of(model)
     inputs = f"d{image.depth}t{text.depth}" + ("a" if image.has_adapters else "")
-    versions = f"{runtimes.library().__version__.split('-')[0]}-torch-{version('torch').split('+')[0]}"
+    versions = f"{openvino_library().__version__.split('-')[0]}-torch-{version('torch').split('+')[0]}"
     final = cache / "exports" / f"{backbone_hash[:16]}_{inputs}_openvino_{versions}_g{GRAPHS}"
     try:
         if not final.is_dir():
@@ -96,7 +96,7 @@ def _export(final: Path, graphs: "Mapping[str, TextGraph | ImageGraph]") -> None
     """Convert and save the graphs, weights in float32. A `.part` is of a process that was killed."""
     from dcar_core.encoder.graphs import tracing
 
-    openvino, aside = runtimes.library(), final.with_name(final.name + ".part")
+    openvino, aside = openvino_library(), final.with_name(final.name + ".part")
     shutil.rmtree(aside, ignore_errors=True)
     aside.mkdir()
     try:

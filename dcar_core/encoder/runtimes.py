@@ -7,21 +7,18 @@
 
 import logging
 import sys
-import threading
 import weakref
 from collections.abc import Callable, Hashable
-from concurrent.futures import ThreadPoolExecutor
-from functools import partial
 from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from dcar_core.encoder.state import EncoderState, Runtime, encode_pixels, encode_texts
+from dcar_core.encoder.state import EncoderState, OpenVinoRuntime, Runtime, encode_pixels, encode_texts
 from dcar_core.util import machine
 from dcar_core.util.arrays import Floats, Pixels
-from dcar_core.util.errors import DcarError, RuntimeUnavailableError, install_command
+from dcar_core.util.errors import DcarError, RuntimeUnavailableError
 
 if TYPE_CHECKING:
     from dcar_core.model.dcar import DCAR
@@ -31,8 +28,6 @@ logger = logging.getLogger(__name__)
 AUTO = "auto"
 EXPORTED = {"openvino-bf16": "bf16", "openvino": "f32"}  # runtimes on an export, and OpenVINO's name of the precision
 RUNTIMES = ("torch", "cuda", *EXPORTED)
-# Of OpenVINO: one request at a time on all cores.
-OPTIONS = {"INFERENCE_PRECISION_HINT": "f32", "PERFORMANCE_HINT": "LATENCY", "NUM_STREAMS": "1"}
 TEXT, IMAGE = "text.xml", "image.xml"  # the graphs of an export
 LEAST_COSINE = 0.999
 PROBE_TEXTS = (
@@ -48,43 +43,6 @@ PROBE_TEXTS = (
 
 Vectors = tuple[Floats, Floats]  # of the probe's texts (n, E) and images (m, E)
 _open: "weakref.WeakValueDictionary[Hashable, Runtime]" = weakref.WeakValueDictionary()
-
-
-def library() -> Any:
-    """Import OpenVINO, without telemetry that would take the cores; or raise RuntimeUnavailableError."""
-    sys.modules.setdefault("openvino_telemetry", None)  # type: ignore[arg-type] # as if it were not installed
-    try:
-        import openvino
-    except ImportError:
-        remedy = f"the runtime torch needs none: {install_command('torch')}"
-        raise RuntimeUnavailableError(f"OpenVINO is not installed; {remedy}") from None
-    return openvino
-
-
-class OpenVinoRuntime(Runtime):
-    """Both graphs, compiled; needs neither the model nor PyTorch.
-
-    graphs: of texts and of images, as files or models. directory: of their weights. hint: "f32" or "bf16".
-    """
-
-    def __init__(self, name: str, graphs: tuple[Any, Any], directory: Path, *, hint: str, threads: int) -> None:
-        core = library().Core()
-        self.directory = directory
-        config = OPTIONS | {"INFERENCE_PRECISION_HINT": hint, "INFERENCE_NUM_THREADS": str(threads)}
-        try:
-            with ThreadPoolExecutor(2) as pool:  # each takes one core for half a second
-                compiled = list(pool.map(lambda graph: core.compile_model(graph, "CPU", config), graphs))
-        except RuntimeError as error:
-            reason = str(error).strip().splitlines()[-1]
-            raise RuntimeUnavailableError(f"OpenVINO cannot compile the model in {directory}: {reason}") from error
-        turn = threading.Lock()
-        super().__init__(name, *(partial(_run, graph, turn) for graph in compiled))
-
-
-def _run(graph: Any, turn: threading.Lock, inputs: tuple[Any, ...]) -> Floats:
-    with turn:
-        result: Floats = graph(list(inputs))[0]
-        return result.copy()  # the library writes into this memory again at the next call
 
 
 def check_runtime(name: str) -> None:

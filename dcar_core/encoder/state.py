@@ -10,10 +10,15 @@ Letters: V tokens of the vocabulary, A an adapter's inner width, S side in pixel
 """
 
 import hashlib
+import sys
+import threading
 from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from itertools import pairwise
-from typing import Any
+from pathlib import Path
+from typing import Any, NamedTuple
 
 import numpy as np
 from threadpoolctl import ThreadpoolController
@@ -22,11 +27,14 @@ from dcar_core.model.config import ModelConfig, ReweightConfig
 from dcar_core.model.preprocess import Preprocess
 from dcar_core.model.tokenizer import TextLayout, TextTokenizer
 from dcar_core.util.arrays import Floats, Pixels, Rows, TokenIds
+from dcar_core.util.errors import RuntimeUnavailableError, install_command
 
 _CHUNK = 4096  # tokens of the vocabulary
 PASS_COST = 128  # of a forward pass before its first token, in tokens; on a ViT-B/32 with AMX a fifth faster than 32
 _NUMPY_THREADS = ThreadpoolController()  # found now, since later it would search more libraries
 
+# Of OpenVINO: one request at a time on all cores.
+OPENVINO_OPTIONS = {"INFERENCE_PRECISION_HINT": "f32", "PERFORMANCE_HINT": "LATENCY", "NUM_STREAMS": "1"}
 RunGraph = Callable[[tuple[Any, ...]], Floats]
 
 
@@ -44,6 +52,43 @@ class Runtime:
     def image(self, pixels: Pixels, inputs: tuple[Floats, ...]) -> Floats:
         """pixels (B, 3, S, S), `image_inputs` of one or of B encoders -> (B, E), not normalized."""
         return self._run_image((pixels, *inputs))
+
+
+def openvino_library() -> Any:
+    """Import OpenVINO, without telemetry that would take the cores; or raise RuntimeUnavailableError."""
+    sys.modules.setdefault("openvino_telemetry", None)  # type: ignore[arg-type] # as if it were not installed
+    try:
+        import openvino
+    except ImportError:
+        remedy = f"the runtime torch needs none: {install_command('torch')}"
+        raise RuntimeUnavailableError(f"OpenVINO is not installed; {remedy}") from None
+    return openvino
+
+
+class OpenVinoRuntime(Runtime):
+    """Both graphs, compiled; needs neither the model nor PyTorch.
+
+    graphs: of texts and of images, as files or models. directory: of their weights. hint: "f32" or "bf16".
+    """
+
+    def __init__(self, name: str, graphs: tuple[Any, Any], directory: Path, *, hint: str, threads: int) -> None:
+        core = openvino_library().Core()
+        self.directory = directory
+        config = OPENVINO_OPTIONS | {"INFERENCE_PRECISION_HINT": hint, "INFERENCE_NUM_THREADS": str(threads)}
+        try:
+            with ThreadPoolExecutor(2) as pool:  # each takes one core for half a second
+                compiled = list(pool.map(lambda graph: core.compile_model(graph, "CPU", config), graphs))
+        except RuntimeError as error:
+            reason = str(error).strip().splitlines()[-1]
+            raise RuntimeUnavailableError(f"OpenVINO cannot compile the model in {directory}: {reason}") from error
+        turn = threading.Lock()
+        super().__init__(name, *(partial(_run, graph, turn) for graph in compiled))
+
+
+def _run(graph: Any, turn: threading.Lock, inputs: tuple[Any, ...]) -> Floats:
+    with turn:
+        result: Floats = graph(list(inputs))[0]
+        return result.copy()  # the library writes into this memory again at the next call
 
 
 @dataclass(frozen=True, eq=False)
@@ -204,6 +249,32 @@ def encode_pixels(runtime: Runtime, states: Sequence[EncoderState], pixels: Sequ
     for rows in _grouped(states, id):
         out[rows] = states[rows[0]].adapt_images(out[rows])
     return out
+
+
+class TextRow(NamedTuple):
+    """A text for one encoder."""
+
+    runtime: Runtime
+    state: EncoderState
+    text: str
+
+
+class ImageRow(NamedTuple):
+    """An image for one encoder: uint8 (3, S, S), from its `preprocess`."""
+
+    runtime: Runtime
+    state: EncoderState
+    pixels: Pixels
+
+
+def encode_text_rows(rows: Sequence[TextRow]) -> Floats:
+    """Encode texts -> float32 (B, E), L2-normalized. All encoders must share one runtime."""
+    return encode_texts(rows[0].runtime, [row.state for row in rows], [row.text for row in rows], len(rows))
+
+
+def encode_image_rows(rows: Sequence[ImageRow]) -> Floats:
+    """Encode images -> float32 (B, E), L2-normalized. All encoders must share one runtime."""
+    return encode_pixels(rows[0].runtime, [row.state for row in rows], [row.pixels for row in rows])
 
 
 def _grouped(states: Sequence[EncoderState], key: Callable[[EncoderState], Hashable]) -> Iterable[list[int]]:

@@ -22,7 +22,7 @@ from app.core.turns import Decoders, FairQueue, FairThreads, FairTurns
 from app.search.errors import UnavailableError
 from app.search.served_version import ServedVersion
 from app.service.encoding import Batcher, QueryEncoder
-from dcar_core.encoder.encoder import TextRow
+from dcar_core.encoder.state import TextRow
 from dcar_core.images import ALL_FORMATS, MAX_PIXELS
 from dcar_core.images.workers import Convert, DecodeWorker, Limits
 from dcar_core.util.arrays import Floats
@@ -204,7 +204,9 @@ async def test_nobody_ever_gets_the_vector_of_another_text(seed: int) -> None:
 
     settings = Settings(index=Path("unused"), cache_size=5, batch_size=4, batch_wait_ms=1)
     encoder = QueryEncoder(settings, Metrics())
-    served = cast(ServedVersion, SimpleNamespace(encoder=SimpleNamespace(fingerprint="f", dim=8, runtime=encode)))
+    served = cast(
+        ServedVersion, SimpleNamespace(encoder=SimpleNamespace(fingerprint="f", dim=8, runtime=encode, state=None))
+    )
     outcomes = Counter[str]()
 
     async def ask(text: str) -> None:

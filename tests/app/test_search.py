@@ -153,7 +153,7 @@ async def test_index_answers_as_the_service_does(reranking_index: Path, tmp_path
         reranked = await client.post("/search/text", json=options)
         form = {"query": "circle", "crop": json.dumps(crop)}
         cropped = await client.post("/search/image", files={"file": png("red")}, data=form)
-    index = Index.open(reranking_index, device="cpu")
+    index = Index.open(reranking_index, device="cpu", runtime="torch")
     answers: list[tuple[Any, httpx.Response]] = [(index.search(**options), reranked)]
     for image in (png("red"), tmp_path / "red.png", str(tmp_path / "red.png")):
         answers.append((index.search("circle", image=image, crop=crop), cropped))

@@ -14,7 +14,7 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from dcar_core import Encoder
-from dcar_core.encoder.encoder import ImageRow, TextRow, encode_image_rows, encode_text_rows
+from dcar_core.encoder.state import ImageRow, TextRow, encode_image_rows, encode_text_rows
 from dcar_core.model.backbone import Backbone, BackboneSource, load_backbone
 from dcar_core.model.checkpoint import (
     CONFIG,
@@ -202,8 +202,8 @@ def test_mixed_rows_equal_each_encoder_alone(
 ) -> None:
     monkeypatch.setattr("dcar_core.encoder.state.PASS_COST", 10_000)  # so length alone does not split a batch
     pixels = np.random.default_rng(0).integers(0, 256, (4, 3, 32, 32), np.uint8)
-    texts = [TextRow(encoders[name], text) for text in TEXTS for name in names]
-    images = [ImageRow(encoders[name], each) for each in pixels for name in names]
+    texts = [TextRow(encoders[name].runtime, encoders[name].state, text) for text in TEXTS for name in names]
+    images = [ImageRow(encoders[name].runtime, encoders[name].state, each) for each in pixels for name in names]
     runtime = encoders[names[0]].runtime
     with mock.patch.object(runtime, "text", wraps=runtime.text) as text:
         mixed = encode_text_rows(texts)
@@ -211,9 +211,9 @@ def test_mixed_rows_equal_each_encoder_alone(
         mixed_images = encode_image_rows(images)
     assert (text.call_count, image.call_count) == (text_passes, image_passes)
     for row, vector in zip(texts, mixed, strict=True):
-        np.testing.assert_allclose(vector, row.encoder.encode_text([row.text])[0], atol=2e-6)
+        np.testing.assert_allclose(vector, encode_text_rows([row])[0], atol=2e-6)
     for each, vector in zip(images, mixed_images, strict=True):
-        np.testing.assert_allclose(vector, each.encoder.encode_pixels(each.pixels[None])[0], atol=2e-6)
+        np.testing.assert_allclose(vector, encode_image_rows([each])[0], atol=2e-6)
 
 
 linux = pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")

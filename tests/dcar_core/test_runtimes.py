@@ -23,7 +23,6 @@ from dcar_core.encoder.graphs import extract_state
 from dcar_core.encoder.runtimes import (
     LEAST_COSINE,
     PROBE_TEXTS,
-    OpenVinoRuntime,
     auto_exports,
     auto_runtimes,
     check_vectors,
@@ -31,6 +30,7 @@ from dcar_core.encoder.runtimes import (
     probe_images,
     reference_vectors,
 )
+from dcar_core.encoder.state import OpenVinoRuntime
 from dcar_core.model.backbone import BackboneSource, load_backbone
 from dcar_core.model.config import AdapterConfig, ModelConfig, PromptConfig, ReweightConfig
 from dcar_core.model.dcar import DCAR
