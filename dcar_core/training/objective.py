@@ -7,7 +7,8 @@
   features, then backpropagate part by part through the encoders. The result does not depend on the number of parts.
 """
 
-from functools import partial
+import logging
+from functools import cache, partial
 
 import numpy as np
 import torch
@@ -17,7 +18,10 @@ from torch import Tensor
 from dcar_core.model.config import Amp, LossDirection
 from dcar_core.model.dcar import DCAR
 from dcar_core.training.prepared_split import PreparedSplit
+from dcar_core.util import machine
 from dcar_core.util.arrays import Rows
+
+logger = logging.getLogger(__name__)
 
 
 def resolve_amp(amp: Amp, device: torch.device) -> Amp:
@@ -29,11 +33,19 @@ def resolve_amp(amp: Amp, device: torch.device) -> Amp:
     return "bfloat16" if torch.cuda.is_bf16_supported(including_emulation=False) else "float16"
 
 
+@cache
+def warn_once(message: str) -> None:
+    """Log a warning, the same one once in a process."""
+    logger.warning(message)
+
+
 class MixedPrecision:
     """Automatic mixed precision on a device."""
 
     def __init__(self, amp: Amp, device: torch.device) -> None:
         self.name = resolve_amp(amp, device)
+        if self.name == "bfloat16" and device.type == "cpu" and (reason := machine.missing_bf16()):
+            warn_once(f"--amp bfloat16 is many times slower than --amp off here: {reason}")
         dtype = getattr(torch, self.name, None)
         self.autocast = partial(torch.autocast, device.type, dtype, enabled=self.name != "off")
         self.scaler = torch.amp.GradScaler(device.type, enabled=self.name == "float16")

@@ -28,8 +28,10 @@ from dcar_core.training.objective import (
     head_loss,
     late_interaction_loss,
     resolve_amp,
+    warn_once,
 )
 from dcar_core.training.prepared_split import PreparedSplit
+from dcar_core.util import machine
 from dcar_core.util.arrays import Rows
 from tests.support.training import batch_loss, model_and_data, move_weights
 
@@ -241,9 +243,21 @@ def test_losses_are_full_precision_in_a_mixed_pass(
     assert all(precision == [False, {torch.float32}] for _, *precision in seen)
 
 
-def test_automatic_precision_takes_no_emulated_bfloat16(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_automatic_precision_takes_no_emulated_bfloat16(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     """PyTorch calls bfloat16 supported on any GPU that can emulate it, at a fraction of float16's speed."""
+    monkeypatch.setattr(machine, "CPUINFO", tmp_path / "cpuinfo")
+    (tmp_path / "cpuinfo").write_text("flags : avx512_bf16 avx2\n")
+    MixedPrecision("bfloat16", torch.device("cpu"))
+    (tmp_path / "cpuinfo").write_text("flags : avx2\n")
     assert MixedPrecision("auto", torch.device("cpu")).name == "off"
+    assert not caplog.messages
+    warn_once.cache_clear()
+    for _ in range(2):
+        MixedPrecision("bfloat16", torch.device("cpu"))
+    (warning,) = caplog.messages
+    assert warning.startswith("--amp bfloat16 is many times slower than --amp off here: this processor has no bf16")
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation=True: including_emulation)
     assert resolve_amp("auto", torch.device("cuda")) == "float16"
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation=True: True)
