@@ -1,5 +1,6 @@
 """`dcar serve`, `dcar search`, `dcar key`, and two that index and serve at once: `dcar demo` and `dcar quickstart`."""
 
+import contextlib
 import gc
 import hashlib
 import json
@@ -7,7 +8,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import typer
 
@@ -18,6 +19,9 @@ from dcar_core.util.console import show_progress
 from dcar_core.util.errors import DataError, DcarError, HubUnavailableError, ImageError, ImageFault
 from dcar_core.util.options import command, option, with_options
 from index_jobs.spec import IndexSpec
+
+if TYPE_CHECKING:
+    from index_jobs.gallery.scan import Gallery
 
 HOST = option("127.0.0.1", "Address to listen on.")
 PORT = option(8000, "Port to listen on.", min=1, max=65535)
@@ -183,6 +187,7 @@ def quickstart(
     """
     show_progress()
     from app.server import base_url
+    from index_jobs.gallery.scan import scan
     from index_jobs.rebuild import rebuild
 
     source = gallery.absolute()
@@ -191,9 +196,13 @@ def quickstart(
     typer.echo(f"1 of 3: model {model}")
     checkpoint = _unadapted(model, pretrained or recommended_weights(model), data / "zero-shot")
     typer.echo(f"2 of 3: index {gallery}")
-    out = data / "quickstart" / _short_hash(str(source)) / (source.stem or "gallery")
+    out, images = data / "quickstart" / _short_hash(str(source)) / (source.stem or "gallery"), scan(source)
+    if not out.exists() and (moved := _index_of_moved(images, data / "quickstart")):
+        out.parent.mkdir(parents=True, exist_ok=True)
+        moved.rename(out)
+        typer.echo("This gallery was moved: its vectors are taken over.")
     build |= {"max_failed": 1.0, "max_vanished": 1.0}  # broken images are counted below, deleted ones are meant to be
-    summary = rebuild(source, checkpoint, out, **build)
+    summary = rebuild(images, checkpoint, out, **build)
     state = "already indexed" if summary.reused else f"indexed in {summary.seconds:.0f} s"
     typer.echo("\n".join([f"{summary.count:,} images, {state}", *summary.notes()]))
     follows = "New photos are followed." if watch else "`--watch` follows new photos."
@@ -207,6 +216,20 @@ def quickstart(
         if watcher is not None:
             watcher.terminate()
             watcher.wait()
+
+
+def _index_of_moved(images: "Gallery", folder: Path) -> Path | None:
+    """Return an index whose gallery is no longer there and had mostly these images."""
+    from index_jobs.index.versions import open_current
+
+    ids = {*images.table["id"].to_pylist()}
+    for current in folder.glob("*/*/CURRENT"):
+        with contextlib.suppress(DcarError):  # damaged
+            served = open_current(current.parent)
+            is_gone = bool(served.manifest.root) and not Path(served.manifest.root).exists()
+            if is_gone and 2 * len(ids.intersection(served.column("id").to_pylist())) > served.rows:
+                return current.parent
+    return None
 
 
 def _unadapted(model: str, pretrained: str | None, folder: Path) -> Path:

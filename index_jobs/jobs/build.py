@@ -238,7 +238,7 @@ class _Build:
         built = new.prepare(self._write(new, encoded))
         verdict = self._require_no_worse(built)
         manifest = new.commit(built.manifest, keep=options.keep)
-        if served is not None and not served.manifest.is_as_built:
+        if served is not None and self._loses_changes(served):
             logger.warning(
                 "version %d holds the gallery as it is; what was added, removed or changed in %d is not in it",
                 manifest.version, served.manifest.version,
@@ -271,6 +271,16 @@ class _Build:
             return None
         kept = pc.sum(pc.is_in(ids, self._served_ids())).as_py() or 0
         return {"added": len(ids) - kept, "removed": self.served.manifest.count - kept}
+
+    def _loses_changes(self, served: IndexVersion) -> bool:
+        """Return whether items of the served version were changed, removed or added by others than the gallery."""
+        manifest, ids = served.manifest, served.column("id")
+        removed = {*ids.filter(~served.live).to_pylist()} - {*self._served_ids().to_pylist()}
+        return bool(
+            manifest.changed
+            or {source for addition in manifest.additions for source in addition.sources} - {manifest.spec.gallery}
+            or not removed.isdisjoint(self.gallery.table["id"].to_pylist())
+        )
 
     def _require_few_removed(self) -> None:
         """Raise GalleryShrunkError if too many of the served items are gone, unless forced."""

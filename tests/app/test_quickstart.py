@@ -21,6 +21,7 @@ from dcar_core.model.config import MODEL_CONFIG
 from dcar_core.util.errors import DataError, HubUnavailableError, ModelError
 from dcar_core.util.machine import WEIGHTS_FILE
 from index_jobs.index.versions import current_version, open_current, read_manifest
+from index_jobs.jobs.update import remove
 from tests.support.images import png
 from tests.support.processes import free_port
 
@@ -71,6 +72,12 @@ def test_without_a_hub_the_bundled_model_indexes_and_serves_a_folder(
     assert open_current(served[1]["index"]).manifest.version == opened.manifest.version
     (photos / "cat.png").unlink()
     assert "2 images, indexed in" in quickstart(photos, data=tmp_path / "data").output
+    moved, before = photos.rename(tmp_path / "elsewhere"), served[-1]["index"]
+    with caplog.at_level("INFO"):
+        assert "its vectors are taken over" in quickstart(moved, data=tmp_path / "data").output
+    assert "2 of 3 images have vectors already" in caplog.text
+    assert not before.exists()
+    assert "holds the gallery as it is" not in caplog.text
 
 
 def test_without_a_hub_a_model_is_looked_for_in_the_cache_alone(tmp_path: Path) -> None:
@@ -131,7 +138,7 @@ def test_a_missing_folder_is_named_before_a_model_is_loaded(tmp_path: Path) -> N
 
 
 def test_a_photo_that_is_added_while_it_serves_is_published(
-    photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     def serve(index: Path, **flags: Any) -> None:
         (photos / "heron.png").write_bytes(png("navy"))
@@ -143,3 +150,9 @@ def test_a_photo_that_is_added_while_it_serves_is_published(
     assert "New photos are followed" in quickstart(photos, "--watch", data=tmp_path / "data").output
     (index,) = (path.parents[1] for path in (tmp_path / "data").rglob("versions/2.json"))
     assert read_manifest(index, 2).change == "1 image added by a watch"
+    monkeypatch.setattr("app.cli.serving.serve_index", lambda **flags: None)
+    assert "4 images, indexed in" in quickstart(photos, data=tmp_path / "data").output
+    assert "is not in it" not in caplog.text, "the watch took what the gallery has"
+    remove(index, [open_current(index).item(0).id])
+    quickstart(photos, data=tmp_path / "data")
+    assert "is not in it" in caplog.text
