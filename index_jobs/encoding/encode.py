@@ -164,11 +164,12 @@ class EncodedGallery:
         path, names = self.store.path / FAILED, gallery.table["name"]
         self.write_failed(path)
         examples = "; ".join(f"{names[failure.row].as_py()}: {failure.reason}" for failure in sorted(self.failed)[:3])
-        remedy = ", or raise --max-failed" if limit < 1 else ""
-        raise DataError(
-            f"too few images of {gallery.location} can be read: {count:,} of {total:,} failed, at most {limit:.1%} may."
-            f" {examples}. {path} lists them; repair or remove them{remedy}"
-        )
+        if limit < 1:
+            fault = f"{count:,} of {total:,} failed, at most {limit:.1%} may"
+            fault, remedy = f"too few images of {gallery.location} can be read: {fault}", ", or raise --max-failed"
+        else:
+            fault, remedy = f"none of the {total:,} images to encode can be read", ""
+        raise DataError(f"{fault}. {examples}. {path} lists them; repair or remove them{remedy}")
 
     def finish(self) -> "EncodedGallery":
         self.seconds = time.perf_counter() - self._start

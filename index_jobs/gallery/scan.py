@@ -74,8 +74,8 @@ _PATH_COLUMNS = (*IMAGE_COLUMNS, "url")
 _CAPTION_COLUMNS = ("title", "name")  # of lists without captions
 _NOT_READ = formats.HEIC_SUFFIXES | {  # of images, videos and compressed tars
     ".svg", ".svgz", ".cr2", ".cr3", ".nef", ".arw", ".dng", ".raf", ".orf", ".rw2", ".pef", ".mp4", ".mov", ".avi",
-    ".mkv", ".webm", ".m4v", ".mpg", ".wmv", ".3gp", ".psd", ".jp2", ".jxl", ".ico", ".gz", ".tgz", ".bz2", ".xz",
-    ".zst",
+    ".mkv", ".webm", ".m4v", ".mpg", ".wmv", ".3gp", ".pdf", ".psd", ".jp2", ".jxl", ".ico", ".gz", ".tgz", ".bz2",
+    ".xz", ".zst",
 }  # fmt: skip
 
 
@@ -204,8 +204,8 @@ def _list_images(location: str) -> tuple[str, Iterable[GalleryImage]]:
         raise DataError(f"{location} is not a gallery; give a folder, an uncompressed .tar or a list ({kinds})")
     if skipped:
         kinds = ", ".join(f"{count} {suffix}" for suffix, count in sorted(skipped.items()))
-        remedy = "give JPEG or PNG and plain tars; HEIC needs"
-        logger.warning("not read: %s; %s %s", kinds, remedy, install_command("heic"))
+        heic = f"; HEIC needs {install_command('heic')}" if formats.HEIC_SUFFIXES & skipped.keys() else ""
+        logger.warning("not read: %s; give JPEG or PNG and plain tars%s", kinds, heic)
     return root, sorted(images, key=lambda image: image.name)
 
 

@@ -11,6 +11,7 @@
 """
 
 import contextlib
+import logging
 import multiprocessing
 import signal
 import threading
@@ -28,6 +29,7 @@ from dcar_core.util.errors import DataError, DcarError, GalleryShrunkError
 from dcar_core.util.files import write_bytes
 from index_jobs.encoding.encode import load_replicas
 from index_jobs.gallery.locations import is_url, join_location
+from index_jobs.gallery.metadata import GalleryMetadata
 from index_jobs.gallery.scan import Gallery, scan
 from index_jobs.index.index_version import IndexVersion
 from index_jobs.index.manifest import BY_WATCH, WAITING
@@ -65,6 +67,8 @@ def watch(index: Path, say: Callable[[str], object], **options: Any) -> None:
 
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, end)
+    for reader in (scan, GalleryMetadata):
+        logging.getLogger(reader.__module__).addFilter(_FirstWarnings())
     while not stop.is_set():
         try:
             folder, is_due = watched.open(), True
@@ -88,6 +92,20 @@ def watch(index: Path, say: Callable[[str], object], **options: Any) -> None:
             with contextlib.suppress(OSError):  # the disk may be full
                 write_bytes(index / WAITING, reason.encode(), shared=True)
             stop.wait(RETRY_S)
+
+
+class _FirstWarnings(logging.Filter):
+    """Passes a warning once, since each scan gives it again."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._given = set[str]()
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        message = record.getMessage()
+        is_new = record.levelno >= logging.WARNING and message not in self._given
+        self._given.add(message)
+        return is_new
 
 
 class _WatchedGallery:

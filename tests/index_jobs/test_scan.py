@@ -138,7 +138,7 @@ def test_files_that_are_not_read_are_counted(
     kind: str, place: str, tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(formats, "IMAGE_SUFFIXES", formats.IMAGE_SUFFIXES - formats.HEIC_SUFFIXES)
-    others = ("b.svg", "c.SVG", "d.mp4", "e.pef", "._f.svg", "notes.txt", "b.heic", "c.HIF")
+    others = ("b.svg", "c.SVG", "d.mp4", "e.pef", "._f.svg", "notes.txt", "b.heic", "c.HIF", "g.pdf")
     files = {"a.png": png(), **dict.fromkeys(others, b"")}
     if kind == "tar":
         write_tar(tmp_path / "shard.tar", files)
@@ -146,7 +146,7 @@ def test_files_that_are_not_read_are_counted(
         for name, content in files.items():
             write_file(tmp_path / name, content)
     assert len(scan(tmp_path / place)) == 1
-    assert "not read: 1 .heic, 1 .hif, 1 .mp4, 1 .pef, 2 .svg; " in caplog.text
+    assert "not read: 1 .heic, 1 .hif, 1 .mp4, 1 .pdf, 1 .pef, 2 .svg; " in caplog.text
     assert "notes" not in caplog.text
 
 
