@@ -86,11 +86,11 @@ def watch(index: Path, say: Callable[[str], object], **options: Any) -> None:
                 if (now.st_dev, now.st_ino) != device:  # mounted anew; the former folder sends no notices
                     break
         except (DcarError, OSError) as error:
+            with contextlib.suppress(OSError):  # the disk may be full
+                write_bytes(index / WAITING, str(error).encode(), shared=True)
             if str(error) != reason:
                 say(f"nothing is removed while this lasts: {error}")
             reason = str(error)
-            with contextlib.suppress(OSError):  # the disk may be full
-                write_bytes(index / WAITING, reason.encode(), shared=True)
             stop.wait(RETRY_S)
 
 
@@ -154,9 +154,8 @@ class _WatchedGallery:
                 self._say(f"{done}: version {manifest.version}, {manifest.count:,} images")
         if is_shrunk:
             raise GalleryShrunkError(
-                f"{lost:,} of the {len(known):,} images of {self._location} are gone; mount or restore what is "
-                f"missing, or, if they are meant to be gone, run `dcar index watch --max-vanished 1`, or `dcar "
-                f"quickstart` again"
+                f"{lost:,} images of {self._location} are gone; mount or restore what is missing, or, if they are "
+                f"meant to be gone, run `dcar quickstart` again, or `dcar index watch {self._index} --max-vanished 1`"
             )
         return self._known != states
 
