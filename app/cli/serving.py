@@ -5,6 +5,7 @@ import gc
 import hashlib
 import json
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -210,6 +211,8 @@ def quickstart(
     sys.stdout.flush()
     command = [sys.executable, "-m", "app.cli", "index", "watch", str(out), "--runtime", build["runtime"]]
     watcher = subprocess.Popen(command) if watch else None  # so that encoding holds up no search
+    if watch:
+        signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # which ends the watcher, too
     try:
         serve_index(index=out, host=host, port=port, runtime=build["runtime"])
     finally:

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import signal
 import time
 from pathlib import Path
 from typing import Any
@@ -145,9 +146,12 @@ def test_a_photo_that_is_added_while_it_serves_is_published(
         end = time.monotonic() + 60
         while current_version(index) == 1 and time.monotonic() < end:
             time.sleep(0.1)
+        signal.raise_signal(signal.SIGTERM)  # as the server does after its last request
 
     monkeypatch.setattr("app.cli.serving.serve_index", serve)
-    assert "New photos are followed" in quickstart(photos, "--watch", data=tmp_path / "data").output
+    done = quickstart(photos, "--watch", data=tmp_path / "data")
+    assert "New photos are followed" in done.output
+    assert done.exit_code == 128 + signal.SIGTERM, "it ended by itself, after the watch"
     (index,) = (path.parents[1] for path in (tmp_path / "data").rglob("versions/2.json"))
     assert read_manifest(index, 2).change == "1 image added by a watch"
     monkeypatch.setattr("app.cli.serving.serve_index", lambda **flags: None)
