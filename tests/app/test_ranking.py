@@ -68,6 +68,7 @@ def unit(rng: np.random.Generator, *shape: int) -> np.ndarray:
     return vectors
 
 
+@pytest.mark.filterwarnings("ignore:invalid value encountered in matmul")  # a flag of BLAS; the values are compared
 @pytest.mark.parametrize("seed", range(20))
 def test_folding_equals_folding_row_by_row(seed: int) -> None:
     """Vectors of small integers: sums are exact in any order, and many similarities are equal."""
