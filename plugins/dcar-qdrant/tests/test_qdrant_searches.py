@@ -142,7 +142,7 @@ def response(index: Index, request: dict[str, Any]) -> Any:
     matches = [(item["id"], item.get("group"), item.get("folded"), item["level"]) for item in found["results"]]
     scores = [(result["score"], result.get("text_score", 0)) for result in found["results"]]
     rest = {name: value for name, value in found.items() if name not in ("results", "took_ms")}
-    return matches, rest, np.array(scores).round(4).tolist()
+    return matches, rest, np.array(scores)
 
 
 @pytest.mark.slow
@@ -151,8 +151,12 @@ def test_random_requests_have_equal_responses(opened: tuple[Index, Index]) -> No
     for _ in range(REQUESTS):
         drawn = draw_request(rng)
         here, there = (response(index, drawn) for index in opened)
-        assert there == here, drawn
-        filled += bool(here[0]) and not isinstance(here, str)
+        if isinstance(here, str) or isinstance(there, str):
+            assert there == here, drawn
+            continue
+        assert there[:2] == here[:2], drawn
+        np.testing.assert_allclose(there[2], here[2], atol=2e-4, err_msg=str(drawn))
+        filled += bool(here[0])
     assert filled > REQUESTS // 2
 
 
