@@ -1,5 +1,5 @@
 # make demo       search the bundled emoji galleries on http://127.0.0.1:8000  (PORT=, HOST=, DOMAIN=openmoji)
-# make test       tests of all installed parts, in JOBS=4 processes           (ARGS="-k name" for some)
+# make test       tests of all installed parts, in JOBS=3 processes           (ARGS="-k name" for some)
 # make check      lint, format, types, import direction, sizes
 # make size       lines by folder against their budgets
 # make test-plugins  the plug-ins, installed into the same environment, and their tests    (ARGS= as above)
@@ -15,7 +15,7 @@ HOST ?= 127.0.0.1
 PORT ?= 8000
 DOMAIN ?= twemoji
 EXTRAS ?=
-JOBS ?= 4
+JOBS ?= 3
 VENV := .venv
 BIN := $(VENV)/bin
 
