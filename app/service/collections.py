@@ -216,20 +216,16 @@ class Collections:
     @property
     def missing(self) -> str | None:
         """Why a collection of the settings cannot be searched; None if all can."""
-        faults = (
-            (name, collection) for name, collection in self if collection.current is None and not collection.is_created
-        )
-        return next((self._with_name(name, collection.reason or _LOADING) for name, collection in faults), None)
+        for name, collection in self:
+            if collection.current is None and not collection.is_created:
+                return self._with_name(name, collection.reason or _LOADING)
+        return None
 
     @property
     def reason(self) -> str | None:
         """Why some collection is degraded, see `Collection.fault`; None if none is."""
-        return (
-            "; ".join(
-                self._with_name(name, collection.fault) for name, collection in self if collection.fault is not None
-            )
-            or None
-        )
+        faults = [self._with_name(name, collection.fault) for name, collection in self if collection.fault is not None]
+        return "; ".join(faults) or None
 
     def start(self) -> None:
         """Load the collections of the settings, then created ones, and begin to poll, in the background."""
@@ -255,11 +251,10 @@ class Collections:
             return
         async with self._sync_lock:
             paths = await self.disk.run(list_collections, self.settings.collections_dir)
-            for name in [
-                name for name, collection in self if collection.is_created and paths.get(name) != collection.path
-            ]:
-                await self._by_name.pop(name).close()
-                logger.info("no longer serving the collection %s: it was dropped, or its directory is gone", name)
+            for name, collection in self:
+                if collection.is_created and paths.get(name) != collection.path:
+                    await self._by_name.pop(name).close()
+                    logger.info("no longer serving the collection %s: it was dropped, or its directory is gone", name)
             for name, path in paths.items():
                 if name not in self._by_name:
                     created = self._by_name[name] = Collection(path, self, is_created=True)

@@ -16,7 +16,7 @@ from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
-from itertools import pairwise
+from itertools import count, pairwise
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -206,7 +206,10 @@ def _token_factors(backbone: Any, config: ReweightConfig, trainables: Mapping[st
     if config.query != "predicted" or "head.linear.weight" not in trainables:
         return None
     parts = list[Floats]()
-    while len(rows := backbone.embeddings(start := _CHUNK * len(parts), start + _CHUNK)):
+    for start in count(0, _CHUNK):
+        rows = backbone.embeddings(start, start + _CHUNK)  # [n, W_t]
+        if not len(rows):
+            break
         centred = rows - rows.mean(1, keepdims=True)
         scaled = centred / np.sqrt(centred.var(1, keepdims=True) + 1e-5)
         factors = 1 + scaled @ trainables["head.linear.weight"][0] + trainables["head.linear.bias"]

@@ -95,7 +95,7 @@ def watch(index: Path, say: Callable[[str], object], **options: Any) -> None:
 
 
 class _FirstWarnings(logging.Filter):
-    """Passes a warning once, since each scan gives it again."""
+    """Let a warning pass once, and nothing below it, since every scan repeats them."""
 
     def __init__(self) -> None:
         super().__init__()

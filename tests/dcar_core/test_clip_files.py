@@ -10,13 +10,12 @@ from typing import Any
 
 import numpy as np
 import pytest
-import torch
 from safetensors.numpy import load_file, save_file
 
 from dcar_core import Encoder
 from dcar_core.encoder.encoder import add_portable_export
 from dcar_core.model.backbone import load_backbone
-from dcar_core.model.checkpoint import CONFIG, PORTABLE, copy_checkpoint, save_checkpoint
+from dcar_core.model.checkpoint import CONFIG, PORTABLE, copy_checkpoint
 from dcar_core.model.clip_files import read_clip_files
 from dcar_core.model.config import (
     MODEL_CONFIG,
@@ -27,13 +26,12 @@ from dcar_core.model.config import (
     PromptConfig,
     ReweightConfig,
 )  # fmt: skip
-from dcar_core.model.dcar import DCAR
 from dcar_core.util.errors import CheckpointError, ModelError
 from dcar_core.util.machine import WEIGHTS_FILE, missing_bf16
 from tests.support.parts import needs
 from tests.support.paths import ROOT
 from tests.support.processes import without_pytorch
-from tests.support.random_clip import write_model
+from tests.support.random_clip import checkpoint_on, write_model
 
 pytestmark = needs("openvino")
 
@@ -42,17 +40,6 @@ DEEP = ModelConfig(prompt=PromptConfig(length=3, depth=2), adapter=ADAPTERS, rew
 IMAGES = ModelConfig(prompt=PromptConfig(text=False))
 TEXTS = ["a red square", "", "crying cat 😿, it's a naïve long caption that goes on and on beyond the context of 32"]
 PIXELS = np.random.default_rng(0).integers(0, 256, (3, 3, 32, 32), np.uint8)
-
-
-def checkpoint_on(model: Path, config: ModelConfig, path: Path) -> Path:
-    """Write a checkpoint whose every trainable differs from its start."""
-    torch.manual_seed(3)
-    dcar = DCAR(load_backbone(BackboneSource(str(model))), config)
-    with torch.no_grad():
-        for _, parameter in dcar.trainables():
-            parameter.add_(0.05 * torch.randn_like(parameter))
-    save_checkpoint(dcar, path)
-    return path
 
 
 @pytest.mark.parametrize(

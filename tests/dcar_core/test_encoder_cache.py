@@ -17,6 +17,7 @@ from dcar_core.model.checkpoint import copy_checkpoint, save_checkpoint
 from dcar_core.model.config import AdapterConfig, ModelConfig, PromptConfig, ReweightConfig
 from dcar_core.model.dcar import DCAR
 from tests.support.parts import needs
+from tests.support.random_clip import checkpoint_on
 
 pytestmark = needs("openvino")
 
@@ -30,13 +31,7 @@ def checkpoint(exported_model: Path, tmp_path_factory: pytest.TempPathFactory) -
     path = tmp_path_factory.mktemp("cached") / "checkpoint"
     adapters, predicted = AdapterConfig(text=True, image=True), ReweightConfig(query="predicted")
     config = ModelConfig(prompt=PromptConfig(length=3, depth=2), adapter=adapters, reweight=predicted)
-    torch.manual_seed(1)
-    dcar = DCAR(load_backbone(BackboneSource(str(exported_model))), config)
-    with torch.no_grad():
-        for _, parameter in dcar.trainables():
-            parameter.add_(0.05 * torch.randn_like(parameter))
-    save_checkpoint(dcar, path)
-    return path
+    return checkpoint_on(exported_model, config, path)
 
 
 @pytest.fixture(scope="module")

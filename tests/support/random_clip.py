@@ -1,4 +1,4 @@
-"""A model directory with a random CLIP, small enough to build in a tenth of a second."""
+"""A model directory with a random CLIP, small enough to build in a tenth of a second, and checkpoints on it."""
 
 import json
 from pathlib import Path
@@ -7,7 +7,10 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 
-from dcar_core.model.config import MODEL_CONFIG
+from dcar_core.model.backbone import load_backbone
+from dcar_core.model.checkpoint import save_checkpoint
+from dcar_core.model.config import MODEL_CONFIG, BackboneSource, ModelConfig
+from dcar_core.model.dcar import DCAR
 
 MODEL: dict[str, Any] = {
     "embed_dim": 32,
@@ -28,4 +31,15 @@ def write_model(path: Path, **settings: Any) -> Path:
     clip = kind(**{name: value for name, value in json.loads(json.dumps(config)).items() if name != "custom_text"})
     save_file({k: v.contiguous() for k, v in clip.state_dict().items()}, str(path / "open_clip_model.safetensors"))
     (path / MODEL_CONFIG).write_text(json.dumps({"model_cfg": config, "preprocess_cfg": PREPROCESS}))
+    return path
+
+
+def checkpoint_on(model: Path, config: ModelConfig, path: Path) -> Path:
+    """Write a checkpoint whose every trainable differs from its start."""
+    torch.manual_seed(3)
+    dcar = DCAR(load_backbone(BackboneSource(str(model))), config)
+    with torch.no_grad():
+        for _, parameter in dcar.trainables():
+            parameter.add_(0.05 * torch.randn_like(parameter))
+    save_checkpoint(dcar, path)
     return path
