@@ -94,7 +94,7 @@ def query_terms(text: str, is_known: Callable[[str], bool]) -> list[str]:
     terms = dict[str, None]()
     for parts, code in _chunks(text):
         terms |= dict.fromkeys(parts)
-        if any(map(is_known, code)) or not all(map(is_known, parts)):
+        if code and (any(map(is_known, code)) or not all(map(is_known, parts))):
             terms |= dict.fromkeys(code)
     return ([term for term in terms if term not in _STOP_WORDS] or list(terms))[:_MAX_QUERY_TERMS]
 
