@@ -27,7 +27,7 @@ from dcar_core.model.config import ModelConfig, ReweightConfig
 from dcar_core.model.preprocess import Preprocess
 from dcar_core.model.tokenizer import TextLayout, TextTokenizer
 from dcar_core.util.arrays import Floats, Pixels, Rows, TokenIds
-from dcar_core.util.errors import RuntimeUnavailableError, install_command
+from dcar_core.util.errors import ModelError, RuntimeUnavailableError, install_command
 
 _CHUNK = 4096  # tokens of the vocabulary
 PASS_COST = 128  # of a forward pass before its first token, in tokens; on a ViT-B/32 with AMX a fifth faster than 32
@@ -172,7 +172,11 @@ def build_state(
     Args:
         backbone: a `Backbone` or `ClipFiles`. hashes: the fingerprint, and the backbone's.
         text_inputs: those of text prompts (depth, k, W_t). skipped: as in the state.
+
+    Raise ModelError for a method with encoders of its own.
     """
+    if any(name.startswith("encoders.") for name in trainables):
+        raise ModelError(f"{config.method} can be compared by `dcar evaluate`, but not served; train another method")
     prompt, image_inputs, image_key = config.prompt, list[Floats](), hashlib.sha256(hashes[1].encode())
     if prompt.depths[1]:
         weight, bias, own = (trainables[f"prompts.{name}"] for name in ("couple.weight", "couple.bias", "residual"))

@@ -20,7 +20,7 @@ from dcar_core.evaluation.method_runner import MethodRunner, serving_cost
 from dcar_core.evaluation.tables import Results, best_method, plot_recall, results_markdown, spread, summarise
 from dcar_core.model.backbone import Backbone
 from dcar_core.model.config import UNTOUCHED, LossDirection, ModelConfig, TrainConfig
-from dcar_core.model.dcar import DCAR, seeded_model
+from dcar_core.model.dcar import seeded_model
 from dcar_core.model.methods import find_method
 from dcar_core.negatives import add_negatives, backbone_functions
 from dcar_core.training.prepared_split import FeatureCache, FrozenFeatures, report_truncation
@@ -69,7 +69,7 @@ def compare(
     """
     configs = {name: find_method(name).config.with_loss_direction(loss) for name in methods}
     for chosen in configs.values():  # before hours of training
-        DCAR(backbone, chosen)  # raises if the towers cannot run it
+        seeded_model(backbone, chosen, 0)  # raises if the towers cannot run it
     splits, reports = Annotations(data, images).load_all(SPLITS, "skip" if skip_broken else "require")
     splits = add_negatives(splits, reports, backbone_functions(backbone), mode=negatives, taxonomy=taxonomy)
     report_truncation(splits, reports, backbone, max(chosen.prompt.length for chosen in configs.values()))

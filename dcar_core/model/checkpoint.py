@@ -43,11 +43,9 @@ def compute_fingerprint(backbone_hash: str, config: ModelConfig, trainables: Map
     Settings that no vector depends on (the loss, pair weights) are left out.
     """
     reweight = config.reweight
-    serving = [
-        config.prompt.to_dict(), config.adapter.to_dict(), config.rerank.to_dict(),
-        [reweight.query, reweight.low, reweight.high],
-    ]  # fmt: skip
-    digest = hashlib.sha256(json.dumps([FORMAT, backbone_hash, serving], sort_keys=True).encode())
+    serving = [part.to_dict() for part in (config.prompt, config.adapter, config.rerank)]
+    described = [FORMAT, backbone_hash, [*serving, [reweight.query, reweight.low, reweight.high]]]
+    digest = hashlib.sha256(json.dumps(described, sort_keys=True).encode())
     for name in sorted(trainables):
         digest.update(f"{name} {trainables[name].shape}".encode())
         digest.update(np.ascontiguousarray(trainables[name], np.float32).tobytes())
@@ -62,7 +60,7 @@ def save_checkpoint(model: "DCAR", path: Path, *, training: dict[str, Any] | Non
     if model.changes is not None:
         from dcar_core.model.weight_changes import merge
 
-        model = type(model)(merge(model.backbone, model.changes, path), model.served_config).eval()
+        model = type(model)(merge(model.backbone, model.changes, path), model.served_config, encoders=model.encoders)
     trainables = {name: p.detach().cpu().contiguous().numpy() for name, p in model.served()}
     return write_checkpoint(path, _describe(model.backbone, path), model.served_config, trainables, training or {})
 
@@ -101,10 +99,9 @@ def read_config(path: Path) -> dict[str, Any]:
 def read_trainables(path: Path) -> Trainables:
     """Read the trained parameters, or raise CheckpointError."""
     try:
-        trainables: Trainables = load_file(str(path / WEIGHTS))
+        return dict(load_file(str(path / WEIGHTS)))
     except (SafetensorError, OSError, ValueError, KeyError, TypeError) as error:
         raise CheckpointError(f"{path} cannot be read: {error}") from error
-    return trainables
 
 
 def read_verified(path: Path, source: BackboneSource, backbone_hash: str) -> tuple[ModelConfig, Trainables, str]:
@@ -135,11 +132,13 @@ def load_checkpoint(path: Path, *, device: str = "cpu", backbone: "Backbone | No
 
     from dcar_core.model.backbone import load_backbone
     from dcar_core.model.dcar import DCAR
+    from dcar_core.model.methods import find_method
 
     backbone = backbone or load_backbone(backbone_source(path), device)
     config, weights, fingerprint = read_verified(path, backbone.source, backbone.content_hash())
     try:
-        model = DCAR(backbone, config)
+        create = find_method(config.method).encoders if any(name.startswith("encoders.") for name in weights) else None
+        model = DCAR(backbone, config, encoders=create and create(backbone))
     except (ModelError, ValueError, KeyError, TypeError) as error:
         raise CheckpointError(f"{path} cannot be read: {error}") from error
     if {name: p.shape for name, p in model.served()} != {name: value.shape for name, value in weights.items()}:

@@ -155,13 +155,17 @@ class DCAR(nn.Module):
     """A frozen backbone with its trainables. `encode_text` and `encode_image` return normalized features (B, E).
 
     changes: of the backbone's own weights, in a training; a checkpoint holds a merged model.
+    encoders: of a plug-in, in place of the backbone's.
     query_weights, rerank_weight: as in the configuration, or as validation prefers.
 
     Raises:
         ModelError: the backbone's towers cannot run the method; the message names one that they can.
     """
 
-    def __init__(self, backbone: Backbone, config: ModelConfig, changes: WeightChanges | None = None) -> None:
+    def __init__(
+        self, backbone: Backbone, config: ModelConfig, changes: WeightChanges | None = None,
+        encoders: nn.Module | None = None,
+    ) -> None:  # fmt: skip
         super().__init__()
         require_runnable(config, backbone)
         self.backbone, self.config = backbone, config
@@ -173,7 +177,7 @@ class DCAR(nn.Module):
         self.image_adapter = FeatureAdapter(backbone.embed_dim) if config.adapter.image else None
         self.block_adapters = BlockAdapters(backbone, config.adapter.blocks) if config.adapter.blocks else None
         self.query_prompts = QueryPrompts(backbone, rerank.blocks) if rerank.blocks else None
-        self.changes = changes
+        self.changes, self.encoders = changes, encoders
         # A text adapter whose queries are unprompted, as the captions of L_cate are, serves both.
         is_shared = self.text_adapter is not None and self.text_is_frozen
         self.caa = FeatureAdapter(backbone.embed_dim) if config.loss.category > 0 and not is_shared else None
@@ -241,7 +245,9 @@ class DCAR(nn.Module):
         return F.normalize(self._run("encode_image", pixels, prompts, adapters, rows), dim=-1)
 
     def _run(self, name: str, *inputs: Tensor | AdapterMatrices | bool | None) -> Tensor:
-        """Call a method of the backbone, with the changed weights if there are some."""
+        """Call a method of the backbone, with the changed weights if there are some, or a plug-in's of its name."""
+        if self.encoders is not None:
+            return getattr(self.encoders, name)(self.backbone, inputs[0], inputs[-1])  # type: ignore[no-any-return]
         changed = self.changes.changed(self.backbone, image=name == "encode_image") if self.changes is not None else {}
         encoded: Tensor = torch.func.functional_call(self.backbone, changed, (name, *inputs))
         return encoded
@@ -257,13 +263,13 @@ class DCAR(nn.Module):
     @property
     def text_is_frozen(self) -> bool:
         """True if nothing is learned in or before the text tower, so that its features can be computed once."""
-        is_changed = self.changes is not None and self.changes.touches(image=False)
+        is_changed = self.encoders is not None or (self.changes is not None and self.changes.touches(image=False))
         return self.head is None and self.prompt_tokens == 0 and not is_changed
 
     @property
     def image_is_frozen(self) -> bool:
         """True if nothing is learned in or before the image tower, so that its features can be computed once."""
-        is_changed = self.changes is not None and self.changes.touches(image=True)
+        is_changed = self.encoders is not None or (self.changes is not None and self.changes.touches(image=True))
         return self.config.prompt.depths[1] == 0 and self.block_adapters is None and not is_changed
 
     def category_adapter(self) -> FeatureAdapter | None:
@@ -341,5 +347,6 @@ class SecondStage:
 def seeded_model(backbone: Backbone, config: ModelConfig, seed: int) -> DCAR:
     """Create a model to train, whose initial trainables follow from the seed."""
     torch.manual_seed(seed)
-    changes = find_method(config.method).changes
-    return DCAR(backbone, config, changes and changes(backbone))
+    method = find_method(config.method)
+    changes = method.changes and method.changes(backbone)
+    return DCAR(backbone, config, changes, method.encoders and method.encoders(backbone))

@@ -10,7 +10,7 @@ from functools import partial
 from importlib.metadata import entry_points
 
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from dcar_core.model.backbone import Backbone
 from dcar_core.model.config import (
@@ -40,7 +40,9 @@ class Method:
 
     config: prompts, token weights, adapters and losses of the shared model.
     changes: creates the learned changes of a backbone's own weights; None leaves the backbone as it is.
-    penalty: a loss term of these changes alone.
+    encoders: creates what a plug-in learns inside the towers: a module with `encode_text` and `encode_image`, called in
+        place of `Backbone`'s with the backbone, tokens or pixels, and `rows`. No runtime serves it.
+    penalty: a loss term of the changes alone.
     batch_loss: a further loss term, of text and image features (B, E), the frozen encoders' features, and 1 / tau.
     finish: called after training with the changes, and a function that returns the validation recall with them.
     lr_factor [ours]: multiplies the learning rate, so that one grid of rates fits every method.
@@ -48,6 +50,7 @@ class Method:
 
     config: ModelConfig
     changes: Callable[[Backbone], WeightChanges] | None = None
+    encoders: Callable[[Backbone], nn.Module] | None = None
     penalty: Callable[[WeightChanges], Tensor] | None = None
     batch_loss: Callable[[Tensor, Tensor, Tensor, Tensor, Tensor], Tensor] | None = None
     finish: Callable[[WeightChanges, Callable[[], float]], None] | None = None
@@ -113,10 +116,11 @@ _BASELINES = (
     replace(_FLYP, config=replace(plain_config("filip"), loss=replace(UNTOUCHED.loss, late=0.5))),
 )
 # Behind the image tower's blocks and on both features. Without prompts, the one on texts is the category adapter, too.
-_ADAPTERS = AdapterConfig(text=True, image=True, blocks=32)
+_ADAPTED = AdapterConfig(text=True, image=True, blocks=32)
 _ANCHORED = LossConfig(anchor=1.0)
+_PLUS = ModelConfig(method="dcar+", prompt=PromptConfig(depth=4), adapter=_ADAPTED, loss=_ANCHORED)
 # dcar+ without prompts and token weights: the text tower stays as it is [ours]
-_BLOCKS = replace(plain_config("block-adapters"), adapter=_ADAPTERS, loss=replace(_ANCHORED, head=0))
+_BLOCKS = replace(plain_config("block-adapters"), adapter=_ADAPTED, loss=replace(_ANCHORED, head=0))
 _HARD = replace(_BLOCKS, method="block-adapters+", loss=replace(_BLOCKS.loss, hard_negatives=True))
 # DCAR as the paper's figure shows it (dual prompts, token weights from the pair, a category adapter in the loss), its
 # options and ablations, and its extensions
@@ -134,18 +138,15 @@ _DCAR = (
     # without image prompts [ours]
     ModelConfig(method="dcar-text", prompt=PromptConfig(image=False)),
     # deep prompts and token weights with adapters, held to CLIP [ours]
-    ModelConfig(method="dcar+", prompt=PromptConfig(depth=4), adapter=_ADAPTERS, loss=_ANCHORED),
+    _PLUS,
     _BLOCKS,
     # the same with a second stage of training on hard negatives [ours]
     _HARD,
     # the same with image prompts that are made from the query, for its first results [ours]
     replace(_HARD, method="query-prompts", rerank=RerankConfig(blocks=2)),
     # for image towers that take neither prompts nor block adapters
-    ModelConfig(
-        method="dcar+-text", prompt=PromptConfig(depth=4, image=False), adapter=replace(_ADAPTERS, blocks=0),
-        loss=_ANCHORED,
-    ),
-)  # fmt: skip
+    replace(_PLUS, method="dcar+-text", prompt=PromptConfig(depth=4, image=False), adapter=replace(_ADAPTED, blocks=0)),
+)
 METHODS = {method.config.method: method for method in (*_BASELINES, *(Method(config=config) for config in _DCAR))}
 
 
