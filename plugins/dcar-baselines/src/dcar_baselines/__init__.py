@@ -1,0 +1,1 @@
+"""Published methods for comparisons: `dcar evaluate --methods clip,mma,mmrl`."""
