@@ -2,8 +2,8 @@
 
 - A field that the query did not ask for is absent, not null.
 - Facets tell how often each value of a field occurs among the rows that a query allows. A number with many values is
-  counted in ranges of about equal size, a list once for each of its values, and a row without a value not at all. Each
-  value can be used as a condition of a filter.
+  counted in ranges of about equal size, a time by its year, a list once for each of its values, and a row without a
+  value not at all. Each value can be used as a condition of a filter.
 """
 
 import math
@@ -34,6 +34,7 @@ MAX_VALUES = 100  # of one facet; the most frequent
 MAX_SCORED = 10_000  # rows whose values are counted with a min_score
 _SINGLE_NUMBERS = 20  # different numbers up to which each is counted
 _RANGES = 10
+_TIME = r"^\d{4}-\d\d-\d\dT"
 _ABSOLUTE = re.compile(r"/|\\|file:|[A-Za-z]:[/\\]")
 
 
@@ -67,7 +68,7 @@ class Result(TypedDict):
 
 
 class FacetValue(TypedDict):
-    """A value of a field, and the number of items that have it; for numbers perhaps a range, {"gte": 1, "lt": 5}."""
+    """A value of a field, and the number of items that have it; of numbers and times perhaps {"gte": 1, "lt": 5}."""
 
     value: Annotated[Any, Field(examples=["cat face"])]
     count: Annotated[int, Field(examples=[9])]
@@ -242,7 +243,7 @@ def facets_of(
 def count_values(
     index: IndexVersion, name: str, mask: Mask, groups: GroupField | None = None, limit: int = MAX_VALUES
 ) -> list[FacetValue]:
-    """Return the values of a field with their counts, the most frequent first; ranges in their order.
+    """Return the values of a field with their counts, the most frequent first; ranges and years in order.
 
     Args:
         mask: rows that are counted, bool (rows,).
@@ -256,6 +257,9 @@ def count_values(
         chosen = pc.list_flatten(chosen)
     present = pc.is_valid(chosen).to_numpy(zero_copy_only=False)
     chosen, rows = chosen.drop_null(), rows[present]
+    are_times = _are_times(chosen[:1]) and _are_times(chosen)
+    if are_times:
+        chosen = pc.utf8_slice_codeunits(chosen, 0, 4)
     owners = rows if groups is None else groups.codes[rows]
     if is_list or groups is not None:  # a list may repeat a value, and a group has several rows
         pairs = pa.table({"value": chosen, "owner": owners}).group_by(["value", "owner"]).aggregate([])
@@ -269,8 +273,19 @@ def count_values(
     if len(counted) > limit:  # of texts, perhaps millions
         table = pa.table({"count": counted.field("counts"), "text": counted.field("values")})
         counted = counted.take(pc.select_k_unstable(table, limit, [("count", "descending"), ("text", "ascending")]))
+    if are_times:
+        years = sorted(counted.to_pylist(), key=lambda entry: entry["values"], reverse=True)
+        return [FacetValue(value=_within(entry["values"]), count=entry["counts"]) for entry in years]
     facet = [FacetValue(value=entry["values"], count=entry["counts"]) for entry in counted.to_pylist()]
     return sorted(facet, key=lambda entry: (-entry["count"], str(entry["value"])))
+
+
+def _within(year: str) -> dict[str, str]:
+    return {"gte": year, "lt": f"{int(year) + 1:04}"}
+
+
+def _are_times(values: pa.ChunkedArray) -> bool:
+    return bool(pa.types.is_string(values.type) and pc.all(pc.match_substring_regex(values, _TIME)).as_py())
 
 
 def _count_ranges(numbers: Any, owners: Rows) -> list[FacetValue]:

@@ -164,7 +164,7 @@ function draw(item, hides) {
 }
 
 function drawValue(value) {
-  const text = Array.isArray(value) ? value.map(String).join(", ") : typeof value === "boolean" ? conditionName(value) : typeof value === "object" ? JSON.stringify(value) : String(value);
+  const text = Array.isArray(value) ? value.map(String).join(", ") : typeof value === "boolean" ? conditionName(value) : typeof value === "object" ? JSON.stringify(value) : String(value).replace(/^(\d{4}-\d\d-\d\d)T/, "$1 ");
   if (!/^https?:\/\/\S+$/.test(text)) return text;
   return Object.assign(document.createElement("a"), { href: text, textContent: text, rel: "noreferrer", target: "_blank" });
 }

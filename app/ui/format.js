@@ -20,6 +20,7 @@ export function conditionName(condition) {
   if (typeof condition === "number") return number(condition);
   if (Array.isArray(condition)) return condition.map(conditionName).join(" or ");
   const { gte, lt, lte } = condition ?? {};
+  if (typeof gte === "string" && lt - gte === 1) return gte; // a year
   if (gte !== undefined && (lt ?? lte) !== undefined) return `${number(gte)} – ${number(lt ?? lte)}`;
   if (typeof gte === "number") return `from ${number(gte)}`;
   if (typeof lte === "number") return `up to ${number(lte)}`;

@@ -103,7 +103,7 @@ export async function loadFacets(base, state) {
   const whole = await galleries.get(base), about = await loadCatalogue(base);
   const ranges = new Map(whole.flatMap(({ name, values }) => {
     const [first, last] = [values[0]?.value?.gte, values.at(-1)?.value?.lte];
-    return first === undefined ? [] : [[name, [first, last]]];
+    return typeof first === "number" ? [[name, [first, last]]] : [];
   }));
   const found = whole.length && hasSubject(state) && canCount(state, about) ? await countFound(base, state, about, whole.map(({ name }) => name)) : null;
   const facets = found ?? (hasFilter(state) ? await loadAllFacets(base, state.filter) : whole);

@@ -58,8 +58,8 @@ export function drawAbout({ examples, fields }, base) {
   $("sort").replaceChildren(
     new Option("best match", ""),
     ...fields.filter(({ name }) => name).flatMap(({ name, is_number }) => [
-      new Option(`${fieldName(name)}, ${is_number ? "lowest first" : "A to Z"}`, name),
-      new Option(`${fieldName(name)}, ${is_number ? "highest first" : "Z to A"}`, `-${name}`),
+      new Option(`${fieldName(name)}, ${is_number ? "lowest first" : name === "taken" ? "oldest first" : "A to Z"}`, name),
+      new Option(`${fieldName(name)}, ${is_number ? "highest first" : name === "taken" ? "newest first" : "Z to A"}`, `-${name}`),
     ]),
   );
   $("sort").value = chosen;

@@ -10,6 +10,7 @@
 import io
 from collections.abc import Callable, Iterator, Set
 from contextlib import contextmanager, suppress
+from datetime import datetime
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
@@ -80,15 +81,28 @@ class OpenedImage:
             return _DECODERS[self.format][0](io.BytesIO(self.data))
 
     @property
+    def _exif(self) -> Image.Exif:
+        if self.format == ImageFormat.TIFF:
+            return self.image.getexif()
+        exif = Image.Exif()
+        exif.load(self.image.info.get("exif", b""))
+        return exif
+
+    @property
     def orientation(self) -> int:
         """EXIF orientation, 1 to 8, that is still to be applied; of some files it is known after decoding alone."""
-        if self.format in _TURNED_BY_DECODER:
-            return 1
-        exif, orientation = Image.Exif(), 1
+        orientation = 1
         with suppress(Exception):  # damaged
-            exif.load(self.image.info.get("exif", b""))
-            orientation = exif.get(ExifTags.Base.Orientation, 1)
+            orientation = 1 if self.format in _TURNED_BY_DECODER else self._exif.get(ExifTags.Base.Orientation, 1)
         return orientation if orientation in _TURNS else 1
+
+    @property
+    def taken(self) -> str:
+        """When the picture was taken, as 2024-07-01T10:20:30, or ""; of some files it is known after decoding alone."""
+        with suppress(Exception):  # none, or damaged
+            text = self._exif.get_ifd(ExifTags.IFD.Exif)[ExifTags.Base.DateTimeOriginal]
+            return datetime.strptime(text.strip(" \0"), "%Y:%m:%d %H:%M:%S").isoformat()
+        return ""
 
     @property
     def upright_size(self) -> tuple[int, int]:

@@ -66,11 +66,12 @@ class Limits:
 
 
 class Decoded(NamedTuple):
-    """A converted image, and width and height of its file when upright."""
+    """A converted image, width and height of its file when upright, and `OpenedImage.taken`."""
 
     result: Any
     width: int
     height: int
+    taken: str
 
 
 class LargeImageError(Exception):
@@ -188,7 +189,7 @@ def _answer(pipe: IO[bytes] | None) -> Decoded:
         raise ImageError(answer["reason"], ImageFault(answer["fault"]))
     content, shape = read_exactly(pipe, size), answer["shape"]
     result = bytes(content) if shape is None else np.frombuffer(content, np.uint8).reshape(shape)
-    return Decoded(result, *answer["size"])
+    return Decoded(result, *answer["about"])
 
 
 def work() -> None:
@@ -228,9 +229,10 @@ def _decode(convert: Convert, data: bytes, limits: Limits) -> tuple[dict[str, An
             return {}, nothing
         signal.setitimer(signal.ITIMER_PROF, limits.of(opened.width * opened.height))
         result = convert(opened)
+        about = *opened.upright_size, opened.taken
         if isinstance(result, bytes):
-            return {"shape": None, "size": opened.upright_size}, memoryview(result)
-        return {"shape": result.shape, "size": opened.upright_size}, result.data.cast("B")
+            return {"shape": None, "about": about}, memoryview(result)
+        return {"shape": result.shape, "about": about}, result.data.cast("B")
     except (ImageError, MemoryError) as error:
         fault = error.fault if isinstance(error, ImageError) else ImageFault.HOSTILE
         if fault == ImageFault.BROKEN and opened is not None and opened.memory > limits.memory:

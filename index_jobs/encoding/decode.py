@@ -105,9 +105,9 @@ def _decode_window(
         if isinstance(image, FailedImage):
             failed.append(image)
         else:
-            pixels, *size = image
-            stacked.append(pixels)
-            records.append((location.row, location.location_hash, tuple(size)))
+            stacked.append(image.result)
+            size = image.width, image.height
+            records.append((location.row, location.location_hash, size, image.taken))
     pixels = np.stack(stacked) if stacked else np.empty((0, 3, 0, 0), np.uint8)
     return DecodedWindow(pixels, np.array(records, IMAGE), tuple(failed))
 
@@ -125,7 +125,7 @@ def _decode_image(
     try:
         if worker is None:
             opened = OpenedImage(data)
-            return Decoded(preprocess(opened), *opened.upright_size)
+            return Decoded(preprocess(opened), *opened.upright_size, opened.taken)
         decoded = worker.run(preprocess.decoder(), data, LIMITS)
         return decoded._replace(result=preprocess.finish(decoded.result))
     except ImageError as error:

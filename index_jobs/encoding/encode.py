@@ -8,6 +8,7 @@
   is computed. A CPU computes in the job's own thread.
 """
 
+import json
 import logging
 import threading
 import time
@@ -26,13 +27,13 @@ from dcar_core.encoder.runtimes import AUTO
 from dcar_core.util.arrays import Floats, Rows
 from dcar_core.util.console import progress_bar
 from dcar_core.util.errors import DataError
-from dcar_core.util.files import write_json_lines
+from dcar_core.util.files import canonical_json, write_json_lines
 from dcar_core.util.machine import is_installed
 from index_jobs.encoding.decode import DecodedWindow, FailedImage, decode_windows, map_ahead, worker_count
 from index_jobs.encoding.shards import Images, ReusableVectors, ShardStore
 from index_jobs.gallery.locations import ImageLocation, is_url, join_location
 from index_jobs.gallery.scan import Gallery
-from index_jobs.index.items import SIZE_COLUMNS, take_rows
+from index_jobs.index.items import SIZE_COLUMNS, TAKEN, take_rows
 from index_jobs.index.manifest import FAILED
 from index_jobs.spec import BuildOptions
 
@@ -187,8 +188,13 @@ class EncodedGallery:
         return rows
 
     def table(self) -> pa.Table:
-        """Return the gallery's table with the columns of `SIZE_COLUMNS`, null where a size is unknown."""
+        """Return the gallery's table with the field `TAKEN`, and the columns of `SIZE_COLUMNS`, null if unknown."""
         table = self.gallery.table
+        if (dated := self.images[self.images["taken"] != b""]).size:
+            metadata, position = table["metadata"].to_pylist(), table.schema.get_field_index("metadata")
+            for row, taken in zip(dated["row"].tolist(), dated["taken"].astype(str).tolist(), strict=True):
+                metadata[row] = canonical_json({TAKEN: taken} | json.loads(metadata[row])).decode()
+            table = table.set_column(position, table.schema.field(position), [metadata])
         sizes = np.zeros((table.num_rows, 2), np.int32)
         sizes[self.images["row"]] = self.images["size"]
         for name, column in zip(SIZE_COLUMNS, sizes.T, strict=True):

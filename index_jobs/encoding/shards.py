@@ -25,10 +25,11 @@ from index_jobs.gallery.locations import ImageLocation
 from index_jobs.gallery.scan import Gallery
 from index_jobs.spec import BuildOptions
 
-FORMAT = 6
+FORMAT = 7
 
-# An image with a vector: its gallery row, a hash of its location, width and height when upright (0 if unknown).
-IMAGE = np.dtype([("row", "<i8"), ("location_hash", "<u8"), ("size", "<i4", (2,))])
+# An image with a vector: its gallery row, a hash of its location, width and height when upright (0 if unknown), and the
+# time that it was taken (empty if unknown).
+IMAGE = np.dtype([("row", "<i8"), ("location_hash", "<u8"), ("size", "<i4", (2,)), ("taken", "S19")])
 Images = NDArray[np.void]
 """Records (m,) of the type IMAGE."""
 

@@ -38,6 +38,7 @@ _TYPES = {
 }
 _FIELD = "field:"  # prefix of a metadata field's column
 BUILT_IN_FIELDS = ("id", "caption", "category")
+TAKEN = "taken"  # the field of when a picture was taken, which its file tells unless the metadata do
 MAX_FIELDS = 256
 _TEXT = pa.string()
 _LIST = pa.list_(pa.string())
@@ -67,6 +68,13 @@ def _records(metadata: pa.ChunkedArray) -> Iterator[dict[str, Any]]:
     for chunk in metadata.chunks:
         for text in chunk.to_pylist():
             yield json.loads(text)
+
+
+def as_scanned(metadata: str, scanned: str) -> str:
+    """Return an item's metadata as a scan of its gallery finds them: without a `taken` that is of the file alone."""
+    if TAKEN not in metadata or TAKEN in json.loads(scanned):
+        return metadata
+    return canonical_json({name: value for name, value in json.loads(metadata).items() if name != TAKEN}).decode()
 
 
 def type_of(value: Any) -> pa.DataType:

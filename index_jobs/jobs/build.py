@@ -364,8 +364,8 @@ class _Build:
         """Write vectors, items and failures, and return their manifest."""
         gallery, spec, encoder, folder = self.gallery, self.spec, self.encoder, new.folder
         engine = load_engine(spec.engine)
-        rows = encoded.rows()
-        write_items(folder / ITEMS, encoded.table(), rows)
+        rows, table = encoded.rows(), encoded.table()
+        write_items(folder / ITEMS, table, rows)
         vectors = NewIndex(
             name=index_name(self.out), folder=folder, version=new.number, blocks=encoded.blocks,
             fields=Items(folder / ITEMS).field_table(), count=len(encoded), dim=encoder.dim,
@@ -375,7 +375,7 @@ class _Build:
         created = engine.create(spec, vectors)
         logger.info("%d vectors: %s (%s)", len(encoded), created.kind, created.reason)
         logger.info("indexing the words of the items")
-        write_lexical(folder / LEXICAL, item_texts(take_rows(gallery.table, rows), spec.text_fields))
+        write_lexical(folder / LEXICAL, item_texts(take_rows(table, rows), spec.text_fields))
         encoded.write_failed(folder / FAILED)
         logger.info("measuring the scores of matches")
         index = engine.open({path.name: path for path in folder.iterdir()})

@@ -32,7 +32,7 @@ from index_jobs.index import versions
 from index_jobs.index.changes import FieldChanges, rows_with
 from index_jobs.index.filters import match_rows
 from index_jobs.index.index_version import IndexVersion, write_rows
-from index_jobs.index.items import COLUMNS, Items, fit_one_field, infer_types, take_rows, write_items
+from index_jobs.index.items import COLUMNS, Items, as_scanned, fit_one_field, infer_types, take_rows, write_items
 from index_jobs.index.job_queue import Job, JobQueue
 from index_jobs.index.lexical import item_texts, write_lexical
 from index_jobs.index.manifest import (
@@ -378,7 +378,8 @@ def _is_held(opened: IndexVersion, new: dict[str, Any]) -> bool:
     if (row := opened.row_of(new["id"])) is None:
         return False
     item, location = opened.item(row), opened.image_location(row)[0]
-    is_same = (item.caption, item.category, item.fields.as_py()) == (new["caption"], new["category"], new["metadata"])
+    metadata = as_scanned(item.fields.as_py(), new["metadata"])
+    is_same = (item.caption, item.category, metadata) == (new["caption"], new["category"], new["metadata"])
     return is_same and location.endswith(f"/{new['location']}")
 
 

@@ -32,6 +32,7 @@ from index_jobs.gallery.locations import is_url, join_location
 from index_jobs.gallery.metadata import GalleryMetadata
 from index_jobs.gallery.scan import Gallery, scan
 from index_jobs.index.index_version import IndexVersion
+from index_jobs.index.items import as_scanned
 from index_jobs.index.manifest import BY_WATCH, WAITING
 from index_jobs.index.versions import open_current
 from index_jobs.jobs.update import add, live_gallery, read_failures, remove
@@ -208,8 +209,9 @@ def _indexed_states(current: IndexVersion, states: dict[str, _State]) -> dict[st
     """
     manifest, indexed = current.manifest, dict[str, _State]()
     published = 10**9 * (1 + int(manifest.created_s or 0))  # it is in seconds
-    for item_id, (path, size, _, *texts) in _states(live_gallery(current)).items():
+    for item_id, (path, size, _, *texts, metadata) in _states(live_gallery(current)).items():
         now = states.get(item_id)
+        texts += [as_scanned(metadata, now[-1]) if now else metadata]
         if path.startswith(f"{manifest.root}/") or (now and now[0] == path):
             mtime = now[2] if now and now[2] < published else 0
             indexed[item_id] = (path, size, mtime, *(now[3:] if now and manifest.changed else texts))

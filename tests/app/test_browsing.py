@@ -18,7 +18,7 @@ from dcar_core.model.checkpoint import save_zero_shot
 from index_jobs.index.index_version import IndexVersion
 from index_jobs.rebuild import rebuild
 from tests.support.files import write_jsonl
-from tests.support.images import encoded
+from tests.support.images import draw, encoded, exif_of
 from tests.support.parts import needs
 from tests.support.responses import assert_problem
 from tests.support.service import ODD_ID, ServiceClient, opened
@@ -174,6 +174,25 @@ async def test_columns_are_not_read_in_the_event_loop(photos: Path, monkeypatch:
             body = (await client.get(path)).json()
     assert {"name": "price", "is_number": True} in body["fields"]
     assert names == ["price"]
+
+
+async def test_pictures_are_sorted_and_filtered_by_when_they_were_taken(tiny_checkpoint: Path, tmp_path: Path) -> None:
+    (gallery := tmp_path / "gallery").mkdir()
+    for number, year in enumerate((2023, 2024, 2024, 2022)):
+        exif = exif_of(f"{year}:07:0{number + 1} 10:20:30")
+        draw("red", "circle", 48 + number).save(gallery / f"{number}.jpg", exif=exif)
+    draw("red", "circle").save(gallery / "none.jpg")
+    write_jsonl(gallery / "metadata.jsonl", {"file_name": "3.jpg", "taken": "2023-01-31T00:00:00"})  # it wins
+    rebuild(gallery, tiny_checkpoint, tmp_path / "index", workers=1, progress=False)
+    async with opened(tmp_path / "index") as client:
+        items = (await client.get("/items", params={"sort": "-taken"})).json()["items"]
+        assert [item["metadata"].get("taken") for item in items] == [
+            "2024-07-03T10:20:30", "2024-07-02T10:20:30", "2023-07-01T10:20:30", "2023-01-31T00:00:00", None
+        ]  # fmt: skip
+        years = [{"value": {"gte": f"{year}", "lt": f"{year + 1}"}, "count": 2} for year in (2024, 2023)]
+        assert (await client.get("/ui/facets")).json()["facets"] == [{"name": "taken", "values": years}]
+        filter = json.dumps({"taken": years[1]["value"]})
+        assert (await client.get("/items", params={"filter": filter})).json()["count"] == 2
 
 
 async def test_facets_are_fields_that_few_values_divide(started: ServiceClient) -> None:

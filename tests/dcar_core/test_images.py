@@ -34,7 +34,7 @@ from dcar_core.util.errors import DataError, ImageError, ImageFault
 from tests.support import conversions
 from tests.support import hostile_images as hostile
 from tests.support.files import tar_bytes, write_file, write_tar
-from tests.support.images import encoded, peak_memory
+from tests.support.images import encoded, exif_of, peak_memory
 from tests.support.parts import needs
 from tests.support.processes import children_of, is_alive
 
@@ -192,15 +192,35 @@ def test_an_honest_file_is_decoded_as_pillow_does(
     kind: str, mode: str, options: dict[str, object], orientation: int | None
 ) -> None:
     if orientation is not None and kind not in {"GIF", "BMP"}:
-        exif = Image.Exif()
-        exif[0x010E], exif[0x0112] = "a description", orientation
+        exif = exif_of("2024:07:01 10:20:30", orientation)
+        exif[0x010E] = "a description"
         options = {**options, "exif": exif, "icc_profile": b"p" * 5_000}
     data = encoded(noisy(40, 33).convert(mode), kind, **options)
     with Image.open(io.BytesIO(data)) as image:
         expected = ImageOps.exif_transpose(image).convert("RGB")
-    assert OpenedImage(data).upright_size == expected.size
-    np.testing.assert_array_equal(np.asarray(open_image(data)), np.asarray(expected))
+    opened = OpenedImage(data)
+    assert opened.upright_size == expected.size
+    np.testing.assert_array_equal(np.asarray(open_image(opened)), np.asarray(expected))
+    is_kept = "exif" in options and kind != "TIFF"
+    assert opened.taken == ("2024-07-01T10:20:30" if is_kept else "")
     assert sniff_format(data) == ImageFormat(kind.lower())
+
+
+def test_a_tiff_file_has_a_time() -> None:
+    exif = exif_of("2024:07:01 10:20:30")
+    exif.load(exif.tobytes())  # else Pillow leaves it out
+    opened = OpenedImage(encoded(noisy(8, 8), "TIFF", exif=exif))
+    open_image(opened)
+    assert opened.taken == "2024-07-01T10:20:30"
+
+
+@pytest.mark.filterwarnings("ignore")  # of Pillow, about what is damaged
+def test_a_damaged_time_is_none() -> None:
+    for text in ("", "    :  :     :  :  ", "0000:00:00 00:00:00", "2024:13:01 10:20:30", "2024", "x" * 60_000, 7):
+        assert OpenedImage(encoded(noisy(8, 8), "JPEG", exif=exif_of(text))).taken == "", text
+    valid, rng = encoded(noisy(8, 8), "JPEG", exif=exif_of("2024:07:01 10:20:30")), np.random.default_rng(0)
+    for at in rng.integers(valid.index(b"Exif"), valid.index(b"2024:07:01") - 2, 300).tolist():
+        assert OpenedImage(valid[:at] + rng.bytes(2) + valid[at + 2 :]).taken in {"", "2024-07-01T10:20:30"}, at
 
 
 def test_the_first_frame_of_an_animation_is_read() -> None:
@@ -374,16 +394,15 @@ def test_a_bomb_is_refused_within_the_limits(name: str, worker: DecodeWorker) ->
     assert os.times().children_user - used.children_user < 2, "of processor time, with the start of a process"
     status = Path(f"/proc/{process_of(worker)}/status").read_text()
     assert int(status.split("VmHWM:")[1].split()[0]) < 200 * 2**10, "KB"
-    assert worker.run(FAST.decoder(), PNG, LIMITS)[1:] == (5, 3), "the next image is not affected"
+    assert worker.run(FAST.decoder(), PNG, LIMITS)[1:3] == (5, 3), "the next image is not affected"
 
 
 def test_pixels_sizes_and_thumbnails_are_those_of_this_process(worker: DecodeWorker) -> None:
-    exif = Image.Exif()
-    exif[0x0112] = 6
-    data = encoded(Image.effect_noise((300, 200), 80).convert("RGB"), "JPEG", exif=exif)
-    pixels, *size = worker.run(FAST.decoder(), data, LIMITS)
+    picture = Image.effect_noise((300, 200), 80).convert("RGB")
+    data = encoded(picture, "JPEG", exif=exif_of("2024:07:01 10:20:30", 6))
+    pixels, *about = worker.run(FAST.decoder(), data, LIMITS)
     np.testing.assert_array_equal(pixels, FAST(data))
-    assert size == [200, 300] == [*open_image(data).size]
+    assert about == [200, 300, "2024-07-01T10:20:30"] == [*open_image(data).size, OpenedImage(data).taken]
     thumbnail = partial(make_thumbnail, side=64, thumbnail_format="jpeg")
     assert worker.run(thumbnail, data, LIMITS).result == thumbnail(OpenedImage(data))
 
@@ -400,7 +419,7 @@ def test_what_this_process_would_say_is_said(worker: DecodeWorker) -> None:
         assert caught.value.fault == fault
     with pytest.raises(LargeImageError):
         worker.run(FAST.decoder(), PNG, Limits(64 * 2**20, expected=5 * 15 - 1))
-    assert worker.run(FAST.decoder(), PNG, Limits(64 * 2**20, expected=5 * 15))[1:] == (5, 3)
+    assert worker.run(FAST.decoder(), PNG, Limits(64 * 2**20, expected=5 * 15))[1:3] == (5, 3)
 
 
 @needs_limits
@@ -420,7 +439,7 @@ def test_a_conversion_that_misbehaves_fails_one_image(
     before = process_of(worker)
     assert refusal(worker, convert) == (fault, says)
     assert (process_of(worker) == before) == (convert in {conversions.fill, conversions.fail})
-    assert worker.run(FAST.decoder(), PNG, LIMITS)[1:] == (5, 3)
+    assert worker.run(FAST.decoder(), PNG, LIMITS)[1:3] == (5, 3)
 
 
 def test_half_an_answer_is_never_that_of_the_next_image(worker: DecodeWorker, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -444,7 +463,7 @@ def test_a_process_that_hangs_is_ended_by_the_clock_and_one_that_was_killed_repl
         worker.run(conversions.wait, PNG, replace(LIMITS, seconds=0.1))
     os.kill(process_of(worker), signal.SIGKILL)
     time.sleep(0.1)
-    assert worker.run(FAST.decoder(), PNG, LIMITS)[1:] == (5, 3)
+    assert worker.run(FAST.decoder(), PNG, LIMITS)[1:3] == (5, 3)
 
 
 def test_closing_ends_a_process_at_work() -> None:

@@ -9,7 +9,7 @@ from PIL import Image
 from selenium.webdriver.common.keys import Keys
 
 from index_jobs.rebuild import rebuild
-from tests.support.images import draw
+from tests.support.images import draw, exif_of
 from tests.support.page import COLUMNS, Page, searched, served, until
 
 pytestmark = pytest.mark.browser
@@ -34,10 +34,11 @@ BOXES = """
 def photos(tiny_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     """A service of photos in two folders with the same names, one of them on its side in its file, and of a list."""
     gallery = tmp_path_factory.mktemp("photos") / "gallery"
-    for folder, color in (("north", "red"), ("south", "blue")):
+    for folder, color, year in (("north", "red", 2023), ("south", "blue", 2024)):
         (gallery / folder).mkdir(parents=True)
         for name, size in SIZES.items():
-            draw(color, "cross", 200).resize(size).save(gallery / folder / f"{name}.png")
+            picture = draw(color, "cross", 200).resize(size)
+            picture.save(gallery / folder / f"{name}.png", exif=exif_of(f"{year}:07:01 10:20:30"))
     upright = Image.Exif()
     upright[0x0112] = 6  # turn right to see it upright
     draw("green", "triangle", 200).resize((60, 120)).save(gallery / "north" / "turned_photo.jpg", exif=upright)
@@ -175,7 +176,12 @@ def test_photos_without_captions_show_their_titles_or_the_names_of_their_files(p
     page.open(photos, 11)
     titles = page.texts("#results .caption")
     assert sorted(titles) == sorted([*SIZES, *SIZES, "turned photo"])
-    assert page.texts("#facets h3") == ["Category"], "titles are no filter"
+    assert page.texts("#facets h3") == ["Category", "Taken"], "titles are no filter"
+    assert page.texts("#sort option")[-4:-2] == ["Taken, oldest first", "Taken, newest first"]
+    next(button for button in page.all("#facets button span") if button.text == "2024").click()
+    page.settled(5)
+    page.detail()
+    assert "2024-07-01 10:20:30" in page.text("#metadata")
     page.open(f"{photos}/#in=listed", 2)
     assert sorted(page.texts("#results .caption")) == ["tall.png", "wide.png"]
 

@@ -16,7 +16,7 @@ from index_jobs.index.versions import list_versions, open_current, version_numbe
 from index_jobs.jobs.update import apply_waiting
 from index_jobs.jobs.watch import watch as watch_index
 from tests.support.commands import Command
-from tests.support.images import draw, encoded
+from tests.support.images import draw, encoded, exif_of
 from tests.support.jobs import patch, put
 from tests.support.versions import Build
 
@@ -53,6 +53,7 @@ class Watching:
 
 @pytest.fixture
 def index(gallery: Path, build: Build, tmp_path: Path) -> Path:
+    draw("blue", "cross").save(gallery / "cross" / "blue.png", exif=exif_of("2024:07:01 10:20:30"))  # no scan tells it
     build(gallery)
     return tmp_path / "index"
 

@@ -3,7 +3,7 @@
 import io
 from pathlib import Path
 
-from PIL import Image, ImageDraw
+from PIL import ExifTags, Image, ImageDraw
 
 from tests.support.commands import run
 
@@ -45,6 +45,14 @@ def encoded(image: Image.Image, kind: str = "PNG", **options: object) -> bytes:
     buffer = io.BytesIO()
     image.save(buffer, kind, **options)
     return buffer.getvalue()
+
+
+def exif_of(taken: object, orientation: int = 1) -> Image.Exif:
+    """Return the EXIF of a picture with the time that it was taken, such as 2024:07:01 10:20:30."""
+    exif = Image.Exif()
+    exif[ExifTags.Base.Orientation] = orientation
+    exif.get_ifd(ExifTags.IFD.Exif)[ExifTags.Base.DateTimeOriginal] = taken
+    return exif
 
 
 def png(color: str = "red", size: tuple[int, int] = (40, 40)) -> bytes:

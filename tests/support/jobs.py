@@ -4,11 +4,11 @@ from pathlib import Path
 from typing import Any
 
 from index_jobs.index.job_queue import JobQueue
-from tests.support.images import draw, encoded
+from tests.support.images import draw, encoded, exif_of
 
 
 def picture(color: str) -> bytes:
-    return encoded(draw(color, "square"))
+    return encoded(draw(color, "square"), exif=exif_of("2024:07:01 10:20:30"))
 
 
 def put(index: Path, *ids: str, data: list[bytes] | None = None, color: str = "pink", **metadata: Any) -> str:

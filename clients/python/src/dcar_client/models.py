@@ -106,7 +106,7 @@ class Result(Model):
 
 
 class FacetValue(Model):
-    """A value of a field, and the number of items that have it; for numbers perhaps a range, {"gte": 1, "lt": 5}."""
+    """A value of a field, and the number of items that have it; of numbers and times perhaps {"gte": 1, "lt": 5}."""
 
     value: Any
     count: int
