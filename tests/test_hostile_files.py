@@ -65,7 +65,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         members = {"1.jpg": b"x" * 100, "1.json": json.dumps(ROWS[0]).encode(), "1.txt": b"hi\nho"}
         write_tar(folder / kind / "pairs.tar", members)
     write_json(folder / "annotations" / "train.json", FDRD)
-    for kind in ("JPEG", "PNG", "GIF", "WEBP", "AVIF", "TIFF", "BMP"):
+    for kind in ("JPEG", "PNG", "GIF", "WEBP", "AVIF", "HEIF", "TIFF", "BMP"):
         (folder / "images" / kind.lower()).write_bytes(encoded(Image.effect_noise((48, 40), 90), kind))
     for kind, model in (("models", "ViT-B-32"), ("tokenizers", "ViT-L-14-CLIPA")):
         for file in write_tiny_model(model, folder / kind / "model").iterdir():

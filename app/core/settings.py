@@ -127,7 +127,7 @@ class Settings(BaseSettings):
     max_pixels: int = Field(64_000_000, ge=1)
     """Largest number of pixels in a query image, checked before it is decoded."""
     image_formats: Annotated[Listed[ImageFormat], Field(min_length=1)] = tuple(sorted(WEB_FORMATS))
-    """Formats of query images, separated by commas, of which heif needs the extra heic; also tiff and bmp."""
+    """Formats of query images, separated by commas; also tiff and bmp."""
     max_query_chars: int = Field(1000, ge=1)
     """Largest number of characters in a text query."""
     max_k: int = Field(200, ge=DEFAULT_K)

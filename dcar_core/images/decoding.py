@@ -206,9 +206,10 @@ def require_size(image: Image.Image | OpenedImage, max_pixels: int) -> None:
 
 def _open_heif(file: io.BytesIO) -> ImageFile:
     try:
-        from pillow_heif import HeifImageFile
+        from pillow_heif import HeifImageFile, options
     except ImportError as error:
-        raise ImageError("HEIC images need the extra heic", ImageFault.MISSING_DECODER) from error
+        raise ImageError("HEIC images need the package pillow-heif", ImageFault.MISSING_DECODER) from error
+    options.DECODE_THREADS = 1  # whoever decodes several images has threads of its own
     image: ImageFile = HeifImageFile(file)
     return image
 

@@ -6,7 +6,7 @@ from pathlib import PurePosixPath
 
 
 class ImageFormat(StrEnum):
-    """A format that can be decoded. HEIF (.heic) needs the extra `heic`."""
+    """A format that can be decoded. HEIF (.heic) needs pillow-heif, which has no wheels for some machines."""
 
     JPEG = "jpeg"
     PNG = "png"

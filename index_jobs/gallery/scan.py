@@ -26,7 +26,7 @@ import pyarrow.compute as pc
 from dcar_core.data.image_lookup import unicode_forms
 from dcar_core.data.records import IMAGE_COLUMNS, RECORD_SUFFIXES, Record
 from dcar_core.images import formats, has_image_suffix, index_tar
-from dcar_core.util.errors import DataError, DcarError, install_command
+from dcar_core.util.errors import DataError, DcarError
 from dcar_core.util.files import canonical_json
 from index_jobs.checks import MAX_CAPTION_CHARS, MAX_METADATA_BYTES
 from index_jobs.gallery.locations import (
@@ -204,8 +204,7 @@ def _list_images(location: str) -> tuple[str, Iterable[GalleryImage]]:
         raise DataError(f"{location} is not a gallery; give a folder, an uncompressed .tar or a list ({kinds})")
     if skipped:
         kinds = ", ".join(f"{count} {suffix}" for suffix, count in sorted(skipped.items()))
-        heic = f"; HEIC needs {install_command('heic')}" if formats.HEIC_SUFFIXES & skipped.keys() else ""
-        logger.warning("not read: %s; give JPEG or PNG and plain tars%s", kinds, heic)
+        logger.warning("not read: %s; give JPEG or PNG and plain tars", kinds)
     return root, sorted(images, key=lambda image: image.name)
 
 

@@ -35,7 +35,6 @@ from tests.support import conversions
 from tests.support import hostile_images as hostile
 from tests.support.files import tar_bytes, write_file, write_tar
 from tests.support.images import encoded, exif_of, peak_memory
-from tests.support.parts import needs
 from tests.support.processes import children_of, is_alive
 
 HALF = (0.5,) * 3
@@ -250,6 +249,7 @@ def test_limits_leave_honest_files_alone() -> None:
         ("PNG", "RGBA", {"compress_level": 1}),
         ("WEBP", "RGBA", {"quality": 50, "method": 0}),
         ("AVIF", "RGBA", {"speed": 10, "subsampling": "4:4:4"}),
+        ("HEIF", "RGBA", {"quality": 50, "chroma": "444"}),
     ],
 )
 def test_decoding_takes_no_more_memory_than_expected(
@@ -260,20 +260,14 @@ def test_decoding_takes_no_more_memory_than_expected(
     assert peak_memory(data, tmp_path) < OpenedImage(data).memory + 2 * len(data) + 24 * 2**20
 
 
-@needs("heic")
-def test_heic_is_read_with_its_extra_and_named_without(monkeypatch: pytest.MonkeyPatch) -> None:
-    import pillow_heif
-
+def test_heic_is_read_with_its_package_and_named_without(monkeypatch: pytest.MonkeyPatch) -> None:
     image = noisy(12, 8).resize((96, 64))
-    buffer = io.BytesIO()
-    exif = Image.Exif()
-    exif[0x0112] = 6
-    pillow_heif.from_pillow(image.rotate(90, expand=True)).save(buffer, quality=90, exif=exif.tobytes())
-    data = buffer.getvalue()
-    assert (OpenedImage(data).format, OpenedImage(data).upright_size) == (ImageFormat.HEIF, image.size)
+    data = encoded(image.rotate(90, expand=True), "HEIF", quality=90, exif=exif_of("2024:07:01 10:20:30", 6).tobytes())
+    opened = OpenedImage(data)
+    assert (opened.format, opened.upright_size, opened.taken) == (ImageFormat.HEIF, image.size, "2024-07-01T10:20:30")
     assert np.abs(np.asarray(open_image(data)).astype(int) - np.asarray(image)).mean() < 8
     monkeypatch.setitem(sys.modules, "pillow_heif", None)
-    with pytest.raises(ImageError, match="the extra heic") as caught:
+    with pytest.raises(ImageError, match="the package pillow-heif") as caught:
         open_image(data)
     assert caught.value.fault == ImageFault.MISSING_DECODER
 
@@ -361,6 +355,7 @@ BOMBS = {
     "avif frame": lambda: hostile.avif_of_frame(16_000, 16_000),
     "tiff tile": lambda: hostile.tiff_with_tile(37_000),
     "pixels": lambda: hostile.png_of_size(60_000, 60_000),
+    "heif": lambda: encoded(Image.new("RGB", (3_000, 3_000)), "HEIF"),
     "canvas": lambda: encoded(Image.new("RGB", (7_900, 7_900)), "WEBP"),
 }
 

@@ -9,8 +9,8 @@ from PIL import Image
 from selenium.webdriver import ActionChains
 from selenium.webdriver.common.keys import Keys
 
+from tests.support.images import encoded
 from tests.support.page import Page, until
-from tests.support.parts import needs
 
 pytestmark = pytest.mark.browser
 
@@ -110,11 +110,8 @@ def test_part_of_the_picture_is_searched(both: Page, site: str, tmp_path: Path) 
     searches([x + 0.02, y, w - 0.02, h])
 
 
-@needs("heic")
 def test_heic_picture_is_searched_though_the_browser_cannot_show_it(page: Page, site: str, tmp_path: Path) -> None:
-    import pillow_heif
-
-    pillow_heif.from_pillow(Image.new("RGB", (64, 64), "red")).save(tmp_path / "phone.heic")
+    (tmp_path / "phone.heic").write_bytes(encoded(Image.new("RGB", (64, 64), "red"), "HEIF"))
     page.open(site)
     page.type("#file", str(tmp_path / "phone.heic"))
     page.says("#picture-hint", "cannot show this kind of image")

@@ -3,9 +3,12 @@
 import io
 from pathlib import Path
 
+import pillow_heif
 from PIL import ExifTags, Image, ImageDraw
 
 from tests.support.commands import run
+
+pillow_heif.register_heif_opener()  # Pillow then saves HEIF
 
 PEAK_MEMORY = """
 import re, sys

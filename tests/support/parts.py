@@ -64,7 +64,6 @@ PARTS = {
     "registry": _asked("a registry of packages", "TEST_REGISTRY"),
     "time": _asked("what takes many seconds", "TEST_LONG"),
     "hf": _extra("text encoders of transformers", "hf", "transformers"),
-    "heic": _extra("HEIC images", "heic", "pillow_heif"),
     "http": _extra("galleries and images at URLs", "http", "aiohttp"),
     "promql": _extra("queries of metrics", "charts", "promql_parser"),
     "promtool": Part("alerts", "apt-get install prometheus", programs=("promtool",)),
