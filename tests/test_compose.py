@@ -46,6 +46,12 @@ def test_a_gallery_of_ones_own_is_indexed_with_weights_that_are_fetched_once(tmp
     assert commands("api", tmp_path, "./my photos/") == ["dcar serve --index /data/index/my photos"]
 
 
+def test_keys_and_secrets_come_from_the_environment() -> None:
+    environment = COMPOSE["services"]["api"]["environment"]
+    for name in ("DCAR_ADMIN_KEY", "DCAR_API_KEYS", "DCAR_IMAGE_SECRET"):
+        assert environment[name] == f"${{{name}:-}}"
+
+
 @pytest.mark.parametrize("service", ["index", "api"])
 def test_weights_and_exports_are_kept_on_a_volume(service: str) -> None:
     described: dict[str, Any] = COMPOSE["services"][service]
