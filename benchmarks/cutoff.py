@@ -1,7 +1,7 @@
 """Share of true queries that the calibrated cut-off (`min_score: "auto"`) keeps, and of nonsense that it rejects.
 
     make demo    # once, for data/index/twemoji and openmoji; stop it when it serves
-    python benchmarks/cutoff.py data/index/twemoji --validation examples/emoji/twemoji
+    python benchmarks/cutoff.py data/index/twemoji --validation examples/emoji/twemoji --drawings data/index/openmoji
 
 - True queries are the validation texts, in two halves; each half is judged by the cut-off of the other. Kept: the share
   whose own image reaches the cut-off.
@@ -9,19 +9,26 @@
 - Told: the share for which the search page says "nothing fits well", because its words are in no item and its best
   score is no strong one, or because nothing reaches the cut-off.
 - Remaining results: the number of items that reach the cut-off for a validation text, median and 90th percentile.
+- Pictures: of items, changed; of the same items in another style (`--drawings`); of something else, which are those
+  with the item's `meta_category` left out of the gallery, and the files of `--others`. Told: no result is likely.
 
-The test split is not read. PyTorch encodes on one thread.
+The test split of texts is not read. PyTorch encodes on one thread.
 """
 
 import argparse
+import io
 import random
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import torch
+from PIL import Image, ImageOps
 
 from dcar_core import Encoder
 from index_jobs.gallery.scan import scan
+from index_jobs.index.index_version import IndexVersion
+from index_jobs.index.lexical import spread_rows
 from index_jobs.index.versions import open_current
 from index_jobs.jobs import gate
 
@@ -56,11 +63,68 @@ def random_texts(count: int) -> list[str]:
     return [f"{word()} {word()}" for _ in range(count)]
 
 
+def crop(picture: Image.Image) -> Image.Image:
+    """Return four fifths of each side."""
+    width, height = picture.size
+    return picture.crop((width // 10, height // 10, width - width // 10, height - height // 10))
+
+
+def compress(picture: Image.Image) -> Image.Image:
+    """Return the picture as JPEG."""
+    picture.save(file := io.BytesIO(), "JPEG", quality=30)
+    return Image.open(file).convert("RGB")
+
+
+CHANGES: dict[str, Callable[[Image.Image], Image.Image]] = {
+    "cropped to 80 %": crop,
+    "mirrored": ImageOps.mirror,
+    "JPEG of quality 30": compress,
+    "turned by 15 degrees": lambda picture: picture.rotate(15, fillcolor="white"),
+}
+
+
+def pictures_of(index: IndexVersion, rows: np.ndarray) -> list[Image.Image]:
+    """Return images of items on white."""
+    found = [Image.open(io.BytesIO(index.image_bytes(row))).convert("RGBA") for row in rows.tolist()]
+    return [Image.alpha_composite(Image.new("RGBA", each.size, "white"), each).convert("RGB") for each in found]
+
+
+def print_pictures(opened: IndexVersion, encoder: Encoder, drawings: IndexVersion | None, others: Path | None) -> None:
+    """Print the figures of queries by a picture."""
+    calibrated = gate.cutoff_of_images(opened.parts[0].vectors)
+    possible, likely = calibrated["min_score"], calibrated["strong_score"]
+    print(f"  pictures: possible from {possible:.3f} on, likely from {likely:.3f} on")
+    gallery, rows = opened.vectors(np.arange(opened.rows)), spread_rows(opened.rows)
+    kinds = np.array(opened.column("meta_category").to_pylist())
+
+    def print_shares(name: str, cosines: np.ndarray, own: np.ndarray) -> None:
+        scores, is_first, best = cosines[np.arange(len(own)), own], cosines.argmax(1) == own, cosines.max(1)
+        left_out = np.where(kinds[own][:, None] == kinds, -1, cosines).max(1)
+        shares = ((scores >= likely).mean(), (scores >= possible).mean(), is_first[best >= likely].mean())
+        figures = "own item likely {:.1%}, possible {:.1%}, first where any is likely {:.1%}".format(*shares)
+        print(f"    {name:21} {figures}; category left out: told {(left_out < likely).mean():.1%}")
+
+    for name, change in CHANGES.items():
+        vectors = encoder.encode_images([change(picture) for picture in pictures_of(opened, rows)])
+        print_shares(name, vectors @ gallery.T, rows)
+    if drawings is not None:
+        same = [(drawings.row_of(opened.item(row).id), row) for row in range(opened.rows)]
+        drawn, own = np.array([pair for pair in same if pair[0] is not None]).T
+        print_shares("another drawing", encoder.encode_images(pictures_of(drawings, drawn)) @ gallery.T, own)
+    if others is not None:
+        files = sorted(path for path in others.rglob("*") if path.suffix in (".jpg", ".png"))
+        best = (encoder.encode_images(files) @ gallery.T).max(1)
+        told, none = (best < likely).mean(), (best < possible).mean()
+        print(f"    {len(files)} pictures of {others}: told {told:.1%}, without any possible result {none:.1%}")
+
+
 def main() -> None:
     """Print the figures of one index."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("index", type=Path, help="a published index")
     parser.add_argument("--validation", type=Path, required=True, help="data set; its validation pairs are the queries")
+    parser.add_argument("--drawings", type=Path, help="an index of the same items in another style")
+    parser.add_argument("--others", type=Path, help="a folder of pictures that show no item")
     args = parser.parse_args()
     torch.set_num_threads(1)
     opened = open_current(args.index)
@@ -95,6 +159,7 @@ def main() -> None:
     scores, _ = opened.search(texts, count)
     remaining = (scores >= min_score).sum(1)
     print(f"  results of {count}: median {np.median(remaining):.0f}, p90 {np.quantile(remaining, 0.9):.0f}")
+    print_pictures(opened, encoder, args.drawings and open_current(args.drawings), args.others)
 
 
 if __name__ == "__main__":

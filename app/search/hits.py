@@ -10,7 +10,7 @@
   widens until enough different results are found.
 - A result is likely if its score reaches the calibrated cut-off, or if the item contains the words of the query. The
   scores of a query whose words no item has say little: it needs a strong score, and its other results that reach the
-  cut-off are possible.
+  cut-off are possible. So it is for an image.
 """
 
 import math
@@ -273,7 +273,7 @@ def _fitting(index: IndexVersion, plan: Plan, vector: Floats) -> Hits:
     """Return all rows that fit a plan, and their levels."""
     lowest = plan.min_score
     if lowest is None:
-        lowest = index.manifest.cutoff.get("min_score", np.inf) if plan.is_judged else np.inf
+        lowest = plan.cutoff.get("min_score", np.inf)
     width = min(1 if lowest == np.inf else MAX_SORTED, index.rows)
     near = vector_candidates(index, vector, width, plan.allowed)
     is_reached = near.reach(lowest)
@@ -300,11 +300,13 @@ def contained_share(index: IndexVersion, text: str) -> tuple[float, bool]:
 
 def _judged(index: IndexVersion, plan: Plan, hits: Hits, best: float) -> Hits:
     """Set the levels of a query whose best score is `best`, if there is a cut-off for it."""
-    cutoff: float | None = index.manifest.cutoff.get("min_score")
-    if cutoff is None or not plan.is_judged:
+    if not plan.cutoff:
         return hits
-    likely, contained, strong = cutoff, _CONTAINED, index.manifest.cutoff.get("strong_score", -math.inf)
-    if best < strong:
+    cutoff: float = plan.cutoff["min_score"]
+    likely, contained, strong = cutoff, _CONTAINED, plan.cutoff.get("strong_score", -math.inf)
+    if not plan.text:  # an image
+        likely = strong
+    elif best < strong:
         contained, is_familiar = contained_share(index, plan.text)
         likely = cutoff if is_familiar else strong
     return _with_verdict(replace(hits, likely=likely, possible=cutoff, contained=contained))

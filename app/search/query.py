@@ -8,9 +8,9 @@
 
 import math
 import unicodedata
-from collections.abc import Hashable, Iterable, Iterator, Sequence
+from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Annotated, Any, Literal, Self
 
 import numpy as np
@@ -166,7 +166,7 @@ class Query(BaseModel):
         examples=[{"category": ["cat face"], "base": True}],
     )
     min_score: Annotated[float, Field(strict=True, ge=-1, le=1)] | Literal["auto"] | None = Field(
-        None, description='lowest score of a result; "auto" uses the calibrated cut-off, for text queries only'
+        None, description='lowest score of a result; "auto" uses the calibrated cut-off, for a text or an image alone'
     )
     more_like: Ids = Field((), description="ids of items that results should resemble; these items are left out")
     less_like: Ids = Field((), description="ids of items that results should not resemble; these items are left out")
@@ -247,7 +247,7 @@ class Plan:
     next_offset: int | None = None  # None if no further page may be requested
     rerank_depth: int = 0  # number of first results to score again
     explained: int = 0  # number of results on the page to explain
-    is_judged: bool = False  # whether the calibrated cut-off applies: to queries by text alone
+    cutoff: Mapping[str, Any] = field(default_factory=dict)  # calibrated for a text or an image alone; empty: unknown
     items_path: str = "/items"  # URL path of the items
     max_bytes: int = MAX_TEXT_BYTES  # of the texts of the page's items
 
@@ -262,7 +262,7 @@ class Plan:
         if any(special) or self.end > _MAX_CACHED_DEPTH:
             return None
         page = self.offset, self.end, self.fields, self.items_path
-        return vector.tobytes(), self.text, self.words_weight, self.excluded, self.min_score, self.is_judged, page
+        return vector.tobytes(), self.text, self.words_weight, self.excluded, self.min_score, bool(self.cutoff), page
 
 
 def make_plan(
@@ -322,18 +322,19 @@ def make_plan(
         reason = "This model cannot re-rank: it has no second stage, or validation turned it off."
         remedy = "Leave `rerank` out, or train a model with `dcar train --method query-prompts`."
         raise UnsupportedQueryError(f"{reason} {remedy}", field="rerank")
-    is_judged = not (has_image or query.without or more_rows or less_rows)
+    is_alone = bool(query.query) != has_image and not (query.without or more_rows or less_rows)
+    cutoff = (manifest.image_cutoff if has_image else manifest.cutoff) if is_alone else {}
     if query.sort:
         require_sortable(served, query.sort)
-    has_cutoff = is_judged and served.min_score is not None
     needs_cutoff = query.min_score == "auto" or (query.sort and query.min_score is None and not words_weight)
-    if needs_cutoff and not has_cutoff:
+    if needs_cutoff and not cutoff:
         field, remedy = ("min_score", "") if query.min_score == "auto" else ("sort", ", or hybrid")
-        if not is_judged:
+        if not is_alone:
             raise InvalidQueryError(
-                field, f"no cut-off is known for queries other than by text; give min_score{remedy}"
+                field, f"a cut-off is known for a text or an image alone; give min_score as a number{remedy}"
             )
-        message = "This index was built without --validation and has no calibrated cut-off; "
+        reason = "has too few images" if has_image else "was built without --validation"
+        message = f"This index {reason} and has no calibrated cut-off; "
         raise UnsupportedQueryError(f"{message}give min_score as a number{remedy}.", field=field)
     return replace(
         plan,
@@ -342,14 +343,14 @@ def make_plan(
         words_weight=words_weight,
         allowed=filter_rows(served, query.filter) if query.filter else None,
         excluded=tuple(sorted({*more_rows, *less_rows})),
-        min_score=served.min_score if query.min_score == "auto" else query.min_score,
+        min_score=cutoff["min_score"] if query.min_score == "auto" else query.min_score,
         group_by=manifest.spec.group_field if query.group_by is None and query.fold is None else query.group_by or "",
         fold=query.fold,
         fields=query.fields,
         next_offset=end if end + query.k <= settings.max_window else None,
         rerank_depth=settings.rerank_depth if query.rerank else 0,
         explained=settings.explain_results if query.explain else 0,
-        is_judged=is_judged,
+        cutoff=cutoff,
     )
 
 
@@ -379,9 +380,9 @@ def query_vector(served: ServedVersion, plan: Plan, vectors: Sequence[Floats]) -
     Raises:
         InvalidQueryError: all weights are 0, or the parts cancel out.
     """
-    if plan.is_judged and plan.texts[0][0]:  # a text alone
-        return vectors[0]
     weights = [*(weight for weight, _ in plan.texts), plan.image_weight]
+    if len(vectors) == 1 and weights[0] and not plan.examples:
+        return vectors[0]
     parts = [*zip(weights, vectors, strict=False)]
     return compose([*parts, *((weight, row_vectors(served.index, rows).mean(0)) for weight, rows in plan.examples)])
 

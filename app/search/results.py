@@ -42,7 +42,7 @@ class Result(TypedDict):
     """One result. score: cosine of query and item, at most 1.
 
     level: likely if the score reaches `cutoff`, or if the item contains the words of a hybrid query; possible if it is
-        high but no item has the query's words, or if there is no `cutoff`; else unlikely.
+        high but no item has the query's words, or for an image, or if there is no `cutoff`; else unlikely.
     width, height: of the upright image in pixels; null if the index does not know them.
     text_score: share of the query's words that the item contains, about 1 for all of them, more in short texts; hybrid
         results are sorted by both scores.
@@ -78,7 +78,8 @@ class SearchResponse(TypedDict):
     """Results, best first or sorted, and the index version that produced them.
 
     nothing_fits: true if a cut-off is known for the query and no result is likely, on this page or before it.
-    cutoff: the score of a likely result; absent if the index was not calibrated, and for other queries than by text.
+    cutoff: the score of a likely result; absent if the index was not calibrated for it, and unless the query is a text
+        or an image alone.
     next_offset: start of the next page; absent on the last page. min_score: the cut-off that was applied.
     facets: the most frequent values of the requested fields.
     facets_approximate: true if `min_score` was applied to an approximate index, or to more items than are counted.

@@ -74,7 +74,8 @@ export function drawList(found, wanted, groups) {
     showNothing(hasFilter(wanted) ? "No images have all of these filters" : "No images are here", "");
     $("clear-filters").hidden = !hasFilter(wanted);
   } else if (found.nothing_fits && !isSorted) {
-    showNothing(`Nothing fits “${wanted.q}” well`, "These are the images that come nearest. Other words may find more.");
+    const [subject, more] = wanted.q ? [`“${wanted.q}”`, " Other words may find more."] : ["this image", ""];
+    showNothing(`Nothing fits ${subject} well`, `These are the images that come nearest.${more}`);
   }
 }
 

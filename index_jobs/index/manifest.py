@@ -100,6 +100,7 @@ class Manifest:
     origin: str = ""  # of changes that are a history of their own: OVER_HTTP or BY_WATCH; "" of other versions
     rebuild: str = ""  # why a rebuild is recommended, "" while it is not
     cutoff: dict[str, Any] = field(default_factory=dict)  # meaning of min_score "auto"; empty: not calibrated
+    image_cutoff: dict[str, Any] = field(default_factory=dict)  # the same for queries by an image
     runtime: str = ""  # runtime that encoded the images
     replaced: int | None = None  # the previous version; None for the first
     format: int = FORMAT

@@ -398,6 +398,7 @@ class _Build:
             failed=len(encoded.failed),
             runtime=self.encoder.runtime.name,
             **calibrated,
+            image_cutoff=gate.cutoff_of_images(index),
         )
 
 

@@ -6,6 +6,7 @@
 - Only items of both indexes may be found: a larger gallery makes every search harder, but no model worse.
 - The cut-off, `min_score: "auto"`, is reached by all but 5 % of validation texts with their own images. Without pairs,
   the scores of common words tell how high words and images score that do not belong together.
+- The cut-off for queries by an image follows from the cosines of the gallery's own images with each other.
 """
 
 import logging
@@ -44,7 +45,9 @@ MIN_TEXTS = 100  # validation texts that choose the weight of the words; a cut-o
 _WORDS, _MIN_ITEMS = 300, 30  # words whose scores make a cut-off without validation texts, from so many items on
 MISSED = 0.05  # share of the true pairs below the cut-off [ours]
 STRONG = 0.95  # share of the true pairs below a strong score [ours]
-CHANCE = 0.01  # share of words and images without a relation that reach the cut-off [ours]
+CHANCE = 0.01  # share of words and images without a relation, and of pairs of images, that reach the cut-off [ours]
+STRONG_CHANCE = 0.002  # share of the pairs of images that reach the strong score [ours]
+_SAME = 0.95  # cosine that is strong in any gallery: nearly all images reach it with their own JPEG of quality 30
 _RANKS = (1, 10)
 _DEPTH = 100  # an image below this rank counts as not found
 
@@ -210,6 +213,17 @@ def calibrate_by_words(index: VectorIndex, encode: EncodeTexts) -> dict[str, Any
     vectors = encode(common_words(_WORDS))  # [W, E]
     sample = index.vectors(spread_rows(index.count))
     return {"cutoff": cutoff_of_words(vectors @ sample.T, index.search(vectors, 1)[0][:, 0])}
+
+
+def cutoff_of_images(index: VectorIndex) -> dict[str, Any]:
+    """Return the manifest's `image_cutoff` by the cosines of a sample of the items; nothing for a few items."""
+    rows = spread_rows(index.count)
+    if len(rows) < _MIN_ITEMS:
+        return {}
+    sample = index.vectors(rows)
+    cosines = (sample @ sample.T)[np.triu_indices(len(rows), 1)].astype(np.float64)
+    min_score, strong_score = np.minimum(np.quantile(cosines, (1 - CHANCE, 1 - STRONG_CHANCE)), _SAME).round(6).tolist()
+    return {"min_score": min_score, "strong_score": strong_score, "pairs": len(cosines)}
 
 
 def compare(before: Side, after: Side, pairs: QueryPairs | None, margin: float = BuildOptions.margin) -> GateVerdict:

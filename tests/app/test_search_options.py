@@ -117,7 +117,9 @@ TABLE: list[dict[str, Any]] = [  # "top 9", "share 0.1" and "cutoff" as in `Orac
     {"more_like": ["item5"], "group_by": "product", "k": 50},
     {"query": "red", "less_like": ["item9"], "group_by": "product", "sort": "price", "min_score": "top 90", "k": 90},
     {"query": "red", "more_like": ["item5", "item8"], "less_like": ["item9"], "weights": {"more": 2, "less": 0.25}},
-    {"image": HALVES, "k": 50, "cutoff": (20, 3)},
+    *({"image": HALVES, "k": 50, "cutoff": (20, 3), **more} for more in (
+        {}, {"min_score": "auto"}, {"sort": "price"}, {"query": RED}, {"less_like": ["item4"]})),
+    {"image": HALVES, "cutoff": (20, 0)},
     {"image": HALVES, "crop": LEFT, "less_like": ["item4", "item8"]},
     {"image": HALVES, "query": RED, "weights": {"text": 3, "image": 0.5}, "hybrid": 0.8},
     {"image": HALVES, "query": "circle", "without": "red", "crop": RIGHT},
@@ -272,7 +274,8 @@ INVALID_IMAGES: list[tuple[dict[str, Any], str]] = [
     *(({"weights": wrong}, "weights") for wrong in (
         r'{"\udfff": 1}', '{"text": -1}', '{"text": "a"}', '{"colour": 1}', "3", '{"text": NaN}')),
     ({"query": "x", "weights": '{"text": 0, "image": 0}'}, "weights"), ({"without": " "}, "without"),
-    *(({"min_score": wrong}, "min_score") for wrong in (r'"\ud800"', "auto")),
+    *(({"min_score": wrong}, "min_score") for wrong in (r'"\ud800"', "9")),
+    ({"min_score": "auto", "query": "x"}, "min_score"),
     *(({"crop": json.dumps(wrong)}, field) for wrong, field in (
         (LEFT | {"x": 0.6}, "crop"), (LEFT | {"width": 0}, "crop.width"), (LEFT | {"x": -0.1}, "crop.x"),
         (LEFT | {"x": "0"}, "crop.x"), ({"x": 0, "y": 0, "width": 0.5}, "crop.height"), (LEFT | {"z": 1}, "crop.z"),
@@ -299,7 +302,7 @@ async def test_invalid_options_name_the_field(catalogue: Path) -> None:
     picture = {"file": HALVES}
     limits: dict[str, Any] = {"max_query_chars": 20, "max_window": 200, "max_queries": 4, "max_upload_bytes": 20_000}
     async with opened(catalogue, poll_s=0, **limits) as http:
-        Oracle(http.app.state.collections[None].current).change_manifest(cutoff={})
+        Oracle(http.app.state.collections[None].current).change_manifest(cutoff={}, image_cutoff={})
         for body, field in INVALID:
             problem = assert_problem(await http.post("/search/text", json={"query": "x", **body}), 422)
             assert problem["errors"][0]["field"].startswith(field), body
@@ -316,6 +319,8 @@ async def test_invalid_options_name_the_field(catalogue: Path) -> None:
         for name, given in (("min_score", {"min_score": "auto"}), ("sort", {"sort": "color"})):
             problem = assert_problem(await http.post("/search/text", json={"query": "x", **given}), 409, name)
             assert "--validation" in problem["detail"]
+            problem = assert_problem(await http.post("/search/image", files=picture, data=given), 409, name)
+            assert "has too few images and has no calibrated cut-off" in problem["detail"]
         longest = {"query": "\U0001f534" * 20, "without": "\U0001f534" * 20}
         assert (await http.post("/search/text", json=longest)).status_code == 200
         assert "next_offset" not in (await http.post("/search/text", json={"query": "x", "k": 80, "offset": 60})).json()

@@ -1,5 +1,6 @@
 """The bundled example: `dcar demo`, what the documentation shows of it, and searches whose answers convince."""
 
+import io
 import json
 import os
 import re
@@ -20,12 +21,14 @@ import httpx
 import numpy as np
 import pytest
 from filelock import FileLock
+from PIL import Image, ImageOps
 
 from dcar_core import Encoder
 from index_jobs.index.index_version import IndexVersion
 from index_jobs.index.versions import open_current
 from tests.support.commands import Command
 from tests.support.files import write_jsonl, write_tar
+from tests.support.images import encoded
 from tests.support.page import ready
 from tests.support.paths import ROOT
 from tests.support.processes import free_port
@@ -185,6 +188,24 @@ def test_words_and_scores_tell_nonsense_from_queries(demo: tuple[str, str, float
                "thumbs up", "broken heart", "soccer ball"]  # fmt: skip
     assert sum(map(nothing_fits, nonsense)) >= 8
     assert sum(map(nothing_fits, queries)) <= 1
+
+
+@pytest.mark.parametrize(
+    ("item", "kind"), [("1f697", "transport-ground"), ("1f382", "food-sweet"), ("1f355", "food-prepared")]
+)
+def test_a_picture_fits_its_item_and_nothing_where_its_kind_is_missing(
+    demo: tuple[str, str, float], item: str, kind: str
+) -> None:
+    url = f"{demo[0]}/collections/twemoji"
+    own = Image.open(io.BytesIO(httpx.get(f"{url}/items/{item}/image").content)).convert("RGBA")
+    for picture in (own, ImageOps.mirror(own)):
+        found, without = (
+            httpx.post(f"{url}/search/image", files={"file": encoded(picture)}, data={"filter": filter}).json()
+            for filter in ("{}", json.dumps({"meta_category": {"not": kind}}))
+        )
+        assert (found["results"][0]["level"], found["nothing_fits"]) == ("likely", False)
+        assert without["nothing_fits"]
+        assert {result["level"] for result in without["results"]} <= {"possible", "unlikely"}
 
 
 def test_the_page_s_own_examples_and_first_images_fit(demo: tuple[str, str, float]) -> None:

@@ -301,6 +301,28 @@ def test_without_pairs_a_hundredth_of_the_scores_of_words_reaches_the_cutoff(bui
     for number in range(30):
         write_file(tmp_path / "many" / f"{number}.png", png(f"#{number:02x}{255 - number:02x}{2 * number:02x}", (8, 8)))
     build(tmp_path / "many")
-    cutoff = open_current(tmp_path / "index").manifest.cutoff
-    assert cutoff["words"] == found["words"] == 300
-    assert -1 < cutoff["min_score"] <= cutoff["strong_score"] < 1
+    manifest = open_current(tmp_path / "index").manifest
+    assert manifest.cutoff["words"] == found["words"] == 300
+    for cutoff in (manifest.cutoff, manifest.image_cutoff):
+        assert -1 < cutoff["min_score"] <= cutoff["strong_score"] < 1
+
+
+class Stored:
+    """An index of these vectors."""
+
+    def __init__(self, vectors: np.ndarray) -> None:
+        self.count, self.vectors = len(vectors), vectors.__getitem__
+
+
+def test_two_in_a_thousand_pairs_of_images_are_strong_but_the_same_image_always_is() -> None:
+    def found(vectors: np.ndarray) -> dict[str, Any]:
+        return gate.cutoff_of_images(cast(Any, Stored(vectors / np.linalg.norm(vectors, axis=1, keepdims=True))))
+
+    vectors = np.random.default_rng(0).normal(size=(256, 16))
+    cosines = np.corrcoef(vectors - vectors.mean(1, keepdims=True))[np.triu_indices(256, 1)]
+    cutoff = found(vectors - vectors.mean(1, keepdims=True))
+    for name, share in (("min_score", 0.01), ("strong_score", 0.002)):
+        assert (cosines >= cutoff[name]).mean() == pytest.approx(share, abs=1e-4)
+    assert cutoff["pairs"] == len(cosines)
+    assert found(np.tile(vectors[:2], (20, 1)))["strong_score"] < 0.96, "half of the pairs are the same image"
+    assert found(vectors[:29]) == {}, "too few"

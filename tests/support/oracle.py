@@ -13,6 +13,7 @@ from app.search.query import Query
 from app.search.served_version import ServedVersion
 from index_jobs.index.lexical import DEFAULT_WEIGHT, text_bonus
 
+CUTOFFS = ("cutoff", "image_cutoff")
 CLOSE = 2e-5  # scores are rounded, and sums of floats depend on their order
 
 
@@ -122,11 +123,19 @@ class Oracle:
             total += weights.image * self.encoder.encode_images([picture])[0]
         return np.asarray(total / np.linalg.norm(total), np.float32)
 
-    def level(self, query: Query, best: float, *, is_text: bool) -> tuple[float, float, float] | None:
+    def cutoff(self, query: Query, image: bytes | None) -> dict[str, Any]:
+        """Return the calibration for a query by a text or an image alone; nothing for any other."""
+        if query.without or query.more_like or query.less_like or (query.query and image):
+            return {}
+        return self.index.manifest.image_cutoff if image else self.index.manifest.cutoff
+
+    def level(self, query: Query, best: float, image: bytes | None) -> tuple[float, float, float] | None:
         """Return the scores of a likely and of a possible match, and the text score of a likely one."""
-        cutoff = self.index.manifest.cutoff
-        if not (cutoff and is_text):
+        cutoff = self.cutoff(query, image)
+        if not cutoff:
             return None
+        if image:
+            return cutoff["strong_score"], cutoff["min_score"], 0.6
         is_familiar = self.index.lexical.known_share(query.query) >= 0.5
         if best >= cutoff["strong_score"]:
             return cutoff["min_score"], cutoff["min_score"], 0.6
@@ -143,7 +152,8 @@ class Oracle:
         cosines = self.vectors[self.live] @ self.vector(query, options.get("image"))
         likely, strong = row.get("cutoff", (0, 0))
         scores = {"min_score": gap(cosines, likely), "strong_score": gap(cosines, strong) if strong else 1.0}
-        self.change_manifest(cutoff=scores if likely else {})
+        kinds = {name: scores if likely and ("image" in row) == ("image" in name) else {} for name in CUTOFFS}
+        self.change_manifest(**kinds)
         for name in row.keys() & {"min_score", "fold"}:
             kind, _, count = str(row[name]).partition(" ")
             if kind == "share":
@@ -170,12 +180,11 @@ class Oracle:
         groups, values = self.values(group_by), self.values(query.sort.removeprefix("-"))
         owners = [("row", row) if value is None else value for row, value in enumerate(groups)]
         left_out = {owners[self.row_of[each]] for each in (*query.more_like, *query.less_like)}
-        is_text = image is None and not (query.without or query.more_like or query.less_like)
 
         allowed = self.allowed(query.filter)
         scores = {row: round(float(cosines[row]), 6) for row in allowed}
-        levels = self.level(query, max(scores.values(), default=np.inf), is_text=is_text)
-        min_score = manifest.cutoff["min_score"] if query.min_score == "auto" else query.min_score
+        levels = self.level(query, max(scores.values(), default=np.inf), image)
+        min_score = self.cutoff(query, image)["min_score"] if query.min_score == "auto" else query.min_score
         lowest, contained = -1.1 if min_score is None else min_score, np.inf
         if query.sort and min_score is None:
             lowest = levels[1] if levels else np.inf
@@ -190,7 +199,7 @@ class Oracle:
         near = fold_row_by_row(self.vectors, order, query.fold) if query.fold is not None else {}
         shown, end = [*near] if near else order, query.offset + query.k
         if not query.sort:
-            levels = self.level(query, max((scores[row] for row in shown[: end + 1]), default=np.inf), is_text=is_text)
+            levels = self.level(query, max((scores[row] for row in shown[: end + 1]), default=np.inf), image)
 
         results, page = body["results"], shown[query.offset : end]
         rows = [self.row_of[each["id"]] for each in results]
