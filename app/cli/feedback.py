@@ -57,13 +57,19 @@ def forget(
     "judge",
     "dcar judge judgements.csv --index index --against 1",
     "dcar judge judgements.csv --index index --run run.csv",
+    "dcar judge --index index-new --against http://127.0.0.1:8000 --margin 0.02",
 )
 def judge(
-    judgements: list[Path] = option(help="Tables of query, item_id, grade (0 to 3 or empty)."),
+    judgements: list[Path] | None = option(
+        None, "Tables of query, item_id, grade (0 to 3 or empty). Default: captions that only one image has."
+    ),
     *,
     index: Path = options.INDEX,
     version: int | None = option(None, "Version of the index. Default: the current one.", min=1),
-    against: str | None = option(None, "Compare with a version, or another index."),
+    against: str | None = option(
+        None, "Compare with a version, another index, or a running service at a URL; DCAR_JUDGE_KEY is its API key."
+    ),
+    margin: float | None = option(None, "Fail if nDCG@10 is lower by more than this share.", min=0, max=1),
     hybrid: bool = option(False, "Look up the words of the queries as well."),
     run: Path | None = option(None, "Write the results with their grades as CSV."),
     device: str = options.DEVICE,
@@ -72,21 +78,30 @@ def judge(
 
     Brackets hold 95 % intervals over the queries, paired in a comparison. Results without a judgement count as 0.
     """
-    from app.feedback.judge import Run, describe, runs_csv
+    from app.feedback.judge import DEPTH, Run, compare, describe, runs_csv
     from dcar_core.data.judgements import read_judgements
+    from dcar_core.util.errors import GateError
     from dcar_core.util.files import require_writable, write_bytes
+    from index_jobs.jobs.running_service import ask_service, known_pairs
 
     if run is not None:
         require_writable(run.parent)
-    judged = read_judgements(judgements)
-    opened = [_open(index, version, device)]
-    if against is not None:
+    opened, name = _open(index, version, device)
+    judged = read_judgements(judgements) if judgements else known_pairs(opened.served.index)
+    runs = [Run.of(opened, name, judged, hybrid=hybrid)]
+    if against is not None and against.startswith(("http://", "https://")):
+        name, results = ask_service(against, judged, k=DEPTH, **({"hybrid": True} if hybrid else {}))
+        runs.append(Run(name, judged, results))
+    elif against is not None:
         number = int(against) if against.isdecimal() else None
-        opened.append(_open(index if number else Path(against), number, device))
-    runs = [Run.of(searched, name, judged, hybrid=hybrid) for searched, name in opened]
+        runs.append(Run.of(*_open(index if number else Path(against), number, device), judged, hybrid=hybrid))
     if run is not None:
         write_bytes(run, runs_csv(runs).encode())
-    typer.echo(describe(runs))
+    comparison = compare(runs)
+    typer.echo(describe(runs, comparison))
+    change = comparison.difference["nDCG@10"].value
+    if margin is not None and change < -100 * margin:
+        raise GateError(f"{runs[0].name} ranks worse than {runs[-1].name}: nDCG@10 changed by {change:+.1f} points")
 
 
 def _open(path: Path, version: int | None, device: str) -> tuple["Index", str]:

@@ -58,21 +58,28 @@ class Run:
         return graded_measures(grades, [np.array([*graded.values()]) for graded in self.judged.grades.values()])
 
 
-def describe(runs: Sequence[Run]) -> str:
-    """Return the measures of one run, or of two and their difference, what is not judged, and a closing sentence."""
-    names, measures = [run.name for run in runs], [run.measures() for run in runs]
-    counts = np.ones((len(measures[0]), len(runs[0].judged.texts)))
+def compare(runs: Sequence[Run]) -> Comparison:
+    """Compare the first run with the last one."""
+    measures, counts = [run.measures() for run in runs], np.ones((3, len(runs[0].judged.texts)))
     sides = [Scores(counts, np.stack([*part.values()]) / 100, [*part]) for part in measures]
-    comparison = Comparison.of(sides[0], sides[-1])
+    return Comparison.of(sides[0], sides[-1])
+
+
+def describe(runs: Sequence[Run], comparison: Comparison) -> str:
+    """Return the measures of one run, or of two and their difference, what is not judged, and a closing sentence."""
+    names = [run.name for run in runs]
     figures = [(names[0], comparison.model, "")]
     if len(runs) > 1:
         figures += (names[1], comparison.baseline, ""), ("difference", comparison.difference, "+")
-    rows = [["index", *measures[0]], ["---"] * 4]
+    rows = [["index", *comparison.model], ["---"] * 4]
     rows += [[name, *(f"{value:{sign}}" for value in estimates.values())] for name, estimates, sign in figures]
     lines = [f"| {' | '.join(cell.replace('|', '/') for cell in row)} |" for row in rows]
     for run in runs:
         unjudged = sum(grade is None for *_, grade in run.rows)
         lines.append(f"{run.name}: {unjudged:,} of {len(run.rows):,} results not judged, counted as 0")
+    if len(runs) > 1:
+        both = [len({*own} & {*other}) for own, other in zip(*(run.results.values() for run in runs), strict=True)]
+        lines.append(f"the first {DEPTH} results of a query have {np.mean(both):.1f} in common")
     return "\n".join([*lines, _conclude(names, comparison)])
 
 

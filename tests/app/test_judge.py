@@ -13,7 +13,7 @@ from dcar_core.data.judgements import JudgedList
 from dcar_core.util.errors import DataError
 from index_jobs.rebuild import rebuild
 from tests.support.commands import dcar
-from tests.support.service import ODD_ID
+from tests.support.service import ALICE, KEYS, ODD_ID, serving
 
 ROWS = [
     ("q1", "a red circle", "circle/red.png", 3), ("q1", "a red circle", "circle/blue.png", 1),
@@ -21,6 +21,9 @@ ROWS = [
     ("q 3", "azure", "square/blue.png", 2), ("q 3", "azure", "circle/blue.png", 2),
     ("q 3", "azure", "cross/red.png", 0),
 ]  # fmt: skip
+
+
+JUDGE = {"DCAR_JUDGE_KEY": ALICE}
 
 
 def write(path: Path, rows: list[tuple[object, ...]]) -> Path:
@@ -85,6 +88,10 @@ def of(judged: JudgedList, **found: list[str]) -> judge.Run:
     return judge.Run("name", judged, found)
 
 
+def conclusion(*runs: judge.Run) -> str:
+    return judge.describe(runs, judge.compare(runs)).splitlines()[-1]
+
+
 def test_a_sure_and_an_unsure_difference_are_told_in_words() -> None:
     judged = JudgedList()
     for number in range(30):
@@ -93,13 +100,33 @@ def test_a_sure_and_an_unsure_difference_are_told_in_words() -> None:
     worse = of(judged, **{query: ["other", "right"] for query in judged.texts})
     mixed = of(judged, **{query: ["other", "right"] if query == "q3" else ["right"] for query in judged.texts})
     sentence = "Take name: it is better than name, by +36.9 points of nDCG@10 over 30 queries (95 % interval "
-    for runs in ([best, worse], [worse, best]):
-        assert judge.describe(runs).splitlines()[-1] == f"{sentence}+36.9 to +36.9)."
-    unsure = judge.describe([mixed, best]).splitlines()[-1]
+    assert conclusion(best, worse) == conclusion(worse, best) == f"{sentence}+36.9 to +36.9)."
+    unsure = conclusion(mixed, best)
     assert unsure.startswith(
         "Neither is certainly better: name is above name by +1.2 points of nDCG@10 over 30 queries "
     )
     assert unsure.endswith(" (95 % interval +0.0 to +3.7).")
+
+
+def test_a_new_index_is_compared_with_a_running_service_by_its_captions(built_index: Path, versions: Path) -> None:
+    """As after an upgrade: the service's release and format do not matter."""
+    with serving(versions, **KEYS, rate_limit="20/second") as (_, port):
+        url = f"http://127.0.0.1:{port}"
+        told = {
+            (number, index): dcar("judge", "--index", versions, "--version", number, "--against", index, "--margin", 0,
+                                  environment=JUDGE)
+            for number in (1, 2) for index in (url, versions)
+        }  # fmt: skip
+        refused = dcar("judge", "--index", built_index, "--against", url)
+    gone = dcar("judge", "--index", built_index, "--against", url)
+    assert told[2, url].returncode == 0, told[2, url].stderr
+    assert "the first 10 results of a query have 10.0 in common" in told[2, url].stdout
+    worse = told[1, url]
+    assert worse.stdout.replace(url, str(versions)) == told[1, versions].stdout
+    assert worse.returncode == told[1, versions].returncode == 6
+    assert f"version 1 ranks worse than {url} version 2: nDCG@10 changed by -" in worse.stderr
+    for done, message in ((refused, "/search/text: status 401: "), (gone, "does not answer a search: ")):
+        assert (done.returncode, message in done.stderr) == (1, True), done.stderr
 
 
 def test_lists_and_versions_that_do_not_fit_are_told(versions: Path, tmp_path: Path) -> None:
