@@ -330,9 +330,7 @@ def make_plan(
     if needs_cutoff and not cutoff:
         field, remedy = ("min_score", "") if query.min_score == "auto" else ("sort", ", or hybrid")
         if not is_alone:
-            raise InvalidQueryError(
-                field, f"a cut-off is known for a text or an image alone; give min_score as a number{remedy}"
-            )
+            raise InvalidQueryError(field, f"a cut-off is known for a text or an image alone; give min_score{remedy}")
         reason = "has too few images" if has_image else "was built without --validation"
         message = f"This index {reason} and has no calibrated cut-off; "
         raise UnsupportedQueryError(f"{message}give min_score as a number{remedy}.", field=field)

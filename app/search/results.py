@@ -78,8 +78,7 @@ class SearchResponse(TypedDict):
     """Results, best first or sorted, and the index version that produced them.
 
     nothing_fits: true if a cut-off is known for the query and no result is likely, on this page or before it.
-    cutoff: the score of a likely result; absent if the index was not calibrated for it, and unless the query is a text
-        or an image alone.
+    cutoff: the score of a likely result; absent without calibration, and unless a text or an image alone is searched.
     next_offset: start of the next page; absent on the last page. min_score: the cut-off that was applied.
     facets: the most frequent values of the requested fields.
     facets_approximate: true if `min_score` was applied to an approximate index, or to more items than are counted.
