@@ -1,17 +1,19 @@
 """Jobs killed at the n-th call that makes something durable: fsync, rename, or a write to an object store.
 
-A process that has imported everything forks one for each step of an attempt: to prepare an index, to run a job on it
-until it is killed, and to check what is left, which the job, repeated, completes.
+A process that has imported everything forks one for each case, and for each step of an attempt: to prepare an index, to
+run a job on it until it is killed, and to check what is left, which the job, repeated, completes.
 """
 
 import ctypes
+import json
 import os
 import shutil
 import subprocess
 import sys
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import nullcontext
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -60,7 +62,7 @@ WRAP(fdatasync, (int file), (file))
 WRAP(rename, (const char *from, const char *to), (from, to))
 WRAP(renameat, (int one, const char *from, int other, const char *to), (one, from, other, to))
 """
-MOST = 12  # moments of a job; evenly spread where it has more
+MOST = 12 if os.environ.get("TEST_LONG") == "1" else 5  # moments of a job; evenly spread where it has more
 
 
 class Given(NamedTuple):
@@ -227,13 +229,29 @@ def attempt(name: str, folder: Path, given: Given, number: int) -> int:
     return int(counted.read_text())
 
 
-def main(name: str, folder: Path, given: Given) -> None:
-    import tests.support.preloaded  # noqa: F401
-
+def attempt_all(environment: dict[str, str], name: str, folder: Path, given: Given) -> None:
+    os.environ |= environment
     total = attempt(name, folder, given, 0)
     for number in sorted({1 + round(each * (total - 1) / (MOST - 1)) for each in range(MOST)}):
         attempt(name, folder, given, number)
-    sys.stdout.write(f"{total} calls\n")
+
+
+@pytest.fixture(scope="module")
+def attempts(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[..., int]]:
+    """A function that runs `attempt_all` in a process that counts calls, and returns 0, or 1 after a traceback."""
+    environment = {**os.environ, "LD_PRELOAD": str(library(tmp_path_factory.mktemp("library")))}
+    command = [sys.executable, "-m", "tests.index_jobs.test_killed"]
+    pipes: dict[str, Any] = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
+    with subprocess.Popen(command, env=environment, **pipes) as process:
+
+        def run(environment: dict[str, str], *given: object) -> int:
+            assert process.stdin
+            assert process.stdout
+            process.stdin.write(json.dumps([environment, *map(str, given)]) + "\n")
+            process.stdin.flush()
+            return int(process.stdout.readline())
+
+        yield run
 
 
 @needs("cc")
@@ -243,18 +261,20 @@ def main(name: str, folder: Path, given: Given) -> None:
     "case", [pytest.param(case, marks=needs("object-store") if "store" in case else ()) for case in CASES]
 )
 def test_current_names_a_complete_version_whenever_a_job_is_killed(
-    case: str, published: Path, tiny_gallery: Path, tiny_checkpoint: Path, tmp_path: Path
+    case: str, attempts: Callable[..., int], published: Path, tiny_gallery: Path, tiny_checkpoint: Path, tmp_path: Path
 ) -> None:
     shutil.copytree(tiny_gallery / "circle", tmp_path / "more" / "round")  # other names, other ids
     (folder := tmp_path / "attempts").mkdir()
-    given = [case, folder, tiny_gallery, tmp_path / "more", tiny_checkpoint, published]
     with Server() if "store" in case else nullcontext() as store:
-        environment = {**(store.environment if store else {}), "LD_PRELOAD": str(library(tmp_path))}
-        command = [sys.executable, "-m", "tests.index_jobs.test_killed", *map(str, given)]
-        done = subprocess.run(command, env={**os.environ, **environment}, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.endswith(" calls\n")
+        environment = store.environment if store else {}
+        assert attempts(environment, case, folder, tiny_gallery, tmp_path / "more", tiny_checkpoint, published) == 0
 
 
 if __name__ == "__main__":
-    main(sys.argv[1], Path(sys.argv[2]), Given(*map(Path, sys.argv[3:])))
+    import tests.support.preloaded  # noqa: F401
+
+    for line in sys.stdin:
+        environment, name, folder, *given = json.loads(line)
+        run_all = partial(attempt_all, environment, name, Path(folder), Given(*map(Path, given)))
+        sys.stdout.write(f"{_forked(run_all)}\n")
+        sys.stdout.flush()
