@@ -45,12 +45,6 @@ def test_test_modules_share_helpers_through_support_alone() -> None:
         assert [name for name in names if not f"{name}.".startswith("tests.support.")] == [], path
 
 
-# Files that still use private names; the list only shrinks.
-PRIVATE = """
-index_jobs/test_index_version.py
-"""
-
-
 def private_uses(path: Path, private: set[str]) -> Iterator[str]:
     """Yield attributes, imports and patch targets of a test module that are private names of the packages."""
     for node in ast.walk(ast.parse(path.read_text())):
@@ -68,9 +62,7 @@ def private_uses(path: Path, private: set[str]) -> Iterator[str]:
 def test_tests_use_public_names_alone() -> None:
     defined = re.compile(r"(?:\b(?:def|class) |\bself\.|^)(_[a-zA-Z]\w*)", re.M)
     private = {name for path in MODULES for name in defined.findall(path.read_text())}
-    uses = {path.relative_to(ROOT / "tests").as_posix(): [*private_uses(path, private)] for path in TESTS}
-    assert {name: found for name, found in uses.items() if found and name not in PRIVATE.split()} == {}
-    assert [name for name in PRIVATE.split() if not uses.get(name)] == [], "these are done: shorten the list"
+    assert [use for path in TESTS for use in private_uses(path, private)] == []
 
 
 def test_optional_parts_of_tests_are_named_in_one_place() -> None:

@@ -27,7 +27,7 @@ from dcar_core.util.files import atomic_writer, canonical_json
 
 logger = logging.getLogger(__name__)
 
-_BATCH = 65_536
+BATCH = 65_536
 SIZE_COLUMNS = ["width", "height"]  # of the upright image in pixels, null if unknown
 COLUMNS = ["id", "caption", "category", "location", "offset", "size", "metadata", *SIZE_COLUMNS]
 _BY_ID = "by_id"  # row numbers in the order of the ids
@@ -151,14 +151,14 @@ def write_items(path: Path, table: pa.Table, rows: Rows) -> None:
     for name, field_type in types.items():
         schema = schema.append(pa.field(_FIELD + name, field_type))
     with atomic_writer(path) as file, pa.ipc.new_file(file, schema) as writer:
-        for start in range(0, len(rows), _BATCH):
-            batch = take_rows(columns, rows[start : start + _BATCH]).combine_chunks()
+        for start in range(0, len(rows), BATCH):
+            batch = take_rows(columns, rows[start : start + BATCH]).combine_chunks()
             records = list(_records(batch["metadata"]))
-            batch = batch.append_column(_BY_ID, pa.array(by_id[start : start + _BATCH]))
+            batch = batch.append_column(_BY_ID, pa.array(by_id[start : start + BATCH]))
             for name, field_type in types.items():
                 values = [record.get(name) for record in records]
                 batch = batch.append_column(_FIELD + name, typed_array(values, field_type))
-            writer.write_table(batch, max_chunksize=_BATCH)
+            writer.write_table(batch, max_chunksize=BATCH)
 
 
 class Items:
@@ -174,7 +174,7 @@ class Items:
         except (OSError, pa.ArrowException, UnicodeDecodeError) as error:
             raise ArtifactError(f"{path} cannot be read: {error}") from error
         types = {name: self._schema.field(name).type for name in _TYPES if name in names}
-        if types != _TYPES or any(len(batch) != _BATCH for batch in self._batches[:-1]):
+        if types != _TYPES or any(len(batch) != BATCH for batch in self._batches[:-1]):
             raise ArtifactError(f"{path} is not an items file of this version")
         # Cached, because a batch creates a new object for a column each time.
         self._cells = {name: [batch.column(name) for batch in self._batches] for name in types}
@@ -237,7 +237,7 @@ class Items:
         """Return a cell whose value stays in the mapped file until `as_py`."""
         if not 0 <= row < self._count:
             raise IndexError(f"row {row} is not in 0..{self._count - 1}")
-        return self._cells[column][row // _BATCH][row % _BATCH]
+        return self._cells[column][row // BATCH][row % BATCH]
 
     def row_of(self, item_id: str) -> int | None:
         """Return the row of an id, or None, by binary search over UTF-8 bytes, which is Arrow's sort order."""

@@ -258,7 +258,7 @@ def test_take_rows_returns_the_rows_that_arrow_takes(rows: list[int]) -> None:
 def test_no_column_is_joined_for_a_part_of_its_rows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Joined, texts of 2 GiB are more than Arrow holds, and every batch costs as much as all."""
     batch, batches, text = 4, 32, 2**18  # 32 MiB of texts
-    monkeypatch.setattr(items, "_BATCH", batch)
+    monkeypatch.setattr(items, "BATCH", batch)
     count = batch * batches
     numbers, texts = pa.array([0] * count), pa.array([""] * count)
     columns = dict.fromkeys(("caption", "category", "location"), texts) | dict.fromkeys(("offset", "size"), numbers)
