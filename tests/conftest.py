@@ -59,6 +59,7 @@ sys.modules["openvino_telemetry"] = None  # type: ignore[assignment]
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     parts.skip_without_parts(items)
+    items.sort(key=lambda item: item.get_closest_marker("timeout") is None)  # the longest first, so that none is last
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
