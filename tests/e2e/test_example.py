@@ -9,7 +9,6 @@ import shlex
 import shutil
 import signal
 import subprocess
-import tarfile
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -27,7 +26,7 @@ from dcar_core import Encoder
 from index_jobs.index.index_version import IndexVersion
 from index_jobs.index.versions import open_current
 from tests.support.commands import Command
-from tests.support.files import write_jsonl, write_tar
+from tests.support.galleries import write_few
 from tests.support.images import encoded
 from tests.support.page import ready
 from tests.support.paths import ROOT
@@ -53,11 +52,7 @@ def examples(run_folder: Path) -> Path:
             few.mkdir(parents=True)
             for name in ("base", "query.png", "twemoji", "openmoji/checkpoint", "openmoji/val.json"):
                 (folder / name).symlink_to(EXAMPLES / name)
-            rows = [row for row in metadata("openmoji") if row["split"] == "val" or row["category"] == "crying cat"]
-            write_jsonl(few / "metadata.jsonl", *rows)
-            with tarfile.open(EXAMPLES / "openmoji" / "gallery.tar") as tar:
-                files = {row["file_name"]: tar.extractfile(row["file_name"]) for row in rows}
-                write_tar(few / "gallery.tar", {name: file.read() for name, file in files.items() if file})
+            write_few(few, EXAMPLES / "openmoji")
     return folder
 
 
@@ -70,10 +65,6 @@ def data(examples: Path, run_folder: Path) -> tuple[Path, str]:
             with start_demo(examples, folder) as (_, said):
                 printed.write_text(said)
     return folder, printed.read_text()
-
-
-def metadata(domain: str) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in (EXAMPLES / domain / "metadata.jsonl").read_text().splitlines()]
 
 
 @pytest.fixture(scope="module")
