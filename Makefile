@@ -1,4 +1,4 @@
-# make demo       search the bundled emoji galleries on http://127.0.0.1:8000  (PORT=, HOST=, DOMAIN=openmoji)
+# make demo       search a bundled emoji gallery on http://127.0.0.1:8000  (PORT=, HOST=, DOMAIN=openmoji)
 # make test       tests of all installed parts, in JOBS=3 processes           (ARGS="-k name" for some)
 # make check      lint, format, types, import direction, sizes
 # make size       lines by folder against their budgets

@@ -129,15 +129,14 @@ def demo(
     *,
     host: str = HOST,
     port: int = PORT,
-    domain: str = option("twemoji", "Default collection: twemoji or openmoji."),
+    domain: str = option("twemoji", "Gallery: twemoji or openmoji."),
     data: Path = option(Path("data"), "Directory for the demo's indexes."),
     **build: Any,
 ) -> None:
-    """Index the bundled emoji galleries (once) and serve them as collections over one backbone.
+    """Index a bundled emoji gallery (once) and serve it, also by the unadapted model, as collections over one backbone.
 
-    Routes without a collection, such as /search/text, search the default one; /collections/NAME/search/text searches
-    another. DOMAIN-clip is the gallery of the default collection with the unadapted model; the page can show both side
-    by side.
+    Routes without a collection, such as /search/text, search by the adapted model; /collections/DOMAIN-clip/search/text
+    by the other. The page can show both side by side.
     """
     show_progress()
     from app.server import base_url
@@ -148,23 +147,21 @@ def demo(
         available = ", ".join(domains) or "none: use a source checkout"
         raise DcarError(f"no bundled domain is named {domain!r}; there are: {available}")
     clip = f"{domain}-clip"
-    names = [domain, *(name for name in domains if name != domain), clip]
+    gallery, indexes = EXAMPLES / domain, {name: data / "index" / name for name in (domain, clip)}
     typer.echo()
-    for number, name in enumerate(names, 1):
-        gallery = EXAMPLES / name.removesuffix("-clip")
+    for number, name in enumerate(indexes, 1):
         checkpoint = bundled_checkpoint(data / "zero-shot") if name == clip else gallery / "checkpoint"
-        summary = rebuild(gallery, checkpoint, data / "index" / name, validation=gallery, workers=0, **build)
+        summary = rebuild(gallery, checkpoint, indexes[name], validation=gallery, workers=0, **build)
         state = "already indexed" if summary.reused else f"indexed in {summary.seconds:.0f} s"
-        typer.echo(f"{number} of {len(names)}: {summary.count:,} {name} images, {state}")
+        typer.echo(f"{number} of 2: {summary.count:,} {name} images, {state}")
     url, body = base_url(host, port), """-H 'content-type: application/json' -d '{"query": "crying cat", "k": 3}'"""
     typer.echo(f"Try:\n  the page    {url}/\n  beside CLIP {url}/#q=woman+running+dark+skin&beside={clip}&words=0")
-    for prefix in ("", *(f"/collections/{name}" for name in names[1:])):
+    for prefix in ("", f"/collections/{clip}"):
         typer.echo(f"  by text     curl -s {url}{prefix}/search/text {body}")
     typer.echo(
         f"  by image    curl -s {url}/search/image -F file=@{EXAMPLES / 'query.png'} -F k=3\nStop with Ctrl-C.\n"
     )
     sys.stdout.flush()
-    indexes = {name: data / "index" / name for name in names}
     serve_index(index=indexes.pop(domain), collections=indexes, host=host, port=port, **build)
 
 

@@ -26,7 +26,6 @@ from dcar_core import Encoder
 from index_jobs.index.index_version import IndexVersion
 from index_jobs.index.versions import open_current
 from tests.support.commands import Command
-from tests.support.galleries import write_few
 from tests.support.images import encoded
 from tests.support.page import ready
 from tests.support.paths import ROOT
@@ -35,34 +34,16 @@ from tests.support.shown import assert_shown, shown_blocks
 
 EXAMPLES = ROOT / "examples" / "emoji"
 
-DEMO = (
-    "import pathlib, sys; from app.cli import main, serving; serving.EXAMPLES = pathlib.Path(sys.argv.pop(1)); main()"
-)
-
-pytestmark = pytest.mark.timeout(600)  # the first test waits for three galleries
+pytestmark = pytest.mark.timeout(600)  # the first test waits for two galleries
 
 
 @pytest.fixture(scope="session")
-def examples(run_folder: Path) -> Path:
-    """The bundled examples, for all processes of a run, where openmoji has the images of its validation pairs only."""
-    folder = run_folder / "emoji"
-    with FileLock(f"{folder}.lock"):
-        if not folder.exists():
-            few = folder / "openmoji"
-            few.mkdir(parents=True)
-            for name in ("base", "query.png", "twemoji", "openmoji/checkpoint", "openmoji/val.json"):
-                (folder / name).symlink_to(EXAMPLES / name)
-            write_few(few, EXAMPLES / "openmoji")
-    return folder
-
-
-@pytest.fixture(scope="session")
-def data(examples: Path, run_folder: Path) -> tuple[Path, str]:
+def data(run_folder: Path) -> tuple[Path, str]:
     """The folder of a first `dcar demo`, for all processes of a run, and what it printed."""
     folder, printed = run_folder / "demo", run_folder / "demo.txt"
     with FileLock(f"{folder}.lock"):
         if not printed.exists():
-            with start_demo(examples, folder) as (_, said):
+            with start_demo(folder) as (_, said):
                 printed.write_text(said)
     return folder, printed.read_text()
 
@@ -100,21 +81,19 @@ def test_short_queries_find_a_right_answer(served: tuple[Encoder, IndexVersion])
 
 
 @pytest.fixture(scope="module")
-def demo(
-    examples: Path, data: tuple[Path, str], tmp_path_factory: pytest.TempPathFactory
-) -> Iterator[tuple[str, str, float]]:
+def demo(data: tuple[Path, str], tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[str, str, float]]:
     """A second `dcar demo`, on a copy of the folder: its address, output and start time."""
     folder = shutil.copytree(data[0], tmp_path_factory.mktemp("demo") / "data")
     began = time.monotonic()
-    with start_demo(examples, folder) as (url, said):
+    with start_demo(folder) as (url, said):
         yield ready(url), said, began
 
 
 @contextmanager
-def start_demo(examples: Path, data: Path) -> Iterator[tuple[str, str]]:
+def start_demo(data: Path) -> Iterator[tuple[str, str]]:
     port = free_port()
-    command = (DEMO, examples, "demo", "--domain", "openmoji", "--data", data, "--port", port)
-    process = Command("-c", *command, environment={"PYTHONUNBUFFERED": "1"}, stderr=os.devnull)
+    command = ("app.cli", "demo", "--data", data, "--port", port)
+    process = Command(*command, environment={"PYTHONUNBUFFERED": "1"}, stderr=os.devnull)
     try:
         lines = iter(process.stdout.readline, "Stop with Ctrl-C.\n")
         yield f"http://127.0.0.1:{port}", "".join(takewhile(bool, lines))  # up to its end, if it fails
@@ -133,41 +112,34 @@ def curl(command: str) -> dict[str, Any]:
 
 def test_a_second_demo_starts_in_seconds_and_what_it_prints_works(demo: tuple[str, str, float]) -> None:
     url, said, started = demo
-    names = {"twemoji": "openmoji", "openmoji": "twemoji"}  # here openmoji is the default
-    swapped = re.sub("twemoji|openmoji", lambda found: names[found[0]], said.replace(url, "http://127.0.0.1:8000"))
-    assert_shown(shown_blocks("README.md")[0], swapped)
-    assert re.findall(r"^(\d of 3): .* already indexed$", said, re.MULTILINE) == ["1 of 3", "2 of 3", "3 of 3"]
+    assert_shown(shown_blocks("README.md")[0], said.replace(url, "http://127.0.0.1:8000"))
+    assert re.findall(r"^(\d of 2): .* already indexed$", said, re.MULTILINE) == ["1 of 2", "2 of 2"]
     assert re.search(rf"the page +{url}/", said)
     commands = [line.split(maxsplit=2)[2] for line in said.splitlines() if "curl" in line]
-    assert len(commands) == 4
+    assert len(commands) == 3
     answers = [curl(command)["results"] for command in commands]
     assert time.monotonic() - started < 90  # a few seconds on an idle machine
-    assert [len(results) for results in answers] == [3, 3, 3, 3]
-    assert answers[1][0]["image_url"].startswith("/collections/twemoji/items/")
-    assert answers[0] != answers[1], "another domain's answer"
+    assert [len(results) for results in answers] == [3, 3, 3]
+    assert answers[1][0]["image_url"].startswith("/collections/twemoji-clip/items/")
     assert httpx.get(f"{url}/ui/catalogue").json()["hybrid_by_default"], "the page looks words up as well"
-    assert answers[0][0]["score"] != answers[2][0]["score"], "another model's"
-    assert f"{url}/#q=woman+running+dark+skin&beside=openmoji-clip&words=0\n" in said
+    assert answers[0][0]["score"] != answers[1][0]["score"], "another model's"
+    assert f"{url}/#q=woman+running+dark+skin&beside=twemoji-clip&words=0\n" in said
 
 
 @pytest.mark.parametrize("page", ["README.md", "docs/how-to/search.md", "docs/how-to/re-rank-and-explain.md"])
 def test_the_documented_requests_answer_as_shown(demo: tuple[str, str, float], page: str) -> None:
-    """Each on the collection that it is written for: twemoji, which is not the default here."""
     url, _, _ = demo
     blocks = [block for block in shown_blocks(page) if block.lines[0].startswith("curl ")]
     assert len(blocks) >= {"README.md": 2, "docs/how-to/search.md": 10}.get(page, 1)
     for block in blocks:
         answers = []
         for command in block.lines:
-            path = command.removeprefix("curl -s ").replace("http://127.0.0.1:8000", "", 1)
-            quote = "'" if path.startswith("'") else ""
-            answer = curl(f"curl -s {quote}{url}/collections/twemoji{path.removeprefix(quote)}")
-            answers.append(json.dumps(answer).replace("/collections/twemoji/items", "/items"))
+            answers.append(json.dumps(curl(command.replace("http://127.0.0.1:8000", url, 1))))
         assert_shown(block, "\n".join(answers))
 
 
 def test_words_and_scores_tell_nonsense_from_queries(demo: tuple[str, str, float]) -> None:
-    url = f"{demo[0]}/collections/twemoji"
+    url = demo[0]
 
     def nothing_fits(query: str) -> bool:
         found = httpx.post(f"{url}/search/text", json={"query": query, "k": 1}).json()
@@ -187,7 +159,7 @@ def test_words_and_scores_tell_nonsense_from_queries(demo: tuple[str, str, float
 def test_a_picture_fits_its_item_and_nothing_where_its_kind_is_missing(
     demo: tuple[str, str, float], item: str, kind: str
 ) -> None:
-    url = f"{demo[0]}/collections/twemoji"
+    url = demo[0]
     own = Image.open(io.BytesIO(httpx.get(f"{url}/items/{item}/image").content)).convert("RGBA")
     for picture in (own, ImageOps.mirror(own)):
         found, without = (
@@ -201,10 +173,9 @@ def test_a_picture_fits_its_item_and_nothing_where_its_kind_is_missing(
 
 def test_the_page_s_own_examples_and_first_images_fit(demo: tuple[str, str, float]) -> None:
     """The galleries have the fields by which the page knows that they are the bundled ones."""
-    for prefix in ("", "/collections/twemoji"):
-        fields = httpx.get(f"{demo[0]}{prefix}/ui/catalogue").json()["fields"]
-        assert {"char", "meta_category"} <= {field["name"] for field in fields}
-    url, script = f"{demo[0]}/collections/twemoji", (ROOT / "app/ui/start.js").read_text()
+    fields = httpx.get(f"{demo[0]}/ui/catalogue").json()["fields"]
+    assert {"char", "meta_category"} <= {field["name"] for field in fields}
+    url, script = demo[0], (ROOT / "app/ui/start.js").read_text()
     examples = re.findall(r'\["(.+?)", "(.+?)"\]', script.split("const BUNDLED = [")[1].split("];")[0])
     assert len(examples) == 6
     for query, item in examples:
