@@ -92,7 +92,7 @@ def test_a_method_of_another_distribution_trains_and_its_checkpoint_loads_withou
 ) -> None:
     """The method of the how-to page."""
     page = (ROOT / "docs/how-to/compare-methods.md").read_text()
-    (tmp_path / "bitfit.py").write_text(page.partition("```python\n")[2].partition("```")[0])
+    (tmp_path / "bitfit.py").write_text(page.partition("```python\n# bitfit.py\n")[2].partition("```")[0])
     (metadata := tmp_path / "bitfit-1.dist-info").mkdir()
     (metadata / "METADATA").write_text("Metadata-Version: 2.1\nName: bitfit\nVersion: 1\n")
     lines = ["[dcar.methods]", "bitfit = bitfit:METHOD", "partial = bitfit:partial", "missing = bitfit:OTHER"]
