@@ -2,7 +2,8 @@
 
     python benchmarks/serve.py cached       cached embeddings on one core, in the process and from Redis
     python benchmarks/serve.py uncached     unique texts and images at 1, 8, 32, 128 connections, in turns with the
-                                            bare encoder in batches of the size that the service formed
+                                            bare encoder in batches of the size that the service formed; the processor
+                                            time of the server's own process, and the load's share of the cores
     python benchmarks/serve.py changes      PATCH of items: seconds from the request to the first search that shows it
 
 - In `cached` the server has core 0 to itself, and another core sends the load. In `uncached` it has every core, as in
@@ -26,12 +27,14 @@ from typing import Any, TypeVar
 import httpx
 import numpy as np
 from load import Requests, Tally, closed_loop, image_request, text_request, unique_texts
+from numpy.typing import NDArray
 from PIL import Image
 from service import emoji, random_vit, serving
 
 from tests.support.servers import RedisServer
 
 T = TypeVar("T")
+Vector = NDArray[np.float64]
 LOAD_CORES = set(range(1, os.cpu_count() or 1)) or {0}
 
 
@@ -107,43 +110,67 @@ class Bare:
         self._texts = unique_texts(9)
         self._pixels = np.stack([self.encoder.preprocess(each) for each in images(32)])
 
-    def rate(self, kind: str, size: float) -> float:
-        """Return items per second in batches of `size`, interpolated between whole sizes."""
+    def measure(self, kind: str, size: float) -> tuple[float, float]:
+        """Return items per second, and processor seconds of each, in batches of `size`, or between two sizes."""
         low, share = int(size), size - int(size)
-        took = self._seconds(kind, low) * (1 - share) + (self._seconds(kind, low + 1) * share if share else 0.0)
-        return size / took
+        wall, cpu = self._seconds(kind, low) * (1 - share) + (self._seconds(kind, low + 1) * share if share else 0.0)
+        return size / wall, cpu / size
 
-    def _seconds(self, kind: str, size: int) -> float:
-        """Return the seconds of one batch, as a mean over a second, since the service's rate is a mean too."""
-        took: list[float] = []
+    def _seconds(self, kind: str, size: int) -> Vector:
+        """Return the seconds and processor seconds of one batch, as means over a second, as the service's are."""
+        took: list[tuple[float, float]] = []
         end = time.perf_counter() + 1
         while len(took) < 5 or time.perf_counter() < end:
             texts = list(itertools.islice(self._texts, size))
-            began = time.perf_counter()
+            began, used = time.perf_counter(), time.process_time()
             if kind == "text":
                 self.encoder.encode_text(texts)
             else:
                 self.encoder.encode_pixels(self._pixels[np.arange(size) % len(self._pixels)])
-            took.append(time.perf_counter() - began)
-        return statistics.mean(took[1:])
+            took.append((time.perf_counter() - began, time.process_time() - used))
+        return np.mean(took[1:], axis=0)
+
+
+def matrix_rate() -> float:
+    """Return the operations per second of products of float32 matrices in OpenVINO: the processor's limit."""
+    import openvino
+    from openvino import opset13
+
+    side = 2048
+    matrix = np.random.default_rng(0).standard_normal((side, side), np.float32)
+    given = opset13.parameter([side, side], np.float32)
+    model = openvino.Model([opset13.matmul(given, opset13.constant(matrix), False, True)], [given])
+    multiply = openvino.Core().compile_model(model, "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
+    took = []
+    for _ in range(12):
+        began = time.perf_counter()
+        multiply([matrix])
+        took.append(time.perf_counter() - began)
+    return 2 * side**3 / statistics.median(took)
 
 
 def uncached(index: Path, seconds: float, rounds: int, settings: dict[str, Any]) -> None:
+    print(f"float32 matrices are multiplied with {matrix_rate() / 1e9:.0f} GFLOP/s", flush=True)
     with serving(index, cache_size=0, **settings) as server:
         print(f"ready after {server.ready_s:.1f} s, {server.memory_mb():.0f} MB", flush=True)
         bare = Bare(index, settings.get("runtime", "auto"), settings.get("runtime_cache"))
         for kind, make in (("text", lambda: new_texts(time.time_ns())), ("image", new_images)):
             run(closed_loop(server.port, make(), connections=8, seconds=min(2.0, seconds)))
             for connections in (1, 8, 32, 128):
-                tallies, sizes, shares = [], [], []
+                tallies, figures = [], []
                 for _ in range(rounds):
-                    before = server.batches()
-                    tallies.append(run(closed_loop(server.port, make(), connections=connections, seconds=seconds)))
+                    before, used, own = server.batches(), server.cpu_s(), time.process_time()
+                    tally = run(closed_loop(server.port, make(), connections=connections, seconds=seconds))
+                    load = (time.process_time() - own) / tally.seconds / (os.cpu_count() or 1)
+                    cpu = (server.cpu_s() - used) / len(tally.good)
                     queries, passes = (now - then for now, then in zip(server.batches(), before, strict=True))
-                    sizes.append(queries / passes)
-                    shares.append(tallies[-1].rate / bare.rate(kind, sizes[-1]))
-                print(f"{kind:5} c={connections:3}  {median(tallies)}   batches of {statistics.median(sizes):4.1f}, "
-                      f"{statistics.median(shares):.0%} of the bare encoder's rate in such", flush=True)  # fmt: skip
+                    rate, encoding = bare.measure(kind, queries / passes)
+                    tallies.append(tally)
+                    figures.append((queries / passes, tally.rate / rate, rate, cpu * 1000, encoding * 1000, load))
+                size, share, rate, cpu, encoding, load = np.median(figures, axis=0)
+                print(f"{kind:5} c={connections:3}  {median(tallies)}   batches of {size:4.1f}, {share:.0%} of the "
+                      f"bare encoder's {rate:.0f}/s; ms of processor: {cpu:.1f}, bare {encoding:.1f}; load {load:.0%}",
+                      flush=True)  # fmt: skip
         print(f"afterwards {server.memory_mb():.0f} MB", flush=True)
 
 
