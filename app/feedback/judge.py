@@ -60,7 +60,8 @@ class Run:
 
 def compare(runs: Sequence[Run]) -> Comparison:
     """Compare the first run with the last one."""
-    measures, counts = [run.measures() for run in runs], np.ones((3, len(runs[0].judged.texts)))
+    measures = [run.measures() for run in runs]
+    counts = np.ones((len(measures[0]), len(runs[0].judged.texts)))
     sides = [Scores(counts, np.stack([*part.values()]) / 100, [*part]) for part in measures]
     return Comparison.of(sides[0], sides[-1])
 

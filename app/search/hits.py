@@ -10,7 +10,7 @@
   widens until enough different results are found.
 - A result is likely if its score reaches the calibrated cut-off, or if the item contains the words of the query. The
   scores of a query whose words no item has say little: it needs a strong score, and its other results that reach the
-  cut-off are possible. So it is for an image.
+  cut-off are possible. A query by an image needs a strong score, too.
 """
 
 import math

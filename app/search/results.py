@@ -42,7 +42,7 @@ class Result(TypedDict):
     """One result. score: cosine of query and item, at most 1.
 
     level: likely if the score reaches `cutoff`, or if the item contains the words of a hybrid query; possible if it is
-        high but no item has the query's words, or for an image, or if there is no `cutoff`; else unlikely.
+        high but no item has the query's words, or the query is an image; or if there is no `cutoff`; else unlikely.
     width, height: of the upright image in pixels; null if the index does not know them.
     text_score: share of the query's words that the item contains, about 1 for all of them, more in short texts; hybrid
         results are sorted by both scores.

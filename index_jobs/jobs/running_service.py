@@ -10,6 +10,7 @@ from urllib.error import HTTPError
 from urllib.request import Request, urlopen
 
 from dcar_core.data.judgements import JudgedList
+from dcar_core.util.console import progress_bar
 from dcar_core.util.errors import DataError, DcarError
 from index_jobs.index.index_version import IndexVersion
 from index_jobs.jobs.gate import find_pairs
@@ -44,9 +45,11 @@ def ask_service(url: str, judged: JudgedList, **options: Any) -> tuple[str, dict
     key = os.environ.get(KEY)
     headers = {"Content-Type": "application/json"} | ({"Authorization": f"Bearer {key}"} if key else {})
     results, version = dict[str, list[str]](), 0
-    for query_id, text in judged.texts.items():
-        query = json.dumps({"query": text} | options).encode()
-        results[query_id], version = _ask(Request(f"{url.rstrip('/')}/search/text", query, headers))
+    with progress_bar(len(judged.texts), "ask the service", "query") as bar:
+        for query_id, text in judged.texts.items():
+            query = json.dumps({"query": text} | options).encode()
+            results[query_id], version = _ask(Request(f"{url.rstrip('/')}/search/text", query, headers))
+            bar.update()
     return f"{url} version {version}", results
 
 
@@ -61,7 +64,8 @@ def _ask(request: Request) -> tuple[list[str], int]:
             if error.code != HTTPStatus.TOO_MANY_REQUESTS:
                 told = " ".join(error.read(300).decode(errors="replace").split())
                 raise DcarError(f"{request.full_url}: status {error.code}: {told}") from error
-            time.sleep(float(error.headers.get("Retry-After", 1)))
+            wait = error.headers.get("Retry-After", "")  # a proxy may give a date
+            time.sleep(int(wait) if wait.isdecimal() else 1)
         except (OSError, HTTPException, ValueError, LookupError, TypeError) as error:
             raise DcarError(f"{request.full_url} does not answer a search: {error}; name a running service") from error
     raise DcarError(f"{request.full_url}: its rate refused a query {_ATTEMPTS} times; raise it for this key")

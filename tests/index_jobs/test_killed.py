@@ -62,7 +62,8 @@ WRAP(fdatasync, (int file), (file))
 WRAP(rename, (const char *from, const char *to), (from, to))
 WRAP(renameat, (int one, const char *from, int other, const char *to), (one, from, other, to))
 """
-MOST = 12 if os.environ.get("TEST_LONG") == "1" else 5  # moments of a job; evenly spread where it has more
+# Moments of a job, evenly spread where it has more.
+MOST = int(os.environ.get("KILLS") or (12 if os.environ.get("TEST_LONG") == "1" else 5))
 
 
 class Given(NamedTuple):
