@@ -30,6 +30,7 @@ from dcar_core.model.config import AdapterConfig, LossConfig, ModelConfig, Promp
 from dcar_core.model.dcar import DCAR
 from dcar_core.util.errors import CheckpointError, ImageError, ModelError
 from dcar_core.util.machine import WEIGHTS_FILE, release_pages
+from tests.support.random_clip import MODEL, write_model
 
 
 @pytest.fixture(scope="module")
@@ -155,12 +156,17 @@ def test_input_that_is_no_list_of_texts_or_images_is_refused(encoder: Encoder, t
         Encoder.load("unused", device="cuda:99")
 
 
-def test_zero_shot_checkpoint_gives_the_models_vectors(tiny_model: Path, backbone: Backbone, tmp_path: Path) -> None:
+@pytest.mark.parametrize("reads_padding", [False, True])
+def test_zero_shot_checkpoint_gives_the_models_vectors(reads_padding: bool, tmp_path: Path) -> None:
+    text = MODEL["text_cfg"] | {"no_causal_mask": reads_padding}
+    backbone = load_backbone(BackboneSource(str(write_model(tmp_path / "model", text_cfg=text, custom_text=True))))
     first, again = (save_zero_shot(backbone.source, tmp_path / "clip") for _ in range(2))
     encoder = Encoder.load(tmp_path / "clip")
-    assert first == again == encoder.fingerprint == Encoder.load(tiny_model).fingerprint
+    assert first == again == encoder.fingerprint == Encoder.load(tmp_path / "model").fingerprint
     texts = ["a red circle", "a blue square"]
-    plain = F.normalize(backbone.encode_text(backbone.tokenize(texts)), dim=-1)
+    tokens = backbone.tokenize(texts)
+    whole = F.pad(tokens, (0, text["context_length"] - tokens.shape[1]))
+    plain = F.normalize(backbone.encode_text(whole), dim=-1)
     np.testing.assert_allclose(encoder.encode_text(texts), plain.detach().numpy(), atol=1e-5)
 
 
