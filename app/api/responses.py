@@ -16,6 +16,7 @@ from typing_extensions import TypedDict  # pydantic needs this one before Python
 
 from app.api.routing import FieldError, state_of
 from app.core.problems import Problem, field_problem, from_validation
+from app.core.turns import ClosedError
 from app.search import errors
 from app.search.results import SearchResponse, image_url, public_metadata
 from app.search.served_version import ResultGroup
@@ -27,7 +28,16 @@ logger = logging.getLogger(__name__)
 
 
 def add_error_handlers(app: FastAPI) -> None:
-    for kind in (Problem, errors.SearchError, RequestValidationError, ImageError, DataError, StoreUnavailableError):
+    kinds = (
+        Problem,
+        errors.SearchError,
+        ClosedError,
+        RequestValidationError,
+        ImageError,
+        DataError,
+        StoreUnavailableError,
+    )
+    for kind in kinds:
         app.add_exception_handler(kind, _on_error)
     # The client is gone; the status is for the access log.
     app.add_exception_handler(ClientDisconnect, lambda *_: Response(status_code=400))
@@ -64,6 +74,8 @@ def to_problem(error: Exception) -> Problem:
             seconds = max(1, math.ceil(error.retry_after_s))
             detail = f"{str(error).rstrip('.')}. Try again in {seconds} s."
             return Problem(503, detail, headers={"Retry-After": str(seconds)})
+        case ClosedError():
+            return Problem(503, str(error), headers={"Retry-After": "1"})
         case StoreUnavailableError():
             logger.warning("%s", error)
             detail = "The vector store is unavailable. Try again later."

@@ -1,30 +1,37 @@
-"""Work beside the event loop, shared out between callers: turns, threads, decoding processes, background tasks.
+"""Work beside the event loop, shared out between callers: turns, threads, batches, decoding, background tasks.
 
 - The next turn is the caller's that has had the least time (or turns), and then the request's. A new caller begins with
   the least that another one has had, so nobody is passed over for ever.
+- Concurrent queries share the forward passes of a `Batcher`, and equal ones one computation of `SharedTasks`.
 - Images are decoded in processes within limits, see `dcar_core.images.workers`. Most share `MEMORY` each. A larger one
   gets the memory of the largest image; each caller can have one of these at a time, and all callers `_LARGE`.
 """
 
 import asyncio
 import logging
+import math
 import os
 import sys
 from collections import Counter
-from collections.abc import AsyncIterator, Awaitable, Callable, Set
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Hashable, Set
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass, field, replace
 from time import monotonic
-from typing import Any, TypeVar
+from typing import Any, Generic, TypeVar
+
+import numpy as np
 
 from app.core.callers import current_caller, request_id
 from app.core.metrics import Metrics
 from dcar_core.images import ImageFormat
 from dcar_core.images.workers import Convert, DecodeWorker, LargeImageError, Limits
+from dcar_core.util.arrays import Floats
+from dcar_core.util.errors import DataError
 from dcar_core.util.machine import available_cores
 
 T = TypeVar("T")
+Run = Callable[[list[Any]], Floats | list[Floats]]  # takes N payloads, returns N arrays
 logger = logging.getLogger(__name__)
 
 RESTART_S = 1.0  # before a background task that failed begins again
@@ -34,6 +41,10 @@ _LARGE_MEMORY = 64 * 2**20  # of a large one, beside four bytes for each of the 
 _LARGE = 2  # large images at a time
 _SPARE = 2  # decoding processes that one caller leaves to the others
 _NICE = 5
+
+
+class ClosedError(Exception):
+    """No more work is taken."""
 
 
 @dataclass(eq=False, slots=True)
@@ -217,6 +228,148 @@ class Decoders:
             return worker.run(convert, data, limits).result
         finally:
             self._idle.append(worker)
+
+
+class SharedTasks(Generic[T]):
+    """Share one computation among all callers that use the same key at the same time."""
+
+    def __init__(self) -> None:
+        self._tasks: dict[Hashable, asyncio.Task[T]] = {}
+        self._waiters = Counter[asyncio.Task[T]]()
+
+    def __len__(self) -> int:
+        return len(self._tasks)
+
+    async def run(self, key: Hashable, start: Callable[[], Coroutine[Any, Any, T]]) -> T:
+        """Wait for the running computation of `key`, or begin one with `start()`."""
+        task = self._tasks.get(key)
+        if task is None:
+            task = self._tasks[key] = asyncio.create_task(start())
+        self._waiters[task] += 1
+        try:
+            return await asyncio.shield(task)
+        finally:
+            self._waiters[task] -= 1
+            if not self._waiters[task]:
+                del self._waiters[task], self._tasks[key]
+                task.cancel()  # unless it has ended
+
+
+class Batcher:
+    """Run queries, batch after batch, in the one thread that owns the model.
+
+    - Queries that arrive during a forward pass form the next batch. An idle batcher starts at once; under load it waits
+      a few milliseconds for the callers of the last batch to return.
+    - A batch that raises is halved until the faulty query is alone, so one bad query fails by itself.
+    - Callers, and then their requests, take turns in a batch: one query of each, and then a second one of each.
+    """
+
+    def __init__(self, *, max_batch: int, max_wait_s: float, metrics: Metrics | None = None) -> None:
+        self._max_batch, self._max_wait = max_batch, max_wait_s
+        self._metrics = metrics or Metrics()
+        self._queue = FairQueue()  # of pairs: a group, which is a key and a function, and a payload of it
+        self._has_arrived = asyncio.Event()
+        self._expected_size: dict[Hashable, int] = {}  # of a group: queries that ran or waited when a batch ended
+        self._last_end = -math.inf  # of the last forward pass
+        self._is_closing = False
+        self._thread = ComputeThreads(1, "dcar-model")
+        self._worker: asyncio.Task[None] | None = None
+
+    def start(self) -> None:
+        """Begin to work. The event loop must be running."""
+        self._worker = asyncio.create_task(supervise("batcher", self._work, self._metrics), name="dcar-batcher")
+
+    def submit(self, key: Hashable, run: Run, payload: Any) -> asyncio.Future[Floats]:
+        """Queue a query; those with the same key and function may share a pass. Return what `run` makes of it.
+
+        Raise ClosedError if the service shuts down.
+        """
+        if self._is_closing:
+            raise ClosedError("The service is shutting down. Try again in 1 s.")
+        future: asyncio.Future[Floats] = asyncio.get_running_loop().create_future()
+        self._queue.put(((key, run), payload), future)
+        self._has_arrived.set()
+        return future
+
+    async def close(self) -> None:
+        """Finish the accepted work, then end the thread."""
+        self._is_closing = True
+        self._has_arrived.set()
+        if self._worker is not None:
+            await self._worker
+        self._thread.shutdown()
+
+    async def _work(self) -> None:
+        while self._queue.waiting or not self._is_closing:
+            if self._queue.waiting:
+                await self._wait_for_more()
+                await self._run(self._next_batch())  # not bound to a name here: it would keep a replaced model alive
+            else:
+                self._has_arrived.clear()
+                await self._has_arrived.wait()
+
+    async def _wait_for_more(self) -> None:
+        """Wait, for `max_wait_s` at most, until the batch is as large as the last one of its group."""
+        first = self._queue.waiting[0]
+        group = first.item[0]
+        wanted = min(self._expected_size.get(group, 1), self._max_batch)
+        remaining = max(first.arrived, self._last_end) + self._max_wait - monotonic()
+        with suppress(TimeoutError):
+            async with asyncio.timeout(max(0, remaining)):
+                while self._waiting(group) < wanted and remaining > 0 and not self._is_closing:
+                    self._has_arrived.clear()
+                    await self._has_arrived.wait()
+
+    def _waiting(self, group: Hashable) -> int:
+        return sum(turn.item[0] == group and not turn.future.done() for turn in self._queue.waiting)
+
+    def _next_batch(self) -> list[Turn]:
+        """Take the next turn and those of its group that follow; each counts as one."""
+        batch = list[Turn]()
+
+        def fits(turn: Turn) -> bool:
+            return not batch or turn.item[0] == batch[0].item[0]
+
+        while len(batch) < self._max_batch and (turn := self._queue.take(fits)) is not None:
+            self._queue.end(turn, cost=1)
+            batch.append(turn)
+        return batch
+
+    async def _run(self, batch: list[Turn]) -> None:
+        if not batch:  # all queries were cancelled
+            return
+        group = batch[0].item[0]
+        started = monotonic()
+        outcomes = await self._thread.run(_forward, group[1], [turn.item[1] for turn in batch])
+        self._last_end = monotonic()
+        for turn, outcome in zip(batch, outcomes, strict=True):
+            if turn.future.done():
+                continue
+            if isinstance(outcome, Exception):
+                turn.future.set_exception(outcome)
+            else:
+                turn.future.set_result(outcome)
+        self._metrics.forward_pass([turn.arrived for turn in batch], started, self._last_end)
+        self._expected_size[group] = len(batch) + self._waiting(group)
+
+
+def _forward(run: Run, payloads: list[Any]) -> list[Floats | Exception]:
+    """Return one outcome per payload. Rows are copied, so a cached row does not keep its batch alive."""
+    try:
+        vectors = run(payloads)  # [N, E]
+        if len(vectors) != len(payloads):
+            raise RuntimeError(f"{len(vectors)} embeddings for {len(payloads)} queries")
+        unusable = DataError("The model has no finite embedding for this query.")
+        return [vector.copy() if np.isfinite(vector).all() else unusable for vector in vectors]
+    except BaseException as error:  # a panic of a library in Rust, such as the tokenizer, is no Exception
+        if len(payloads) > 1:
+            half = len(payloads) // 2
+            return _forward(run, payloads[:half]) + _forward(run, payloads[half:])
+        if isinstance(error, Exception):
+            return [error]
+        failure = RuntimeError(f"{type(error).__name__}: {error}")
+        failure.__cause__ = error
+        return [failure]
 
 
 async def supervise(

@@ -1,7 +1,7 @@
 """From the log to training pairs and judged lists (`dcar feedback export`), and to the figures of the insights page.
 
-- Evidence is counted by clients: however often one of them clicks, it has one vote on a pair, a bounded number of
-  searches counts for it, and of the events on a search only those of its first client.
+- A client has one vote on a pair, however often it clicks, and votes on a bounded number of searches. Of the events on
+  a search, only those of its first client count.
 - An image that was skipped above a clicked one is a hard negative of the query, if enough clients skipped it and hardly
   any clicked it. An image below the last click may not have been seen, and says nothing.
 """

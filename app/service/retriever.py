@@ -1,15 +1,21 @@
 """The searches of the service: the steps of `app.search`, within limits on the work in progress.
 
+    text  -> cache, Redis, or model thread (batched)                      -> vector -> search thread -> page
+    image -> hash -> cache, Redis, or decoding process -> model thread    -> vector -> search thread -> page
+
 - At most `max_pending` searches are in progress; more are refused at once. Each search has a deadline, and cancelled
   work is skipped. Images of items have the same limits; their thumbnails are made by the processes that decode images.
 - The event loop only waits. Callers take turns in the threads of searches. What looks at all items, such as a filter,
   has a thread of its own, so it delays no other search.
+- Equal queries at the same time share one computation, which is cancelled when its last waiter leaves. Encoders that
+  share a backbone share its forward passes: see `dcar_core.encoder.state`.
 """
 
 import asyncio
+import hashlib
 import time
 from collections import Counter
-from collections.abc import AsyncIterator, Callable, Coroutine, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Hashable, Sequence
 from contextlib import asynccontextmanager, suppress
 from contextvars import copy_context
 from functools import partial
@@ -17,16 +23,20 @@ from typing import Any, Literal, TypeVar, get_args
 
 from app.core.callers import current_caller
 from app.core.metrics import Metrics
+from app.core.redis import RedisCache
 from app.core.settings import Settings
-from app.core.turns import FairThreads, run_in_new_thread
+from app.core.turns import Batcher, ComputeThreads, Decoders, FairThreads, FairTurns, SharedTasks, run_in_new_thread
 from app.search.errors import BatchQueryError, ImageUnavailableError, SearchError, UnavailableError
 from app.search.pair_scoring import Compute
-from app.search.query import MAX_TEXT_BYTES, Query, make_plan, query_vector, row_of
+from app.search.query import MAX_TEXT_BYTES, Crop, Query, make_plan, query_vector, row_of
 from app.search.results import Page, answer, cached_page
 from app.search.served_version import Recent, ServedVersion, mask_key
-from app.service.encoding import QueryEncoder
-from dcar_core.images import sniff_format
+from dcar_core.encoder.encoder import Encoder
+from dcar_core.encoder.state import ImageRow, TextRow, encode_image_rows, encode_text_rows
+from dcar_core.images import ALL_FORMATS, MAX_PIXELS, sniff_format
 from dcar_core.images.decoding import ThumbnailFormat, make_thumbnail
+from dcar_core.images.workers import Convert
+from dcar_core.model.preprocess import Preprocess
 from dcar_core.util.arrays import Floats, Pixels
 from dcar_core.util.errors import ArtifactError, ImageError, ImageFault
 from dcar_core.util.machine import available_cores
@@ -35,7 +45,123 @@ T = TypeVar("T")
 Work = Literal["search", "filter"]  # what blocks
 PendingKind = Literal["searches", "pictures"]
 
+_IMAGE_THREADS = 8
+_QUICK_BYTES = 256 * 2**10  # of a file that is hashed in the event loop, in less time than a thread takes to begin
 _THUMBNAILS = 1000  # in memory, of some 20 kB
+
+
+def _call_each(calls: list[tuple[Callable[..., Floats], Sequence[Any]]]) -> list[Floats]:
+    return [call(*args) for call, args in calls]
+
+
+class QueryEncoder:
+    """Encode the queries of all requests. One per process."""
+
+    def __init__(self, settings: Settings, metrics: Metrics) -> None:
+        self._metrics = metrics
+        self._vectors = Recent[Hashable, Floats](settings.cache_size)
+        url = settings.redis_url
+        self._redis = RedisCache(url.get_secret_value(), settings.cache_ttl_s) if url else None
+        self.computations = SharedTasks[tuple[Floats, bool]]()
+        self.batcher = Batcher(max_batch=settings.batch_size, max_wait_s=settings.batch_wait_ms / 1000, metrics=metrics)
+        self.image_threads = ComputeThreads(_IMAGE_THREADS, "dcar-image")  # the gallery may be on a slow disk
+        self._pixel_threads = ComputeThreads(
+            min(4, available_cores()), "dcar-pixels"
+        )  # hash files, and resize for PyTorch
+        self._chunk_turn = FairTurns(1, 1).turn  # held while one chunk of many images is in the model's queue
+        self._decoders = Decoders(settings.max_pixels)
+        self._query_limits = settings.max_pixels, frozenset(settings.image_formats)
+
+    async def close(self) -> None:
+        """Finish the accepted work of the model, then release threads. Images are given up."""
+        await self.batcher.close()
+        if self._redis is not None:
+            await self._redis.close()
+        self._decoders.close()
+        for threads in (self._pixel_threads, self.image_threads):
+            threads.shutdown(wait=False, cancel_futures=True)
+
+    async def text(self, served: ServedVersion, text: str) -> tuple[Floats, bool]:
+        """Return the vector (E,) of a normalized text, and True if it was cached."""
+        encoder = served.encoder
+
+        async def embed() -> Floats:  # encoders on one backbone share its runtime
+            row = TextRow(encoder.runtime, encoder.state, text)
+            return await self.batcher.submit(id(encoder.runtime), encode_text_rows, row)
+
+        return await self._find(encoder, text, embed)
+
+    async def image(self, served: ServedVersion, data: bytes, crop: Crop | None = None) -> tuple[Floats, bool]:
+        """Return the vector (E,) of an image file, or of a part of it, and True if it was cached. Raise ImageError."""
+        encoder = served.encoder
+
+        async def embed() -> Floats:
+            pixels = await self._pixels(data, served.preprocess, crop, is_query=True)
+            row = ImageRow(encoder.runtime, encoder.state, pixels)
+            return await self.batcher.submit(id(encoder.runtime), encode_image_rows, row)
+
+        quick = len(data) <= _QUICK_BYTES
+        digest = hashlib.sha256(data) if quick else await self._pixel_threads.run(hashlib.sha256, data)
+        return await self._find(encoder, (digest.hexdigest(), crop), embed)
+
+    async def _find(
+        self, encoder: Encoder, query: Hashable, embed: Callable[[], Awaitable[Floats]]
+    ) -> tuple[Floats, bool]:
+        """Return the vector of a query, and True if it was cached."""
+        key = encoder.fingerprint, query
+        vector, is_cached = self._vectors.use(key), True
+
+        async def find() -> tuple[Floats, bool]:
+            stored = await self._redis.get(*key, encoder.dim) if self._redis is not None else None
+            vector = await embed() if stored is None else stored
+            self._vectors.keep(key, vector)
+            if stored is None and self._redis is not None:
+                self._redis.put(*key, vector)
+            return vector, stored is not None
+
+        if vector is None:
+            vector, is_cached = await self.computations.run(key, find)
+        self._metrics.lookups.labels("hit" if is_cached else "miss").inc()
+        return vector, is_cached
+
+    async def call(self, call: Callable[..., Floats], *args: Any) -> Floats:
+        """Return what a call of the model for a few images or texts returns; all who have many of these take turns."""
+        async with self._chunk_turn():
+            return await self.batcher.submit("calls", _call_each, (call, args))
+
+    async def decode(self, data: bytes, convert: Convert, *, is_query: bool = False) -> Any:
+        """Return what `convert` makes of an image file in a decoding process, or raise ImageError.
+
+        Images of the gallery have the limits of the index job. Raise UnavailableError if the process was killed.
+        """
+        limits = self._query_limits if is_query else (MAX_PIXELS, ALL_FORMATS)
+        try:
+            with self._metrics.timed("decode"):
+                return await self._decoders.run(convert, data, *limits)
+        except ImageError as error:
+            if error.fault != ImageFault.UNREADABLE:
+                raise
+            raise UnavailableError(f"The image was not decoded: {error}", retry_after_s=1) from None
+
+    async def _pixels(
+        self, data: bytes, preprocess: Preprocess, crop: Crop | None = None, *, is_query: bool = False
+    ) -> Pixels:
+        decoder = preprocess.decoder(None if crop is None else crop.box)
+        decoded: Pixels = await self.decode(data, decoder, is_query=is_query)
+        return decoded if preprocess.resizer == "pillow" else await self._pixel_threads.run(preprocess.finish, decoded)
+
+    async def gallery_pixels(self, served: ServedVersion, rows: Sequence[int]) -> dict[int, Pixels]:
+        """Return the images that are still in the gallery, by row and in their order."""
+
+        async def read(row: int) -> Pixels | None:
+            try:
+                data = await self.image_threads.run(served.index.image_bytes, row)
+                return await self._pixels(data, served.encoder.preprocess)
+            except (ArtifactError, ImageError, OSError):
+                return None
+
+        images = zip(rows, await asyncio.gather(*map(read, rows)), strict=True)
+        return {row: pixels for row, pixels in images if pixels is not None}
 
 
 class Retriever:

@@ -1,7 +1,7 @@
 """Changes of items' metadata: a version that shares the vectors of the one before. No model is needed.
 
 - Fields are merged into those of an item, and None removes one. `caption` and `category` are changed like the others.
-- Only the files of changed items are written, and of the lexical index what belongs to changed words.
+- The item table of a part with a changed item is written anew, and of the lexical index what belongs to changed words.
 """
 
 from collections.abc import Iterable, Mapping, Sequence

@@ -18,10 +18,9 @@ from PIL import Image
 from app.core.callers import current_caller, request_id
 from app.core.metrics import Metrics
 from app.core.settings import Settings
-from app.core.turns import Decoders, FairQueue, FairThreads, FairTurns
-from app.search.errors import UnavailableError
+from app.core.turns import Batcher, ClosedError, Decoders, FairQueue, FairThreads, FairTurns
 from app.search.served_version import ServedVersion
-from app.service.encoding import Batcher, QueryEncoder
+from app.service.retriever import QueryEncoder
 from dcar_core.encoder.state import TextRow
 from dcar_core.images import ALL_FORMATS, MAX_PIXELS
 from dcar_core.images.workers import Convert, DecodeWorker, Limits
@@ -160,7 +159,7 @@ async def test_close_finishes_what_is_accepted_and_still_wanted(bench: Callable[
     closing = asyncio.create_task(made.batcher.close())
     gone.cancel()
     await asyncio.sleep(0)
-    with pytest.raises(UnavailableError):
+    with pytest.raises(ClosedError):
         await made.one("late")
     made.gate.set()
     await closing
@@ -214,14 +213,14 @@ async def test_nobody_ever_gets_the_vector_of_another_text(seed: int) -> None:
         try:
             async with asyncio.timeout(rng.choice([0.001, 0.01, 5])):
                 vector, _ = await encoder.text(served, text)
-        except (TimeoutError, UnavailableError, DataError) as error:
+        except (TimeoutError, DataError) as error:
             outcomes[type(error).__name__] += 1
         else:
             np.testing.assert_array_equal(vector, vector_of(text))
             outcomes["answered"] += 1
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("app.service.encoding.encode_text_rows", encode)
+        patch.setattr("app.service.retriever.encode_text_rows", encode)
         encoder.batcher.start()
         tasks = [asyncio.create_task(ask(rng.choice(["bad", *"abcdefghijklmnop"]))) for _ in range(400)]
         for task in rng.sample(tasks, 60):

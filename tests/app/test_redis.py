@@ -11,8 +11,7 @@ import pytest
 import redis
 
 from app.core.callers import RateLimiter
-from app.core.redis import connect
-from app.service.redis_cache import RedisCache
+from app.core.redis import RedisCache, connect
 from tests.support.servers import RedisServer
 from tests.support.service import opened
 
