@@ -78,11 +78,20 @@ def _run_workers(settings: Settings, listener: socket.socket) -> None:
     config = server_config(partial(_start, settings), factory=True, workers=settings.workers)
     with tempfile.TemporaryDirectory(prefix="dcar-metrics-") as folder:
         os.environ[SHARED_FOLDER] = folder
-        supervisor = Multiprocess(config, [listener])
+        supervisor = _Supervisor(config, [listener])
         in_own_process(_load_once, settings)
         supervisor.run()
     if any(worker.exitcode == STARTUP_FAILURE for worker in supervisor.processes):
         raise DcarError("a worker could not start; the log has the reason")
+
+
+class _Supervisor(Multiprocess):
+    """uvicorn's, without its own copy of a worker's pipe, in which it awaits answers of a dead one, deaf to signals."""
+
+    def keep_subprocess_alive(self) -> None:
+        for process in self.processes:
+            process.child_conn.close()
+        super().keep_subprocess_alive()
 
 
 def _load_once(settings: Settings) -> None:
