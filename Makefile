@@ -19,6 +19,9 @@ JOBS ?= 3
 VENV := .venv
 BIN := $(VENV)/bin
 
+# Without compiled modules on disk, each process that imports PyTorch compiles it, which takes longer than its import.
+unexport PYTHONDONTWRITEBYTECODE
+
 .PHONY: install demo test test-plugins check size coverage mutants reference docs
 comma := ,
 space := $(subst ,, )
