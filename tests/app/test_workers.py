@@ -17,7 +17,7 @@ from tests.support.servers import searching
 from tests.support.service import ADMIN, SERVE, bearer, serving_process
 
 pytestmark = pytest.mark.slow
-WORKERS = {"DCAR_WORKERS": "2", "DCAR_RUNTIME": "torch", "DCAR_LOG_LEVEL": "warning"}
+WORKERS = {"DCAR_WORKERS": "2", "DCAR_RUNTIME": "auto", "DCAR_LOG_LEVEL": "warning"}
 WRITES = {"DCAR_WRITES": "true", "DCAR_ADMIN_KEY": ADMIN, "DCAR_POLL_S": "0.1"}
 
 

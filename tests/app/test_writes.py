@@ -179,7 +179,7 @@ async def test_waiting_jobs_of_a_collection_have_a_quota(index: Path, tmp_path: 
 @pytest.mark.timeout(600)
 @pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="finds child processes in /proc")
 def test_jobs_of_a_killed_service_are_done_after_its_restart(index: Path) -> None:
-    settings = {"DCAR_WRITES": "true", "DCAR_ADMIN_KEY": ADMIN}
+    settings = {"DCAR_WRITES": "true", "DCAR_ADMIN_KEY": ADMIN, "DCAR_RUNTIME": "auto"}
     with serving_process(index, **settings) as (service, http, _), Client(str(http.base_url), key=ADMIN) as client:
         job = client.put_items([{"id": "a", "image": png("pink")}, {"id": "b", "image": png("cyan")}])
         change = client.patch_item("circle/red.png", {"metadata": {"price": 3}})

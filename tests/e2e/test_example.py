@@ -93,7 +93,7 @@ def demo(data: tuple[Path, str], tmp_path_factory: pytest.TempPathFactory) -> It
 def start_demo(data: Path) -> Iterator[tuple[str, str]]:
     port = free_port()
     command = ("app.cli", "demo", "--data", data, "--port", port)
-    process = Command(*command, environment={"PYTHONUNBUFFERED": "1"}, stderr=os.devnull)
+    process = Command(*command, environment={"PYTHONUNBUFFERED": "1", "DCAR_RUNTIME": "auto"}, stderr=os.devnull)
     try:
         lines = iter(process.stdout.readline, "Stop with Ctrl-C.\n")
         yield f"http://127.0.0.1:{port}", "".join(takewhile(bool, lines))  # up to its end, if it fails
