@@ -25,6 +25,11 @@ from tests.support.tiny_models import small_timm_models, write_tiny_model
 
 RECOMMENDED_TOWERS = [row.towers or row.name for row in RECOMMENDED]
 OTHERS = ("ViTamin-S", "coca_ViT-B-32", "xlm-roberta-base-ViT-B-32", "RN50", "convnext_base")  # other kinds of towers
+# The first five have the kinds of towers and vocabularies of another one.
+NEEDS = {
+    "ViT-B-32-quickgelu": "time", "ViT-L-14": "time", "ViT-L-16-SigLIP-256": "time", "ViT-B-16-SigLIP2": "time",
+    "ViT-SO400M-16-SigLIP2-256": "time", "xlm-roberta-base-ViT-B-32": "hf",
+}  # fmt: skip
 QUERY = {"query": "a red square", "k": 2}
 
 
@@ -62,12 +67,11 @@ async def scores_of(http: ServiceClient) -> list[float]:
     return [*explained, *(result["score"] for body in bodies for result in body["results"])]
 
 
-@uses_parts
 @pytest.mark.parametrize(
     "name",
     [
-        pytest.param(each, marks=needs("hf")) if each.startswith("xlm") else each
-        for each in (*RECOMMENDED_TOWERS, *OTHERS)
+        pytest.param(name, marks=needs(NEEDS[name]) if name in NEEDS else uses_parts)
+        for name in (*RECOMMENDED_TOWERS, *OTHERS)
     ],
 )
 async def test_a_family_goes_the_whole_way(name: str, tiny_data: Path, tmp_path: Path) -> None:

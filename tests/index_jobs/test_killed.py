@@ -35,7 +35,7 @@ from index_jobs.jobs.update import add, apply_waiting, remove
 from index_jobs.rebuild import rebuild
 from tests.support.jobs import delete, patch, picture, put
 from tests.support.object_store import ObjectStore as Server
-from tests.support.parts import needs
+from tests.support.parts import PARTS, needs
 from tests.support.versions import publish_copy
 
 SOURCE = """
@@ -63,7 +63,7 @@ WRAP(rename, (const char *from, const char *to), (from, to))
 WRAP(renameat, (int one, const char *from, int other, const char *to), (one, from, other, to))
 """
 # Moments of a job, evenly spread where it has more.
-MOST = int(os.environ.get("KILLS") or (12 if os.environ.get("TEST_LONG") == "1" else 5))
+MOST = int(os.environ.get("KILLS") or (12 if PARTS["time"].is_present else 3))
 
 
 class Given(NamedTuple):

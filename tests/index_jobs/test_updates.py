@@ -40,6 +40,7 @@ from tests.support.files import write_jsonl
 from tests.support.galleries import write_images
 from tests.support.images import png
 from tests.support.jobs import patch
+from tests.support.parts import PARTS, uses_parts
 from tests.support.versions import Build, publish_copy
 
 COLORS = ("pink", "cyan", "lime", "navy")
@@ -77,6 +78,7 @@ def die(*_: object, **__: object) -> None:
     raise KeyboardInterrupt
 
 
+@uses_parts
 @pytest.mark.slow
 @pytest.mark.timeout(900)
 @pytest.mark.filterwarnings("ignore")  # hypothesis warns about itself
@@ -199,7 +201,8 @@ def test_any_sequence_of_changes_leaves_the_items_that_dictionaries_have(
             files = [path for folder in ("blobs", "versions") for path in (self.index / folder).iterdir()]
             assert {path.stat().st_mode & 0o777 for path in files} == {0o666 & ~umask}, "other users may read it"
 
-    quick = settings(max_examples=5, stateful_step_count=10, deadline=None, database=None, derandomize=True)
+    examples = 5 if PARTS["time"].is_present else 2
+    quick = settings(max_examples=examples, stateful_step_count=10, deadline=None, database=None, derandomize=True)
     healthy = settings(quick, phases=[Phase.generate], suppress_health_check=list(HealthCheck))
     run_state_machine_as_test(Versions, settings=healthy)
 
