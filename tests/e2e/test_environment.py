@@ -4,8 +4,6 @@ import json
 import os
 import shutil
 from pathlib import Path
-from subprocess import CompletedProcess
-from typing import Any
 
 import pytest
 
@@ -13,16 +11,6 @@ from index_jobs.index.versions import open_current, verify_index
 from tests.support.commands import dcar, run
 
 FULL = Path("/dev/full")
-
-
-def build(gallery: Path, checkpoint: Path, out: Path, *more: object, **options: Any) -> CompletedProcess[str]:
-    return run("index_jobs.rebuild", "--gallery", gallery, "--checkpoint", checkpoint, "--out", out, *more, **options)
-
-
-def train(data: Path, model: Path, out: Path, *more: object, **options: Any) -> CompletedProcess[str]:
-    done = dcar("train", "--data", data, "--model", model, "--out", out, "--batch-size", 6, *more, **options)
-    assert "Traceback" not in done.stderr, done.stderr
-    return done
 
 
 @pytest.mark.skipif(not FULL.exists(), reason="this system has no /dev/full")
@@ -40,7 +28,8 @@ def test_special_files_are_unreadable_images(tiny_gallery: Path, tiny_checkpoint
     os.mkfifo(gallery / "pipe.png")
     (tmp_path / "elsewhere").mkdir()
     (gallery / "linked").symlink_to(tmp_path / "elsewhere")
-    done = build(gallery, tiny_checkpoint, tmp_path / "index", "--max-failed", 0.5)
+    options = ("--checkpoint", tiny_checkpoint, "--out", tmp_path / "index", "--max-failed", 0.5)
+    done = run("index_jobs.rebuild", "--gallery", gallery, *options)
     assert done.returncode == 0, done.stderr
     index = open_current(tmp_path / "index")
     lines = index.manifest.path(index.index, "failed.jsonl").read_text().splitlines()
@@ -57,7 +46,9 @@ def test_full_disk_ends_training_with_one_line(tiny_data: Path, tiny_model: Path
     """By the size that a file may have, which needs no disk of one's own."""
     ends = 0
     for blocks in (1, 8, 40, 200):
-        done = train(tiny_data, tiny_model, tmp_path / f"{blocks}", "--epochs", 2, file_size=blocks * 512)
+        options = ("--out", tmp_path / f"{blocks}", "--batch-size", 6, "--epochs", 2)
+        done = dcar("train", "--data", tiny_data, "--model", tiny_model, *options, file_size=blocks * 512)
+        assert "Traceback" not in done.stderr, done.stderr
         assert done.returncode in (0, 1, 3)
         assert done.returncode == 0 or "File too large" in done.stderr
         ends += done.returncode != 0
