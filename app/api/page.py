@@ -22,8 +22,8 @@ from app.api.routing import (
     collection_of,
     not_modified,
     openapi_document,
-    served_version,
     state_of,
+    version_of,
 )
 from app.core.problems import Problem
 from app.search.results import count_values
@@ -70,7 +70,7 @@ def _sort_fields(index: IndexVersion) -> list[dict[str, Any]]:
 @routes.add("GET", "/ui/catalogue", _PRIVATE)
 async def catalogue(request: Request) -> Response:
     """Return the fields of the index, and whether the page can and should search by words as well."""
-    served, settings = await served_version(request), state_of(request).settings
+    served, settings = await version_of(request), state_of(request).settings
     index, waits_for = served.index, state_of(request).collections[collection_of(request)].waits_for
     has_words = len(index.sample_vectors) > 0
     body = {
@@ -92,7 +92,7 @@ async def facets(request: Request, query: Annotated[ItemsQuery, QueryParam()]) -
 
     Each field is counted without its own part of the filter, so that another of its values can be chosen.
     """
-    served = await served_version(request)
+    served = await version_of(request)
     index, group_by = served.index, served.index.manifest.spec.group_field
 
     def count() -> list[dict[str, Any]]:

@@ -28,9 +28,9 @@ from app.api.routing import (
     not_modified,
     read_json,
     send_items,
-    served_version,
     state_of,
     validated,
+    version_of,
 )
 from app.core.problems import Problem, field_problem
 from app.core.turns import run_in_new_thread
@@ -66,7 +66,7 @@ def add_routes(app: FastAPI) -> None:
 @routes.add("POST", "/search/text", _READ, SearchResponse, accepts=Query)
 async def search_text(request: Request) -> Response:
     """Find the images that a text describes."""
-    return await _search(request, await served_version(request), await read_json(request, Query))
+    return await _search(request, await version_of(request), await read_json(request, Query))
 
 
 async def _search(request: Request, served: ServedVersion, query: Query, image: bytes | None = None) -> Response:
@@ -79,7 +79,7 @@ async def _search(request: Request, served: ServedVersion, query: Query, image: 
 @routes.add("POST", "/search/image", _UPLOAD, SearchResponse, accepts=requests.ImageForm, body_type=_FORM)
 async def search_image(request: Request) -> Response:
     """Find the images that resemble an uploaded image."""
-    served = await served_version(request)
+    served = await version_of(request)
     state_of(request).retriever.require_room()  # a body that will not be used is not read
     query, image = await requests.read_image_query(request, state_of(request).settings)
     return await _search(request, served, query, image)
@@ -88,7 +88,7 @@ async def search_image(request: Request) -> Response:
 @routes.add("POST", "/search/batch", _BATCH, responses.BatchResponse, accepts=requests.BatchQuery)
 async def search_batch(request: Request) -> Response:
     """Run several searches by text or image in one request. Each one counts against the caller's rate limit."""
-    served = await served_version(request)
+    served = await version_of(request)
     queries = {f"queries.{i}": query for i, query in enumerate((await read_json(request, requests.BatchQuery)).queries)}
     await state_of(request).access.charge(len(queries) - 1)
     sources = {name: query.image for name, query in queries.items() if query.image is not None}
@@ -106,7 +106,7 @@ async def items(request: Request, query: Annotated[requests.ItemsQuery, QueryPar
     """List the gallery's items page by page, in index order or sorted; of a group the first one."""
     if query.k > (most := state_of(request).settings.max_k):
         raise field_problem("k", f"at most {most}, not {query.k}")
-    served = await served_version(request)
+    served = await version_of(request)
     body, texts = await state_of(request).retriever.examine(_list, served, query, items_path(request))
     return await send_items(request, body, texts)
 
@@ -136,7 +136,7 @@ def _list(served: ServedVersion, query: requests.ItemsQuery, path: str) -> tuple
 @routes.add("GET", "/items/{item_id:path}/similar", _READ, SearchResponse)
 async def similar(request: Request, item_id: ItemId, page: Annotated[requests.PageQuery, QueryParam()]) -> Response:
     """Find the items most similar to one of the gallery; the item itself is left out."""
-    served = await served_version(request)
+    served = await version_of(request)
     row_of(served, item_id)  # an unknown one is 404 here
     fields = {"k": page.k, "offset": page.offset, "more_like": [item_id]}
     return await _search(request, served, validated(Query, fields, state_of(request).settings))
@@ -152,7 +152,7 @@ async def picture(
 
     A thumbnail is WebP for clients that name it in `Accept`, else JPEG.
     """
-    served, retriever = await served_version(request), state_of(request).retriever
+    served, retriever = await version_of(request), state_of(request).retriever
     kind: ThumbnailFormat = "webp" if "image/webp" in request.headers.get("accept", "") else "jpeg"
     name, data = await retriever.image(served, item_id, size and int(size), kind)
     keeper = "private" if state_of(request).settings.api_keys else "public"  # which caches may keep it
@@ -165,7 +165,7 @@ async def picture(
 @routes.add("GET", "/items/{item_id:path}", _READ, responses.ItemResponse)
 async def item(request: Request, item_id: ItemId) -> Response:
     """Return an item with all its metadata."""
-    served = await served_version(request)
+    served = await version_of(request)
     shown = await state_of(request).retriever.run("search", served.index.item, row_of(served, item_id))
     return JsonResponse({"index_version": served.version, **responses.gallery_item(items_path(request), shown)})
 

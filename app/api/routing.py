@@ -210,7 +210,7 @@ def items_path(request: Request) -> str:
     return "/items" if collection is None else f"/collections/{quote(collection, safe='')}/items"
 
 
-async def served_version(request: Request) -> ServedVersion:
+async def version_of(request: Request) -> ServedVersion:
     """Return the current version of the collection named in the path; errors are those of `Collections.open`."""
     return state_of(request).collections.open(collection_of(request))
 

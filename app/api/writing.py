@@ -22,7 +22,7 @@ from pydantic_core import from_json, to_json
 from app.api.guard import PART_BYTES, Policy, out_of_scope, query_bytes
 from app.api.requests import Strict
 from app.api.responses import Collection, JobResponse, JobsResponse, collection_response
-from app.api.routing import JsonResponse, Routes, collection_of, may_read, read_json, served_version, state_of
+from app.api.routing import JsonResponse, Routes, collection_of, may_read, read_json, state_of, version_of
 from app.core.problems import Problem, field_problem
 from app.core.settings import COLLECTION_NAME, Settings
 from app.core.turns import run_in_new_thread
@@ -290,7 +290,7 @@ async def _served(request: Request) -> ServedVersion:
     """Return the version of the collection in the path, which another process may have created just now."""
     if _name(request) not in dict(state_of(request).collections):
         await state_of(request).collections.sync()
-    return await served_version(request)
+    return await version_of(request)
 
 
 async def _put(request: Request, items: list[PutItem]) -> Response:

@@ -141,7 +141,7 @@ def _read(folder: Path, collection: str, report: Report) -> _Log:
         number = report.searches
         report.searches, report.events = number + 1, report.events + len(events)
         if not query.text:
-            left_out["searches whose text is not stored (DCAR_FEEDBACK_TEXTS), or with more than words"] += 1
+            left_out["searches whose text is not stored (DCAR_FEEDBACK_TEXTS), or with images or examples"] += 1
             continue
         text, client = texts[query.text.lower()], clients[own[0].client if own else number]
         has_impressions |= any(event.action == "impression" for event in own)

@@ -71,7 +71,7 @@ SET rating = excluded.rating WHERE rating IS NOT excluded.rating
 
 
 class QueryRow(NamedTuple):
-    """A search. time: in milliseconds. text: "" unless texts are stored, and for searches with more than words."""
+    """A search. time: in milliseconds. text: "" unless texts are stored, and for searches with images or examples."""
 
     query_id: str
     time: int

@@ -79,7 +79,7 @@ class SearchResponse(TypedDict):
 
     nothing_fits: true if a cut-off is known for the query and no result is likely, on this page or before it.
     cutoff: the score of a likely result; absent without calibration, and unless a text or an image alone is searched.
-    next_offset: start of the next page; absent on the last page. min_score: the cut-off that was applied.
+    next_offset: start of the next page; absent on the last page. min_score: the lowest score, if one was set.
     facets: the most frequent values of the requested fields.
     facets_approximate: true if `min_score` was applied to an approximate index, or to more items than are counted.
     count: number of matches of a sorted search, or of their groups. count_approximate: true if an approximate index may

@@ -85,7 +85,7 @@ class QueryEncoder:
         """Return the vector (E,) of a normalized text, and True if it was cached."""
         encoder = served.encoder
 
-        async def embed() -> Floats:  # encoders on one backbone share its runtime
+        async def embed() -> Floats:
             row = TextRow(encoder.runtime, encoder.state, text)
             return await self.batcher.submit(id(encoder.runtime), encode_text_rows, row)
 

@@ -1,6 +1,6 @@
 """The runtimes by name, and the choice of one for a model: by name, or by a rule (`auto`).
 
-- A runtime belongs to a backbone: encoders that share one share it as well, so that their queries can share a batch.
+- A runtime belongs to the graphs of a backbone. Encoders with the same ones share it, and batches of queries.
 - Every start compares the vectors of a small probe with those of PyTorch in float32, the path of training.
 - `auto` passes over a runtime that fails, with a warning that names the reason; `torch` always remains.
 """

@@ -109,7 +109,7 @@ class TextTokenizer:
         return TextLayout(self.limit, self.start_ids, self.end_id, self.pad_id)
 
     def __call__(self, texts: Sequence[str]) -> TokenIds:
-        """Return int64 (n, L): start, words, end, padding; L of the longest text. Texts over the limit are cut."""
+        """Return int64 (n, m): start, words, end, padding; m of the longest text. Texts over the limit are cut."""
         ids = self.encode(texts)
         out = np.full((len(ids), max(map(len, ids), default=len(self.start_ids) + 1)), self.pad_id, np.int64)
         for row, text_ids in zip(out, ids, strict=True):

@@ -89,7 +89,7 @@ class PreparedSplit:
     """A split of N pairs and I images.
 
     image_of: (N,), the row of each pair's image.
-    tokens: int64 (N, n), with room for the prompts.
+    tokens: int64 (N, n), cut so that the prompts fit.
     caption_group: int64 (N,), equal for captions that read the same.
     true_pairs: int64, sorted: caption_group * I + image, where the caption equals a caption or attribute of the image.
     pixels: uint8 (I, 3, S, S); None if frozen image features suffice.

@@ -1,6 +1,6 @@
 """The training loop, shared by all methods.
 
-    pairs -> batch -> objective (token weights, prompted features, loss) -> gradients -> trainables
+    pairs -> batch -> objective (features by the method's parts, loss) -> gradients -> trainables
 
 - The best epoch by validation recall is kept (mean of R@1 in both directions, queries encoded from their text alone).
   Validation also decides whether queries use the predicted token weights. The test split is never read.

@@ -3,7 +3,7 @@
 - A shard is a fixed range of gallery rows in one file, `<n>.npz`, that is replaced as a whole and has checksums: the
   vectors and a record of each one's image. Rows without a vector are still to do, so each run tries failed images
   again.
-- Shards hold the image tower's features; an adapter of features is applied when they are read.
+- Shards hold the image tower's features; `encode` applies an adapter of features.
 - The directory is named after a hash of everything that the vectors depend on, and one of the gallery. Another model or
   runtime cannot find them; another gallery takes the vectors of common images: `ReusableVectors`.
 """
@@ -64,7 +64,7 @@ class Shard:
             ) from error
 
     def vectors(self) -> Floats:
-        """Return the vectors of `images`, float32 (m, E), from the file."""
+        """Return the features of `images`, float32 (m, E), from the file."""
         with np.load(self.path, allow_pickle=False) as file:
             vectors: Floats = file["vectors"]
         return vectors

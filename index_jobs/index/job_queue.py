@@ -62,8 +62,8 @@ class Job:
 
     items: of a put, objects with `id`, `caption`, `category`, `metadata` and `image`, a name below INDEX; of others,
     objects with `id`. filter: selects the items of a patch or a delete instead. fields: of a patch, to be merged; None
-    removes one. starts: earlier attempts, during which the process has died. by: of a patch whose objects have
-    `fields` of their own, the field that their `id` is a value of.
+    removes one. starts: earlier attempts, during which the process has died. by: the field that the `id` of each object
+    is a value of, in a patch whose objects have `fields` of their own.
     """
 
     number: int

@@ -1,4 +1,4 @@
-"""Versions that are made without a rebuild: items added or removed, and the accepted jobs of a service applied.
+"""Updates: items added or removed, and the accepted jobs of a service applied. Only the first items need a build.
 
 - An update is a new version. It shares every unchanged file with the one before, and rolls back like any.
 - Added images are encoded by the version's own model into a segment of their own. Small earlier additions are merged

@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from app.api.responses import to_problem
 from app.core.callers import current_caller, request_id
 from app.core.metrics import Metrics
 from app.core.settings import Settings
@@ -159,8 +160,9 @@ async def test_close_finishes_what_is_accepted_and_still_wanted(bench: Callable[
     closing = asyncio.create_task(made.batcher.close())
     gone.cancel()
     await asyncio.sleep(0)
-    with pytest.raises(ClosedError):
+    with pytest.raises(ClosedError) as late:
         await made.one("late")
+    assert to_problem(late.value).status == 503
     made.gate.set()
     await closing
     assert [int(vector[0]) for vector in await asyncio.gather(first, *rest)] == [5, 1, 2]
