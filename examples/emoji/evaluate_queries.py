@@ -20,6 +20,7 @@ import json
 import tarfile
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import cache
 from pathlib import Path
 
 import numpy as np
@@ -72,18 +73,19 @@ def answer_test(answer: str) -> Callable[[dict], bool]:
     if form == "%":
         return lambda row: row["meta_category"] == text
     if form == "=":
-        return lambda row: without_tone(row, keep=True) == text
+        return lambda row: without_tone(row["char"], keep=True) == text
     if form == "@":
-        return lambda row: without_tone(row).partition(JOINER)[2].startswith(text)
+        return lambda row: without_tone(row["char"]).partition(JOINER)[2].startswith(text)
     whole = answer.replace(VARIATION, "")
     if len(whole) > 1 and whole.endswith("*"):
-        return lambda row: without_tone(row).startswith(whole[:-1])
-    return lambda row: without_tone(row) == whole
+        return lambda row: without_tone(row["char"]).startswith(whole[:-1])
+    return lambda row: without_tone(row["char"]) == whole
 
 
-def without_tone(row: dict, keep: bool = False) -> str:
+@cache
+def without_tone(char: str, keep: bool = False) -> str:
     """Return the characters of an emoji without variation selectors and, unless kept, without skin tones."""
-    text = row["char"].replace(VARIATION, "")
+    text = char.replace(VARIATION, "")
     return text if keep else text.translate(TONES)
 
 
