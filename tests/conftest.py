@@ -9,6 +9,7 @@ import shutil
 import sys
 import tempfile
 from collections.abc import Generator
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -21,18 +22,21 @@ import pytest
 import torch
 
 from dcar_core import Encoder
-from dcar_core.model.backbone import BackboneSource, load_backbone
-from dcar_core.model.checkpoint import save_checkpoint
-from dcar_core.model.dcar import DCAR
 from dcar_core.model.methods import find_method
+from dcar_core.model.tokenizer import common_words
+from index_jobs.engines import measure
+from index_jobs.jobs import gate
 from index_jobs.jobs.build import RebuildSummary
 from index_jobs.rebuild import rebuild
 from tests.support import parts
 from tests.support.images import draw
-from tests.support.random_clip import write_model
+from tests.support.random_clip import checkpoint_on, write_model
 from tests.support.versions import Build
 
 torch.set_num_threads(1)
+
+# Each build asks for these words twice, and reads the whole vocabulary of CLIP for them.
+gate.common_words = measure.common_words = cache(common_words)  # type: ignore[attr-defined]
 
 # A run syncs thousands of small files, which costs nothing in memory.
 MEMORY = Path("/dev/shm")
@@ -103,14 +107,8 @@ def exported_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_model(tmp_path_factory.mktemp("exported") / "base", custom_text=True)
 
 
-def _checkpoint(model: Path, path: Path, seed: int, name: str = "dcar", noise: float = 0.02) -> Path:
-    torch.manual_seed(seed)
-    dcar = DCAR(load_backbone(BackboneSource(str(model))), find_method(name).config)
-    with torch.no_grad():
-        for _, parameter in dcar.trainables():
-            parameter.add_(noise * torch.randn_like(parameter))
-    save_checkpoint(dcar, path)
-    return path
+def _checkpoint(model: Path, path: Path, seed: int, method: str = "dcar", noise: float = 0.02) -> Path:
+    return checkpoint_on(model, find_method(method).config, path, seed, noise)
 
 
 @pytest.fixture(scope="session")

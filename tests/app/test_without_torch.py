@@ -26,18 +26,13 @@ from tests.support.parts import needs
 from tests.support.processes import without_pytorch
 from tests.support.responses import assert_problem
 from tests.support.searches import ids
-from tests.support.service import ADMIN, ADMIN_ONLY, ServiceClient, opened, serving_by
+from tests.support.service import ADMIN, ADMIN_ONLY, opened, serving_by
 from tests.support.writes import ADMINS, item
 
 pytestmark = needs("openvino")
 
 PLAIN = {"query": "a red square", "k": 5}
 DEEP = PLAIN | {"rerank": True, "explain": True}
-
-
-def live(http: ServiceClient) -> Encoder:
-    encoder: Encoder = http.app.state.collections[None].current.encoder
-    return encoder
 
 
 async def ask(http: httpx.AsyncClient, body: dict[str, Any]) -> dict[str, Any]:
@@ -55,9 +50,9 @@ async def test_a_later_start_loads_no_model_and_has_the_same_results(reranking_i
         first = await ask(http, PLAIN), await ask(http, DEEP)
     others = {item_id for body in first for item_id in ids(body)}
     async with opened(index, **settings) as http:
-        assert live(http).backbone is None
+        assert http.encoder.backbone is None
         assert await ask(http, PLAIN) == first[0]
-        assert live(http).backbone is None, "a plain search needs no model"
+        assert http.encoder.backbone is None, "a plain search needs no model"
         opened_index = http.app.state.collections[None].current.index
         listed = [opened_index.item(row).id for row in range(opened_index.rows)]
         for item_id in [item_id for item_id in listed if item_id not in others][-4:]:
@@ -66,7 +61,7 @@ async def test_a_later_start_loads_no_model_and_has_the_same_results(reranking_i
         assert 1 not in version_numbers(index)
         deep = await ask(http, DEEP)
         assert deep["results"] == first[1]["results"], "the model is that of the served version"
-        assert live(http).backbone is not None
+        assert http.encoder.backbone is not None
 
 
 @pytest.mark.slow

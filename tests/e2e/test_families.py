@@ -7,7 +7,6 @@ from typing import Any
 import numpy as np
 import pytest
 
-from dcar_core import Encoder
 from dcar_core.data import Annotations
 from dcar_core.model.backbone import BackboneSource, load_backbone
 from dcar_core.model.catalogue import RECOMMENDED
@@ -52,11 +51,6 @@ def trained(name: str, data: Path, path: Path) -> Path:
     return path / "checkpoint"
 
 
-def live(http: ServiceClient) -> Encoder:
-    encoder: Encoder = http.app.state.collections[None].current.encoder
-    return encoder
-
-
 async def scores_of(http: ServiceClient) -> list[float]:
     """Search by text, by image and with explanations; return the scores."""
     client = Client(http)
@@ -84,12 +78,12 @@ async def test_a_family_goes_the_whole_way(name: str, tiny_data: Path, tmp_path:
     scores = []
     for runtime in runtimes:
         async with opened(index, runtime=runtime, **settings) as http:
-            assert live(http).runtime.name == runtime
+            assert http.encoder.runtime.name == runtime
             scores.append(await scores_of(http))
     if with_export:
         async with opened(index, runtime=runtimes[-1], **settings) as http:
             await Client(http).text(**QUERY)
-            assert live(http).backbone is None, "a later start on an export needs no model"
+            assert http.encoder.backbone is None, "a later start on an export needs no model"
             scores.append(await scores_of(http))
     for each in scores[1:]:
         np.testing.assert_allclose(each, scores[0], atol=2e-3)

@@ -34,12 +34,12 @@ def write_model(path: Path, **settings: Any) -> Path:
     return path
 
 
-def checkpoint_on(model: Path, config: ModelConfig, path: Path) -> Path:
+def checkpoint_on(model: Path, config: ModelConfig, path: Path, seed: int = 3, noise: float = 0.05) -> Path:
     """Write a checkpoint whose every trainable differs from its start."""
-    torch.manual_seed(3)
+    torch.manual_seed(seed)
     dcar = DCAR(load_backbone(BackboneSource(str(model))), config)
     with torch.no_grad():
         for _, parameter in dcar.trainables():
-            parameter.add_(0.05 * torch.randn_like(parameter))
+            parameter.add_(noise * torch.randn_like(parameter))
     save_checkpoint(dcar, path)
     return path

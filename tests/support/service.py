@@ -22,6 +22,7 @@ from app.core.callers import key_hash, new_key
 from app.core.settings import Settings
 from app.main import create_app
 from app.server import server_config
+from dcar_core import Encoder
 from dcar_core.util.errors import DcarError
 from tests.support.commands import Command
 from tests.support.processes import free_port
@@ -108,6 +109,12 @@ class ServiceClient(httpx.AsyncClient):
 
     app: FastAPI
     transport: httpx.ASGITransport
+
+    @property
+    def encoder(self) -> Encoder:
+        """That of the served version."""
+        encoder: Encoder = self.app.state.collections[None].current.encoder
+        return encoder
 
 
 @asynccontextmanager
