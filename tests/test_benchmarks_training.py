@@ -120,6 +120,7 @@ def test_categories_are_resampled(tmp_path: Path, main: Callable[..., str]) -> N
 
 
 @pytest.mark.slow
+@needs("time")
 def test_the_loop_of_clicks_ends_with_hits_by_week(tiny_model: Path, tiny_gallery: Path, tmp_path: Path) -> None:
     gallery = Path(shutil.copytree(tiny_gallery, tmp_path / "gallery"))
     rows = [json.loads(line) for line in (gallery / "metadata.jsonl").read_text().splitlines()]

@@ -20,6 +20,7 @@ from index_jobs.index.versions import open_current
 from index_jobs.rebuild import rebuild
 from tests.support.commands import dcar
 from tests.support.feedback_log import write_log
+from tests.support.parts import needs
 from tests.support.responses import assert_problem
 from tests.support.service import ADMIN, ALICE, KEYS, ODD_ID, bearer, opened
 
@@ -158,6 +159,7 @@ def simulate(folder: Path, items: list[str], *, sessions: int, seed: int = 0) ->
     return examined, attractive
 
 
+@needs("time")
 def test_propensities_of_simulated_clicks_are_within_a_tenth(index_version: IndexVersion, tmp_path: Path) -> None:
     items = index_version.column("id").to_pylist()
     examined, attractive = simulate(tmp_path / "log", items, sessions=60_000)

@@ -13,6 +13,7 @@ from dcar_core.data.judgements import JudgedList
 from dcar_core.util.errors import DataError
 from index_jobs.rebuild import rebuild
 from tests.support.commands import dcar
+from tests.support.parts import needs
 from tests.support.service import ALICE, KEYS, ODD_ID, serving
 
 ROWS = [
@@ -108,6 +109,7 @@ def test_a_sure_and_an_unsure_difference_are_told_in_words() -> None:
     assert unsure.endswith(" (95 % interval +0.0 to +3.7).")
 
 
+@needs("time")
 def test_a_new_index_is_compared_with_a_running_service_by_its_captions(built_index: Path, versions: Path) -> None:
     """As after an upgrade: the service's release and format do not matter."""
     with serving(versions, **KEYS, rate_limit="20/second") as (_, port):

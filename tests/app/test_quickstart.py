@@ -24,6 +24,7 @@ from dcar_core.util.machine import WEIGHTS_FILE
 from index_jobs.index.versions import current_version, open_current, read_manifest
 from index_jobs.jobs.update import remove
 from tests.support.images import png
+from tests.support.parts import needs
 from tests.support.processes import free_port
 
 
@@ -138,6 +139,7 @@ def test_a_missing_folder_is_named_before_a_model_is_loaded(tmp_path: Path) -> N
     assert "1 of 3" not in done.output
 
 
+@needs("time")
 def test_a_photo_that_is_added_while_it_serves_is_published(
     photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:

@@ -23,6 +23,7 @@ from index_jobs.index.versions import current_version, rollback
 from index_jobs.rebuild import rebuild
 from tests.support.commands import Command
 from tests.support.images import png
+from tests.support.parts import needs
 from tests.support.processes import free_port
 from tests.support.responses import assert_problem, scrape
 from tests.support.service import ADMIN_ONLY, SERVE, ServiceClient, before_encoding, opened, restore, until_ready
@@ -248,7 +249,7 @@ def test_start_fails_without_an_index_or_on_a_taken_port(tmp_path: Path, built_i
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("workers", ["1", "2"])
+@pytest.mark.parametrize("workers", ["1", pytest.param("2", marks=needs("time"))])
 def test_server_with_a_broken_index_exits_with_the_reason(workers: str, index: Path) -> None:
     file_of(index, "checkpoint/trainables.safetensors").unlink()
     environment = {"DCAR_INDEX": str(index), "DCAR_PORT": str(free_port()), "DCAR_DEVICE": "cpu"}

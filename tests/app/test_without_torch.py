@@ -42,6 +42,7 @@ async def ask(http: httpx.AsyncClient, body: dict[str, Any]) -> dict[str, Any]:
 
 
 @pytest.mark.slow
+@needs("time")
 async def test_a_later_start_loads_no_model_and_has_the_same_results(reranking_index: Path, tmp_path: Path) -> None:
     """Though the version that it started with is deleted."""
     index = Path(shutil.copytree(reranking_index, tmp_path / "reranking"))

@@ -26,6 +26,7 @@ from index_jobs.index.job_queue import JobQueue
 from index_jobs.index.versions import open_current
 from tests.support.files import write_file
 from tests.support.images import encoded, png
+from tests.support.parts import needs
 from tests.support.processes import children_of, is_alive
 from tests.support.responses import assert_problem, scrape
 from tests.support.service import ADMIN, ALICE, KEYS, WORDS, bearer, opened, serving_process, until
@@ -178,6 +179,7 @@ async def test_waiting_jobs_of_a_collection_have_a_quota(index: Path, tmp_path: 
 @pytest.mark.slow
 @pytest.mark.timeout(600)
 @pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="finds child processes in /proc")
+@needs("time")
 def test_jobs_of_a_killed_service_are_done_after_its_restart(index: Path) -> None:
     settings = {"DCAR_WRITES": "true", "DCAR_ADMIN_KEY": ADMIN, "DCAR_RUNTIME": "auto"}
     with serving_process(index, **settings) as (service, http, _), Client(str(http.base_url), key=ADMIN) as client:

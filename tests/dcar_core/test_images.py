@@ -35,8 +35,10 @@ from tests.support import conversions
 from tests.support import hostile_images as hostile
 from tests.support.files import tar_bytes, write_file, write_tar
 from tests.support.images import encoded, exif_of, peak_memory
+from tests.support.parts import needs
 from tests.support.processes import children_of, is_alive
 
+LONG = needs("time")
 HALF = (0.5,) * 3
 
 
@@ -246,10 +248,12 @@ def test_limits_leave_honest_files_alone() -> None:
     [
         ("JPEG", "RGB", {"progressive": True}),
         ("JPEG", "CMYK", {"progressive": True, "subsampling": 0}),
-        ("PNG", "RGBA", {"compress_level": 1}),
-        ("WEBP", "RGBA", {"quality": 50, "method": 0}),
+        pytest.param("PNG", "RGBA", {"compress_level": 1}, marks=LONG),
+        pytest.param("WEBP", "RGBA", {"quality": 50, "method": 0}, marks=LONG),
         ("AVIF", "RGBA", {"speed": 10, "subsampling": "4:4:4"}),
-        ("HEIF", "RGBA", {"quality": 50, "chroma": "444", "enc_params": {"preset": "ultrafast"}}),
+        pytest.param(
+            "HEIF", "RGBA", {"quality": 50, "chroma": "444", "enc_params": {"preset": "ultrafast"}}, marks=LONG
+        ),
     ],
 )
 def test_decoding_takes_no_more_memory_than_expected(

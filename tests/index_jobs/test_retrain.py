@@ -273,7 +273,11 @@ def require_own_export(exported: Path, cache: Path) -> None:
 @needs("openvino")
 @pytest.mark.parametrize(
     ("exported", "is_damaged"),
-    [("exported_checkpoint", False), ("exported_checkpoint", True), ("tiny_checkpoint", False)],
+    [
+        ("exported_checkpoint", False),
+        ("exported_checkpoint", True),
+        pytest.param("tiny_checkpoint", False, marks=needs("time")),
+    ],
     indirect=["exported"],
 )
 def test_a_retrained_version_carries_an_export_of_its_own(
