@@ -141,7 +141,8 @@ class _WatchedGallery:
         gallery = scan(self._location)
         states = _states(gallery)
         gone = [item_id for item_id in known if item_id not in states and item_id not in before]
-        lost = _lost([known[item_id] for item_id in gone], states.values())
+        current = open_current(self._index)  # others may have removed what is gone, and what is broken was never in it
+        lost = _lost([known[item_id] for item_id in gone if current.row_of(item_id) is not None], states.values())
         if is_shrunk := lost > max(_FEW, self._options.max_vanished * len(known)):
             gone = []
         changed = {key: state for key, state in states.items() if before.get(key) == state != known.get(key)}

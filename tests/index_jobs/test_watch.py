@@ -13,11 +13,12 @@ import pytest
 from dcar_core.util.errors import ArtifactError, DataError
 from index_jobs.index.manifest import WAITING
 from index_jobs.index.versions import list_versions, open_current, version_numbers
-from index_jobs.jobs.update import apply_waiting
+from index_jobs.jobs.update import apply_waiting, remove
 from index_jobs.jobs.watch import watch as watch_index
 from tests.support.commands import Command
 from tests.support.images import draw, encoded, exif_of
 from tests.support.jobs import patch, put
+from tests.support.page import until
 from tests.support.versions import Build
 
 Watch = Callable[..., "Watching"]
@@ -145,6 +146,15 @@ def test_a_gallery_that_is_gone_or_mostly_gone_empties_no_index(gallery: Path, i
     assert watching.is_silent(), "the reason is said once"
     (aside / "circle").rename(gallery / "circle")
     assert watching.line().startswith("6 removed: version 5, 14 images")
+    (gallery / "circle" / "broken.png").write_bytes(b"no image")
+    assert watching.line().startswith("left out until they change: ")
+    for path in [gallery / "circle", *sorted((gallery / "cross").iterdir())[1:]]:
+        path.rename(aside / path.name)
+    assert "11 images of" in watching.line(), "the broken one was not in the index"
+    opened = open_current(index)
+    items = [opened.item(row) for row in opened.live.nonzero()[0].tolist()]
+    remove(index, [item.id for item in items if not (gallery / item.metadata["file_name"]).exists()])
+    until(lambda: not (index / WAITING).exists())
     assert watching.end() == 0
     assert not (index / WAITING).exists()
 
