@@ -115,7 +115,7 @@ def read_verified(path: Path, source: BackboneSource, backbone_hash: str) -> tup
     try:
         config = ModelConfig.from_dict(content["model"])
     except (ValueError, TypeError) as error:
-        raise CheckpointError(f"{path} cannot be read: {error}") from error
+        raise CheckpointError(f"{path / CONFIG} does not fit this release: {error}; train again") from error
     if content["fingerprint"] != (fingerprint := compute_fingerprint(backbone_hash, config, trainables)):
         raise CheckpointError(f"{path / WEIGHTS} and {CONFIG} are of different trainings; copy both, or train again")
     return config, trainables, fingerprint
