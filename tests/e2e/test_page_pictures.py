@@ -9,7 +9,7 @@ from PIL import Image
 from selenium.webdriver import ActionChains
 from selenium.webdriver.common.keys import Keys
 
-from tests.support.images import encoded
+from tests.support.images import draw, encoded
 from tests.support.page import Page, until
 
 pytestmark = pytest.mark.browser
@@ -118,3 +118,14 @@ def test_heic_picture_is_searched_though_the_browser_cannot_show_it(page: Page, 
     page.settled(24)
     assert page.text("#status").startswith("The best 24 of 24 images")
     assert "phone.heic" in page.text("#chips")
+
+
+def test_the_page_says_if_nothing_fits_a_picture(page: Page, large: str, tmp_path: Path) -> None:
+    Image.new("RGB", (64, 64)).save(tmp_path / "night.png")
+    draw("red", "square").save(tmp_path / "red.png")  # one of the gallery
+    page.open(large)
+    page.type("#file", str(tmp_path / "night.png"))
+    page.says("#nothing", "Nothing fits this image well", "images that come nearest.")
+    page.type("#file", str(tmp_path / "red.png"))
+    page.says("#chips", "red.png")
+    page.vanishes("#nothing")
