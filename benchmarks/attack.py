@@ -34,15 +34,7 @@ from load import Tally, address, ask, closed_loop, image_request, post, same_ans
 from serve import new_images, new_texts
 from service import Server, emoji, index_of, serving
 
-from tests.support.hostile_images import (
-    gif_with_comment_blocks,
-    jpeg_with_scans,
-    jpeg_with_segments,
-    mutants,
-    png_of_size,
-    png_with_chunks,
-    tiff_with_tile,
-)
+from tests.support import hostile_images as hostile
 from tests.support.servers import behind_nginx
 
 ADMIN_KEY = "an admin key"
@@ -118,9 +110,7 @@ def flood(*requests: bytes, connections: int = 2) -> Attack:
     return attack
 
 
-def connections(
-    count: int, make: Callable[[], Iterator[bytes]], *, every_s: float = 0.0, is_read: bool = True
-) -> Attack:
+def connections(count: int, make: Callable[[], Iterator[bytes]], every_s: float = 0.0, is_read: bool = True) -> Attack:
     """Return an attack that holds `count` connections, each sending the same pieces."""
 
     async def attack(target: Target) -> None:
@@ -191,12 +181,9 @@ def changes() -> dict[str, Attack]:
     small, numbers = base64.b64encode(encoded("PNG", 8)).decode(), itertools.count()
     metadata = {"text": "x" * 66_000}
     items = [{"id": f"{n}", "image": small, "metadata": metadata} for n in range(200)]
-    dropped = [
-        change("PUT", "/collections/dropped"),
-        change("PUT", "/collections/dropped/items/1", image=small),
-        change("DELETE", "/collections/dropped/items", ids=["1"]),
-        change("DELETE", "/collections/dropped"),
-    ]
+    path = "/collections/dropped"
+    dropped = [change("PUT", path), change("PUT", f"{path}/items/1", image=small)]
+    dropped += [change("DELETE", f"{path}/items", ids=["1"]), change("DELETE", path)]
     patches = [change("PATCH", "/collections/hostile/items/1", metadata={"price": n}) for n in range(200)]
     pages = [get(f"/collections/hostile/items?k={k}") for k in (200, 2)]
     sizes = itertools.product(range(LARGE_IMAGES), (192, 384, 1280))  # so that few of them are cached
@@ -241,21 +228,15 @@ def attacks() -> dict[str, Attack]:
         "nested values": post("/search/batch", "application/json", nested),
     }
     images = {
-        "PNG bomb": png_of_size(60_000, 60_000),
-        "JPEG bomb": encoded("JPEG", 9_000),
-        "WebP bomb": encoded("WEBP", 9_000),
-        "AVIF bomb": encoded("AVIF", 6_000),
-        "AVIF of many extents": many_extents(20_000),
-        "HEIF bomb": heif_bomb(60_000),
-        "TIFF bomb": encoded("TIFF", 9_000, compression="tiff_adobe_deflate"),
-        "TIFF tile bomb": tiff_with_tile(12_000),
-        "TIFF with 5,000 tags": many_tags(5_000),
-        "JPEG with 2,000 scans": jpeg_with_scans(2_000),
-        "JPEG with 50,000 segments": jpeg_with_segments(50_000),
-        "PNG with two headers": two_headers(2_500),
-        "PNG with 200,000 chunks": png_with_chunks(200_000, b"tEXt"),
-        "GIF with 1,000,000 blocks": gif_with_comment_blocks(1_000_000),
-    }
+        "PNG bomb": hostile.png_of_size(60_000, 60_000), "JPEG bomb": encoded("JPEG", 9_000),
+        "WebP bomb": encoded("WEBP", 9_000), "AVIF bomb": encoded("AVIF", 6_000), "HEIF bomb": heif_bomb(60_000),
+        "TIFF bomb": encoded("TIFF", 9_000, compression="tiff_adobe_deflate"), "TIFF with 5,000 tags": many_tags(5_000),
+        "AVIF of many extents": many_extents(20_000), "TIFF tile bomb": hostile.tiff_with_tile(12_000),
+        "JPEG with 2,000 scans": hostile.jpeg_with_scans(2_000), "PNG with two headers": two_headers(2_500),
+        "JPEG with 50,000 segments": hostile.jpeg_with_segments(50_000),
+        "PNG with 200,000 chunks": hostile.png_with_chunks(200_000, b"tEXt"),
+        "GIF with 1,000,000 blocks": hostile.gif_with_comment_blocks(1_000_000),
+    }  # fmt: skip
     return {
         "half heads": connections(600, lambda: iter([b"GET / HTTP/1.1\r\n"])),
         "slow bodies": connections(300, endless(upload, b"x"), every_s=1.0),
@@ -272,7 +253,7 @@ def attacks() -> dict[str, Attack]:
         "slow filters": flood(*(slow_filters() for _ in range(20)), connections=8),
         **{name: flood(request) for name, request in batches.items()},
         **{name: flood(image_request(data)) for name, data in images.items()},
-        "200 mutated images": flood(*(image_request(data) for data in mutants(200))),
+        "200 mutated images": flood(*(image_request(data) for data in hostile.mutants(200))),
         **changes(),
     }
 
@@ -333,12 +314,8 @@ async def _send_honest(server: Server, port: int, seconds: float) -> tuple[list[
 
     loop = partial(closed_loop, port, connections=1, seconds=seconds)
     async with asyncio.timeout(seconds + 60):
-        *tallies, _ = await asyncio.gather(
-            loop(new_texts(time.time_ns()), pause_s=0.05),
-            loop(new_images(), pause_s=0.1),
-            loop(lambda: PROBE, pause_s=0.02),
-            watch(),
-        )
+        texts, images = loop(new_texts(time.time_ns()), pause_s=0.05), loop(new_images(), pause_s=0.1)
+        *tallies, _ = await asyncio.gather(texts, images, loop(lambda: PROBE, pause_s=0.02), watch())
     return tallies, peak
 
 
@@ -354,9 +331,8 @@ def hostile_collection(work: Path) -> Path:
     gallery.mkdir(parents=True, exist_ok=True)
     for number in range(256):
         (gallery / f"{number}.png").write_bytes(small + number.to_bytes(2, "big"))
-        lines.append(
-            json.dumps({"file_name": f"{number}.png", "id": f"{number}", "text": f"{number:03}" + "x" * 60_000})
-        )
+        text = f"{number:03}" + "x" * 60_000
+        lines.append(json.dumps({"file_name": f"{number}.png", "id": f"{number}", "text": text}))
     large = encoded("PNG", 7_874)
     for number in range(LARGE_IMAGES):
         (gallery / f"large{number}.png").write_bytes(large)
@@ -393,9 +369,8 @@ def main() -> None:
         behind_nginx(Path(proxy.name), server.port) as port,
     ):
         asyncio.run(_explain_once(server.port))
-        print(
-            f"{'attack':28} | {'responses':40} | text p99   | worst text | worst image | worst probe | refused | memory"
-        )
+        columns = "text p99   | worst text | worst image | worst probe | refused | memory"
+        print(f"{'attack':28} | {'responses':40} | {columns}")
         for name, attack in rows.items():
             if given.only is None or name in given.only or name.startswith("("):
                 row, faults = measure(server, port, attack, given.seconds)

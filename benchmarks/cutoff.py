@@ -145,12 +145,8 @@ def main() -> None:
         rejected = 100 * float((best[:, 0] < min_score).mean())
         print(f"  {len(nonsense)} queries rejected: {name:20}{rejected:.1f} %")
     lexical = opened.lexical
-    queries_told = {
-        "validation": [text for text, row in queries if row is not None],
-        "other languages": FOREIGN_TEXTS,
-        "unrelated things": UNRELATED_TEXTS,
-        "random letters": random_texts(RANDOM_TEXTS),
-    }
+    queries_told = {"validation": [text for text, row in queries if row is not None], "other languages": FOREIGN_TEXTS}
+    queries_told |= {"unrelated things": UNRELATED_TEXTS, "random letters": random_texts(RANDOM_TEXTS)}
     for name, told in queries_told.items():
         best, _ = opened.search(encoder.encode_text(list(told)), 1)
         unfamiliar = np.array([lexical.known_share(text) < FAMILIAR for text in told])

@@ -103,9 +103,8 @@ def throughput(arguments: argparse.Namespace, folder: Path) -> None:
     batches = -(-arguments.pictures // arguments.batch_size)
     bare(encoder, arguments.batch_size, 1)
     ratios, rates = [], []
-    options = BuildOptions(
-        workers=arguments.workers, batch_size=arguments.batch_size, device=arguments.device, progress=False
-    )
+    shared = {name: getattr(arguments, name) for name in ("workers", "batch_size", "device")}
+    options = BuildOptions(**shared, progress=False)
     for number in range(arguments.rounds):
         before, began = bare(encoder, arguments.batch_size, -(-batches // 2)), time.perf_counter()
         encoded = encode_gallery(scan(source), [encoder], folder / f"work{number}", options)

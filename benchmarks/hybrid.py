@@ -50,9 +50,7 @@ def measure_quality(index: Path, queries: Path, weights: list[float]) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--index", type=Path, required=True, help="an index of examples/emoji/twemoji or openmoji")
-    parser.add_argument(
-        "--queries", type=Path, default=EMOJI / "queries" / "validation.tsv", help="default: %(default)s"
-    )
+    parser.add_argument("--queries", type=Path, default=EMOJI / "queries/validation.tsv", help="default: %(default)s")
     parser.add_argument("--weights", type=float, nargs="+", default=[0.0, DEFAULT_WEIGHT, 1.0])
     args = parser.parse_args()
     measure_quality(args.index, args.queries, args.weights)

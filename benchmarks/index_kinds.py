@@ -159,17 +159,8 @@ def read_queries(folder: Path, names: str) -> tuple[Floats, Floats]:
 def show(indexes: list[Built]) -> None:
     """Print the table of docs/benchmarks.md."""
     columns = list(dict.fromkeys(name for built in indexes for name in built.cells))
-    heads = [
-        "kind",
-        "FAISS",
-        "tuned by",
-        "searched with",
-        "build, processor s",
-        "file MB",
-        "p50 ms",
-        "p99 ms",
-        *columns,
-    ]
+    heads = ["kind", "FAISS", "tuned by", "searched with", "build, processor s", "file MB", "p50 ms", "p99 ms"]
+    heads += columns
     print("|", " | ".join(heads), "|")
     print("|", " --- |" * len(heads), sep="")
     for built in indexes:

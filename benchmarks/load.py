@@ -48,9 +48,8 @@ class Tally:
         others = {status: count for status, count in sorted(self.statuses.items()) if status != 200}
         tail = f", others {others}{refused}" if others else ""
         lost = f", {self.broken} broken" if self.broken else ""
-        return (
-            f"{self.rate:8.1f} q/s   p50 {self.percentile(50):7.2f} ms   p99 {self.percentile(99):7.2f} ms{tail}{lost}"
-        )
+        latency = f"p50 {self.percentile(50):7.2f} ms   p99 {self.percentile(99):7.2f} ms"
+        return f"{self.rate:8.1f} q/s   {latency}{tail}{lost}"
 
 
 class _Connection(asyncio.Protocol):
@@ -108,10 +107,8 @@ class _Connection(asyncio.Protocol):
 
 async def connect(port: int) -> _Connection:
     """Open a connection."""
-    _, connection = await asyncio.get_running_loop().create_connection(
-        _Connection, "127.0.0.1", port, local_addr=(address.get(), 0)
-    )
-    return connection
+    loop, origin = asyncio.get_running_loop(), (address.get(), 0)
+    return (await loop.create_connection(_Connection, "127.0.0.1", port, local_addr=origin))[1]
 
 
 async def _once(

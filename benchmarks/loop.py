@@ -66,9 +66,8 @@ class Queries:
 
     def are_right(self, rows: Rows) -> Rows:
         """Return for results (N, k) whether each is an answer."""
-        return np.array(
-            [[row in right for row in found] for found, right in zip(rows.tolist(), self.answers, strict=True)]
-        )
+        pairs = zip(rows.tolist(), self.answers, strict=True)
+        return np.array([[row in right for row in found] for found, right in pairs])
 
 
 def make_queries(gallery: Path, index: Path, limit: int, seed: int) -> tuple[Queries, Queries]:
@@ -202,12 +201,8 @@ def main() -> None:
     parser.add_argument("--weeks", type=int, default=10, help="default: %(default)s")
     parser.add_argument("--searches", type=int, default=20_000, help="in a week; default: %(default)s")
     parser.add_argument("--queries", type=int, default=2_500, help="texts of the users; default: %(default)s")
-    parser.add_argument(
-        "--hostile", type=float, default=0.01, help="share of searches; 0 for none; default: %(default)s"
-    )
-    parser.add_argument(
-        "--gallery", type=Path, default=EMOJI / "openmoji", help="with metadata.jsonl; default: openmoji"
-    )
+    parser.add_argument("--hostile", type=float, default=0.01, help="share of searches; default: %(default)s")
+    parser.add_argument("--gallery", type=Path, default=EMOJI / "openmoji", help="default: openmoji")
     parser.add_argument("--model", type=Path, default=EMOJI / "base", help="default: the bundled one")
     parser.add_argument("--seeds", type=int, default=1, help="default: %(default)s")
     parser.add_argument("--alone", action="store_true", help="learn from clicks alone, and from captions alone, too")

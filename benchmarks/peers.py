@@ -30,7 +30,6 @@ import itertools
 import json
 import os
 import time
-from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from urllib.parse import urlsplit
@@ -38,8 +37,6 @@ from urllib.parse import urlsplit
 from load import Requests, Tally, closed_loop, post, unique_texts
 from serve import images, median, new_images, new_texts, run
 from service import random_vit, serving
-
-Body = Callable[[str | bytes], dict[str, object]]
 
 
 def _clip_retrieval(query: str | bytes) -> dict[str, object]:
@@ -53,10 +50,7 @@ def _infinity(query: str | bytes) -> dict[str, object]:
     return {"model": "clip", "input": [given], "modality": "image" if is_image else "text"}
 
 
-PEERS: dict[str, tuple[str, Body]] = {
-    "clip-retrieval": ("/knn-service", _clip_retrieval),
-    "infinity": ("/embeddings", _infinity),
-}
+PEERS = {"clip-retrieval": ("/knn-service", _clip_retrieval), "infinity": ("/embeddings", _infinity)}
 
 
 def asked(name: str, kind: str) -> Requests:
@@ -79,12 +73,7 @@ def main() -> None:
     for name in PEERS:
         parser.add_argument(f"--{name}", metavar="URL", help="address of the peer; default: skip it")
     parser.add_argument("--work", type=Path, default=Path("data/benchmarks"), help="folder of the index")
-    parser.add_argument(
-        "--runtimes",
-        nargs="+",
-        default=["torch", "auto"],
-        help="runtimes of this service, measured one after the other",
-    )
+    parser.add_argument("--runtimes", nargs="+", default=["torch", "auto"], help="of this service, one after the other")
     parser.add_argument("--cache", type=Path, help="folder of exported models; default: the user's cache directory")
     parser.add_argument("--seconds", type=float, default=5.0)
     parser.add_argument("--rounds", type=int, default=3)
@@ -101,8 +90,7 @@ def main() -> None:
                     tallies: dict[str, list[Tally]] = {name: [] for name in services}
                     for turn in range(given.rounds + 1):
                         for name, (port, make) in services.items():
-                            load = closed_loop(port, make(), connections=connections, seconds=given.seconds)
-                            tally = run(load)
+                            tally = run(closed_loop(port, make(), connections=connections, seconds=given.seconds))
                             if turn:  # the first warms up
                                 tallies[name].append(tally)
                     for name, each in tallies.items():

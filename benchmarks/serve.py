@@ -21,6 +21,7 @@ import statistics
 import tempfile
 import time
 from collections.abc import Coroutine
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -88,10 +89,8 @@ def cached(index: Path, seconds: float, rounds: int) -> None:
                     known += len(run(closed_loop(server.port, lambda: next(asked), connections=4, seconds=1)).latencies)
                 for connections in (1, 4, 8):
                     began = server.cpu_s()
-                    tallies = [
-                        run(closed_loop(server.port, lambda: next(asked), connections=connections, seconds=seconds))
-                        for _ in range(rounds)
-                    ]
+                    load = partial(closed_loop, server.port, lambda: next(asked), connections=connections)
+                    tallies = [run(load(seconds=seconds)) for _ in range(rounds)]
                     cpu = (server.cpu_s() - began) / sum(len(tally.latencies) for tally in tallies)
                     print(f"{name:30} c={connections}  {median(tallies)}   {cpu * 1e6:.0f} us of CPU each", flush=True)
 
@@ -104,9 +103,8 @@ class Bare:
         from index_jobs.index.versions import open_current
 
         version = open_current(index)
-        self.encoder = Encoder.load(
-            version.checkpoint, device="cpu", runtime=runtime, cache=Path(cache) if cache else None
-        )
+        folder = Path(cache) if cache else None
+        self.encoder = Encoder.load(version.checkpoint, device="cpu", runtime=runtime, cache=folder)
         self._texts = unique_texts(9)
         self._pixels = np.stack([self.encoder.preprocess(each) for each in images(32)])
 
@@ -214,9 +212,7 @@ def main() -> None:
     parser.add_argument("--count", type=int, default=100_000, help="vectors in the index of `uncached` and `changes`")
     parser.add_argument("--seconds", type=float, default=5.0)
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument(
-        "--set", nargs="*", default=[], metavar="NAME=VALUE", help="settings of the server in `uncached`"
-    )
+    parser.add_argument("--set", nargs="*", default=[], metavar="NAME=VALUE", help="settings in `uncached`")
     args = parser.parse_args()
     if args.what == "cached":
         os.sched_setaffinity(0, LOAD_CORES)

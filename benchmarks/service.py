@@ -133,10 +133,8 @@ def random_vit(work: Path, count: int = 100_000) -> Path:
     """Return an index of `count` random vectors under a random ViT-B/32; made once."""
     from clusters import Clusters
 
-    captions = [f"item {i}" for i in range(count)]
-    return made_index(
-        work / f"vit-{count}", vit_checkpoint(work), lambda: Clusters(count, 512).draw(count, seed=1), captions
-    )
+    captions, draw = [f"item {i}" for i in range(count)], Clusters(count, 512).draw
+    return made_index(work / f"vit-{count}", vit_checkpoint(work), lambda: draw(count, seed=1), captions)
 
 
 def made_index(out: Path, checkpoint: Path, draw: "Callable[[], Floats]", captions: Sequence[str]) -> Path:
@@ -172,9 +170,8 @@ def made_index(out: Path, checkpoint: Path, draw: "Callable[[], Floats]", captio
         folder = new.folder
         copy_checkpoint(checkpoint, folder / CHECKPOINT)
         encoder = Encoder.load(folder / CHECKPOINT, device="cpu")
-        spec = IndexSpec(
-            gallery=gallery.location, gallery_signature=gallery.content_signature, fingerprint=encoder.fingerprint
-        )
+        source = {"gallery": gallery.location, "gallery_signature": gallery.content_signature}
+        spec = IndexSpec(**source, fingerprint=encoder.fingerprint)
         write_items(folder / ITEMS, table, np.arange(count))
         stored = NewIndex(
             name=str(out), folder=folder, version=1, blocks=lambda: iter([vectors]), count=count, dim=dim,

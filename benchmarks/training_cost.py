@@ -79,11 +79,8 @@ def measure(name: str, folder: Path, args: argparse.Namespace) -> dict[str, floa
     training = Annotations(folder).load("train")[0]
     data = prepare_split(training, model, for_training=True, cache=FeatureCache(None, backbone))
     batch = seconds_per_batch(model, data, args)
-    peak = (
-        torch.cuda.max_memory_allocated()
-        if backbone.device.type == "cuda"
-        else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-    ) / 1e6
+    is_gpu, own = backbone.device.type == "cuda", resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    peak = (torch.cuda.max_memory_allocated() if is_gpu else own) / 1e6
     trainable = sum(p.numel() for _, p in model.trainables())
     return {
         "trainable": trainable, "batch": batch, "epoch": batch * args.pairs / args.batch_size, "peak": peak,

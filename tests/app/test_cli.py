@@ -261,13 +261,9 @@ def test_an_index_is_needed_and_has_a_name_of_its_own(tmp_path: Path) -> None:
 
 
 def test_values_are_read_as_requests_send_them_and_secrets_are_not_shown(tmp_path: Path) -> None:
-    settings = load_settings(
-        index=tmp_path,
-        cors_origins="https://shop.example, https://other.example",
-        image_hosts="Pictures.Example",
-        admin_key="a-long-secret",
-        redis_url="redis://:pass@localhost",
-    )
+    secrets = {"admin_key": "a-long-secret", "redis_url": "redis://:pass@localhost"}
+    origins = "https://shop.example, https://other.example"
+    settings = load_settings(index=tmp_path, cors_origins=origins, image_hosts="Pictures.Example", **secrets)
     assert settings.cors_origins == ("https://shop.example", "https://other.example")
     assert settings.image_hosts == ("pictures.example",)
     assert "a-long-secret" not in repr(settings)

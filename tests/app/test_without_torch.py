@@ -84,13 +84,8 @@ def test_a_published_version_is_served_and_changed_without_pytorch(
     encoder = Encoder.load(reranking_checkpoint, device="cpu")
     expected = np.concatenate([encoder.encode_text(texts), encoder.encode_images([png("red")])])
 
-    settings = {
-        "DCAR_RUNTIME_CACHE": str(tmp_path / "cache"),
-        "DCAR_RUNTIME": "auto",
-        "DCAR_WRITES": "true",
-        "DCAR_ADMIN_KEY": ADMIN,
-        **without_pytorch(tmp_path),
-    }
+    settings = {"DCAR_RUNTIME_CACHE": str(tmp_path / "cache"), "DCAR_RUNTIME": "auto", **without_pytorch(tmp_path)}
+    settings |= {"DCAR_WRITES": "true", "DCAR_ADMIN_KEY": ADMIN}
     with serving_by(sys.executable, "serve", "--index", tmp_path / "index", **settings) as http:
         given = {"input": [*texts, {"image": photo}]}
         found = [each["embedding"] for each in http.post("/v1/embeddings", json=given).json()["data"]]

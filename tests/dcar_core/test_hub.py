@@ -155,13 +155,8 @@ def test_quickstart_downloads_the_default_model_and_indexes_without_pytorch(
         environment |= without_pytorch(tmp_path)
         environment["PYTHONPATH"] += f"{os.pathsep}{ROOT}"
         command = [sys.executable, "-c", main, "quickstart", str(photos), "--data", str(tmp_path / "data")]
-        done = subprocess.run(
-            [*command, "--runtime", "openvino"],
-            capture_output=True,
-            text=True,
-            env=os.environ | environment,
-            check=False,
-        )
+        command += ["--runtime", "openvino"]
+        done = subprocess.run(command, capture_output=True, text=True, env=os.environ | environment, check=False)
     assert done.returncode == 0, done.stderr
     assert f"downloading {WEIGHTS_FILE} of {repository}, 14 MB" in done.stdout + done.stderr
     (index,) = (tmp_path / "data" / "quickstart").glob("*/*")

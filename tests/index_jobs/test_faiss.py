@@ -46,16 +46,10 @@ def file(tmp_path: Path) -> Path:
 @pytest.mark.parametrize(
     ("kind", "lowest"),
     [
-        ("flat", 1.0),
-        ("hnsw", 0.98),
-        ("ivf", 0.98),
-        ("IVF16,SQ8", 0.95),
-        ("SQ8", 0.95),
-        ("PCA30,IVF16,Flat", 0.6),
-        ("PQ16x4fs,RFlat", 0.7),
-        ("ivf-pq-fp16", 0.98),
+        ("flat", 1.0), ("hnsw", 0.98), ("ivf", 0.98), ("IVF16,SQ8", 0.95), ("SQ8", 0.95), ("PCA30,IVF16,Flat", 0.6),
+        ("PQ16x4fs,RFlat", 0.7), ("ivf-pq-fp16", 0.98),
     ],
-)
+)  # fmt: skip
 @pytest.mark.slow
 def test_kind_finds_what_exact_search_finds(kind: str, lowest: float, gallery: Floats, file: Path) -> None:
     built = build(file, gallery, *choose_kinds(kind, len(gallery), DIM))
@@ -485,14 +479,11 @@ def test_columns_have_the_narrowest_type_that_holds_all_values(caplog: pytest.Lo
     types = infer_types(pa.chunked_array([lines[:1], lines[1:]]))
     arrays = {name: typed_array([row.get(name) for row in rows], kind) for name, kind in types.items()}
     assert {name: (str(array.type), array.to_pylist()) for name, array in arrays.items()} == {
-        "huge": ("string", ["1", "100000000000000000000", None]),
-        "mixed": ("string", ["1", "x", None]),
-        "price": ("double", [3.0, 2.5, None]),
-        "size": ("string", ['{"w": 1}', None, None]),
-        "sold": ("bool", [True, False, None]),
-        "tags": ("list<item: string>", [["a", "b"], [], None]),
+        "huge": ("string", ["1", "100000000000000000000", None]), "mixed": ("string", ["1", "x", None]),
+        "price": ("double", [3.0, 2.5, None]), "size": ("string", ['{"w": 1}', None, None]),
+        "sold": ("bool", [True, False, None]), "tags": ("list<item: string>", [["a", "b"], [], None]),
         "year": ("int64", [1999, None, None]),
-    }
+    }  # fmt: skip
     rare = [f'{{"often": 1, "rare{number}": 2}}' for number in range(MAX_FIELDS + 5)]
     kept = infer_types(pa.chunked_array([rare]))
     assert (len(kept), "often" in kept) == (MAX_FIELDS, True)

@@ -395,14 +395,10 @@ def test_every_failure_has_its_exit_code_and_one_line(
         return stderr
 
     for code, *more in (
-        (3, "--gallery", tmp_path / "nowhere"),
-        (3, "--kind", "nonsense"),
-        (4, "--checkpoint", tmp_path / "nowhere"),
-        (4, "--checkpoint", gallery),
-        (4, "--checkpoint", broken),
-        (4, "--device", "cuda:99"),
+        (3, "--gallery", tmp_path / "nowhere"), (3, "--kind", "nonsense"), (4, "--checkpoint", tmp_path / "nowhere"),
+        (4, "--checkpoint", gallery), (4, "--checkpoint", broken), (4, "--device", "cuda:99"),
         (1, "--out", tmp_path / "file"),
-    ):
+    ):  # fmt: skip
         fails(code, *more)
     out.mkdir(exist_ok=True)
     with FileLock(out / ".lock"):

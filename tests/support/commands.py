@@ -39,15 +39,9 @@ class Command:
     """
 
     def __init__(
-        self,
-        program: str | Path,
-        *arguments: object,
-        environment: Mapping[str, str] | None = None,
-        stdout: str | Path = PIPE,
-        stderr: str | Path = PIPE,
-        file_size: int | None = None,
-        directory: Path = ROOT,
-    ) -> None:
+        self, program: str | Path, *arguments: object, environment: Mapping[str, str] | None = None,
+        stdout: str | Path = PIPE, stderr: str | Path = PIPE, file_size: int | None = None, directory: Path = ROOT,
+    ) -> None:  # fmt: skip
         pipes = [_context.Pipe(duplex=False) if target == PIPE else None for target in (stdout, stderr)]
         streams = [pipe[1] if pipe else target for pipe, target in zip(pipes, (stdout, stderr), strict=True)]
         given = (str(program), list(map(str, arguments)), {**os.environ, **(environment or {})})
@@ -117,13 +111,9 @@ def _reader(pipe: tuple[Connection, Connection] | None) -> io.TextIOWrapper | io
 
 
 def _execute(
-    program: str,
-    arguments: list[str],
-    environment: dict[str, str],
-    streams: list[Any],
-    file_size: int | None,
+    program: str, arguments: list[str], environment: dict[str, str], streams: list[Any], file_size: int | None,
     directory: Path,
-) -> None:
+) -> None:  # fmt: skip
     """Become the command: in the forked process."""
     forkserver._forkserver.ensure_running = lambda: None  # type: ignore[method-assign]  # it would start another
     os.chdir(directory)
@@ -156,10 +146,6 @@ def _execute(
 def _stream(number: int) -> io.TextIOWrapper:
     """Open a standard stream as the interpreter does at its start."""
     unbuffered, raw = bool(os.environ.get("PYTHONUNBUFFERED")), io.FileIO(number, "w", closefd=False)
-    return io.TextIOWrapper(
-        raw if unbuffered else io.BufferedWriter(raw),
-        encoding=os.environ.get("PYTHONIOENCODING", "utf-8"),
-        errors="backslashreplace" if number == 2 else "strict",
-        line_buffering=number == 2,
-        write_through=unbuffered,
-    )
+    encoding, errors = os.environ.get("PYTHONIOENCODING", "utf-8"), "backslashreplace" if number == 2 else "strict"
+    buffer: Any = raw if unbuffered else io.BufferedWriter(raw)
+    return io.TextIOWrapper(buffer, encoding, errors, line_buffering=number == 2, write_through=unbuffered)
