@@ -28,7 +28,7 @@ sys.path.insert(0, str(ROOT))
 from app.api import responses, routing  # noqa: E402
 from app.core.settings import Settings  # noqa: E402
 from app.main import create_app  # noqa: E402
-from app.search import pair_scoring, results, served_version  # noqa: E402
+from app.search import concepts, pair_scoring, results, served_version  # noqa: E402
 from app.search.query import Crop, Query, Weights  # noqa: E402
 
 HEADER = '''"""Models of the service's requests and responses.
@@ -51,7 +51,7 @@ class Model(BaseModel):
 
     model_config = ConfigDict(allow_inf_nan=False)
 '''
-MODULES = (pair_scoring, served_version, results, routing, responses)  # in which responses are declared
+MODULES = (pair_scoring, served_version, results, concepts, routing, responses)  # in which responses are declared
 OPTIONS = ("Weights", "Crop", "SearchOptions", "TextQuery")
 SCALARS = {"string": "str", "integer": "int", "number": "float", "boolean": "bool", "null": "None"}
 

@@ -97,7 +97,7 @@ async def facets(request: Request, query: Annotated[ItemsQuery, QueryParam()]) -
 
     def count() -> list[dict[str, Any]]:
         counted, groups = list[dict[str, Any]](), group_field(served, group_by) if group_by else None
-        for name in served.page_facts.find("facets", lambda: _facet_fields(index)):
+        for name in served.page_facts.find(f"facets {served.concepts.revision}", lambda: _facet_fields(index)):
             others = {field: part for field, part in (query.filter or {}).items() if field != name}
             mask = filter_rows(served, others).mask if others else index.live
             counted.append({"name": name, "values": count_values(index, name, mask, groups)})

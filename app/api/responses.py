@@ -18,6 +18,7 @@ from app.api.routing import FieldError, state_of
 from app.core.problems import Problem, field_problem, from_validation
 from app.core.turns import ClosedError
 from app.search import errors
+from app.search.concepts import TaughtConcept
 from app.search.results import SearchResponse, image_url, public_metadata
 from app.search.served_version import ResultGroup
 from app.service.collections import Collections
@@ -183,6 +184,10 @@ class EmbeddingsResponse(TypedDict):
     model: str
     fingerprint: str
     usage: dict[str, int]
+
+
+class ConceptsResponse(TypedDict):
+    concepts: list[TaughtConcept]
 
 
 class JobProgress(TypedDict):

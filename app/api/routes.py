@@ -14,7 +14,7 @@ from fastapi import Query as QueryParam
 from fastapi.responses import Response
 from prometheus_client import CONTENT_TYPE_LATEST
 
-from app.api import feedback, page, requests, responses, writing
+from app.api import concepts, feedback, page, requests, responses, writing
 from app.api.feedback import noted
 from app.api.guard import OPEN, PART_BYTES, Policy, byte_counter, out_of_scope
 from app.api.requests import decode_base64
@@ -59,7 +59,7 @@ routes = Routes()
 
 def add_routes(app: FastAPI) -> None:
     """Add all routes to an application. Those of text searches are first, so that they are found first."""
-    for part in (routes, writing.routes, feedback.routes, page.routes):
+    for part in (routes, writing.routes, concepts.routes, feedback.routes, page.routes):
         part.add_to(app)
 
 

@@ -35,6 +35,7 @@ from dcar_core.util.files import canonical_json
 from index_jobs.checks import MAX_CAPTION_CHARS, MAX_METADATA_BYTES, MAX_METADATA_LEVELS, is_too_deep
 from index_jobs.index.changes import rows_with
 from index_jobs.index.created_collections import create_collection, drop_collection
+from index_jobs.index.filters import condition_fields
 from index_jobs.index.index_version import IndexVersion
 from index_jobs.index.items import fit_one_field, type_of
 from index_jobs.index.job_queue import JobKind
@@ -189,7 +190,7 @@ async def patch_items(request: Request) -> Response:
     patch = await read_json(request, PatchItems)
     if patch.changes is None:
         return await _change(request, patch, patch)
-    served, changes, by = await _served(request), patch.changes, patch.by
+    served, changes, by = await newest_version(request), patch.changes, patch.by
     new_fields = _check_fields(served.index, {f"changes.{key}": fields for key, fields in changes.items()})
     try:
         rows = await state_of(request).retriever.run("filter", rows_with, served.index, by, [*changes])
@@ -259,7 +260,7 @@ async def put_collection(
         if not may_read(request, model or collections.default):
             raise out_of_scope()
         source = collections.open(model, "model").index
-        async with _storing("collection", collections, model):
+        async with storing("collection", collections, model):
             await run_in_new_thread(create_collection, settings.collections_dir, name, source.checkpoint)
         await collections.sync()
     return JsonResponse(collection_response(collections, name))
@@ -274,7 +275,7 @@ async def delete_collection(request: Request) -> Response:
     if not collection.is_created:
         raise Problem(409, "This collection belongs to the settings of the service.", errors=[("collection", name)])
     try:
-        async with _storing("change", collections, name):
+        async with storing("change", collections, name):
             await run_in_new_thread(drop_collection, collection.path)
     except LockedError:
         raise Problem(503, "Its jobs are being applied. Try again in 5 s.", headers={"Retry-After": "5"}) from None
@@ -286,7 +287,7 @@ def _name(request: Request) -> str:
     return collection_of(request) or state_of(request).collections.default
 
 
-async def _served(request: Request) -> ServedVersion:
+async def newest_version(request: Request) -> ServedVersion:
     """Return the version of the collection in the path, which another process may have created just now."""
     if _name(request) not in dict(state_of(request).collections):
         await state_of(request).collections.sync()
@@ -294,7 +295,7 @@ async def _served(request: Request) -> ServedVersion:
 
 
 async def _put(request: Request, items: list[PutItem]) -> Response:
-    served, state = await _served(request), state_of(request)
+    served, state = await newest_version(request), state_of(request)
     metadata = {f"items.{number}.metadata": item.metadata for number, item in enumerate(items)}
     new_fields = _check_fields(served.index, metadata)
     sources = {f"items.{number}": item.image for number, item in enumerate(items)}
@@ -310,19 +311,22 @@ async def _put(request: Request, items: list[PutItem]) -> Response:
 
 async def _change(request: Request, chosen: ChosenItems, patch: PatchItem | None = None) -> Response:
     """Accept a patch of chosen items, or their removal."""
-    served, fields, notes = await _served(request), (patch.fields if patch else {}), dict[str, Any]()
+    served, fields, notes = await newest_version(request), (patch.fields if patch else {}), dict[str, Any]()
     if patch:
         notes["new_fields"] = _check_fields(served.index, {"metadata": patch.metadata})
     if (chosen.ids is None) == (chosen.filter is None):
         raise field_problem("ids", "give either ids or a filter")
     items = [{"id": item_id} for item_id in dict.fromkeys(chosen.ids or ())]
+    stored = chosen.filter
     if (filter := chosen.filter) is not None:
         mask = await state_of(request).retriever.run("search", lambda: filter_rows(served, filter).mask)
         notes["items"] = int(np.count_nonzero(mask))
+        if not served.index.computed.keys().isdisjoint(condition_fields(filter)):  # which a job does not know
+            stored = {"id": served.index.column("id", np.flatnonzero(mask)).to_pylist()}
     count, size = notes.get("items", len(items)), len(canonical_json(fields))
     if patch:
         _check_size(count * size, "ids" if filter is None else "filter")
-    return await _accept(request, "patch" if patch else "delete", items, filter=filter, fields=fields, notes=notes)
+    return await _accept(request, "patch" if patch else "delete", items, filter=stored, fields=fields, notes=notes)
 
 
 def _check_size(size: int, field: str) -> None:
@@ -353,13 +357,13 @@ async def _accept(
     images: Sequence[bytes] = (),
     **more: Any,
 ) -> Response:
-    async with _storing("job", state_of(request).collections, _name(request)):
+    async with storing("job", state_of(request).collections, _name(request)):
         job = await state_of(request).writer.accept(_name(request), kind, items, images, **more)
     return JsonResponse(job, 202, headers={"Location": f"/jobs/{job['id']}"})
 
 
 @asynccontextmanager
-async def _storing(what: str, collections: Collections, name: str | None = None) -> AsyncIterator[None]:
+async def storing(what: str, collections: Collections, name: str | None = None) -> AsyncIterator[None]:
     """Turn a full disk into a 503, and a named collection that was dropped meanwhile into a 404."""
     try:
         yield

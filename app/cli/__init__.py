@@ -6,13 +6,13 @@ Nothing imports it; it may import everything, and does so lazily, so that `--hel
 
 from importlib.metadata import entry_points
 
-from app.cli import data, feedback, indexing, serving, training
+from app.cli import concepts, data, feedback, indexing, serving, training
 from app.cli.options import app, group
 from dcar_core.util.console import run_command
 from dcar_core.util.errors import DcarError
 from dcar_core.util.options import command
 
-__all__ = ["add_plugins", "app", "data", "feedback", "indexing", "main", "serving", "training"]
+__all__ = ["add_plugins", "app", "concepts", "data", "feedback", "indexing", "main", "serving", "training"]
 
 
 def add_plugins() -> None:

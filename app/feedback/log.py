@@ -165,7 +165,7 @@ class FeedbackLog:
         if len(self._searches) == MAX_QUERIES:
             self.lost.labels("queries").inc()
             return query_id
-        is_text = not (has_image or query.more_like or query.less_like or query.without)
+        is_text = not (has_image or query.more_like or query.less_like or query.without or "@" in query.query)
         text = query.query if is_text and self._settings.feedback_texts else ""
         hits = [result["id"] for result in body["results"]]
         name, version = collection or self._settings.default_collection, body["index_version"]

@@ -12,6 +12,7 @@ from typing import Any
 from pydantic import ValidationError
 
 from app.core.settings import Settings
+from app.search.concepts import TaughtConcept
 from app.search.errors import InvalidQueryError
 from app.search.query import Crop, Plan, Query, make_plan, query_vector, row_of
 from app.search.results import SearchResponse, answer
@@ -74,6 +75,10 @@ class Index:
                 started = time.perf_counter()
                 own = [next(vectors) for _ in plan.texts]
                 yield self._answer(plan, query_vector(self.served, plan, own), started)
+
+    def teach(self, name: str, ids: Sequence[str], **options: Any) -> TaughtConcept:
+        """Let `@name` stand for items like these in queries. options: `kind` and `not_ids`; see `Concepts.teach`."""
+        return self.served.concepts.teach(name, ids, **options)
 
     def metadata(self, item_id: str) -> dict[str, Any]:
         """Return the metadata of an item. Raise ItemNotFoundError if no item has this id."""

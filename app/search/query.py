@@ -18,6 +18,7 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, FailFast, Field, Val
 from pydantic_core import from_json, to_json
 
 from app.core.settings import DEFAULT_K, Settings
+from app.search.concepts import FIELD
 from app.search.errors import InvalidQueryError, ItemNotFoundError, UnsupportedQueryError
 from app.search.served_version import ServedVersion, filter_rows, row_vectors
 from dcar_core.util.arrays import Floats
@@ -54,6 +55,7 @@ _MAX_FILTER_BYTES = 64 * 2**10  # as JSON; the body of a text search holds no mo
 _CROP_ROUNDING = 1e-6  # fractions from a page may add up to a little more than 1
 MAX_TEXT_BYTES = 16 * 2**20  # of the items on a page; a page of the largest items takes 14 MiB
 _MIN_LENGTH = 1e-4  # of the sum of parts, relative to the sum of their weights; below it the direction is noise
+_NAME_WEIGHT = 0.7  # of a taught name beside a text of weight 1 (benchmarks/teach.py)
 _MAX_CACHED_DEPTH = 50  # results up to the end of a page that is cached
 _JOINERS = frozenset({0x200C, 0x200D, *range(0xE0020, 0xE0080)})  # invisible, but meaningful in emoji and some scripts
 
@@ -154,7 +156,7 @@ class Query(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True, json_schema_extra={"examples": [{"query": "cat", "k": 10}]})
 
-    query: Text = Field("", description="what the image shows; optional if more_like is given")
+    query: Text = Field("", description="what the image shows, or @NAME for a taught one; optional with more_like")
     k: Annotated[int, AfterValidator(_check_k)] = Field(DEFAULT_K, ge=1, strict=True, description="number of results")
     offset: Annotated[int, AfterValidator(_check_offset)] = Field(
         0, ge=0, strict=True, description="results to skip: `next_offset` of the previous page"
@@ -232,7 +234,8 @@ class Plan:
     texts: Sequence[tuple[float, str]] = ()  # normalized, with their weights; negative ones are subtracted
     image_weight: float = 0.0  # of the image that belongs to the query
     examples: Sequence[tuple[float, list[int]]] = ()  # rows of items whose mean vector is a part, with their weights
-    text: str = ""  # of the query
+    directions: Sequence[tuple[float, Floats]] = ()  # of taught names (E,), with their weights
+    text: str = ""  # of the query, without names
     words_weight: float = 0.0  # 0 if the words of the text are not looked up
     allowed: RowFilter | None = None  # rows that fulfil the filter; None for all
     excluded: tuple[int, ...] = ()  # rows that are left out
@@ -259,10 +262,10 @@ class Plan:
     def page_key(self, vector: Floats) -> Hashable:
         """Return the key of the page in `ServedVersion.pages`; None for one that is not cached."""
         special = self.allowed, self.group_by, self.sort, self.fold, self.facets, self.rerank_depth, self.explained
-        if any(special) or self.end > _MAX_CACHED_DEPTH:
+        if any(special) or FIELD in self.fields or self.end > _MAX_CACHED_DEPTH:
             return None
-        page = self.offset, self.end, self.fields, self.items_path
-        return vector.tobytes(), self.text, self.words_weight, self.excluded, self.min_score, bool(self.cutoff), page
+        page = self.offset, self.end, self.fields, self.items_path, self.cutoff.get("min_score")
+        return vector.tobytes(), self.text, self.words_weight, self.excluded, self.min_score, page
 
 
 def make_plan(
@@ -284,16 +287,18 @@ def make_plan(
         if subtracted:
             raise InvalidQueryError(subtracted, "needs a query or more_like to subtract from")
         raise InvalidQueryError("query", "must not be empty")
-    if query.rerank and not query.query:
+    text, taught = served.concepts.split(query.query, "query")
+    without, untaught = served.concepts.split(query.without, "without")
+    if query.rerank and not text:
         raise InvalidQueryError("rerank", "needs a text query, with which it scores the images")
     if query.crop is not None and not has_image:
         raise InvalidQueryError("crop", "needs an image; leave it out")
     more_rows = [row_of(served, item_id, "more_like") for item_id in query.more_like]
     less_rows = [row_of(served, item_id, "less_like") for item_id in query.less_like]
     weights, end = query.weights, query.offset + query.k
-    texts = ((weights.text, query.query), (-weights.without, query.without))
+    texts = ((weights.text, text), (-weights.without, without))
     plan = Plan(
-        texts=[(weight, text) for weight, text in texts if text],
+        texts=[(weight, words) for weight, words in texts if words],
         image_weight=weights.image,
         min_score=None if query.min_score == "auto" else query.min_score,
         sort=query.sort,
@@ -310,8 +315,8 @@ def make_plan(
         if name not in known and name != "*":
             raise InvalidQueryError("fields", f"no item has {name[:80]!r}; available: {list_fields(known)}")
     manifest = served.index.manifest
-    words_weight = DEFAULT_WEIGHT if query.hybrid is True else float(query.hybrid)
-    if words_weight and not query.query:
+    words_weight = 0.0 if taught and not text else DEFAULT_WEIGHT if query.hybrid is True else float(query.hybrid)
+    if words_weight and not text:
         raise InvalidQueryError("hybrid", "needs a text query, whose words it looks up")
     if query.rerank and (words_weight or query.sort):
         field = "hybrid" if words_weight else "sort"
@@ -322,8 +327,10 @@ def make_plan(
         reason = "This model cannot re-rank: it has no second stage, or validation turned it off."
         remedy = "Leave `rerank` out, or train a model with `dcar train --method query-prompts`."
         raise UnsupportedQueryError(f"{reason} {remedy}", field="rerank")
-    is_alone = bool(query.query) != has_image and not (query.without or more_rows or less_rows)
+    is_alone = bool(text) + len(taught) + has_image == 1 and not (query.without or more_rows or less_rows)
     cutoff = (manifest.image_cutoff if has_image else manifest.cutoff) if is_alone else {}
+    if is_alone and taught:
+        cutoff = dict.fromkeys(("min_score", "strong_score"), taught[0].cutoff)
     if query.sort:
         require_sortable(served, query.sort)
     needs_cutoff = query.min_score == "auto" or (query.sort and query.min_score is None and not words_weight)
@@ -334,10 +341,12 @@ def make_plan(
         reason = "has too few images" if has_image else "was built without --validation"
         message = f"This index {reason} and has no calibrated cut-off; "
         raise UnsupportedQueryError(f"{message}give min_score as a number{remedy}.", field=field)
+    names = (_NAME_WEIGHT, taught), (-weights.without, untaught)
     return replace(
         plan,
         examples=[(weight, rows) for weight, rows in ((weights.more, more_rows), (-weights.less, less_rows)) if rows],
-        text=query.query,
+        directions=[(weight, name.direction) for weight, part in names for name in part],
+        text=text,
         words_weight=words_weight,
         allowed=filter_rows(served, query.filter) if query.filter else None,
         excluded=tuple(sorted({*more_rows, *less_rows})),
@@ -379,9 +388,9 @@ def query_vector(served: ServedVersion, plan: Plan, vectors: Sequence[Floats]) -
         InvalidQueryError: all weights are 0, or the parts cancel out.
     """
     weights = [*(weight for weight, _ in plan.texts), plan.image_weight]
-    if len(vectors) == 1 and weights[0] and not plan.examples:
+    if len(vectors) == 1 and weights[0] and not (plan.examples or plan.directions):
         return vectors[0]
-    parts = [*zip(weights, vectors, strict=False)]
+    parts = [*zip(weights, vectors, strict=False), *plan.directions]
     return compose([*parts, *((weight, row_vectors(served.index, rows).mean(0)) for weight, rows in plan.examples)])
 
 

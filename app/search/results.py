@@ -147,6 +147,10 @@ def make_page(served: ServedVersion, plan: Plan, vector: Floats, hits: Hits) -> 
         message = f"the texts and metadata take more than {plan.max_bytes // 2**10:,} KiB; "
         raise InvalidQueryError("k", message + "request fewer results at a time, or leave `fields` out")
     results = [_result(plan, hits, position, item) for position, item in zip(positions, items, strict=True)]
+    for name in served.index.computed.keys() & {*plan.fields}:
+        column = served.index.column(name, hits.rows[plan.offset : plan.end])
+        for result, values in zip(results, column.to_pylist(), strict=True):
+            result["metadata"] |= {name: values} if values else {}
     groups = group_field(served, plan.group_by).shown(rows, plan.allowed) if plan.group_by else []
     for result, group in zip(results, groups, strict=False):
         result["group"] = group

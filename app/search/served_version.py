@@ -10,7 +10,7 @@ import hashlib
 import json
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Annotated, Any, TypeVar
 
@@ -22,6 +22,7 @@ from pydantic import Field
 from typing_extensions import TypedDict  # pydantic needs this one before Python 3.12
 
 from app.core.settings import Settings
+from app.search.concepts import Concepts
 from app.search.errors import InvalidQueryError, UnsupportedQueryError
 from dcar_core import Encoder
 from dcar_core.model.catalogue import languages_of
@@ -91,6 +92,7 @@ class ServedVersion:
         self.masks = Recent[str, RowFilter](max(1, min(MAX_MASKS, MAX_MASK_BYTES // rows)))
         self.columns = Recent[Hashable, Any](max(1, min(_MAX_COLUMNS, _MAX_COLUMN_BYTES // (16 * rows))))
         self.page_facts = Recent[str, list[Any]](2)
+        self.concepts = Concepts(index, partial(row_vectors, index))
 
     @property
     def version(self) -> int:
@@ -152,6 +154,7 @@ def load_served_version(
     opened.require(encoder.fingerprint)
     encoder.add_checkpoint_path(checkpoint)  # old versions are deleted together with their checkpoints
     served = ServedVersion(encoder, opened, config, settings)
+    served.concepts.refresh()
     if warm_up:
         _warm_up(served, is_shared=any(other.encoder is encoder for other in loaded))
     return served
@@ -186,9 +189,9 @@ def is_published(served: ServedVersion, index: Path, version: int) -> bool:
         return True  # what is published is broken, the served one is not
 
 
-def mask_key(filter: dict[str, Any]) -> str:
+def mask_key(served: ServedVersion, filter: dict[str, Any]) -> str:
     """Return the key of a filter in `ServedVersion.masks`."""
-    return hashlib.sha256(json.dumps(filter, sort_keys=True).encode()).hexdigest()
+    return hashlib.sha256(json.dumps([served.concepts.revision, filter], sort_keys=True).encode()).hexdigest()
 
 
 def filter_rows(served: ServedVersion, filter: dict[str, Any]) -> RowFilter:
@@ -202,7 +205,7 @@ def filter_rows(served: ServedVersion, filter: dict[str, Any]) -> RowFilter:
         return rows
 
     try:
-        return served.masks.find(mask_key(filter), find)
+        return served.masks.find(mask_key(served, filter), find)
     except filters.FilterError as error:
         raise InvalidQueryError(f"filter.{error.field}", error.message) from None
 

@@ -162,6 +162,8 @@ class Collection:
                 with contextlib.suppress(DcarError):  # `_record_failure` has logged it
                     await self.reload()
             self.waits_for = await self._collections.disk.run(self._read_waiting)
+            if (current := self.current) is not None:
+                await self._collections.disk.run(current.concepts.refresh)
             if poll_s == 0:
                 return
             await asyncio.sleep(poll_s)

@@ -241,8 +241,10 @@ class Retriever:
     ) -> Page:
         started, encoder = time.perf_counter(), self.encoder
         make = partial(make_plan, has_image=image is not None, items_path=items_path, max_bytes=max_bytes)
-        if query.filter and served.masks.use(mask_key(query.filter)) is None:  # all items are looked at
+        if query.filter and served.masks.use(mask_key(served, query.filter)) is None:  # all items are looked at
             plan = await self.run("filter", make, served, query, self._settings)
+        elif "@" in query.query + query.without:  # perhaps a name whose members are not known yet
+            plan = await self.run("search", make, served, query, self._settings)
         else:
             plan = make(served, query, self._settings)
         texts = [encoder.text(served, text) for _, text in plan.texts]

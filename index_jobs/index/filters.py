@@ -52,6 +52,8 @@ def match_rows(index: IndexVersion, filter: Mapping[str, Any]) -> Mask:
 def filter_rows(index: IndexVersion, filter: Mapping[str, Any]) -> RowFilter:
     """Return the live items that meet every condition, whose mask is made when it is first read; see `match_rows`."""
     _require_few(filter)
+    if not index.computed.keys().isdisjoint(condition_fields(filter)):
+        return RowFilter.of_mask(_match_all(index, filter))
     changed = index.changed
     included = changed[_match_all(index, filter, changed)]
     excluded = np.union1d(changed, index.removed)
@@ -84,20 +86,20 @@ def match_column(column: pa.ChunkedArray, condition: Any, field: str) -> Mask:
 
 
 def _require_few(filter: Mapping[str, Any]) -> None:
-    for number, field in enumerate(_condition_fields(filter)):
+    for number, field in enumerate(condition_fields(filter)):
         if number == _MAX_CONDITIONS:
             raise FilterError(field, f"at most {_MAX_CONDITIONS} conditions in all; a list of values is one")
 
 
-def _condition_fields(filter: Mapping[str, Any]) -> Iterator[str]:
+def condition_fields(filter: Mapping[str, Any]) -> Iterator[str]:
     """Yield the field of each condition, those in "$or" and "not" included."""
     for field, condition in filter.items():
         if field == _OR:
             for part in condition if isinstance(condition, list) else ():
-                yield from _condition_fields(part) if isinstance(part, dict) and part else (_OR,)
+                yield from condition_fields(part) if isinstance(part, dict) and part else (_OR,)
         elif isinstance(condition, dict):
             for name, operand in condition.items():
-                yield from _condition_fields({field: operand}) if name == "not" else (field,)
+                yield from condition_fields({field: operand}) if name == "not" else (field,)
         else:
             yield field
 

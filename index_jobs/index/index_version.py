@@ -16,7 +16,7 @@ import shutil
 import sys
 import tempfile
 import weakref
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -138,6 +138,7 @@ class IndexVersion:
     ) -> None:  # fmt: skip
         self.index, self.manifest, self.parts, self.image_access = index, manifest, parts, image_access
         self.removed, self.changed, self._items = removed, changed, dict[int, Item]()
+        self.computed: Mapping[str, Callable[[], pa.ChunkedArray]] = {}  # fields of lists of texts that no item stores
         self.rows = parts[-1].rows.stop if parts else 0
 
     @classmethod
@@ -279,12 +280,20 @@ class IndexVersion:
         return types
 
     @cached_property
-    def fields(self) -> dict[str, str]:
-        """Arrow types of the fields that `column` accepts: id, caption, category and the metadata fields."""
+    def stored_fields(self) -> dict[str, str]:
+        """Arrow types of id, caption, category and the metadata fields."""
         return {name: str(field_type) for name, field_type in self._types.items()}
+
+    @property
+    def fields(self) -> dict[str, str]:
+        """Arrow types of the fields that `column` accepts: those that are stored, and computed ones."""
+        return self.stored_fields | dict.fromkeys(self.computed, str(pa.list_(pa.string())))
 
     def column(self, name: str, rows: Rows | None = None) -> pa.ChunkedArray:
         """Return one field of every row, or of some, ascending; null where an item lacks it. Raise DataError."""
+        if name in self.computed:
+            column = self.computed[name]()
+            return column if rows is None else column.take(pa.array(rows))
         if name not in self._types:
             raise DataError(f"no item has the field {name!r}; there are: {list_fields(self.fields)}")
         target, chunks = self._types[name], list[pa.Array]()

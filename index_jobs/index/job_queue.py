@@ -1,6 +1,6 @@
 """The queue of accepted changes of an index's items: a database with their progress and outcomes.
 
-INDEX/jobs.sqlite       the jobs; one is accepted once its row is committed
+INDEX/jobs.sqlite       the jobs; one is accepted once its row is committed. It also has the names of `concepts`
 INDEX/images/<sha256>   pictures that were put, on the disk before their job is committed
 INDEX/.jobs.lock        held by the process that applies jobs
 
@@ -50,6 +50,7 @@ CREATE TABLE IF NOT EXISTS jobs (
 CREATE TABLE IF NOT EXISTS progress (
     job INTEGER PRIMARY KEY, starts INTEGER NOT NULL, done INTEGER NOT NULL, total INTEGER NOT NULL
 );
+CREATE TABLE IF NOT EXISTS concepts (name TEXT PRIMARY KEY, kind TEXT, ids TEXT, not_ids TEXT);
 CREATE INDEX IF NOT EXISTS jobs_ended ON jobs (ended);
 """
 
@@ -82,7 +83,8 @@ class JobQueue:
         self.index, self.images, self._path = index, index / IMAGES, index / JOBS
 
     @contextmanager
-    def _database(self) -> Iterator[sqlite3.Connection]:
+    def database(self) -> Iterator[sqlite3.Connection]:
+        """Open the database for one change of it."""
         try:
             with closing(sqlite3.connect(self._path, timeout=_BUSY_S, isolation_level="IMMEDIATE")) as database:
                 database.executescript(_SCHEMA)
@@ -96,7 +98,7 @@ class JobQueue:
 
     def _read(self, query: str, *values: object) -> Iterator[Any]:
         if self._path.exists():
-            with suppress(FileNotFoundError), self._database() as database:
+            with suppress(FileNotFoundError), self.database() as database:
                 yield from database.execute(query, values)
 
     def accept(
@@ -120,7 +122,7 @@ class JobQueue:
             items = [{**item, "image": f"{IMAGES}/{name}"} for item, name in zip(items, names, strict=True)]
         summary = {"kind": kind, "items": len(items), "accepted": _now(), **(notes or {})}
         body = {"items": [*items], "filter": filter, "fields": fields or {}, "by": by}
-        with self._database() as database:
+        with self.database() as database:
             database.execute("BEGIN IMMEDIATE")  # against a sweep
             for name, data in zip(names, images, strict=True):
                 self.images.mkdir(exist_ok=True)
@@ -178,19 +180,19 @@ class JobQueue:
         """Record that jobs have been begun, and the number of encoded images."""
         total = sum(len(job.items) for job in jobs)
         rows = [(job.number, job.starts + 1, done, total) for job in jobs]
-        with self._database() as database:
+        with self.database() as database:
             database.executemany("INSERT OR REPLACE INTO progress VALUES (?, ?, ?, ?)", rows)
 
     def put_back(self, jobs: Sequence[Job]) -> None:
         """Record that jobs wait, since what failed was not their fault."""
-        with self._database() as database:
+        with self.database() as database:
             database.executemany("DELETE FROM progress WHERE job = ?", [(job.number,) for job in jobs])
 
     def end(self, jobs: Sequence[Job], outcomes: Sequence[Mapping[str, Any]]) -> None:
         """Record how jobs ended, all at once."""
         now, texts = time.time(), [json.dumps({"ended": _now(), **outcome}) for outcome in outcomes]
         ends = [(text, now, job.number) for job, text in zip(jobs, texts, strict=True)]
-        with self._database() as database:
+        with self.database() as database:
             database.executemany("UPDATE jobs SET outcome = ?, ended = ?, body = NULL WHERE number = ?", ends)
             database.executemany("DELETE FROM progress WHERE job = ?", [(job.number,) for job in jobs])
             database.execute("DELETE FROM jobs WHERE ended < ?", (now - _KEEP_S,))
@@ -219,7 +221,7 @@ class JobQueue:
         except ArtifactError as error:  # a version that cannot be read now may show any picture
             logger.warning("unused images are kept: %s", error)
             return
-        with self._database() as database:
+        with self.database() as database:
             database.execute("BEGIN IMMEDIATE")
             query = "SELECT json_extract(value, '$.image') FROM jobs, json_each(body, '$.items')"
             kept |= {image for (image,) in self._read(f"{query} WHERE ended IS NULL AND kind = 'put'")}

@@ -97,11 +97,17 @@ def test_every_model_holds_all_that_the_service_sends(reranking_index: Path, gal
         check(client.items(k=4), transport.body)
         check(client.embeddings(["red", png("red")], model="index"), transport.body)
         check(client.item(ODD_ID), transport.body)
+        check(client.teach("odd", [ODD_ID], kind="shape"), transport.body)
         check(client.job(ended_job(index)), transport.body)
         with pytest.raises(ServiceError) as caught:
             client.item("nothing")
         check(caught.value.problem, transport.body)
-    inner = {models.BatchResponse, models.CollectionsResponse, models.JobsResponse}  # their lists are returned
+    inner = {
+        models.BatchResponse,
+        models.CollectionsResponse,
+        models.ConceptsResponse,
+        models.JobsResponse,
+    }  # their lists are returned
     every = {each for each in vars(models).values() if isinstance(each, type) and issubclass(each, BaseModel)}
     assert seen | inner | {BaseModel, models.Model} == every
 
@@ -154,11 +160,12 @@ async def test_the_async_client_returns_the_same(index: Path, gallery: Path, tmp
         ("patch_item", (ODD_ID, {"caption": None}), {}), ("delete_items", (["a"],), {}), ("delete_item", (ODD_ID,), {}),
         ("jobs", (), {"limit": 3}), ("job", (job,), {}), ("wait_for_job", (job,), {}),
         ("put_collection", ("lamps",), {"model": "index"}), ("collections", (), {}), ("health", (), {}),
+        ("teach", ("rex", [ODD_ID]), {"kind": "dog"}), ("concept", ("rex",), {}), ("concepts", (), {}),
         ("readiness", (), {}), ("reload", (), {}),
     ]  # fmt: skip
     public = {name for name in vars(Client) if not name.startswith("_")}
     assert public == {name for name in vars(AsyncClient) if name in public}
-    assert {name for name, *_ in calls} == public - {"close", "delete_collection"}
+    assert {name for name, *_ in calls} == public - {"close", "delete_collection", "forget"}
     transport = RecordingTransport()
     with serving(index, admin_key=ADMIN, writes=True, feedback=True, collections_dir=tmp_path / "created") as (_, port):
         url = f"http://127.0.0.1:{port}"
@@ -169,6 +176,9 @@ async def test_the_async_client_returns_the_same(index: Path, gallery: Path, tmp
                     expected = getattr(client, name)(*arguments, **options)
                     found = await getattr(async_client, name)(*arguments, **options)
                     assert without_timing(found) == without_timing(expected), name
+                client.forget("rex")
+                with pytest.raises(ServiceError, match="no such name"):
+                    await async_client.forget("rex")
                 client.delete_collection("lamps")
                 with pytest.raises(ServiceError, match="There is no collection"):
                     await async_client.delete_collection("lamps")

@@ -20,6 +20,7 @@ from dcar_client.models import (
     BatchResponse,
     Collection,
     CollectionsResponse,
+    ConceptsResponse,
     EmbeddingsResponse,
     FeedbackResponse,
     HealthResponse,
@@ -31,6 +32,7 @@ from dcar_client.models import (
     ReloadResponse,
     SearchOptions,
     SearchResponse,
+    TaughtConcept,
     TextQuery,
 )
 
@@ -215,6 +217,28 @@ def job_wait(status: JobResponse, waited_s: float, timeout_s: float) -> float | 
             f"job {status.id} is {status.status} after {timeout_s:g} s: {status.reason or 'no reason given'}"
         )
     return min(2.0, 0.2 + waited_s / 4)
+
+
+def teach(prefix: str, name: str, ids: Sequence[str], not_ids: Sequence[str], kind: str) -> Call[TaughtConcept]:
+    """PUT /concepts/{name}."""
+    arguments = {"json": {"ids": [*ids], "not_ids": [*not_ids], "kind": kind}}
+    return Call("PUT", f"{prefix}/concepts/{path_segment(name)}", _reader(TaughtConcept), arguments)
+
+
+def concepts(prefix: str) -> Call[list[TaughtConcept]]:
+    """GET /concepts."""
+    read = _reader(ConceptsResponse)
+    return Call("GET", f"{prefix}/concepts", lambda response: read(response).concepts)
+
+
+def concept(prefix: str, name: str) -> Call[TaughtConcept]:
+    """GET /concepts/{name}."""
+    return Call("GET", f"{prefix}/concepts/{path_segment(name)}", _reader(TaughtConcept))
+
+
+def forget(prefix: str, name: str) -> Call[None]:
+    """DELETE /concepts/{name}."""
+    return Call("DELETE", f"{prefix}/concepts/{path_segment(name)}", _nothing)
 
 
 def collections() -> Call[list[Collection]]:

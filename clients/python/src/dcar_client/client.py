@@ -31,6 +31,7 @@ from dcar_client.models import (
     ReloadResponse,
     SearchOptions,
     SearchResponse,
+    TaughtConcept,
 )
 from dcar_client.retries import CONNECT_WAIT_S, RETRIED_ERRORS, wait_after
 
@@ -179,6 +180,22 @@ class Client:
             self._sleep(pause)
             waited_s += pause
         return status
+
+    def teach(self, name: str, ids: Sequence[str], not_ids: Sequence[str] = (), kind: str = "") -> TaughtConcept:
+        """Let `@name` stand for items like these in queries; needs a key that may write."""
+        return self._send(calls.teach(self._prefix, name, ids, not_ids, kind))
+
+    def concepts(self) -> list[TaughtConcept]:
+        """List the taught names."""
+        return self._send(calls.concepts(self._prefix))
+
+    def concept(self, name: str) -> TaughtConcept:
+        """Return a taught name with the ids that it was taught by."""
+        return self._send(calls.concept(self._prefix, name))
+
+    def forget(self, name: str) -> None:
+        """Forget a taught name; needs a key that may write."""
+        return self._send(calls.forget(self._prefix, name))
 
     def collections(self) -> list[Collection]:
         """List the served collections, the default one first."""
@@ -362,6 +379,22 @@ class AsyncClient:
             await self._sleep(pause)
             waited_s += pause
         return status
+
+    async def teach(self, name: str, ids: Sequence[str], not_ids: Sequence[str] = (), kind: str = "") -> TaughtConcept:
+        """Let `@name` stand for items like these in queries; needs a key that may write."""
+        return await self._send(calls.teach(self._prefix, name, ids, not_ids, kind))
+
+    async def concepts(self) -> list[TaughtConcept]:
+        """List the taught names."""
+        return await self._send(calls.concepts(self._prefix))
+
+    async def concept(self, name: str) -> TaughtConcept:
+        """Return a taught name with the ids that it was taught by."""
+        return await self._send(calls.concept(self._prefix, name))
+
+    async def forget(self, name: str) -> None:
+        """Forget a taught name; needs a key that may write."""
+        return await self._send(calls.forget(self._prefix, name))
 
     async def collections(self) -> list[Collection]:
         """List the served collections, the default one first."""

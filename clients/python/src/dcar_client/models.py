@@ -11,6 +11,7 @@ __all__ = [
     "BatchResponse",
     "Collection",
     "CollectionsResponse",
+    "ConceptsResponse",
     "Crop",
     "Embedding",
     "EmbeddingsResponse",
@@ -33,6 +34,7 @@ __all__ = [
     "ResultGroup",
     "SearchOptions",
     "SearchResponse",
+    "TaughtConcept",
     "TextQuery",
     "Weights",
     "WordEffect",
@@ -142,6 +144,18 @@ class SearchResponse(Model):
     count_approximate: bool | None = None
 
 
+class TaughtConcept(Model):
+    """A taught name. examples: number of its `ids` that the index has. cutoff: lowest cosine of another member."""
+
+    name: str
+    kind: str
+    examples: int
+    members: int
+    cutoff: float
+    ids: List[str]
+    not_ids: List[str]
+
+
 class FieldError(Model):
     """One invalid field, under the name that the request used."""
 
@@ -231,6 +245,10 @@ class EmbeddingsResponse(Model):
     model: str
     fingerprint: str
     usage: dict[str, int]
+
+
+class ConceptsResponse(Model):
+    concepts: List[TaughtConcept]
 
 
 class JobProgress(Model):
@@ -374,4 +392,4 @@ class TextQuery(SearchOptions, total=False):
     """A search by text, by items of the gallery (more_like, less_like), by an image beside it, or by all of them."""
 
     query: str
-    """What the image shows; optional if more_like is given."""
+    """What the image shows, or @NAME for a taught one; optional with more_like."""
