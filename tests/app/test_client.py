@@ -102,14 +102,9 @@ def test_every_model_holds_all_that_the_service_sends(reranking_index: Path, gal
         with pytest.raises(ServiceError) as caught:
             client.item("nothing")
         check(caught.value.problem, transport.body)
-    inner = {
-        models.BatchResponse,
-        models.CollectionsResponse,
-        models.ConceptsResponse,
-        models.JobsResponse,
-    }  # their lists are returned
+    lists = {models.BatchResponse, models.CollectionsResponse, models.ConceptsResponse, models.JobsResponse}
     every = {each for each in vars(models).values() if isinstance(each, type) and issubclass(each, BaseModel)}
-    assert seen | inner | {BaseModel, models.Model} == every
+    assert seen | lists | {BaseModel, models.Model} == every, "and those whose lists are returned"
 
 
 def test_searches_and_items(built_index: Path, gallery: Path) -> None:

@@ -80,17 +80,15 @@ VALUES = b'{"results": [' + b"{}," * (MAX_JSON_VALUES // 2) + b"{}]}"
     ("answer", "timeout_s", "error"),
     [
         (endless(HEAD[:-2] + b"x-long: ", b"a", 0.1), 0.5, httpx.ReadTimeout),
-        (endless(HEAD, b" ", 0.1), 0.5, httpx.ReadTimeout),
-        (endless(HEAD, b" " * 2**20), 60, OversizedResponseError),
+        (endless(HEAD, b" ", 0.1), 0.5, httpx.ReadTimeout), (endless(HEAD, b" " * 2**20), 60, OversizedResponseError),
         (once(BOMB, GZIP), 60, OversizedResponseError),
         (once(b"", "content-encoding: zstd"), 60, httpx.RemoteProtocolError),
         (once(BOMB[:-1], GZIP, IMAGE), 60, httpx.RemoteProtocolError),
-        (once(b"{}", GZIP), 60, httpx.RemoteProtocolError),
-        (once(VALUES), 60, OversizedResponseError),
+        (once(b"{}", GZIP), 60, httpx.RemoteProtocolError), (once(VALUES), 60, OversizedResponseError),
         (once(b'{"status": "ok"}', IMAGE), 60, ServiceError),
     ],
     ids=["headers", "body", "endless", "bomb", "zstd", "cut off", "not gzip", "values", "image"],
-)
+)  # fmt: skip
 async def test_an_attempt_ends(answer: Callable[[socket.socket], None], timeout_s: float, error: Any) -> None:
     with answering_with(answer) as url:
         with Client(url, timeout_s=timeout_s) as client, pytest.raises(error):
@@ -119,11 +117,8 @@ def test_the_first_wrong_value_of_a_list_ends_its_reading() -> None:
     body = {"index_version": 1, "answers": [{"took_ms": 1.0, "cached": False, "results": [{}] * 9}] * 9}
     with pytest.raises(ValidationError) as caught:
         BatchResponse.model_validate(body)
-    assert {each["loc"][:4] for each in caught.value.errors()} == {
-        ("answers", 0, "index_version"),
-        ("answers", 0, "results", 0),
-        ("answers", 0, "nothing_fits"),
-    }
+    wrong = {("answers", 0, "index_version"), ("answers", 0, "results", 0), ("answers", 0, "nothing_fits")}
+    assert {each["loc"][:4] for each in caught.value.errors()} == wrong
 
 
 def refusal(detail: str) -> httpx.MockTransport:

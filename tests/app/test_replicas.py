@@ -136,12 +136,9 @@ def machines(server: ObjectStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatc
 @needs("seaweedfs")
 @pytest.mark.slow
 async def test_replica_follows_the_store_and_serves_on_without_it(
-    built_index: Path,
-    machines: Machines,
-    server: ObjectStore,
-    caplog: pytest.LogCaptureFixture,
+    built_index: Path, machines: Machines, server: ObjectStore, caplog: pytest.LogCaptureFixture,
     monkeypatch: pytest.MonkeyPatch,
-) -> None:
+) -> None:  # fmt: skip
     empty, failures = machines["empty"], list[DcarError]()
     async with opened(empty, ready=False, on_start_failure=failures.append, poll_s=0.05) as starting:
         await until(lambda: bool(failures))

@@ -172,16 +172,13 @@ def test_zero_shot_checkpoint_gives_the_models_vectors(reads_padding: bool, tmp_
 
 TEXTS = ("a red square", "circle", "a rather long caption, with a comma in it", "x", "a blue cross on white")
 MIXED = {
-    "a": ModelConfig(),
-    "b": ModelConfig(reweight=ReweightConfig(query="predicted")),
-    "c": ModelConfig(adapter=AdapterConfig(text=True, image=True)),
-    "deep": ModelConfig(prompt=PromptConfig(depth=2)),
-    "short": ModelConfig(prompt=PromptConfig(length=2)),
-    "coop": ModelConfig(prompt=PromptConfig(image=False)),
+    "a": ModelConfig(), "b": ModelConfig(reweight=ReweightConfig(query="predicted")),
+    "c": ModelConfig(adapter=AdapterConfig(text=True, image=True)), "deep": ModelConfig(prompt=PromptConfig(depth=2)),
+    "short": ModelConfig(prompt=PromptConfig(length=2)), "coop": ModelConfig(prompt=PromptConfig(image=False)),
     "clip": ModelConfig(prompt=PromptConfig(length=0)),
     "d": ModelConfig(adapter=AdapterConfig(image=True, blocks=4)),
     "e": ModelConfig(adapter=AdapterConfig(image=True, blocks=4)),
-}
+}  # fmt: skip
 SHAPES = ("deep", "short", "coop", "clip")
 
 

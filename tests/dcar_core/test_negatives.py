@@ -30,12 +30,10 @@ def sample(image: str, caption: str, category: str = "", **more: Any) -> Sample:
 
 CATS = [
     sample("1", "A Sphynx with green eyes on a chair.", "Sphynx"),
-    sample("2", "A Ragdoll in front of a red sofa.", "Ragdoll"),
-    sample("3", "A Maine Coon, asleep.", "Maine Coon"),
-    sample("4", "A beagle on the grass.", "Beagle"),
-    sample("5", "Two pugs with blue collars.", "Pug"),
+    sample("2", "A Ragdoll in front of a red sofa.", "Ragdoll"), sample("3", "A Maine Coon, asleep.", "Maine Coon"),
+    sample("4", "A beagle on the grass.", "Beagle"), sample("5", "Two pugs with blue collars.", "Pug"),
     sample("6", "An older Sphynx that looks up.", "Sphynx"),
-]
+]  # fmt: skip
 
 
 def split(samples: list[Sample], tmp_path: Path, name: str = "train") -> Dataset:
@@ -62,11 +60,9 @@ def test_negatives_swap_categories_and_captions(tmp_path: Path) -> None:
     assert last.negatives[0] == "Two beagles with blue collars."  # of the dogs, in the caption's number and writing
     assert set(last.negative_categories) == {"Beagle", "Pug"}
     assert report.counts == {
-        "pairs for which negatives were made": 6,
-        "negatives made: the caption with another category": 10,
-        "negatives made: another caption of the category": 2,
-        "negatives made: the caption with another attribute": 6,
-    }
+        "pairs for which negatives were made": 6, "negatives made: the caption with another category": 10,
+        "negatives made: another caption of the category": 2, "negatives made: the caption with another attribute": 6,
+    }  # fmt: skip
 
 
 def test_no_negative_is_true_of_its_image(tmp_path: Path) -> None:

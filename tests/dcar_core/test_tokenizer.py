@@ -37,11 +37,9 @@ HARD = [
 
 
 CONTROL = [
-    "a <end_of_text> b",
-    "a < / Start_Of_Text > b",
-    "a &amp;amp;amp;lt;end_of_text&amp;amp;amp;gt; b",
+    "a <end_of_text> b", "a < / Start_Of_Text > b", "a &amp;amp;amp;lt;end_of_text&amp;amp;amp;gt; b",
     "a < | startOfText | > b",
-]
+]  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -84,15 +82,9 @@ def test_clips_vocabulary_needs_no_open_clip(tmp_path: Path) -> None:
 
 
 TEXTS = [
-    "",
-    "a red square",
-    "A  Red,   square and\ta green circle!",
-    "two brown dogs run across the wet lawn with one yellow ball " * 3,
-    "schönes niño œuvre 12 34567 ½ ﬁ",
-    "crying cat 😿 日本",
-    "it's not blue_green (really)",
-    "▁ ▁a",
-]
+    "", "a red square", "A  Red,   square and\ta green circle!", "crying cat 😿 日本", "it's not blue_green (really)",
+    "two brown dogs run across the wet lawn with one yellow ball " * 3, "schönes niño œuvre 12 34567 ½ ﬁ", "▁ ▁a",
+]  # fmt: skip
 
 
 def load(directory: Path, limit: int, **options: Any) -> TextTokenizer:

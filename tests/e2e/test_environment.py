@@ -34,11 +34,9 @@ def test_special_files_are_unreadable_images(tiny_gallery: Path, tiny_checkpoint
     index = open_current(tmp_path / "index")
     lines = index.manifest.path(index.index, "failed.jsonl").read_text().splitlines()
     assert {row["name"]: row["reason"] for row in map(json.loads, lines)} == {
-        "loop.png": "Too many levels of symbolic links",
-        "nothing.png": "no such file",
-        "pipe.png": "neither a file nor a link to one",
-        "zero.png": "neither a file nor a link to one",
-    }
+        "loop.png": "Too many levels of symbolic links", "nothing.png": "no such file",
+        "pipe.png": "neither a file nor a link to one", "zero.png": "neither a file nor a link to one",
+    }  # fmt: skip
     verify_index(tmp_path / "index")
 
 

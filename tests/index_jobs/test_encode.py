@@ -119,14 +119,12 @@ def test_corrupted_shard_is_named_and_repaired_by_deleting_it(
 @pytest.mark.parametrize(
     ("place", "fault"),
     [
-        (("gone.png", -1, 0), ImageFault.MISSING),
-        (("short.png", 5, 20), ImageFault.UNREADABLE),
-        (("folder.png", -1, 0), ImageFault.UNREADABLE),
-        (("huge.jpg", -1, 0), ImageFault.TOO_LARGE),
+        (("gone.png", -1, 0), ImageFault.MISSING), (("short.png", 5, 20), ImageFault.UNREADABLE),
+        (("folder.png", -1, 0), ImageFault.UNREADABLE), (("huge.jpg", -1, 0), ImageFault.TOO_LARGE),
         (("huge.jpg", 512, 2**40 - 1024), ImageFault.TOO_LARGE),
         (("http://127.0.0.1:9/huge.jpg", -1, 2**40), ImageFault.TOO_LARGE),
     ],
-)
+)  # fmt: skip
 def test_an_unreadable_or_huge_file_is_one_failed_image(
     place: tuple[str, int, int], fault: ImageFault, tmp_path: Path
 ) -> None:

@@ -339,13 +339,11 @@ def fill(vectors: Floats, kind: str, **parameters: int) -> Any:
 @pytest.mark.parametrize(
     ("kind", "width", "lowest"),
     [
-        ("HNSW16,SQfp16", {"efSearch": 16}, 0.97),
-        ("HNSW16,SQ4,Refine(SQ8)", {"efSearch": 16, "k_factor": 12}, 0.93),
-        ("IVF128,Flat", {"nprobe": 2}, 0.9),
-        ("PCA24,IVF128,SQ8", {"nprobe": 2}, 0.5),
+        ("HNSW16,SQfp16", {"efSearch": 16}, 0.97), ("HNSW16,SQ4,Refine(SQ8)", {"efSearch": 16, "k_factor": 12}, 0.93),
+        ("IVF128,Flat", {"nprobe": 2}, 0.9), ("PCA24,IVF128,SQ8", {"nprobe": 2}, 0.5),
         ("IVF128,PQ16x4fs,Refine(SQ8)", {"nprobe": 2, "k_factor": 12}, 0.6),
     ],
-)
+)  # fmt: skip
 def test_many_results_are_complete_and_near(kind: str, width: dict[str, int], lowest: float, vectors: Floats) -> None:
     """An index tuned for ten results visits fewer than a hundred vectors."""
     index, queries = FaissIndex(fill(vectors, kind, **width)), vectors[:40] + 0.02

@@ -244,12 +244,10 @@ def test_impossible_path_is_an_unreadable_image(store: Any, tmp_path: Path) -> N
 
 def test_locations_are_joined_split_and_cut() -> None:
     for root, location, place in (
-        ("/data", "a/b.png", "/data/a/b.png"),
-        ("/data", "/else/b.png", "/else/b.png"),
-        ("/data", "s3://bucket/b.png", "s3://bucket/b.png"),
+        ("/data", "a/b.png", "/data/a/b.png"), ("/data", "/else/b.png", "/else/b.png"),
+        ("/data", "s3://bucket/b.png", "s3://bucket/b.png"), ("memory://", "b.png", "memory://b.png"),
         ("s3://bucket/g/", "a/b.png", "s3://bucket/g/a/b.png"),
-        ("memory://", "b.png", "memory://b.png"),
-    ):
+    ):  # fmt: skip
         assert join_location(root, location) == place
         assert file_suffix(place) == ".png"
         assert join_location(parent_folder(place), "x.png") == place.replace("b.png", "x.png")

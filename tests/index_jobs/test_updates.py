@@ -46,11 +46,9 @@ from tests.support.versions import Build, publish_copy
 COLORS = ("pink", "cyan", "lime", "navy")
 NAMES = tuple(f"n{number}" for number in range(6))
 CHANGES: dict[str, st.SearchStrategy[Any]] = {
-    "caption": st.sampled_from([f"a {color} tile" for color in COLORS]),
-    "price": st.sampled_from([None, 1, 2.5]),
-    "tags": st.sampled_from([None, ["lime"], ["pink", "new"]]),
-    "sold": st.sampled_from([None, True]),
-}
+    "caption": st.sampled_from([f"a {color} tile" for color in COLORS]), "price": st.sampled_from([None, 1, 2.5]),
+    "tags": st.sampled_from([None, ["lime"], ["pink", "new"]]), "sold": st.sampled_from([None, True]),
+}  # fmt: skip
 CIRCLES = '{"category": "circle"}'
 Fields = dict[str, Any]
 

@@ -181,11 +181,9 @@ def _write_hf_config(name: str, directory: Path) -> Path:
 Kind = Literal["t5", "gemma", "xlm", "bert", "nllb"]
 
 _CORPUS = [
-    "a red square and a green circle, it's not blue",
-    "two brown dogs run across the wet lawn with one yellow ball",
-    "an orange triangle on a purple cross in black",
-    "Das ist ein schönes Bild, niño, œuvre 12 34 567",
-]
+    "a red square and a green circle, it's not blue", "an orange triangle on a purple cross in black",
+    "two brown dogs run across the wet lawn with one yellow ball", "Das ist ein schönes Bild, niño, œuvre 12 34 567",
+]  # fmt: skip
 _CLASSES = {"t5": "T5", "gemma": "Gemma", "xlm": "XLMRoberta", "bert": "Bert", "nllb": "Nllb"}
 _UNIGRAMS = {  # special tokens, and what surrounds a text
     "t5": (["<pad>", "</s>", "<unk>"], "$A </s>"),
