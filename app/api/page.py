@@ -14,7 +14,7 @@ from fastapi import Query as QueryParam
 from fastapi import Request
 from fastapi.responses import Response
 
-from app.api.guard import Policy
+from app.api.guard import API_KEY, Policy
 from app.api.requests import ItemsQuery
 from app.api.routing import (
     JsonResponse,
@@ -25,6 +25,7 @@ from app.api.routing import (
     state_of,
     version_of,
 )
+from app.core.callers import ApiKey
 from app.core.problems import Problem
 from app.search.results import count_values
 from app.search.served_version import filter_rows, group_field
@@ -69,7 +70,8 @@ def _sort_fields(index: IndexVersion) -> list[dict[str, Any]]:
 
 @routes.add("GET", "/ui/catalogue", _PRIVATE)
 async def catalogue(request: Request) -> Response:
-    """Return the fields of the index, and whether the page can and should search by words as well."""
+    """Return the fields of the index, and what the page can do: search by words as well, and write with its key."""
+    key: ApiKey | None = request.scope.get(API_KEY)
     served, settings = await version_of(request), state_of(request).settings
     index, waits_for = served.index, state_of(request).collections[collection_of(request)].waits_for
     has_words = len(index.sample_vectors) > 0
@@ -82,6 +84,7 @@ async def catalogue(request: Request) -> Response:
         "model_note": " ".join(filter(None, (served.model_note, waits_for))),
         "languages": served.languages,
         "max_k": min(settings.max_k, settings.max_window),
+        "may_write": settings.writes and (key is None or key.may_write),
     }
     return JsonResponse(body)
 

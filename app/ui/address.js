@@ -5,15 +5,15 @@
 // - The entry of the browser's history remembers how far the list was scrolled.
 
 const TEXTS = ["q", "picture", "crop", "without", "words", "sort", "in", "beside", "show", "of"];
-const LISTS = { like: "item", unlike: "less" };
+const LISTS = { like: "item", unlike: "less", concepts: "name" };
 const SWITCHES = ["explain", "fold"];
 
-// q: words. like, unlike: ids of items. picture: name of an image in memory; crop: the part of it that is searched.
+// q: words. concepts: names beside them. like, unlike: ids of items. picture: name of an image in memory; crop: the part of it that is searched.
 // filter: conditions by field, as in the API. words: "1" or "0" if the words are looked up or not, "" for the page's
 // default. in, beside: collections, "" for the default one and for none. show: id of the opened item; of: its collection
 // if that is not `in`.
 export const EMPTY = Object.freeze({
-  q: "", like: [], unlike: [], picture: "", crop: "", filter: {}, without: "", words: "", sort: "", in: "", beside: "",
+  q: "", concepts: [], like: [], unlike: [], picture: "", crop: "", filter: {}, without: "", words: "", sort: "", in: "", beside: "",
   show: "", of: "", explain: false, fold: false,
 });
 
@@ -50,7 +50,12 @@ export function formatAddress(state) {
 }
 
 // True if the state has something to search for; without it the gallery is shown.
-export const hasSubject = (state) => Boolean(state.q || state.picture || state.like.length);
+export const hasSubject = (state) => Boolean(queryOf(state) || state.picture || state.like.length);
+
+// Returns names and words as the service reads them.
+export const queryOf = ({ concepts, q }) => [...concepts.map((name) => `@${name}`), q].filter(Boolean).join(" ");
+// True if one name is searched and nothing else.
+export const isOneConcept = (state) => state.concepts.length === 1 && !listKey({ ...state, concepts: [], in: "", words: "", sort: "", fold: false });
 
 export const hasFilter = (state) => Object.keys(state.filter).length > 0;
 

@@ -1,7 +1,8 @@
 // The search form, drawn from the state: galleries, words, options, order, and the parts that are no words.
 
-import { hasFilter, hasSubject } from "./address.js";
+import { hasFilter, hasSubject, queryOf } from "./address.js";
 import { drawChips } from "./chips.js";
+import { searchable } from "./concepts.js";
 import { drawPicture } from "./crop.js";
 import { canSort, loadCatalogue, savedKey } from "./service.js";
 import { aboutCollection, drawAbout } from "./start.js";
@@ -11,7 +12,7 @@ const query = $("query"), collection = $("collection"), beside = $("beside");
 let page, about = {}; // what `loadCatalogue` returns of the searched collection
 
 // state: returns the present state. names: returns those of the collections. nameOf, isSearched, base: see search.js.
-// remove: called with the part of the state whose chip was removed.
+// remove: called with the part of the state whose chip was removed. open: called with the name whose chip was clicked.
 export function prepareControls(given) {
   page = given;
 }
@@ -71,6 +72,7 @@ async function drawSwitches() {
   $("words-label").hidden = !has_words;
   $("words").checked = words ? words === "1" : hybrid_by_default;
   $("fold-label").hidden = Boolean(group_field);
+  document.body.classList.toggle("may-write", Boolean(about.may_write));
   drawSort();
 }
 
@@ -83,13 +85,13 @@ function drawSort() {
 
 // Sets an input's text; while the user types in it, surrounding spaces stay.
 function setText(input, words) {
-  if (document.activeElement !== input || input.value.trim() !== words) input.value = words;
+  if (document.activeElement !== input || searchable(input.value) !== words) input.value = words;
 }
 
 function drawParts() {
   const state = page.state();
-  const labels = drawChips($("chips"), state, page.base(), { remove: page.remove, changed: drawParts });
+  const labels = drawChips($("chips"), state, page.base(), { remove: page.remove, open: page.open, changed: drawParts });
   query.placeholder = labels.length ? "Add words" : "Describe an image";
-  const subject = state.q || labels[0];
+  const subject = queryOf(state) || labels[0];
   document.title = subject ? `${subject} · Image search` : "Image search";
 }

@@ -1,6 +1,6 @@
 // The list of images, which grows while it is scrolled, and the second list beside it.
 
-import { EMPTY, hasFilter, hasSubject } from "./address.js";
+import { EMPTY, hasFilter, hasSubject, queryOf } from "./address.js";
 import { explainCard, makeCard, makeDivider, scaleOf } from "./cards.js";
 import { rememberCaption } from "./chips.js";
 import { markPlaces } from "./compare.js";
@@ -74,7 +74,7 @@ export function drawList(found, wanted, groups) {
     showNothing(hasFilter(wanted) ? "No images have all of these filters" : "No images are here", "");
     $("clear-filters").hidden = !hasFilter(wanted);
   } else if (found.nothing_fits && !isSorted) {
-    const [subject, more] = wanted.q ? [`“${wanted.q}”`, " Other words may find more."] : ["this image", ""];
+    const [subject, more] = queryOf(wanted) ? [`“${queryOf(wanted)}”`, " Other words may find more."] : ["this image", ""];
     showNothing(`Nothing fits ${subject} well`, `These are the images that come nearest.${more}`);
   }
 }

@@ -7,6 +7,7 @@
 
 import { EMPTY, formatAddress, hasSubject, listKey, parseAddress, savePosition, writeAddress } from "./address.js";
 import { handleCardKey, sharpenCards } from "./cards.js";
+import { drawConcept, offerNames, prepareConcepts, searchable, teach } from "./concepts.js";
 import { drawControls, prepareControls, splitWithout } from "./controls.js";
 import { prepareCrop } from "./crop.js";
 import { closeDetail, openDetail, prepareDetail } from "./detail.js";
@@ -42,7 +43,7 @@ const position = () => ({ top: Math.round(scrollY), shown: shownCount() });
 const href = (id, name) => `#${formatAddress({ ...EMPTY, in: name === nameOf("") ? "" : name, show: id })}`;
 
 // Changes the state and shows it.
-function go(change, { replace = false, typed = false } = {}) {
+function go(change, { replace = false, typed = false, isNew = false } = {}) {
   if (!state.show && isReady()) savePosition(position());
   const wasOpen = Boolean(state.show);
   state = { ...state, ...change, ...("show" in change ? {} : { show: "", of: "" }) };
@@ -50,10 +51,10 @@ function go(change, { replace = false, typed = false } = {}) {
   const isOpened = state.show && (wasOpen ? replace && history.state?.index : true);
   writeAddress(state, { replace, position: isOpened ? { opened: true } : null });
   if (typed && running && isTyping) hasTypedMore = true;
-  else show({ typed });
+  else show({ typed, isNew });
 }
 
-async function show({ typed = false, restored = null } = {}) {
+async function show({ typed = false, restored = null, isNew = false } = {}) {
   if (!isReady()) return;
   if (state.beside && isSearched(state.beside)) state.beside = "";
   if (state.picture && !images.has(state.picture)) { // it is lost when the page is closed or loaded again
@@ -62,11 +63,12 @@ async function show({ typed = false, restored = null } = {}) {
   }
   drawControls();
   drawFacets(base(), state);
+  drawConcept();
   drawSelection(hasSubject(state), nameOf(state.in));
   for (const name of [state.in, state.beside, state.of]) {
     if (name && !about(name)) return fail(`There is no gallery “${name}”.`);
   }
-  if (listKey(state) !== drawn) await load({ typed, restored });
+  if (isNew || listKey(state) !== drawn) await load({ typed, restored });
   else {
     if (running) { // another search, that the user has left again
       stop();
@@ -134,8 +136,8 @@ function fail(message, code) {
   closeDetail();
 }
 
-function removePart(part) {
-  const left = { ...state, ...(part === "picture" ? { picture: "", crop: "" } : { [part]: [] }) };
+function removePart(part, name) {
+  const left = { ...state, ...(part === "picture" ? { picture: "", crop: "" } : { [part]: state[part].filter((each) => name && each !== name) }) };
   query.focus();
   go(hasSubject(left) ? left : { ...left, unlike: [] });
 }
@@ -175,7 +177,7 @@ function closeItem() {
 // Searches for images like some of a collection, which becomes the searched one.
 function searchLike(ids, name) {
   const swapped = { in: name, beside: nameOf(state.in), filter: {} };
-  go({ q: "", picture: "", crop: "", unlike: [], like: ids, sort: "", ...(isSearched(name) ? {} : swapped) });
+  go({ q: "", concepts: [], picture: "", crop: "", unlike: [], like: ids, sort: "", ...(isSearched(name) ? {} : swapped) });
   scrollTo({ top: 0 }); // after the position was saved
 }
 
@@ -184,11 +186,12 @@ function toggleFilter(field, value) { // undefined removes the filter
   go({ filter: value === undefined ? others : { ...others, [field]: value } });
 }
 
+const searchConcept = (concept, name) => go({ ...EMPTY, in: name, concepts: [concept] }, { isNew: true });
 const searchUnlike = (ids) => go({ unlike: [...new Set([...state.unlike, ...ids])] });
 
 function typed() {
   if (!isReady()) return; // `begin` reads the typed text
-  const change = { q: query.value.trim(), without: $("without").value.trim() };
+  const change = { q: searchable(query.value), without: searchable($("without").value) };
   if (change.q === state.q && change.without === state.without) return;
   const now = performance.now(), isSame = now - typedAt < SAME_ENTRY_MS && hasSubject(state) && Boolean(change.q);
   typedAt = now;
@@ -200,6 +203,7 @@ prepareControls({
   state: () => state,
   names: () => collections.map(({ name }) => name),
   remove: removePart,
+  open: (concept) => searchConcept(concept, state.in),
 });
 prepareList({
   base, nameOf, href,
@@ -217,7 +221,8 @@ prepareDetail({
   less: (id) => searchUnlike([id]),
   only: (category) => toggleFilter("category", category),
 });
-prepareSelection({ more: searchLike, less: searchUnlike });
+prepareSelection({ more: searchLike, less: searchUnlike, teach: (ids, name) => teach(ids, base(name), (concept) => { clearSelection(); searchConcept(concept, name); }) });
+prepareConcepts({ base, go, typed, state: () => state });
 prepareUpload((picture) => go({ picture, crop: "", like: [], sort: "" }));
 prepareCrop((crop, byKey = false) => go({ crop }, { replace: byKey, typed: byKey }));
 prepareFacets(WIDE, toggleFilter);
@@ -230,6 +235,7 @@ $("form").addEventListener("submit", (event) => {
   if (matchMedia("(pointer: coarse)").matches) query.blur(); // closes the keyboard
 });
 for (const input of [query, $("without")]) input.addEventListener("input", typed);
+query.addEventListener("input", offerNames);
 $("sort").addEventListener("change", () => go({ sort: $("sort").value }, { replace: true }));
 $("clear-filters").addEventListener("click", () => go({ filter: {} }));
 $("words").addEventListener("change", async () => {
@@ -242,7 +248,7 @@ beside.addEventListener("change", () => go({ beside: beside.value }));
 collection.addEventListener("change", () => {
   clearSelection();
   const swapped = state.beside === collection.value ? nameOf(state.in) : state.beside;
-  go({ in: collection.value, beside: swapped, like: [], unlike: [], filter: {}, sort: "" });
+  go({ in: collection.value, beside: swapped, concepts: [], like: [], unlike: [], filter: {}, sort: "" });
 });
 $("offer").addEventListener("click", ({ target }) => {
   if (target.type !== "button") return;

@@ -9,8 +9,8 @@ let search = { canLess: false, searched: "" }; // see drawSelection
 
 export const isSelected = (id, name) => name === owner && selected.has(id);
 
-// more, less: called with the ids and their collection when a button of the bar is used; the selection is then empty.
-export function prepareSelection({ more, less }) {
+// more, less, teach: called with the ids and their collection when a button of the bar is used; `teach` keeps the selection.
+export function prepareSelection({ more, less, teach }) {
   const take = (use) => () => {
     const ids = [...selected];
     clearSelection();
@@ -18,6 +18,7 @@ export function prepareSelection({ more, less }) {
   };
   $("selected-more").addEventListener("click", take(more));
   $("selected-less").addEventListener("click", take(less));
+  $("selected-teach").addEventListener("click", () => teach([...selected], owner));
   $("selected-clear").addEventListener("click", clearSelection);
 }
 

@@ -1,6 +1,6 @@
 // Requests to the service, with the API key of this tab if it has one.
 
-import { hasFilter, hasSubject } from "./address.js";
+import { hasFilter, hasSubject, queryOf } from "./address.js";
 import { parseCrop } from "./crop.js";
 import { images, shrink } from "./upload.js";
 
@@ -66,7 +66,7 @@ export async function browse(base, { k = BROWSED, filter = {}, ...options }, sig
 
 const catalogues = new Map(); // path of a collection -> promise of its catalogue
 
-// Returns {fields, group_field, has_words, has_cutoff, hybrid_by_default, model_note, languages, max_k}: see `app/api/page.py`.
+// Returns {fields, group_field, has_words, has_cutoff, hybrid_by_default, model_note, languages, max_k, may_write}: see `app/api/page.py`.
 export function loadCatalogue(base) {
   if (!catalogues.has(base)) {
     const loading = requestJson(`${base}ui/catalogue`);
@@ -119,7 +119,7 @@ async function countFound(base, state, about, names) {
   const { filter } = state, fields = names.filter((name) => filter[name] !== undefined);
   const one = async (facets, left) => {
     const options = await searchOptions({ ...state, filter: left, fold: false }, base);
-    return { ...options, k: 1, facets, fields: [], query: state.q, sort: options.sort ?? about.fields[0].name };
+    return { ...options, k: 1, facets, fields: [], query: queryOf(state), sort: options.sort ?? about.fields[0].name };
   };
   const others = one(names.filter((name) => !fields.includes(name)), filter);
   const own = fields.map((name) => one([name], Object.fromEntries(Object.entries(filter).filter(([each]) => each !== name))));
@@ -141,7 +141,7 @@ function isHybrid(state, { has_words, hybrid_by_default }) {
 
 // True if the cut-off tells which results fit: for words alone.
 function isJudged(state, { has_cutoff }) {
-  return has_cutoff && !(state.picture || state.without || state.like.length || state.unlike.length);
+  return has_cutoff && !(state.picture || state.without || state.concepts.length || state.like.length || state.unlike.length);
 }
 
 // True if the service can put a list in order: the whole gallery, or what fits a search by its cut-off or its words.
@@ -188,19 +188,40 @@ export async function loadExplanation(state, base, id, signal) {
 
 function send(state, base, options, signal) {
   if (state.picture) return searchByImage(state, options, base, signal);
-  return postJson(`${base}search/text`, state.q ? { ...options, query: state.q } : options, signal);
+  return postJson(`${base}search/text`, { ...options, query: queryOf(state) || undefined }, signal);
 }
 
-function postJson(path, body, signal) {
+function postJson(path, body, signal, method = "POST") {
   const headers = { "Content-Type": "application/json" };
-  return requestJson(path, { method: "POST", headers, body: JSON.stringify(body), signal });
+  return requestJson(path, { method, headers, body: JSON.stringify(body), signal });
+}
+
+const conceptPath = (base, name) => `${base}concepts/${encodeURIComponent(name)}`;
+export const listConcepts = async (base) => (await requestJson(`${base}concepts`)).concepts.map(({ name }) => name);
+
+// Returns {name, kind, ids, not_ids, examples, members, cutoff}.
+export const loadConcept = (base, name) => requestJson(conceptPath(base, name));
+
+// Teaches a name by {ids, not_ids, kind}, and returns its concept. Without these it is forgotten.
+export function changeConcept(base, name, { ids, not_ids, kind } = {}) {
+  galleries.delete(base); // its counts
+  if (!ids) return requestJson(conceptPath(base, name), { method: "DELETE" });
+  return postJson(conceptPath(base, name), { ids, not_ids, kind: kind || undefined }, undefined, "PUT");
+}
+
+// Returns up to six items that nobody has answered for, nearest to the cut-off first.
+export async function loadDoubts(base, { name, ids, not_ids, members, cutoff }) {
+  const answered = new Set([...ids, ...not_ids]), k = await atMost(base, PAGE), offset = Math.max(0, members - (k >> 1));
+  const { results } = await postJson(`${base}search/text`, { query: `@${name}`, k, offset, group_by: "", fields: ["*"] });
+  const distance = ({ score }) => Math.abs(score - cutoff);
+  return results.filter(({ id }) => !answered.has(id)).sort((a, b) => distance(a) - distance(b)).slice(0, 6);
 }
 
 async function searchByImage(state, options, base, signal) {
   const body = new FormData(), { file } = images.get(state.picture);
   await file.slice(0, 1).arrayBuffer().catch(() => { throw new ServiceError("This file cannot be read.", 422); }); // a folder, or deleted
   body.append("file", await shrink(file, options.crop), file.name);
-  if (state.q) body.append("query", state.q);
+  if (queryOf(state)) body.append("query", queryOf(state));
   for (const [name, value] of Object.entries(options)) body.append(name, name === "without" || name === "sort" ? value : JSON.stringify(value));
   return requestJson(`${base}search/image`, { method: "POST", body, signal });
 }

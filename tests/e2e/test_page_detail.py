@@ -1,7 +1,9 @@
-"""The detail view, selected images, the keyboard and fingers, and photos of other shapes than squares."""
+"""The detail view, selected images and names, the keyboard and fingers, and photos of other shapes than squares."""
 
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import httpx
 import pytest
@@ -11,6 +13,8 @@ from selenium.webdriver.common.keys import Keys
 from index_jobs.rebuild import rebuild
 from tests.support.images import draw, exif_of
 from tests.support.page import COLUMNS, Page, searched, served, until
+from tests.support.service import ADMIN
+from tests.support.writes import WRITES
 
 pytestmark = pytest.mark.browser
 
@@ -203,3 +207,51 @@ def test_explained_photos_keep_their_shape_under_a_map_of_what_the_model_sees(bo
         assert each["map"] == pytest.approx(image, abs=0.5)
     turned = next(each["image"] for each in plain if each["title"] == "turned photo")
     assert turned["width"] == pytest.approx(2 * turned["height"], rel=0.05)
+
+
+def test_images_teach_a_name_that_answers_sharpen(both: Page, indexes: dict[str, Path], tmp_path: Path) -> None:
+    page, index = both, Path(shutil.copytree(indexes["shapes"], tmp_path / "index"))
+    with served(index, page_hybrid=False, **WRITES) as site, served(index, page_hybrid=False) as reading:
+
+        def concept() -> Any:
+            return httpx.get(f"{site}/concepts/our-red").json()
+
+        page.open(f"{site}/#q=red", 24)
+        chosen = page.ids()[0]
+        page.click("#results .select")
+        page.click("#selected-teach")
+        page.type("#name", " our red", Keys.TAB, "shape", Keys.ENTER)
+        page.appears("#key").send_keys(ADMIN, Keys.ENTER)
+        assert ["401" in message for message in page.errors()] == [True], "Chromium logs every 4xx itself"
+        page.click("#selected-teach")
+        assert page.barriers() == []
+        page.click("#teach button")
+        page.arrives("#name=our-red")
+        page.shows(searched(site, query="@our-red"))
+        assert (concept()["ids"], concept()["not_ids"], concept()["kind"]) == ([chosen], [], "shape")
+        page.says("#concept-facts", f"{concept()['members']} image", "from 1 example")
+        results = httpx.post(f"{site}/search/text", json={"query": "@our-red", "k": 24}).json()["results"]
+        results.sort(key=lambda result: abs(result["score"] - concept()["cutoff"]))
+        doubtful = next(result["id"] for result in results if result["id"] != chosen)
+        page.counts(6, "#doubts li")
+        assert page.barriers() == []
+        page.click("#doubts li button:nth-child(2)")
+        page.says("#concept-facts", "from 2 examples")
+        assert concept()["ids"] == [chosen, doubtful]
+        page.click("#doubts li button:nth-child(3)")
+        until(lambda: len(concept()["not_ids"]) == 1)
+        for address in (site, reading):
+            page.open(address, 24)
+            page.type("#query", "a @o")
+            page.appears("#names button").click()
+            page.type("#query", "circle")
+            page.arrives("#q=a+circle&name=our-red")
+            page.shows(searched(site, query="@our-red a circle"))
+            page.click("#results .select")
+            page.click(".chip .link")
+            page.appears("#concept")
+            assert [page.has(part) for part in ("#selected-teach", "#forget")] == [address == site] * 2
+        page.open(f"{site}/#name=our-red", 24)
+        page.appears("#forget").click()
+        page.driver.switch_to.alert.accept()
+        until(lambda: httpx.get(f"{site}/concepts").json() == {"concepts": []})
