@@ -3,10 +3,10 @@
     python benchmarks/teach.py data/index/twemoji data/index/openmoji data/benchmarks/many
 
 - `words`: queries of a group of people and a skin tone. Right is an image of the group with the tone; examples are left
-  out. First result and R-precision, by the taught name and by the true one.
+  out. First result and R-precision, by the taught name, by it with `hybrid`, and by the true one.
 - `things`, `subgroups`, of 12 to 400 emoji: the precision of members, that of members beside the examples, the recall
-  of the others, and average precision. No image of `unseen` things trained the model; of the rest, `chosen` ones chose
-  the constants of `app/search/concepts.py`.
+  of the others, and average precision. No image of `unseen` things trained the model; `chosen` ones are those
+  that the constants of `app/search/concepts.py` were tuned on first; all have been in view since.
 - `many`: seconds to teach and milliseconds of searches among 100,000 drawn vectors, median and first.
 """
 
@@ -45,11 +45,12 @@ def words(client: Client, groups: Groups, count: int, rng: np.random.Generator) 
         client.teach(ids := rng.choice([*tones], count, replace=False).tolist())
         for tone in sorted({*tones.values()}):
             right = {item for item in tones if tones[item] == tone} - {*ids}
-            for text in (f"@taught {tone}", f"{thing}, {tone}") if right else ():
-                results = [result["id"] for result in client.search(text, k=100)["results"]]
+            ways = (f"@taught {tone}", False), (f"@taught {tone}", True), (f"{thing}, {tone}", False)
+            for text, hybrid in ways if right else ():
+                results = [result["id"] for result in client.search(text, k=100, hybrid=hybrid)["results"]]
                 first = [item for item in results if item not in ids][: len(right)]
                 values.append((first[0] in right, len(right.intersection(first)) / len(right)))
-    return np.reshape(values, (-1, 4)).mean(0).tolist()  # type: ignore[no-any-return]
+    return np.reshape(values, (-1, 6)).mean(0).tolist()  # type: ignore[no-any-return]
 
 
 def tags(client: Client, groups: Groups, count: int, rng: np.random.Generator) -> list[float]:

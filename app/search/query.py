@@ -56,6 +56,7 @@ _CROP_ROUNDING = 1e-6  # fractions from a page may add up to a little more than 
 MAX_TEXT_BYTES = 16 * 2**20  # of the items on a page; a page of the largest items takes 14 MiB
 _MIN_LENGTH = 1e-4  # of the sum of parts, relative to the sum of their weights; below it the direction is noise
 _NAME_WEIGHT = 0.7  # of a taught name beside a text of weight 1 (benchmarks/teach.py)
+_NAMED_WORDS = 0.4  # share of their weight that words have beside a name, which they say nothing of (the same)
 _MAX_CACHED_DEPTH = 50  # results up to the end of a page that is cached
 _JOINERS = frozenset({0x200C, 0x200D, *range(0xE0020, 0xE0080)})  # invisible, but meaningful in emoji and some scripts
 
@@ -315,7 +316,8 @@ def make_plan(
         if name not in known and name != "*":
             raise InvalidQueryError("fields", f"no item has {name[:80]!r}; available: {list_fields(known)}")
     manifest = served.index.manifest
-    words_weight = 0.0 if taught and not text else DEFAULT_WEIGHT if query.hybrid is True else float(query.hybrid)
+    words_weight = DEFAULT_WEIGHT if query.hybrid is True else float(query.hybrid)
+    words_weight *= (_NAMED_WORDS if text else 0) if taught else 1
     if words_weight and not text:
         raise InvalidQueryError("hybrid", "needs a text query, whose words it looks up")
     if query.rerank and (words_weight or query.sort):
