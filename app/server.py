@@ -86,7 +86,7 @@ def _run_workers(settings: Settings, listener: socket.socket) -> None:
 
 
 class _Supervisor(Multiprocess):
-    """uvicorn's, without its own copy of a worker's pipe, in which it awaits answers of a dead one, deaf to signals."""
+    """uvicorn's supervisor, which would wait 30 s for a killed worker while it holds the worker's end of the pipe."""
 
     def keep_subprocess_alive(self) -> None:
         for process in self.processes:
