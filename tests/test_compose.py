@@ -50,6 +50,7 @@ def test_keys_and_secrets_come_from_the_environment() -> None:
     environment = COMPOSE["services"]["api"]["environment"]
     for name in ("DCAR_ADMIN_KEY", "DCAR_API_KEYS", "DCAR_IMAGE_SECRET"):
         assert environment[name] == f"${{{name}:-}}"
+    assert COMPOSE["services"]["index"]["environment"]["HF_ENDPOINT"] is None, "that of the shell, if it has one"
 
 
 @pytest.mark.parametrize("service", ["index", "api"])

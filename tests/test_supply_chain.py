@@ -41,6 +41,11 @@ def test_the_locks_fit_the_requirements(name: str) -> None:
     assert not re.search(rf"(?m)^{OF_TORCH.pattern}", text), "its build is the user's choice"
 
 
+def test_actions_are_named_by_commits() -> None:
+    text = "".join(path.read_text() for path in (ROOT / ".github/workflows").glob("*.yml"))
+    assert len(re.findall(r"uses: \S+@[0-9a-f]{40} # v[\d.]+\n", text)) == text.count("uses:") > 8
+
+
 @needs("registry")
 def test_all_extras_resolve_together(tmp_path: Path) -> None:
     subprocess.run([sys.executable, "-m", "pip", "--quiet", "install", "--target", tmp_path, "uv"], check=True)

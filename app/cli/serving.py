@@ -139,13 +139,14 @@ def demo(
     by the other. The page can show both side by side.
     """
     show_progress()
-    from app.server import base_url
+    from app.server import base_url, listen
     from index_jobs.rebuild import rebuild
 
     domains = sorted(path.parent.name for path in EXAMPLES.glob("*/gallery.tar"))
     if domain not in domains:
         available = ", ".join(domains) or "none: use a source checkout"
         raise DcarError(f"no bundled domain is named {domain!r}; there are: {available}")
+    listen(host, port).close()  # a taken port is said before the work
     clip = f"{domain}-clip"
     gallery, indexes = EXAMPLES / domain, {name: data / "index" / name for name in (domain, clip)}
     typer.echo()
@@ -184,13 +185,14 @@ def quickstart(
     the model hub cannot be reached and has the weights. An interrupted run resumes with the same command.
     """
     show_progress()
-    from app.server import base_url
+    from app.server import base_url, listen
     from index_jobs.gallery.scan import scan
     from index_jobs.rebuild import rebuild
 
     source = gallery.absolute()
     if not source.exists():  # said before weights are fetched
         raise DataError(f"there is no gallery {gallery}; name a folder of images")
+    listen(host, port).close()  # so is a taken port
     typer.echo(f"1 of 3: model {model}")
     checkpoint = _unadapted(model, pretrained or recommended_weights(model), data / "zero-shot")
     typer.echo(f"2 of 3: index {gallery}")

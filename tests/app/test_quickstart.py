@@ -3,6 +3,7 @@
 import json
 import shutil
 import signal
+import socket
 import time
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,7 @@ from dcar_core.model.backbone import BackboneSource, load_backbone
 from dcar_core.model.catalogue import DEFAULT, recommended_weights
 from dcar_core.model.checkpoint import read_config
 from dcar_core.model.config import MODEL_CONFIG
-from dcar_core.util.errors import DataError, HubUnavailableError, ModelError
+from dcar_core.util.errors import DcarError, HubUnavailableError, ModelError
 from dcar_core.util.machine import WEIGHTS_FILE
 from index_jobs.index.versions import current_version, open_current, read_manifest
 from index_jobs.jobs.update import remove
@@ -132,11 +133,18 @@ def test_the_named_files_of_a_model_are_what_the_index_is_made_with(
     assert indexed("Tiny", "--pretrained", str(weights)) == f"made: {weights}"
 
 
-def test_a_missing_folder_is_named_before_a_model_is_loaded(tmp_path: Path) -> None:
-    done = quickstart(tmp_path / "none", fails=True)
-    assert isinstance(done.exception, DataError)
-    assert "there is no gallery" in str(done.exception)
-    assert "1 of 3" not in done.output
+def test_a_missing_folder_and_a_taken_port_are_said_before_a_model_is_loaded(photos: Path, tmp_path: Path) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port, data = str(taken.getsockname()[1]), str(tmp_path / "data")
+        commands = {("quickstart", "none"): "there is no gallery none"}
+        commands |= dict.fromkeys(
+            [("quickstart", str(photos)), ("demo",)], f"cannot listen on port {port} of 127.0.0.1"
+        )
+        for command, fault in commands.items():
+            done = CliRunner().invoke(app, [*command, "--port", port, "--data", data])
+            assert isinstance(done.exception, DcarError)
+            assert str(done.exception).startswith(fault)
+            assert "1 of " not in done.output
 
 
 @needs("time")
