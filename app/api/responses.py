@@ -98,7 +98,8 @@ class BatchResponse(TypedDict):
 class Collection(TypedDict):
     """One served collection. count is 0 until it is loaded.
 
-    min_score: the calibrated cut-off that "auto" stands for; null if the index was not calibrated.
+    min_score: the calibrated cut-off that "auto" stands for; null if the index was not calibrated. reason: why the
+    collection is degraded, as in /readyz; null if it is not.
     """
 
     name: str
@@ -106,16 +107,19 @@ class Collection(TypedDict):
     count: int
     index_version: int | None
     min_score: float | None
+    reason: str | None
 
 
 def collection_response(collections: Collections, name: str) -> Collection:
-    served = collections[name].current
+    collection = collections[name]
+    served = collection.current
     return {
         "name": name,
         "default": name == collections.default,
         "count": served.index.manifest.count if served else 0,
         "index_version": served.version if served else None,
         "min_score": served.min_score if served else None,
+        "reason": collection.fault,
     }
 
 

@@ -141,7 +141,7 @@ class Settings(BaseSettings):
     explain_results: int = Field(8, ge=1, le=200)
     """Number of results on a page that `explain` explains."""
 
-    poll_s: float = Field(2.0, ge=0)
+    poll_s: float = Field(2.0, ge=0, le=600)
     """Seconds between two checks for a newly published index version. 0 disables them."""
     admin_key: Annotated[SecretStr, Field(min_length=8)] | None = None
     """Key of the /admin routes, in plain text or as sha256:HASH. Unset: they are disabled."""

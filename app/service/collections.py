@@ -3,6 +3,7 @@
 - The default collection is DCAR_INDEX, named after its directory; routes without a name mean it.
 - A `Collection` loads a new version beside the current one, warms it up, then replaces one reference. If a version
   cannot be loaded, the current one stays; `reason` says why, and the version is tried again later.
+- The files of what is served are looked at every CHECK_S; one that is missing or cut off degrades the collection.
 - The service is ready when every collection of the settings is loaded, and stays ready when one cannot follow a new
   version. Created collections are opened after these, one after the other.
 """
@@ -22,6 +23,7 @@ from app.search.errors import CollectionNotFoundError, UnavailableError, without
 from app.search.served_version import ServedVersion, is_published, load_served_version
 from dcar_core.util.errors import ArtifactError, DcarError
 from index_jobs.index.created_collections import list_collections
+from index_jobs.index.index_version import IndexVersion, check_files
 from index_jobs.index.manifest import WAITING
 from index_jobs.index.stores import location_of, store_of
 from index_jobs.index.versions import current_version, pull, require_index
@@ -29,6 +31,7 @@ from index_jobs.index.versions import current_version, pull, require_index
 logger = logging.getLogger(__name__)
 
 RETRY_S = 30.0
+CHECK_S = 600.0
 _LOADING, _OPENING = "The model is being loaded.", "The collection is being opened."
 
 
@@ -42,9 +45,11 @@ class Collection:
         self.waiting_jobs = 0  # changes of its items that had not ended when they were last counted
         self.was_tried = asyncio.Event()  # set once the first load has ended, or the collection is closed
         self.waits_for: str | None = None  # why the watch of its gallery takes no more changes, without directories
+        self.damage: str | None = None  # a served file that is missing or cut off, without directories
+        self.checked_at = 0.0  # Unix time of the last look at the served files; 0 before
         self._collections = collections
         self._tried_version: int | None = None
-        self._retry_at = 0.0
+        self._retry_at = self._check_at = 0.0
         self._poller: asyncio.Task[None] | None = None
         self._loads: set[asyncio.Task[bool]] = set()
         self._is_closing = False
@@ -134,7 +139,7 @@ class Collection:
     @property
     def fault(self) -> str | None:
         """Why the collection is degraded; None if it is not, or not open yet."""
-        return (self.reason or self.waits_for) if self.was_tried.is_set() else None
+        return (self.reason or self.damage or self.waits_for) if self.was_tried.is_set() else None
 
     def _record_failure(self, error: BaseException, state: str = "not served") -> DcarError:
         """Note why a version is not served; log it once, or report it if the service cannot start."""
@@ -164,9 +169,22 @@ class Collection:
             self.waits_for = await self._collections.disk.run(self._read_waiting)
             if (current := self.current) is not None:
                 await self._collections.disk.run(current.concepts.refresh)
+                if self.damage is not None or time.monotonic() + poll_s > self._check_at:
+                    await self._check_files(current.index)
             if poll_s == 0:
                 return
             await asyncio.sleep(poll_s)
+
+    async def _check_files(self, index: IndexVersion) -> None:
+        """Note which file of a version is missing or has another length, and log it once."""
+        self._check_at, damage = time.monotonic() + CHECK_S, None
+        try:
+            await self._collections.disk.run(check_files, index.index, index.manifest)
+        except (ArtifactError, OSError) as error:
+            damage = without_directories(str(error), self.path)
+            if damage != self.damage:
+                logger.error("version %d of %s is damaged: %s", index.manifest.version, self.path, error)
+        self.damage, self.checked_at = damage, time.time()
 
     def _read_waiting(self) -> str | None:
         """Return the reason that a watch has written lately; None if none waits."""
@@ -193,6 +211,16 @@ class Collections:
             self._by_name.setdefault(name, Collection(path, self, is_created=True))
         self._watcher: asyncio.Task[None] | None = None
         self.default = next(iter(self._by_name))
+        about = "Longest time between two checks of the served files; 0 without checks."
+        interval_s = CHECK_S if settings.poll_s else 0.0
+        metrics.add_gauge(
+            "dcar_file_check_interval_seconds", about, "collection", lambda: [(name, interval_s) for name, _ in self]
+        )
+        about = "Unix time of the last check of the served files; 0 before."
+        metrics.add_gauge(
+            "dcar_file_check_timestamp_seconds", about, "collection",
+            lambda: [(name, collection.checked_at) for name, collection in self],
+        )  # fmt: skip
 
     @property
     def loaded(self) -> list[ServedVersion]:

@@ -144,7 +144,7 @@ class IndexVersion:
     @classmethod
     def open(cls, index: Path, manifest: Manifest, image_access: ImageAccess | None = None) -> "IndexVersion":
         """Open a version of an index directory. Raise ArtifactError if a file is missing, too short or unreadable."""
-        _check_sizes(index, manifest)
+        check_files(index, manifest)
         try:
             engine = load_engine(manifest.spec.engine)
         except DataError as error:
@@ -377,7 +377,8 @@ def link_files(paths: Mapping[str, Path], folder: Path) -> None:
         (folder / name).symlink_to(path.absolute())
 
 
-def _check_sizes(index: Path, manifest: Manifest) -> None:
+def check_files(index: Path, manifest: Manifest) -> None:
+    """Raise ArtifactError if a file of a version is missing or has another length."""
     for name, info in manifest.files.items():
         path = index / info.key
         size = path.stat().st_size if path.is_file() else None

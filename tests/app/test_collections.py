@@ -156,7 +156,7 @@ async def test_collection_is_created_filled_and_dropped(index: Path, tmp_path: P
     async with opened(index, **given) as client, opened(index, **given) as other:
         created = await client.put(path, headers=ADMINS)
         assert created.json() == {
-            "name": "lamps", "default": False, "count": 0, "index_version": 0, "min_score": None
+            "name": "lamps", "default": False, "count": 0, "index_version": 0, "min_score": None, "reason": None
         }  # fmt: skip
         assert (await client.put(path, headers=ADMINS)).json() == created.json(), "idempotent"
         assert (await client.get("/readyz")).json()["status"] == "ready"

@@ -6,6 +6,7 @@ import itertools
 import re
 import shutil
 import socket
+import time
 import weakref
 from pathlib import Path
 from typing import Any
@@ -174,6 +175,27 @@ async def test_a_failure_of_the_poller_degrades_readiness_until_it_works_again(
         assert metrics["dcar_index_degraded", (("collection", "index"),)] == 1
         monkeypatch.setattr("app.service.collections.current_version", current_version)
         await until_ready(client, status="ready")
+
+
+async def test_served_file_that_is_cut_off_is_reported_once_until_it_is_whole(
+    index: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr("app.service.collections.CHECK_S", 0.1)
+    items, started = file_of(index, "items.arrow"), time.time()
+    async with opened(index, poll_s=0.02) as client:
+        aside = items.rename(index / "aside")  # still mapped
+        items.write_bytes(aside.read_bytes()[:-1])
+        reason = (await until_ready(client, status="degraded"))["reason"]
+        assert reason.endswith(": items.arrow of version 1; roll back, or rebuild the index")
+        assert str(index.parent) not in reason
+        assert (await client.get("/collections")).json()["collections"][0]["reason"] == reason
+        assert (await client.post("/search/text", json={"query": "red"})).json()["results"]
+        aside.replace(items)
+        await until_ready(client, status="ready", reason=None)
+        metrics = await scrape(client)
+    assert metrics["dcar_file_check_interval_seconds", (("collection", "index"),)] == 0.1
+    assert started < metrics["dcar_file_check_timestamp_seconds", (("collection", "index"),)] < time.time()
+    assert caplog.text.count("is damaged") == 1
 
 
 @pytest.mark.slow

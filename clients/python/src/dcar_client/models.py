@@ -183,7 +183,8 @@ class BatchResponse(Model):
 class Collection(Model):
     """One served collection. count is 0 until it is loaded.
 
-    min_score: the calibrated cut-off that "auto" stands for; null if the index was not calibrated.
+    min_score: the calibrated cut-off that "auto" stands for; null if the index was not calibrated. reason: why the
+    collection is degraded, as in /readyz; null if it is not.
     """
 
     name: str
@@ -191,6 +192,7 @@ class Collection(Model):
     count: int
     index_version: int | None
     min_score: float | None
+    reason: str | None
 
 
 class CollectionsResponse(Model):
