@@ -64,9 +64,7 @@ def test_the_bundled_checkpoint_is_small_and_the_run_that_the_results_name(domai
 
 
 @pytest.mark.slow
-def test_every_query_has_answers_in_the_gallery_and_is_in_one_set(
-    script: dict[str, Any], rows: list[dict[str, Any]]
-) -> None:
+def test_every_query_has_answers_and_is_in_one_set(script: dict[str, Any], rows: list[dict[str, Any]]) -> None:
     texts = []
     for name, count in QUERIES.items():
         queries = script["read_queries"](EMOJI / "queries" / f"{name}.tsv", rows)

@@ -67,9 +67,7 @@ def test_a_mistake_is_told_before_anything_is_loaded(command: str, status: int, 
     assert said.format(**places) in " ".join(done.output.split()) + str(done.exception)
 
 
-def test_an_image_without_a_suffix_is_searched_by_its_content(
-    built_index: Path, tiny_gallery: Path, tmp_path: Path
-) -> None:
+def test_image_without_a_suffix_is_searched_by_content(built_index: Path, tiny_gallery: Path, tmp_path: Path) -> None:
     picture, note = tmp_path / "photo", tmp_path / "note.txt"
     picture.write_bytes((tiny_gallery / "circle" / "red.png").read_bytes())
     note.write_text("red circle")
@@ -136,9 +134,7 @@ def test_a_finished_training_is_repeated_only_with_restart(tiny_model: Path, tin
     assert (out / STATE_FILE).is_file(), "clip discarded the unfinished run of another method"
 
 
-def test_a_diverged_training_leaves_no_state_that_refuses_a_lower_rate(
-    tiny_model: Path, tiny_data: Path, tmp_path: Path
-) -> None:
+def test_diverged_training_refuses_no_lower_rate(tiny_model: Path, tiny_data: Path, tmp_path: Path) -> None:
     command = ("train", "--data", tiny_data, "--model", tiny_model, "--method", "prolip", "--epochs", 3)
     done = dcar(*command, "--out", tmp_path, "--lr", "1e30")
     assert str(done.exception) == "prolip diverged: the loss is inf in epoch 2; use a lower --lr"

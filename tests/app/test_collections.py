@@ -103,9 +103,7 @@ async def test_collections_share_the_batches_of_one_backbone(built_index: Path, 
         assert after["dcar_batch_size_count", ()] - before["dcar_batch_size_count", ()] <= 3
 
 
-async def test_a_collection_that_cannot_be_loaded_is_named_and_the_others_are_served(
-    built_index: Path, circles: Path
-) -> None:
+async def test_unloadable_collection_is_named_and_others_are_served(built_index: Path, circles: Path) -> None:
     """To keys that open all."""
     items = file_of(circles, "items.arrow")
     whole = items.read_bytes()

@@ -176,9 +176,7 @@ async def test_a_flood_takes_bounded_memory_and_a_failing_disk_costs_events_and_
     assert [len(rows) for rows in stored(tmp_path)] == [1, 4]
 
 
-def test_the_setting_is_a_switch_or_a_directory_that_can_be_written(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_setting_is_a_switch_or_a_writable_directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for value, folder in {"true": Path("index/feedback"), "0": None, "log/x": Path("log/x")}.items():
         monkeypatch.setenv("DCAR_FEEDBACK", value)
         assert load_settings(index=Path("index")).feedback_folder == folder

@@ -51,9 +51,7 @@ def clicks(clients: str, *texts: str, item: str = HITS[0]) -> dict[str, Any]:
     return {f"{client}{text[-4:]}": (text, [(client, "click", item)]) for text in texts for client in clients}
 
 
-def test_pairs_need_several_clients_and_skipped_images_become_negatives(
-    index_version: IndexVersion, tmp_path: Path
-) -> None:
+def test_pairs_need_clients_and_skipped_images_become_negatives(index_version: IndexVersion, tmp_path: Path) -> None:
     # Two clients click the third image, past two others; what is below it says nothing. A third clicks alone.
     searches = clicks("a", "Crimson square", item=HITS[2]) | clicks("b", "crimson square", item=HITS[2])
     folder = log_of(tmp_path / "log", searches | {number: ("azure", [("c", "click", HITS[1])]) for number in "123"})

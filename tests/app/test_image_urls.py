@@ -133,9 +133,7 @@ async def test_without_allowed_hosts_no_url_is_fetched(built_index: Path) -> Non
             assert_problem(await client.post("/search/batch", json={"queries": queries}), 422, field)
 
 
-async def test_hosts_without_aiohttp_end_the_start_with_the_command(
-    built_index: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+async def test_hosts_without_aiohttp_end_with_the_command(built_index: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "aiohttp", None)
     with pytest.raises(MissingExtraError, match=r"DCAR_IMAGE_HOSTS\) needs .*http"):
         create_app(Settings(index=built_index, image_hosts=(HOST,)))
@@ -192,9 +190,7 @@ async def test_other_hosts_and_odd_urls_are_refused(tmp_path: Path, url: str, ad
     ],
     ids=["redirect", "too large", "endless", "cut off", "no HTTP", "chunks"],
 )
-async def test_other_answers_than_an_image_name_the_field(
-    tmp_path: Path, answer: bytes, status: int, message: str
-) -> None:
+async def test_answers_without_images_name_the_field(tmp_path: Path, answer: bytes, status: int, message: str) -> None:
     async with served(answer) as (port, requests):
         with pytest.raises(Problem, match=message) as caught:
             await fetcher(tmp_path, port, max_upload_bytes=20_000).fetch(url_of(port), ignore)
@@ -203,9 +199,7 @@ async def test_other_answers_than_an_image_name_the_field(
 
 @needs("http")
 @pytest.mark.usefixtures("all_public")
-async def test_encodings_are_not_undone_and_slow_hosts_are_given_up(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+async def test_encodings_stay_and_slow_hosts_are_given_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     packed = gzip.compress(bytes(100_000))
     answer = b"HTTP/1.1 200 OK\r\nContent-Encoding: gzip\r\nContent-Length: %d\r\n\r\n" % len(packed)
     async with served(answer + packed) as (port, _):

@@ -61,9 +61,7 @@ async def test_metrics_count_stages_cache_lookups_and_requests(reranking_index: 
         restore(encoder)
 
 
-async def test_a_well_formed_request_id_is_kept_and_logged(
-    started: ServiceClient, caplog: pytest.LogCaptureFixture
-) -> None:
+async def test_good_request_id_is_kept_and_logged(started: ServiceClient, caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.INFO, REQUEST_LOG)
     given = await started.post("/search/text", json={"query": "red"}, headers={"X-Request-ID": "shop-7/a"})
     assert given.headers["x-request-id"] == "shop-7/a"

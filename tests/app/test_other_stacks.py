@@ -133,9 +133,7 @@ async def test_an_assistant_searches_over_mcp(url: str, client: Client, gallery:
 
 @needs("mcp")
 @pytest.mark.slow
-async def test_the_mcp_server_tells_of_a_wrong_key_a_rate_and_a_service_that_is_gone(
-    url: str, built_index: Path
-) -> None:
+async def test_mcp_server_tells_of_a_wrong_key_a_rate_and_a_service_that_is_gone(url: str, built_index: Path) -> None:
     from dcar_client.mcp import server
     from mcp import Client as AssistantClient
 

@@ -37,7 +37,7 @@ async def assert_shared(url: str) -> None:
 
 
 @pytest.mark.parametrize("fault", ["missing", "hanging"])
-async def test_a_faulty_redis_fails_no_search_and_costs_little(
+async def test_faulty_redis_fails_no_search_at_little_cost(
     built_index: Path, fault: str, request: pytest.FixtureRequest
 ) -> None:
     server = request.getfixturevalue("redis_server") if fault == "hanging" else None
@@ -113,7 +113,7 @@ async def test_services_share_vectors_by_hashes_and_answer_alike(built_index: Pa
     client.close()
 
 
-async def test_a_failed_redis_is_left_alone_for_a_while_and_vectors_are_of_a_model(
+async def test_failed_redis_rests_for_a_while_and_vectors_are_of_a_model(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr("app.core.redis.PAUSE_S", 0.2)

@@ -47,9 +47,7 @@ def connect(url: str) -> socket.socket:
 
 @needs("nginx")
 @pytest.mark.parametrize("count", [1, 2])
-def test_strangers_reach_neither_metrics_nor_admin_nor_a_hidden_request(
-    built_index: Path, tmp_path: Path, count: int
-) -> None:
+def test_strangers_reach_no_metrics_admin_or_hidden_request(built_index: Path, tmp_path: Path, count: int) -> None:
     with replicas(built_index, tmp_path, count) as url:
         for path in ("/metrics", "//metrics", "/%6detrics", "/admin/reload", "/ui/../admin/reload"):
             with connect(url) as connection:
@@ -175,9 +173,7 @@ async def test_replica_follows_the_store_and_serves_on_without_it(
 
 
 @needs("object-store")
-def test_changes_over_http_of_an_index_in_a_store_are_refused_at_the_start(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_changes_over_http_of_an_index_in_a_store_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for name, value in {**ACCESS, "DCAR_RUNTIME_CACHE": str(tmp_path)}.items():
         monkeypatch.setenv(name, value)
     monkeypatch.setenv("DCAR_COLLECTIONS", '{"more": "gs://bucket/more/"}')

@@ -193,9 +193,7 @@ def test_wrong_options_and_images_are_errors_that_name_them(built_index: Path, t
 IMAGE = base64.b64encode(png("red")).decode()
 
 
-async def test_texts_and_images_have_the_vectors_of_searches(
-    started: ServiceClient, encoder: Encoder, tmp_path: Path
-) -> None:
+async def test_inputs_have_the_vectors_of_searches(started: ServiceClient, encoder: Encoder, tmp_path: Path) -> None:
     (tmp_path / "red.png").write_bytes(png("red"))
     texts = encoder.encode_text(["a red circle", "cafe"])
     image = encoder.encode_images([tmp_path / "red.png"])[0]
@@ -230,9 +228,7 @@ async def test_texts_and_images_have_the_vectors_of_searches(
         ({"input": "red", "modell": "index"}, 422, "modell"),
     ],
 )  # fmt: skip
-async def test_invalid_input_is_refused_by_name(
-    started: ServiceClient, given: dict[str, Any], status: int, field: str
-) -> None:
+async def test_invalid_input_is_named(started: ServiceClient, given: dict[str, Any], status: int, field: str) -> None:
     assert_problem(await started.post("/v1/embeddings", json=given), status, field)
 
 
@@ -253,9 +249,7 @@ async def test_keys_and_rates_apply_each_input_counts_and_very_many_values_are_r
         assert_problem(refused, 413, "body")
 
 
-async def test_reranking_adds_the_score_of_the_second_stage_to_the_cosine(
-    reranking_index: Path, reranking_checkpoint: Path
-) -> None:
+async def test_reranking_adds_the_second_stage_to_the_cosine(reranking_index: Path, reranking_checkpoint: Path) -> None:
     model = Encoder.load(reranking_checkpoint, device="cpu").model
     stage = SecondStage(model)
     texts = take(stage.texts(model.backbone.tokenize(["a red square"])), torch.zeros(8, dtype=torch.long))
@@ -324,9 +318,7 @@ async def test_reranking_without_images_is_refused(tmp_path: Path, gallery: Path
         assert (await http.post("/search/text", json=body | {"rerank": False})).status_code == 200
 
 
-async def test_explanations_match_measured_falls_of_the_score(
-    built_index: Path, gallery: Path, encoder: Encoder
-) -> None:
+async def test_explanations_match_falls_of_the_score(built_index: Path, gallery: Path, encoder: Encoder) -> None:
     async with opened(built_index, explain_results=2) as http:
         client = Client(http)
         body = await client.text(query="a red square", k=4, explain=True)

@@ -365,9 +365,7 @@ async def test_crops_are_of_the_upright_image_and_cached_by_their_place(built_in
         assert bodies[4]["results"], "one pixel"
 
 
-async def test_levels_follow_from_the_calibration_of_the_build(
-    tiny_data: Path, tiny_checkpoint: Path, tmp_path: Path
-) -> None:
+async def test_levels_follow_from_the_calibration(tiny_data: Path, tiny_checkpoint: Path, tmp_path: Path) -> None:
     rebuild(tiny_data, tiny_checkpoint, tmp_path / "index", workers=0, progress=False, validation=tiny_data)
     async with opened(tmp_path / "index") as http:
         oracle = Oracle(http.app.state.collections[None].current)
@@ -401,9 +399,7 @@ async def test_long_metadata_are_bounded_in_responses(built_index: Path, monkeyp
         assert (await http.post("/search/text", json=query | {"k": 2})).json()["results"] == whole[:2]
 
 
-async def test_counts_of_the_best_rows_alone_are_approximate(
-    built_index: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+async def test_counts_of_the_best_rows_are_approximate(built_index: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     async with opened(built_index) as http:
         first = (await http.post("/search/text", json={"query": "red", "k": 5})).json()["results"]
         for name in ("results.MAX_SCORED", "hits.MAX_SORTED"):

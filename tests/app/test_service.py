@@ -68,9 +68,7 @@ async def test_broken_version_keeps_the_old_one_served_until_it_is_repaired(
     assert not [record for record in caplog.records if record.exc_info]
 
 
-async def test_a_rebuilt_index_with_the_same_version_number_is_served(
-    index: Path, gallery: Path, other_checkpoint: Path
-) -> None:
+async def test_rebuilt_index_with_the_same_number_is_served(index: Path, gallery: Path, other_checkpoint: Path) -> None:
     async with opened(index, poll_s=0, **ADMIN_ONLY) as client:
         before = (await client.post("/search/text", json={"query": "red"})).json()
         assert not (await client.post("/admin/reload", headers=ADMINS)).json()["changed"]

@@ -335,9 +335,7 @@ async def test_image_that_only_queries_may_have_is_refused(index: Path, in_proce
     assert not in_process
 
 
-def test_what_cannot_be_written_is_an_error_at_the_start(
-    index: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_read_only_folders_are_an_error_at_start(index: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     file = write_file(tmp_path / "collections", b"")
     with pytest.raises(DcarError, match=r"collections cannot be written: .* is not a directory"):
         write_worker.require_writable(load_settings(index=index, collections_dir=file, **WRITES))

@@ -111,9 +111,7 @@ def test_unknown_models_and_wrong_weights_are_refused(
         load_backbone(BackboneSource(model.format(tiny=tiny_model, empty=tmp_path), weights))
 
 
-def test_files_of_weights_that_cannot_be_used_are_refused(
-    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_unusable_files_of_weights_are_refused(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     config = json.loads((model / MODEL_CONFIG).read_text())["model_cfg"]
     monkeypatch.setitem(open_clip.factory._MODEL_CONFIGS, "Tiny", config | {"text_cfg": config["text_cfg"]})
 

@@ -102,9 +102,7 @@ def test_bundled_models_encode_without_pytorch(tmp_path: Path) -> None:
         ("text_cfg", {"tokenizer_kwargs": {"bpe_path": "../bpe.txt.gz"}}),
     ],
 )  # fmt: skip
-def test_a_model_beyond_the_family_is_left_to_open_clip(
-    part: str, values: dict[str, Any], tiny_model: Path, tmp_path: Path
-) -> None:
+def test_other_families_are_open_clip_s(part: str, values: dict[str, Any], tiny_model: Path, tmp_path: Path) -> None:
     model = Path(shutil.copytree(tiny_model, tmp_path / "model"))
     config = json.loads((model / MODEL_CONFIG).read_text())
     config["model_cfg"][part] |= values

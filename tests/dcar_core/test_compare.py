@@ -51,9 +51,7 @@ def compared(backbone: Backbone, tiny_data: Path, tmp_path_factory: pytest.TempP
 
 
 @pytest.mark.slow
-def test_results_are_written_and_reproduced_by_the_checkpoints(
-    compared: Compared, backbone: Backbone, tiny_data: Path
-) -> None:
+def test_results_are_reproduced_by_the_checkpoints(compared: Compared, backbone: Backbone, tiny_data: Path) -> None:
     out, results = compared
     assert json.loads((out / "results.json").read_text()) == results
     methods, text = results["methods"], (out / "results.md").read_text()
@@ -81,9 +79,7 @@ def test_results_are_written_and_reproduced_by_the_checkpoints(
     assert (evaluate(model, test), fingerprint) == (run["test"], run["fingerprint"])
 
 
-def test_options_reach_the_data_and_what_is_odd_in_it_is_reported(
-    backbone: Backbone, tiny_data: Path, tmp_path: Path
-) -> None:
+def test_options_reach_the_data_and_oddities_are_reported(backbone: Backbone, tiny_data: Path, tmp_path: Path) -> None:
     data = shutil.copytree(tiny_data, tmp_path / "data")
     contents = {split: json.loads((data / f"{split}.json").read_text()) for split in ("train", "val", "test")}
     learned = next(iter(contents["train"].values()))
@@ -123,9 +119,7 @@ def test_options_reach_the_data_and_what_is_odd_in_it_is_reported(
     assert not (tmp_path / "broken" / "runs").exists(), "told before training"
 
 
-def test_a_finished_run_is_not_repeated(
-    compared: Compared, backbone: Backbone, tiny_data: Path, tmp_path: Path
-) -> None:
+def test_finished_run_is_not_repeated(compared: Compared, backbone: Backbone, tiny_data: Path, tmp_path: Path) -> None:
     results = compared[1]
     out = Path(shutil.copytree(compared[0], tmp_path / "out"))  # later tests read the tables of the whole comparison
     messages: list[str] = []
@@ -251,9 +245,7 @@ def analysed(
     return analyse(model, data, prepare_split(data, model, for_training=False))
 
 
-def test_analysis_equals_a_hand_calculation(
-    backbone: Backbone, training: Dataset, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_analysis_equals_one_by_hand(backbone: Backbone, training: Dataset, monkeypatch: pytest.MonkeyPatch) -> None:
     """Two images of one category, and one of another that is the first result for the second caption."""
     text = np.array([[1, 0, 0], [0, 0.6, 0.8], [0, 0, 1]], np.float32)
     found = analysed(backbone, training, "aab", text, monkeypatch)

@@ -12,9 +12,7 @@ import pytest
 from dcar_core.util.files import atomic_writer, canonical_json, fsync_path, write_json
 
 
-def test_the_whole_content_is_on_the_disk_before_the_file_gets_its_name(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_whole_content_is_on_disk_before_the_file_has_its_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     synced: list[tuple[str, bytes]] = []
 
     def record(descriptor: int) -> None:

@@ -143,9 +143,7 @@ def test_a_command_downloads_a_model_and_starts_offline_with_it(tiny_model: Path
 
 
 @needs("openvino")
-def test_quickstart_downloads_the_default_model_and_indexes_without_pytorch(
-    tiny_model: Path, photos: Path, tmp_path: Path
-) -> None:
+def test_quickstart_fetches_a_model_and_indexes_without_torch(tiny_model: Path, photos: Path, tmp_path: Path) -> None:
     """It says first what it downloads. PyTorch finds the same backbone, and the same vectors."""
     repository = "laion/CLIP-ViT-B-32-laion2B-s34B-b79K"
     files = {f"{repository}/{file.name}": file.read_bytes() for file in tiny_model.iterdir()}

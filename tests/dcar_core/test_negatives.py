@@ -199,9 +199,7 @@ def test_training_makes_negatives_and_skips_unusable_images(tiny_model: Path, ti
 
 
 @pytest.mark.slow
-def test_the_command_writes_what_training_reads(
-    tiny_model: Path, tiny_data: Path, tmp_path: Path, backbone: Backbone
-) -> None:
+def test_command_writes_what_train_reads(tiny_model: Path, tiny_data: Path, tmp_path: Path, backbone: Backbone) -> None:
     data, out = bare_data(tiny_data, tmp_path / "data"), tmp_path / "out"
     done = dcar("data", "negatives", data, "--model", tiny_model, "--out", out, "--show", "1")
     assert done.returncode == 0, done.stderr

@@ -24,9 +24,7 @@ from tests.support.parts import needs
 
 @pytest.mark.parametrize(("width", "count"), [(256, 60), (512, 33), (512, 122)])
 @pytest.mark.parametrize("chunk", [37, 1024])
-def test_equal_vectors_tie_at_any_position_of_a_product(
-    width: int, count: int, chunk: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_equal_vectors_tie_at_any_position(width: int, count: int, chunk: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(metrics, "CHUNK", chunk)
     rng = np.random.default_rng(0)
     one = rng.standard_normal((1, width)).astype(np.float32)

@@ -156,9 +156,7 @@ def test_words_and_scores_tell_nonsense_from_queries(demo: tuple[str, str, float
 @pytest.mark.parametrize(
     ("item", "kind"), [("1f697", "transport-ground"), ("1f382", "food-sweet"), ("1f355", "food-prepared")]
 )
-def test_a_picture_fits_its_item_and_nothing_where_its_kind_is_missing(
-    demo: tuple[str, str, float], item: str, kind: str
-) -> None:
+def test_picture_fits_its_item_and_nothing_without_its_kind(demo: tuple[str, str, float], item: str, kind: str) -> None:
     url = demo[0]
     own = Image.open(io.BytesIO(httpx.get(f"{url}/items/{item}/image").content)).convert("RGBA")
     for picture in (own, ImageOps.mirror(own)):

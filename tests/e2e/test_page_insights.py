@@ -33,9 +33,7 @@ def write_days(folder: Path, name: str, ids: list[str], days: int = 12) -> None:
     write_log(folder, queries, clicks)
 
 
-def test_the_page_reports_what_is_seen_opened_and_judged(
-    page: Page, indexes: dict[str, Path], site: str, tmp_path: Path
-) -> None:
+def test_page_reports_seen_opened_and_judged(page: Page, indexes: dict[str, Path], site: str, tmp_path: Path) -> None:
     log = tmp_path / "log"
     with served(indexes["shapes"], feedback=log) as address:
         page.open(f"{address}/#q=a+red+circle", 24)

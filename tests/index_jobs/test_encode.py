@@ -37,9 +37,7 @@ class Counting(Encoder):
         return super().image_features(pixels)
 
 
-def test_interrupted_run_goes_on_to_the_same_bits_in_gallery_order(
-    encoder: Encoder, tiny_gallery: Path, tmp_path: Path
-) -> None:
+def test_interrupted_run_ends_in_the_same_bits_in_order(encoder: Encoder, tiny_gallery: Path, tmp_path: Path) -> None:
     def run(model: Counting, work: str, workers: int = 0) -> EncodedGallery:
         return encode(tiny_gallery, model, tmp_path / work, workers=workers)
 
@@ -65,9 +63,7 @@ def test_vectors_of_two_runtimes_never_mix(encoder: Encoder, tiny_gallery: Path,
         assert encode(tiny_gallery, model, tmp_path).resumed == resumed
 
 
-def test_broken_images_are_listed_and_the_others_keep_their_rows(
-    encoder: Encoder, gallery: Path, tmp_path: Path
-) -> None:
+def test_broken_images_are_listed_and_others_keep_their_rows(encoder: Encoder, gallery: Path, tmp_path: Path) -> None:
     """Also where a whole shard, of circles, has no image that can be read."""
     whole, circles = encode(gallery, encoder, tmp_path / "a"), sorted((gallery / "circle").glob("*.png"))
     broken = {f"circle/{path.name}" for path in circles} | {"square/blue.png"}
@@ -125,9 +121,7 @@ def test_corrupted_shard_is_named_and_repaired_by_deleting_it(
         (("http://127.0.0.1:9/huge.jpg", -1, 2**40), ImageFault.TOO_LARGE),
     ],
 )  # fmt: skip
-def test_an_unreadable_or_huge_file_is_one_failed_image(
-    place: tuple[str, int, int], fault: ImageFault, tmp_path: Path
-) -> None:
+def test_unreadable_or_huge_file_fails_alone(place: tuple[str, int, int], fault: ImageFault, tmp_path: Path) -> None:
     (tmp_path / "folder.png").mkdir()
     (tmp_path / "short.png").write_bytes(b"x" * 10)
     with (tmp_path / "huge.jpg").open("wb") as file:
@@ -149,9 +143,7 @@ class Together(Encoder):
         return super().image_features(pixels)
 
 
-def test_two_devices_work_at_once_and_give_the_bits_of_one(
-    gallery: Path, tiny_checkpoint: Path, tmp_path: Path
-) -> None:
+def test_two_devices_at_once_give_the_bits_of_one(gallery: Path, tiny_checkpoint: Path, tmp_path: Path) -> None:
     (gallery / "circle" / "blue.png").write_bytes(b"")
     one, two = load_replicas(tiny_checkpoint, "cpu,cpu")
     assert one is not two

@@ -90,9 +90,7 @@ def test_fewer_vectors_than_neighbours_are_indexed(kind: str, count: int, file: 
     assert (rows[count:] == -1).all()
 
 
-def test_auto_tries_the_next_kind_when_recall_is_too_low(
-    gallery: Floats, file: Path, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_auto_tries_the_next_kind_at_low_recall(gallery: Floats, file: Path, caplog: pytest.LogCaptureFixture) -> None:
     assert build(file, gallery, "PQ4x4").measured["recall_at_10"] < 0.9
     assert "below the target of 0.99; choose another kind" in caplog.text
     built = build(file, gallery, "PQ4x4", "IVF16,Flat", "Flat")

@@ -98,9 +98,7 @@ CASES: list[tuple[Row, Callable[[Row], bool]]] = [
 
 # mutmut collects twice in one process, and pytest then escapes a backslash in a name twice.
 @pytest.mark.parametrize(("filter", "wanted"), CASES, ids=[json.dumps(case[0]).replace("\\", "") for case in CASES])
-def test_filters_match_the_same_condition_in_python(
-    shop: IndexVersion, filter: Row, wanted: Callable[[Row], bool]
-) -> None:
+def test_filters_match_conditions_in_python(shop: IndexVersion, filter: Row, wanted: Callable[[Row], bool]) -> None:
     items = [shop.item(row) for row in range(shop.rows)]
     rows = [{"id": item.id, "category": item.category} | item.metadata for item in items]
     assert match_rows(shop, filter).tolist() == [wanted(row) for row in rows]

@@ -63,9 +63,7 @@ def test_search_and_items(published: Path, encoder: Encoder, tiny_gallery: Path)
         assert opened.row_of(unknown) is None
 
 
-def test_rows_queries_fields_and_encoders_that_do_not_fit_are_refused(
-    published: Path, encoder: Encoder, tiny_gallery: Path
-) -> None:
+def test_rows_queries_fields_and_encoders_must_fit(published: Path, encoder: Encoder, tiny_gallery: Path) -> None:
     opened = open_current(published)
     for row in (-1, 24):
         for read in (opened.item, opened.image_bytes):
@@ -190,9 +188,7 @@ def test_versions_are_kept_listed_and_rolled_back(index: Path) -> None:
     assert [manifest.version for manifest in verify_index(index)] == [7]
 
 
-def test_version_that_is_broken_is_neither_published_nor_rolled_back_to(
-    index: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_broken_version_is_neither_published_nor_rolled_back_to(index: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     before, current = sorted((index / "blobs").iterdir()), open_current(index)
     with new_version(index) as new:
         new.link(current)

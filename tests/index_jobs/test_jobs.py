@@ -126,9 +126,7 @@ def test_bad_job_ends_alone(index: Path) -> None:
 
 
 @pytest.mark.parametrize("error", [LockedError("another job is writing"), OSError(28, "No space left on device")])
-def test_jobs_wait_while_the_index_cannot_be_written(
-    index: Path, monkeypatch: pytest.MonkeyPatch, error: Exception
-) -> None:
+def test_jobs_wait_while_the_index_is_read_only(index: Path, monkeypatch: pytest.MonkeyPatch, error: Exception) -> None:
     def fail(*_: object, **__: object) -> None:
         raise error
 

@@ -128,9 +128,7 @@ def test_a_list_may_mix_urls_and_paths(store: Any, tmp_path: Path) -> None:
     assert file.read() == png("green")
 
 
-def test_galleries_of_the_same_names_at_two_urls_share_no_vector(
-    store: Any, build: Build, encoder: Encoder, tmp_path: Path
-) -> None:
+def test_galleries_of_equal_names_share_no_vector(store: Any, build: Build, encoder: Encoder, tmp_path: Path) -> None:
     """Nothing else tells the rows of the lists apart, since nobody asks for the size of a list's images."""
     for season, color in (("spring", "red"), ("summer", "blue")):
         store.pipe({f"/{season}/a.png": png(color), f"/{season}/items.csv": b"file_name\na.png\n"})

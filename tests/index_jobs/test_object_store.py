@@ -169,9 +169,7 @@ def test_one_of_sixteen_racing_publishers_wins(mirror: Path, machines: Machines)
     assert publish_copy(mirrors[0]) == 3, "a loser runs again"
 
 
-def test_publication_after_a_rollback_elsewhere_is_refused_and_leaves_no_version(
-    mirror: Path, machines: Machines
-) -> None:
+def test_publication_after_a_rollback_elsewhere_is_refused_without_a_version(mirror: Path, machines: Machines) -> None:
     publish_copy(mirror)
     with new_version(mirror) as new:
         manifest = copy_files(mirror, new.folder)
@@ -280,9 +278,7 @@ def test_files_of_a_hostile_manifest_are_not_written(mirror: Path, machines: Mac
     assert not (machines["reader"] / "outside").exists()
 
 
-def test_old_versions_and_their_blobs_are_removed(
-    mirror: Path, machines: Machines, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_old_versions_and_blobs_are_removed(mirror: Path, machines: Machines, monkeypatch: pytest.MonkeyPatch) -> None:
     blobs = set[int]()
     assert follow(machines["reader"]) == 1
     killed = machines["reader"] / f"blobs/.{'0' * 64}.tmp"  # while it was fetching a file
@@ -324,9 +320,7 @@ def test_index_that_is_rebuilt_under_its_old_number_is_pulled(mirror: Path, mach
     assert open_current(machines["reader"]).manifest.change == "another"
 
 
-def test_messages_name_the_url_and_what_is_wrong(
-    machines: Machines, published: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_messages_name_url_and_fault(machines: Machines, published: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     mirror, url = machines["machine"], machines.url
     assert Machines(mirror.parents[5], url.replace("s3", "S3"))["machine"] == mirror
     with pytest.raises(ArtifactError, match=rf"^{url} holds no published index; .* --out {url}`, or `dcar index"):

@@ -84,9 +84,7 @@ def test_a_worse_index_is_published_by_force_alone_and_recalls_are_of_the_two_mo
     assert (forced.version, forced.gate) == (4, None)
 
 
-def test_larger_gallery_does_not_count_as_a_worse_model(
-    build: Build, models: Models, index: Path, gallery: Path
-) -> None:
+def test_larger_gallery_is_not_a_worse_model(build: Build, models: Models, index: Path, gallery: Path) -> None:
     """Forty near copies of one image lower its rank but are not compared."""
     for number in range(40):
         draw("red", "circle", 48 + number % 7).save(gallery / f"copy{number}.png")
@@ -198,9 +196,7 @@ def named(gallery: Gallery, data: Path) -> dict[str, str]:
     return {names[item_id]: text for item_id, text in zip(pairs.ids, pairs.texts, strict=True)}
 
 
-def test_missing_validation_images_are_left_out(
-    tiny_data: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_lost_validation_images_are_omitted(tiny_data: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     data = Path(shutil.copytree(tiny_data, tmp_path / "data"))
     (data / Annotations(data).load("val")[0].samples[0].image).unlink()
     found = gate.find_pairs(scan(data), data)

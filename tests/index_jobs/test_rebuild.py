@@ -66,9 +66,7 @@ def same_as_anew(build: Build, gallery: Path, index: Path, **options: Any) -> No
     assert here.manifest.files["failed.jsonl"] == there.manifest.files["failed.jsonl"]
 
 
-def test_another_kind_or_other_captions_need_no_encoding(
-    build: Build, gallery: Path, encoder: Encoder, tmp_path: Path
-) -> None:
+def test_other_kind_or_captions_need_no_encoding(build: Build, gallery: Path, encoder: Encoder, tmp_path: Path) -> None:
     index, first = tmp_path / "index", build(gallery)
     assert (first.version, first.count, first.failed, first.reused, first.encoded) == (1, 24, 0, False, 24)
     assert (first.fingerprint, first.kind, first.dim, first.gate) == (encoder.fingerprint, "Flat", 32, None)

@@ -110,9 +110,7 @@ def test_better_captions_do_not_make_up_for_worse_clicks() -> None:
         assert verdict.reason.endswith("of the 1 clicks alone -10.0")
 
 
-def test_a_model_that_learned_nothing_is_refused_and_leaves_its_report(
-    index: Path, tiny_gallery: Path, tmp_path: Path
-) -> None:
+def test_model_that_learned_nothing_is_refused_with_a_report(index: Path, tiny_gallery: Path, tmp_path: Path) -> None:
     noise = write_pairs(tmp_path / "noise.jsonl", tiny_gallery)
     rows = [json.loads(line) for line in noise.read_text().splitlines()]
     places, ones = np.arange(len(rows)), np.ones(len(rows), np.float32)
@@ -280,9 +278,7 @@ def require_own_export(exported: Path, cache: Path) -> None:
     ],
     indirect=["exported"],
 )
-def test_a_retrained_version_carries_an_export_of_its_own(
-    is_damaged: bool, exported: Path, pairs: Path, tmp_path: Path
-) -> None:
+def test_retrained_version_has_its_own_export(is_damaged: bool, exported: Path, pairs: Path, tmp_path: Path) -> None:
     """Of the same image tower, whose graph is made anew if it is damaged."""
     if is_damaged:
         damage(weights(exported, 1))

@@ -337,9 +337,7 @@ BAD += [
 
 
 @pytest.mark.parametrize(("files", "place", "says"), BAD)
-def test_bad_gallery_is_an_error_that_says_what_to_do(
-    files: dict[str, bytes], place: str, says: str, tmp_path: Path
-) -> None:
+def test_bad_gallery_is_an_error_with_a_remedy(files: dict[str, bytes], place: str, says: str, tmp_path: Path) -> None:
     for name, content in files.items():
         write_file(tmp_path / name, content)
     with pytest.raises(DataError, match=says):

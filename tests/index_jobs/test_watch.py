@@ -102,9 +102,7 @@ def test_new_changed_renamed_and_removed_files_are_one_update_each(gallery: Path
     assert open_current(index).manifest.change == "1 item removed by a watch"
 
 
-def test_a_file_that_is_being_copied_waits_and_a_broken_one_is_tried_again(
-    gallery: Path, index: Path, watch: Watch
-) -> None:
+def test_file_in_copy_waits_and_a_broken_one_is_tried_again(gallery: Path, index: Path, watch: Watch) -> None:
     watching, data = watch(), encoded(draw("pink", "circle"))
     assert watching.is_silent()
     with (gallery / "slow.png").open("wb", buffering=0) as file:
