@@ -104,8 +104,8 @@ class Settings(BaseSettings):
     """Cores for the model. Unset: PyTorch decides; several workers divide the cores."""
     batch_size: int = Field(32, ge=1, le=1024)
     """Largest number of queries in one forward pass."""
-    batch_wait_ms: float = Field(2.0, ge=0, le=100)
-    """Longest time in milliseconds that a batch waits for more queries, under load only."""
+    batch_wait_ms: float = Field(10.0, ge=0, le=100)
+    """Longest time in milliseconds that a batch waits for the callers of the last one, under load only."""
     max_pending: int = Field(512, ge=1)
     """Largest number of searches, and of requests for images, in progress, half of them by one caller. More get 503."""
     deadline_ms: int = Field(10_000, ge=1)

@@ -12,7 +12,7 @@ import logging
 import math
 import os
 import sys
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Hashable, Set
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import asynccontextmanager, suppress
@@ -255,11 +255,21 @@ class SharedTasks(Generic[T]):
                 task.cancel()  # unless it has ended
 
 
+@dataclass(slots=True)
+class _Rhythm:
+    """How the callers of a group return. expected: queries that ran or waited when its last batch ended."""
+
+    expected: int = 1
+    pause: int = 0  # waits that are left out after the last one, which did not pay
+    left: int = 0  # those to come
+
+
 class Batcher:
     """Run queries, batch after batch, in the one thread that owns the model.
 
     - Queries that arrive during a forward pass form the next batch. An idle batcher starts at once; under load it waits
-      a few milliseconds for the callers of the last batch to return.
+      a few milliseconds for the callers of the last batch to return, since one larger pass takes less than two. After
+      a wait in which most did not return, the next ones are left out: one, then three, at most 63.
     - A batch that raises is halved until the faulty query is alone, so one bad query fails by itself.
     - Callers, and then their requests, take turns in a batch: one query of each, and then a second one of each.
     """
@@ -269,7 +279,7 @@ class Batcher:
         self._metrics = metrics or Metrics()
         self._queue = FairQueue()  # of pairs: a group, which is a key and a function, and a payload of it
         self._has_arrived = asyncio.Event()
-        self._expected_size: dict[Hashable, int] = {}  # of a group: queries that ran or waited when a batch ended
+        self._rhythms = defaultdict[Hashable, _Rhythm](_Rhythm)  # of groups
         self._last_end = -math.inf  # of the last forward pass
         self._is_closing = False
         self._thread = ComputeThreads(1, "dcar-model")
@@ -312,13 +322,21 @@ class Batcher:
         """Wait, for `max_wait_s` at most, until the batch is as large as the last one of its group."""
         first = self._queue.waiting[0]
         group = first.item[0]
-        wanted = min(self._expected_size.get(group, 1), self._max_batch)
+        rhythm, present = self._rhythms[group], self._waiting(group)
+        wanted = min(rhythm.expected, self._max_batch)
         remaining = max(first.arrived, self._last_end) + self._max_wait - monotonic()
+        if present >= wanted or remaining <= 0:
+            return
+        if rhythm.left:
+            rhythm.left -= 1
+            return
         with suppress(TimeoutError):
-            async with asyncio.timeout(max(0, remaining)):
-                while self._waiting(group) < wanted and remaining > 0 and not self._is_closing:
+            async with asyncio.timeout(remaining):
+                while self._waiting(group) < wanted and not self._is_closing:
                     self._has_arrived.clear()
                     await self._has_arrived.wait()
+        has_paid = self._waiting(group) - present >= (wanted - present) / 2
+        rhythm.left = rhythm.pause = 0 if has_paid else min(2 * rhythm.pause + 1, 63)
 
     def _waiting(self, group: Hashable) -> int:
         return sum(turn.item[0] == group and not turn.future.done() for turn in self._queue.waiting)
@@ -350,7 +368,7 @@ class Batcher:
             else:
                 turn.future.set_result(outcome)
         self._metrics.forward_pass([turn.arrived for turn in batch], started, self._last_end)
-        self._expected_size[group] = len(batch) + self._waiting(group)
+        self._rhythms[group].expected = len(batch) + self._waiting(group)
 
 
 def _forward(run: Run, payloads: list[Any]) -> list[Floats | Exception]:

@@ -154,6 +154,34 @@ async def test_a_busy_batcher_waits_for_the_callers_of_the_last_batch(bench: Cal
     assert made.batches == [["first"], ["a", "again"]]
 
 
+async def test_waits_in_vain_become_rare_until_one_pays(bench: Callable[..., Bench]) -> None:
+    batcher, ends, sizes, waits = bench(max_wait_s=0.2).batcher, threading.Semaphore(0), list[int](), list[bool]()
+
+    def run(payloads: list[str]) -> Floats:
+        sizes.append(len(payloads))
+        assert ends.acquire(timeout=5)
+        return np.ones((len(payloads), 1), np.float32)
+
+    async def begun(count: int) -> None:
+        while len(sizes) < count:
+            await asyncio.sleep(0.001)
+
+    running: asyncio.Future[Any] = batcher.submit("key", run, "first")
+    for number in range(1, 9):  # a query waits while another one runs, whose caller returns once
+        await begun(number)
+        waiting, began = batcher.submit("key", run, "next"), time.monotonic()
+        ends.release()
+        await running
+        returned = [batcher.submit("key", run, "again")] if number == 7 else []
+        await begun(number + 1)
+        waits.append(time.monotonic() - began > 0.1)
+        running = asyncio.gather(waiting, *returned)
+    ends.release()
+    await running
+    assert waits == [True, False, True, False, False, False, False, True]
+    assert sizes == [1, 1, 1, 1, 1, 1, 1, 2, 1]
+
+
 async def test_close_finishes_what_is_accepted_and_still_wanted(bench: Callable[..., Bench]) -> None:
     made = bench(max_batch=1)
     first, (*rest, gone) = await made.held(), await made.submit("a", "bb", "gone")
