@@ -9,7 +9,6 @@ import shutil
 import sys
 import tempfile
 from collections.abc import Generator
-from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -23,9 +22,6 @@ import torch
 
 from dcar_core import Encoder
 from dcar_core.model.methods import find_method
-from dcar_core.model.tokenizer import common_words
-from index_jobs.engines import measure
-from index_jobs.jobs import gate
 from index_jobs.jobs.build import RebuildSummary
 from index_jobs.rebuild import rebuild
 from tests.support import parts
@@ -34,9 +30,6 @@ from tests.support.random_clip import checkpoint_on, write_model
 from tests.support.versions import Build
 
 torch.set_num_threads(1)
-
-# Each build asks for these words twice, and reads the whole vocabulary of CLIP for them.
-gate.common_words = measure.common_words = cache(common_words)  # type: ignore[attr-defined]
 
 # A run syncs thousands of small files, which costs nothing in memory.
 MEMORY = Path("/dev/shm")

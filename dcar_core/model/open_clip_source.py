@@ -186,13 +186,9 @@ def _faults(config: Any, preprocess: Any, directory: Path | None) -> Iterator[st
             yield f"sets {', '.join(unknown)} in {part}, which a model may not set; remove it"
     if settings.get("clean", "lower") not in NORMALIZERS:
         yield f"sets clean {settings['clean']!r}; known are {list(NORMALIZERS)}"
-    for part, key, slashes in (
-        (text, "hf_tokenizer_name", 1),
-        (text, "hf_model_name", 1),
-        (vision, "timm_model_name", 0),
-    ):
+    for part, key, depth in (text, "hf_tokenizer_name", 1), (text, "hf_model_name", 1), (vision, "timm_model_name", 0):
         value = part.get(key)
-        if value and not (isinstance(value, str) and _HUB_NAME.fullmatch(value) and value.count("/") <= slashes):
+        if value and not (isinstance(value, str) and _HUB_NAME.fullmatch(value) and value.count("/") <= depth):
             yield f"has {key} {value!r}, which is not the name of a model"
     path = settings.get("bpe_path")
     if path is not None and (directory is None or Path(path).name != path):

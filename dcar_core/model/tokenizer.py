@@ -29,6 +29,7 @@ TOKENIZER, SETTINGS = "tokenizer.json", "tokenizer_config.json"
 _SPLIT = r"(?i)'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+"
 _WORD_END, _START, _END = "</w>", "<start_of_text>", "<end_of_text>"
 CLIP_VOCABULARY = Path(__file__).with_name("bpe_simple_vocab_16e6.txt.gz")  # a version line, then more merges than used
+_CLIP_DIGEST = "67603cfda2e032ad77b5f8808af37789d590db664b26df8705d2bf8b3c553fc8"  # sha256 of it, unpacked
 _COMMON_WORDS = 12_000  # of the words of CLIP's vocabulary; later ones are rare names
 _CLIP_CONTEXT, _CLIP_VOCABULARY = 77, 49_408
 _WITHOUT_PUNCTUATION = str.maketrans("", "", string.punctuation)
@@ -153,10 +154,14 @@ def count_clip_tokens(texts: Sequence[str]) -> list[int]:
 
 def common_words(count: int) -> list[str]:
     """Return English words of CLIP's vocabulary, at even distances from its most frequent ones to rare ones."""
+    return _words()[:: max(1, _COMMON_WORDS // count)][:count]
+
+
+@cache
+def _words() -> list[str]:
     pieces, _ = _read_byte_pairs(CLIP_VOCABULARY)
     words = (piece.removesuffix(_WORD_END) for piece in pieces if piece.endswith(_WORD_END))
-    usual = [word for word in words if 4 <= len(word) <= 12 and word.isascii() and word.isalpha()]
-    return usual[: _COMMON_WORDS : max(1, _COMMON_WORDS // count)][:count]
+    return [word for word in words if 4 <= len(word) <= 12 and word.isascii() and word.isalpha()][:_COMMON_WORDS]
 
 
 def load_tokenizer(config: Mapping[str, Any], directory: Path | None) -> tuple[TextTokenizer, str]:
@@ -174,7 +179,8 @@ def load_tokenizer(config: Mapping[str, Any], directory: Path | None) -> tuple[T
     normalizer, own = settings.get("clean", "lower"), settings.get("bpe_path")
     file = directory / own if own and directory is not None else CLIP_VOCABULARY
     tokenizer = replace(load_byte_pairs(file) if own else TextTokenizer.for_clip(), limit=limit, normalizer=normalizer)
-    return tokenizer, f"{hashlib.sha256(gzip.decompress(file.read_bytes())).hexdigest()} {normalizer}"
+    digest = hashlib.sha256(gzip.decompress(file.read_bytes())).hexdigest() if own else _CLIP_DIGEST
+    return tokenizer, f"{digest} {normalizer}"
 
 
 def _find(repository: str, directory: Path | None, name: str) -> Path | None:
@@ -237,10 +243,8 @@ def load_hub_tokenizer(
     model = json.loads(tokenizer.to_str())["model"]
     unknown = {model.get("unk_id"), tokenizer.token_to_id(model.get("unk_token") or "")}
     special = {number for number, token in tokenizer.get_added_tokens_decoder().items() if token.special}
-    special = (special - unknown) | {*start, *end}
-    return TextTokenizer(
-        tokenizer, limit, normalizer, tuple(start), 0 if strip_end else end[0], pad, frozenset(special)
-    )
+    special_ids = frozenset((special - unknown) | {*start, *end})
+    return TextTokenizer(tokenizer, limit, normalizer, tuple(start), 0 if strip_end else end[0], pad, special_ids)
 
 
 def _ends(tokenizer: Tokenizer) -> tuple[list[int], list[int]]:

@@ -14,7 +14,14 @@ import open_clip
 import pytest
 
 from dcar_core.model.backbone import Backbone, BackboneSource, load_backbone
-from dcar_core.model.tokenizer import TextTokenizer, clean_text, count_clip_tokens, load_hub_tokenizer
+from dcar_core.model.tokenizer import (
+    CLIP_VOCABULARY,
+    TextTokenizer,
+    clean_text,
+    count_clip_tokens,
+    load_hub_tokenizer,
+    load_tokenizer,
+)
 from dcar_core.negatives import LETTER_FUNCTIONS
 from tests.support.parts import needs
 from tests.support.paths import ROOT
@@ -76,6 +83,11 @@ def test_clips_vocabulary_needs_no_open_clip(tmp_path: Path) -> None:
     wanted, found = reference([clean_text(text) for text in HARD]).numpy(), TextTokenizer.for_clip()(HARD)
     np.testing.assert_array_equal(found, wanted[:, : found.shape[1]])
     assert LETTER_FUNCTIONS.tokens(["a red car"]) == [reference("a red car")[0, :5].tolist()]
+    (tmp_path / "copy.gz").write_bytes(CLIP_VOCABULARY.read_bytes())
+    settings: list[dict[str, Any]] = [{}, {"tokenizer_kwargs": {"bpe_path": "copy.gz"}}]
+    assert len({load_tokenizer({"text_cfg": text}, tmp_path)[1] for text in settings}) == 1, (
+        "the identity of its content"
+    )
     assert count_clip_tokens(["a red car", "a " * 5000]) == [5, 5002]
     code = "import dcar_core.negatives as n; n.LETTER_FUNCTIONS.tokens(['a'])"
     subprocess.run([sys.executable, "-c", code], env=os.environ | without_pytorch(tmp_path), check=True)
