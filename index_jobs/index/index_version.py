@@ -310,8 +310,9 @@ class IndexVersion:
         if (cached := self._items.get(row)) is not None:
             return cached
         part, position = self.locate(row)
-        cells = [part.items.cell(position, column) for column in _ITEM_COLUMNS]
-        item = Item(*[*cells, part.items.scalar(position, "metadata")])
+        columns = part.items.columns
+        cells = [columns[name][position].as_py() for name in _ITEM_COLUMNS]
+        item = Item(*[*cells, columns["metadata"][position]])
         if len(self._items) >= _CACHED_ITEMS:
             self._items.clear()
         self._items[row] = item
@@ -320,7 +321,7 @@ class IndexVersion:
     def image_location(self, row: int) -> tuple[str, int]:
         """Return the file of a row's image, and the offset in it."""
         part, position = self.locate(row)
-        location, offset = (part.items.cell(position, name) for name in ("location", "offset"))
+        location, offset = (part.items.columns[name][position].as_py() for name in ("location", "offset"))
         return join_location(part.root, location), offset
 
     def image_bytes(self, row: int) -> bytes:
@@ -338,7 +339,8 @@ class IndexVersion:
     def _location_parts(self, row: int) -> tuple[str, str, int, int]:
         """Return root, location, offset and size of the row's image; OSError if it may not be read."""
         part, position = self.locate(row)
-        location, offset, size = (part.items.cell(position, column) for column in ("location", "offset", "size"))
+        columns = part.items.columns
+        location, offset, size = (columns[name][position].as_py() for name in ("location", "offset", "size"))
         if self.image_access is not None:
             location = self.image_access.resolve(part.root, location, offset, size, part.roots)
         return part.root, location, offset, size

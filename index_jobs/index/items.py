@@ -176,12 +176,11 @@ class Items:
         types = {name: self._schema.field(name).type for name in _TYPES if name in names}
         if types != _TYPES or any(len(batch) != BATCH for batch in self._batches[:-1]):
             raise ArtifactError(f"{path} is not an items file of this version")
-        # Cached, because a batch creates a new object for a column each time.
-        self._cells = {name: [batch.column(name) for batch in self._batches] for name in types}
-        self._count = sum(len(batch) for batch in self._batches)
+        # Of every item, memory-mapped, by the names in `COLUMNS`; a table would make a new object at each look.
+        self.columns = {name: pa.chunked_array([b.column(name) for b in self._batches], types[name]) for name in types}
 
     def __len__(self) -> int:
-        return self._count
+        return len(self.columns["id"])
 
     @cached_property
     def fields(self) -> dict[str, pa.DataType]:
@@ -230,21 +229,12 @@ class Items:
             for arrays in zip(*columns.values(), strict=True):
                 writer.write_batch(pa.RecordBatch.from_arrays([*arrays], schema=schema))
 
-    def cell(self, row: int, column: str) -> Any:
-        return self.scalar(row, column).as_py()
-
-    def scalar(self, row: int, column: str) -> pa.Scalar:
-        """Return a cell whose value stays in the mapped file until `as_py`."""
-        if not 0 <= row < self._count:
-            raise IndexError(f"row {row} is not in 0..{self._count - 1}")
-        return self._cells[column][row // BATCH][row % BATCH]
-
     def row_of(self, item_id: str) -> int | None:
         """Return the row of an id, or None, by binary search over UTF-8 bytes, which is Arrow's sort order."""
-        target = item_id.encode(errors="surrogatepass")
+        target, ids, order = item_id.encode(errors="surrogatepass"), self.columns["id"], self.columns[_BY_ID]
 
         def id_at(rank: int) -> bytes:
-            return bytes(self.cell(self.cell(rank, _BY_ID), "id").encode())
+            return bytes(ids[order[rank].as_py()].as_buffer())
 
-        rank = bisect_left(range(self._count), target, key=id_at)
-        return int(self.cell(rank, _BY_ID)) if rank < self._count and id_at(rank) == target else None
+        rank = bisect_left(range(len(self)), target, key=id_at)
+        return int(order[rank].as_py()) if rank < len(self) and id_at(rank) == target else None
