@@ -7,9 +7,7 @@
 """
 
 import os
-import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import partial
 from typing import Literal, get_args
@@ -36,10 +34,10 @@ class Metrics:
         counter = partial(Counter, registry=self.registry)
         histogram = partial(Histogram, registry=self.registry, buckets=_SECONDS)
         stages = histogram("dcar_stage_seconds", "Time a search spends in a stage.", ["stage"])
-        self._stage = {stage: stages.labels(stage) for stage in get_args(Stage)}
+        self.stages: dict[Stage, Histogram] = {stage: stages.labels(stage) for stage in get_args(Stage)}
         about = "Time from the head of a request to the end of its response."
         self.requests = histogram("dcar_request_seconds", about, ["route", "status"])
-        self._batches = histogram("dcar_batch_size", "Queries in one forward pass.", buckets=_BATCH_SIZES)
+        self.batches = histogram("dcar_batch_size", "Queries in one forward pass.", buckets=_BATCH_SIZES)
         self.lookups = counter("dcar_cache_lookups_total", "Lookups of cached embeddings.", ["outcome"])
         self.refused = counter("dcar_refused_total", "Requests refused to protect the service.", ["reason"])
         self.errors = counter("dcar_errors_total", "Unforeseen errors.")
@@ -47,22 +45,6 @@ class Metrics:
         self._at_scrape: list[Collector] = []
         if SHARED_FOLDER not in os.environ:
             ProcessCollector(registry=self.registry)
-
-    @contextmanager
-    def timed(self, stage: Stage) -> Iterator[None]:
-        """Measure a stage, whether it succeeds or fails."""
-        started = time.perf_counter()
-        try:
-            yield
-        finally:
-            self._stage[stage].observe(time.perf_counter() - started)
-
-    def forward_pass(self, arrivals: Sequence[float], started: float, ended: float) -> None:
-        """Record a forward pass of queries that arrived at these times."""
-        self._batches.observe(len(arrivals))
-        self._stage["encode"].observe(ended - started)
-        for arrived in arrivals:
-            self._stage["queue"].observe(started - arrived)
 
     def add_gauge(self, name: str, about: str, label: str, read: ReadGauge) -> None:
         """Add a gauge that is read from its owner at each scrape."""

@@ -277,9 +277,9 @@ class Batcher:
     def __init__(self, *, max_batch: int, max_wait_s: float, metrics: Metrics | None = None) -> None:
         self._max_batch, self._max_wait = max_batch, max_wait_s
         self._metrics = metrics or Metrics()
-        self._queue = FairQueue()  # of pairs: a group, which is a key and a function, and a payload of it
+        self._queue = FairQueue()  # of pairs: a function, whose payloads are a group, and a payload
         self._has_arrived = asyncio.Event()
-        self._rhythms = defaultdict[Hashable, _Rhythm](_Rhythm)  # of groups
+        self._rhythms = defaultdict[int, _Rhythm](_Rhythm)  # of groups, by a hash that keeps no replaced model alive
         self._last_end = -math.inf  # of the last forward pass
         self._is_closing = False
         self._thread = ComputeThreads(1, "dcar-model")
@@ -289,15 +289,15 @@ class Batcher:
         """Begin to work. The event loop must be running."""
         self._worker = asyncio.create_task(supervise("batcher", self._work, self._metrics), name="dcar-batcher")
 
-    def submit(self, key: Hashable, run: Run, payload: Any) -> asyncio.Future[Floats]:
-        """Queue a query; those with the same key and function may share a pass. Return what `run` makes of it.
+    def submit(self, run: Run, payload: Any) -> asyncio.Future[Floats]:
+        """Queue a query; those with the same function may share a pass. Return what `run` makes of it.
 
         Raise ClosedError if the service shuts down.
         """
         if self._is_closing:
             raise ClosedError("The service is shutting down. Try again in 1 s.")
         future: asyncio.Future[Floats] = asyncio.get_running_loop().create_future()
-        self._queue.put(((key, run), payload), future)
+        self._queue.put((run, payload), future)
         self._has_arrived.set()
         return future
 
@@ -321,8 +321,8 @@ class Batcher:
     async def _wait_for_more(self) -> None:
         """Wait, for `max_wait_s` at most, until the batch is as large as the last one of its group."""
         first = self._queue.waiting[0]
-        group = first.item[0]
-        rhythm, present = self._rhythms[group], self._waiting(group)
+        run = first.item[0]
+        rhythm, present = self._rhythms[hash(run)], self._waiting(run)
         wanted = min(rhythm.expected, self._max_batch)
         remaining = max(first.arrived, self._last_end) + self._max_wait - monotonic()
         if present >= wanted or remaining <= 0:
@@ -332,14 +332,14 @@ class Batcher:
             return
         with suppress(TimeoutError):
             async with asyncio.timeout(remaining):
-                while self._waiting(group) < wanted and not self._is_closing:
+                while self._waiting(run) < wanted and not self._is_closing:
                     self._has_arrived.clear()
                     await self._has_arrived.wait()
-        has_paid = self._waiting(group) - present >= (wanted - present) / 2
+        has_paid = self._waiting(run) - present >= (wanted - present) / 2
         rhythm.left = rhythm.pause = 0 if has_paid else min(2 * rhythm.pause + 1, 63)
 
-    def _waiting(self, group: Hashable) -> int:
-        return sum(turn.item[0] == group and not turn.future.done() for turn in self._queue.waiting)
+    def _waiting(self, run: Run) -> int:
+        return sum(turn.item[0] == run and not turn.future.done() for turn in self._queue.waiting)
 
     def _next_batch(self) -> list[Turn]:
         """Take the next turn and those of its group that follow; each counts as one."""
@@ -356,9 +356,9 @@ class Batcher:
     async def _run(self, batch: list[Turn]) -> None:
         if not batch:  # all queries were cancelled
             return
-        group = batch[0].item[0]
+        run = batch[0].item[0]
         started = monotonic()
-        outcomes = await self._thread.run(_forward, group[1], [turn.item[1] for turn in batch])
+        outcomes = await self._thread.run(_forward, run, [turn.item[1] for turn in batch])
         self._last_end = monotonic()
         for turn, outcome in zip(batch, outcomes, strict=True):
             if turn.future.done():
@@ -367,8 +367,11 @@ class Batcher:
                 turn.future.set_exception(outcome)
             else:
                 turn.future.set_result(outcome)
-        self._metrics.forward_pass([turn.arrived for turn in batch], started, self._last_end)
-        self._rhythms[group].expected = len(batch) + self._waiting(group)
+        self._metrics.batches.observe(len(batch))
+        self._metrics.stages["encode"].observe(self._last_end - started)
+        for turn in batch:
+            self._metrics.stages["queue"].observe(started - turn.arrived)
+        self._rhythms[hash(run)].expected = len(batch) + self._waiting(run)
 
 
 def _forward(run: Run, payloads: list[Any]) -> list[Floats | Exception]:

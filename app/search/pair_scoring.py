@@ -30,7 +30,6 @@ from app.search.errors import UnsupportedQueryError
 from app.search.hits import Hits
 from app.search.query import Plan
 from app.search.served_version import ServedVersion, row_vectors
-from dcar_core.encoder.state import ImageRow, TextRow, encode_image_rows, encode_text_rows
 from dcar_core.util.arrays import Floats, Pixels
 from dcar_core.util.errors import ArtifactError, ImageError, MissingExtraError
 
@@ -138,8 +137,8 @@ def _word_effects(compute: Compute, served: ServedVersion, text: str, rows: Sequ
         return [[] for _ in rows]
     shorter = [" ".join(words[:position] + words[position + 1 :]) for position in positions]
     encoder = served.encoder
-    variants = [TextRow(encoder.runtime, encoder.state, variant) for variant in (text, *shorter)]
-    whole, *without = compute.model(encode_text_rows, variants)
+    variants = [(encoder.state, variant) for variant in (text, *shorter)]
+    whole, *without = compute.model(encoder.runtime.encode_texts, variants)
     falls = row_vectors(served.index, [*rows]) @ (whole - np.stack(without)).T  # [C, n]
     return [
         [WordEffect(word=word, effect=effect) for word, effect in zip(words, fall, strict=False)]
@@ -154,8 +153,8 @@ def _relevance(compute: Compute, served: ServedVersion, vector: Floats, row: int
         return None
     encoder = served.encoder
     variants, part_of_patch = blank_parts(pixels, encoder.preprocess.blank(), encoder.state.patch_grid)
-    images = [ImageRow(encoder.runtime, encoder.state, variant) for variant in (pixels, *variants)]
-    original, *blanked = _in_chunks(compute, encode_image_rows, images)
+    images = [(encoder.state, variant) for variant in (pixels, *variants)]
+    original, *blanked = _in_chunks(compute, encoder.runtime.encode_images, images)
     falls = np.array([float(vector @ (original - variant)) for variant in blanked])
     relevance: list[list[float]] = np.round(falls[part_of_patch], 4).tolist()
     return relevance

@@ -32,7 +32,6 @@ from app.search.query import MAX_TEXT_BYTES, Crop, Query, make_plan, query_vecto
 from app.search.results import Page, answer, cached_page
 from app.search.served_version import Recent, ServedVersion, mask_key
 from dcar_core.encoder.encoder import Encoder
-from dcar_core.encoder.state import ImageRow, TextRow, encode_image_rows, encode_text_rows
 from dcar_core.images import ALL_FORMATS, MAX_PIXELS, sniff_format
 from dcar_core.images.decoding import ThumbnailFormat, make_thumbnail
 from dcar_core.images.workers import Convert
@@ -86,8 +85,7 @@ class QueryEncoder:
         encoder = served.encoder
 
         async def embed() -> Floats:
-            row = TextRow(encoder.runtime, encoder.state, text)
-            return await self.batcher.submit(id(encoder.runtime), encode_text_rows, row)
+            return await self.batcher.submit(encoder.runtime.encode_texts, (encoder.state, text))
 
         return await self._find(encoder, text, embed)
 
@@ -97,8 +95,7 @@ class QueryEncoder:
 
         async def embed() -> Floats:
             pixels = await self._pixels(data, served.preprocess, crop, is_query=True)
-            row = ImageRow(encoder.runtime, encoder.state, pixels)
-            return await self.batcher.submit(id(encoder.runtime), encode_image_rows, row)
+            return await self.batcher.submit(encoder.runtime.encode_images, (encoder.state, pixels))
 
         quick = len(data) <= _QUICK_BYTES
         digest = hashlib.sha256(data) if quick else await self._pixel_threads.run(hashlib.sha256, data)
@@ -127,7 +124,7 @@ class QueryEncoder:
     async def call(self, call: Callable[..., Floats], *args: Any) -> Floats:
         """Return what a call of the model for a few images or texts returns; all who have many of these take turns."""
         async with self._chunk_turn():
-            return await self.batcher.submit("calls", _call_each, (call, args))
+            return await self.batcher.submit(_call_each, (call, args))
 
     async def decode(self, data: bytes, convert: Convert, *, is_query: bool = False) -> Any:
         """Return what `convert` makes of an image file in a decoding process, or raise ImageError.
@@ -136,7 +133,7 @@ class QueryEncoder:
         """
         limits = self._query_limits if is_query else (MAX_PIXELS, ALL_FORMATS)
         try:
-            with self._metrics.timed("decode"):
+            with self._metrics.stages["decode"].time():
                 return await self._decoders.run(convert, data, *limits)
         except ImageError as error:
             if error.fault != ImageFault.UNREADABLE:
@@ -256,7 +253,7 @@ class Retriever:
         page = cached_page(served, plan, vector)
         if page is None:
             make_page = partial(answer, served, plan, vector)
-            with self._metrics.timed("search"):
+            with self._metrics.stages["search"].time():
                 if plan.explained or plan.rerank_depth:
                     page = await self._run_beside_model(make_page)
                 else:  # sorts and facets may take long

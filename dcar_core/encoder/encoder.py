@@ -24,7 +24,7 @@ from PIL import Image
 from dcar_core.encoder import exports
 from dcar_core.encoder.clip_graphs import load_state, open_clip_graphs
 from dcar_core.encoder.runtimes import AUTO, auto_exports, check_runtime, load_runtime
-from dcar_core.encoder.state import EncoderState, OpenVinoRuntime, Runtime, encode_texts, normalize
+from dcar_core.encoder.state import EncoderState, OpenVinoRuntime, Runtime, normalize
 from dcar_core.images import ImageSource
 from dcar_core.model.checkpoint import (
     PORTABLE,
@@ -175,7 +175,7 @@ class Encoder:
             raise TypeError("encode_text takes a list of texts, such as [text]")
         if not texts:
             return np.empty((0, self.dim), np.float32)
-        return encode_texts(self.runtime, [self.state] * len(texts), texts, batch_size)
+        return self.runtime.encode_texts([(self.state, text) for text in texts], batch_size)
 
     def encode_images(self, images: Sequence[ImageSource], batch_size: int = 32) -> Floats:
         """Encode images (PIL, path or bytes) -> float32 (n, E), L2-normalized. Raise ImageError for a broken one."""

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from dcar_core.encoder.state import EncoderState, OpenVinoRuntime, Runtime, encode_pixels, encode_texts
+from dcar_core.encoder.state import EncoderState, OpenVinoRuntime, Runtime
 from dcar_core.util import machine
 from dcar_core.util.arrays import Floats, Pixels
 from dcar_core.util.errors import DcarError, RuntimeUnavailableError
@@ -85,8 +85,8 @@ def _open_and_check(name: str, state: EncoderState, model: "DCAR", export: Calla
     """Open a runtime and run it with one row and with several, because some compile only then, or fail."""
     try:
         runtime = open_runtime(name, model, export)
-        encode_texts(runtime, [state], PROBE_TEXTS[:1], 1)
-        encode_pixels(runtime, [state], [*probe_images(state.preprocess.size)[:1]])
+        runtime.encode_texts([(state, PROBE_TEXTS[0])])
+        runtime.encode_images([(state, probe_images(state.preprocess.size)[0])])
         check_vectors(state, runtime, reference_vectors(model))
     except DcarError:
         raise
@@ -157,8 +157,8 @@ def reference_vectors(model: "DCAR") -> Vectors:
 def check_vectors(state: EncoderState, runtime: Runtime, expected: Vectors) -> None:
     """Raise RuntimeUnavailableError unless a runtime gives the vectors of `reference_vectors`."""
     images = probe_images(state.preprocess.size)
-    texts = encode_texts(runtime, [state] * len(PROBE_TEXTS), PROBE_TEXTS, 64)
-    vectors = texts, encode_pixels(runtime, [state] * len(images), [*images])
+    texts = runtime.encode_texts([(state, text) for text in PROBE_TEXTS], 64)
+    vectors = texts, runtime.encode_images([(state, image) for image in images])
     text, image = (np.einsum("ne,ne->n", *pair).min() for pair in zip(vectors, expected, strict=True))
     if not (text >= LEAST_COSINE and image >= LEAST_COSINE):  # true for NaN, too
         raise RuntimeUnavailableError(

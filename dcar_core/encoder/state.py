@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from functools import partial
 from itertools import count, pairwise
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 from threadpoolctl import ThreadpoolController
@@ -52,6 +52,36 @@ class Runtime:
     def image(self, pixels: Pixels, inputs: tuple[Floats, ...]) -> Floats:
         """pixels (B, 3, S, S), `image_inputs` of one or of B encoders -> (B, E), not normalized."""
         return self._run_image((pixels, *inputs))
+
+    def encode_texts(self, texts: Sequence[tuple["EncoderState", str]], batch_size: int = sys.maxsize) -> Floats:
+        """Encode each text with its own state -> (n, E), L2-normalized; at most `batch_size` in a pass, by length."""
+        out = np.empty((len(texts), texts[0][0].dim), np.float32)
+        for rows in _grouped(texts, lambda state: tuple(values.shape for values in state.text_inputs)):
+            state = texts[rows[0]][0]
+            tokens = state.tokens([texts[row][1] for row in rows])  # [m, n]; prompts of one shape leave the same room
+            weights, lengths = np.empty(tokens.shape, np.float32), state.layout.lengths(tokens)
+            for same in _grouped([texts[row] for row in rows], id):
+                weights[same] = texts[rows[same[0]]][0].query_weights(tokens[same])
+            if state.layout.reads_padding:
+                lengths[:] = tokens.shape[1]
+            for part in group_by_length(lengths, batch_size):
+                chosen = [rows[i] for i in part]
+                inputs = _join([texts[row][0].text_inputs for row in chosen])
+                seen = slice(state.skipped, int(lengths[part[-1]]))
+                out[chosen] = normalize(self.text(tokens[part, seen], weights[part, seen], inputs))
+        for rows in _grouped(texts, id):
+            out[rows] = texts[rows[0]][0].adapt_texts(out[rows])
+        return out
+
+    def encode_images(self, images: Sequence[tuple["EncoderState", Pixels]]) -> Floats:
+        """Encode images, uint8 (3, S, S), each with its own state -> (n, E), L2-normalized."""
+        out = np.empty((len(images), images[0][0].dim), np.float32)
+        for rows in _grouped(images, lambda state: tuple(values.shape for values in state.image_inputs)):
+            inputs = _join([images[row][0].image_inputs for row in rows])
+            out[rows] = normalize(self.image(np.stack([images[row][1] for row in rows]), inputs))
+        for rows in _grouped(images, id):
+            out[rows] = images[rows[0]][0].adapt_images(out[rows])
+        return out
 
 
 def openvino_library() -> Any:
@@ -226,67 +256,12 @@ def _feature_adapter(name: str, trainables: Mapping[str, Floats]) -> FeatureAdap
     return FeatureAdapterArrays(*(trainables[part] for part in names)) if names[0] in trainables else None
 
 
-def encode_texts(runtime: Runtime, states: Sequence[EncoderState], texts: Sequence[str], batch_size: int) -> Floats:
-    """Encode each text with its own state -> (n, E), L2-normalized; at most `batch_size` in a pass, by length."""
-    out = np.empty((len(texts), states[0].dim), np.float32)
-    for rows in _grouped(states, lambda state: tuple(values.shape for values in state.text_inputs)):
-        state = states[rows[0]]
-        tokens = state.tokens([texts[row] for row in rows])  # [m, n]; prompts of one shape leave the same room
-        weights, lengths = np.empty(tokens.shape, np.float32), state.layout.lengths(tokens)
-        for same in _grouped([states[row] for row in rows], id):
-            weights[same] = states[rows[same[0]]].query_weights(tokens[same])
-        if state.layout.reads_padding:
-            lengths[:] = tokens.shape[1]
-        for part in group_by_length(lengths, batch_size):
-            chosen = [rows[i] for i in part]
-            inputs = _join([states[row].text_inputs for row in chosen])
-            seen = slice(state.skipped, int(lengths[part[-1]]))
-            out[chosen] = normalize(runtime.text(tokens[part, seen], weights[part, seen], inputs))
-    for rows in _grouped(states, id):
-        out[rows] = states[rows[0]].adapt_texts(out[rows])
-    return out
-
-
-def encode_pixels(runtime: Runtime, states: Sequence[EncoderState], pixels: Sequence[Pixels]) -> Floats:
-    """Encode images, uint8 (3, S, S), each with its own state -> (n, E), L2-normalized."""
-    out = np.empty((len(states), states[0].dim), np.float32)
-    for rows in _grouped(states, lambda state: tuple(values.shape for values in state.image_inputs)):
-        inputs = _join([states[row].image_inputs for row in rows])
-        out[rows] = normalize(runtime.image(np.stack([pixels[row] for row in rows]), inputs))
-    for rows in _grouped(states, id):
-        out[rows] = states[rows[0]].adapt_images(out[rows])
-    return out
-
-
-class TextRow(NamedTuple):
-    """A text for one encoder."""
-
-    runtime: Runtime
-    state: EncoderState
-    text: str
-
-
-class ImageRow(NamedTuple):
-    """An image for one encoder: uint8 (3, S, S), from its `preprocess`."""
-
-    runtime: Runtime
-    state: EncoderState
-    pixels: Pixels
-
-
-def encode_text_rows(rows: Sequence[TextRow]) -> Floats:
-    """Encode texts -> float32 (B, E), L2-normalized. All encoders must share one runtime."""
-    return encode_texts(rows[0].runtime, [row.state for row in rows], [row.text for row in rows], len(rows))
-
-
-def encode_image_rows(rows: Sequence[ImageRow]) -> Floats:
-    """Encode images -> float32 (B, E), L2-normalized. All encoders must share one runtime."""
-    return encode_pixels(rows[0].runtime, [row.state for row in rows], [row.pixels for row in rows])
-
-
-def _grouped(states: Sequence[EncoderState], key: Callable[[EncoderState], Hashable]) -> Iterable[list[int]]:
+def _grouped(
+    inputs: Sequence[tuple[EncoderState, object]], key: Callable[[EncoderState], Hashable]
+) -> Iterable[list[int]]:
+    """Group inputs by a key of their states."""
     rows: dict[Hashable, list[int]] = {}
-    for row, state in enumerate(states):
+    for row, (state, _) in enumerate(inputs):
         rows.setdefault(key(state), []).append(row)
     return rows.values()
 

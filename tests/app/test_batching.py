@@ -22,7 +22,6 @@ from app.core.settings import Settings
 from app.core.turns import Batcher, ClosedError, Decoders, FairQueue, FairThreads, FairTurns
 from app.search.served_version import ServedVersion
 from app.service.retriever import QueryEncoder
-from dcar_core.encoder.state import TextRow
 from dcar_core.images import ALL_FORMATS, MAX_PIXELS
 from dcar_core.images.workers import Convert, DecodeWorker, Limits
 from dcar_core.util.arrays import Floats
@@ -64,7 +63,7 @@ class Bench(Recorder):
         self.batcher.start()
 
     async def one(self, payload: str, run: Recorder | None = None) -> Floats:
-        return await self.batcher.submit("key", run or self, payload)
+        return await self.batcher.submit(run or self, payload)
 
     async def held(self) -> asyncio.Task[Floats]:
         """Keep the model thread busy, so following queries queue up."""
@@ -128,10 +127,10 @@ async def test_an_invalid_output_fails_its_caller_and_a_failure_of_the_batcher_n
     made = bench(metrics=metrics)
     for found in ([], [None]):
         with pytest.raises((RuntimeError, TypeError)):
-            await made.batcher.submit("broken", lambda _, found=found: found, "first")  # type: ignore[misc]
+            await made.batcher.submit(lambda _, found=found: found, "first")  # type: ignore[misc]
     monkeypatch.setattr("app.core.turns.RESTART_S", 0.01)
     with monkeypatch.context() as patch:
-        patch.setattr(metrics, "forward_pass", None)
+        patch.setattr(metrics, "stages", None)
         assert (await made.one("after"))[0] == 5
         await asyncio.sleep(0)
     assert (await asyncio.wait_for(made.one("later"), 5))[0] == 5
@@ -221,11 +220,11 @@ async def test_nobody_ever_gets_the_vector_of_another_text(seed: int) -> None:
     """Through cache, shared computations and batches, with deadlines, cancellations and batches that fail."""
     rng = random.Random(seed)
 
-    def encode(rows: list[TextRow]) -> Floats:
+    def encode(texts: list[tuple[None, str]]) -> Floats:
         time.sleep(rng.random() / 500)
-        if any(row.text == "bad" for row in rows):
+        if any(text == "bad" for _, text in texts):
             raise DataError("bad")
-        return np.array([vector_of(row.text) for row in rows])
+        return np.array([vector_of(text) for _, text in texts])
 
     def vector_of(text: str) -> Floats:
         vector = np.random.default_rng(zlib.crc32(text.encode())).normal(size=8).astype(np.float32)
@@ -233,8 +232,9 @@ async def test_nobody_ever_gets_the_vector_of_another_text(seed: int) -> None:
 
     settings = Settings(index=Path("unused"), cache_size=5, batch_size=4, batch_wait_ms=1)
     encoder = QueryEncoder(settings, Metrics())
+    runtime = SimpleNamespace(encode_texts=encode)
     served = cast(
-        ServedVersion, SimpleNamespace(encoder=SimpleNamespace(fingerprint="f", dim=8, runtime=encode, state=None))
+        ServedVersion, SimpleNamespace(encoder=SimpleNamespace(fingerprint="f", dim=8, runtime=runtime, state=None))
     )
     outcomes = Counter[str]()
 
@@ -249,14 +249,12 @@ async def test_nobody_ever_gets_the_vector_of_another_text(seed: int) -> None:
             np.testing.assert_array_equal(vector, vector_of(text))
             outcomes["answered"] += 1
 
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("app.service.retriever.encode_text_rows", encode)
-        encoder.batcher.start()
-        tasks = [asyncio.create_task(ask(rng.choice(["bad", *"abcdefghijklmnop"]))) for _ in range(400)]
-        for task in rng.sample(tasks, 60):
-            asyncio.get_running_loop().call_later(rng.random() / 2, task.cancel)
-        ended = await asyncio.gather(*tasks, return_exceptions=True)
-        await encoder.close()
+    encoder.batcher.start()
+    tasks = [asyncio.create_task(ask(rng.choice(["bad", *"abcdefghijklmnop"]))) for _ in range(400)]
+    for task in rng.sample(tasks, 60):
+        asyncio.get_running_loop().call_later(rng.random() / 2, task.cancel)
+    ended = await asyncio.gather(*tasks, return_exceptions=True)
+    await encoder.close()
     assert not [error for error in ended if isinstance(error, Exception)]
     assert len([error for error in ended if error is not None]) <= 60, "one that is cancelled takes nobody along"
     assert outcomes["answered"] > 100

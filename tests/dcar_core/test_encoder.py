@@ -14,7 +14,6 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from dcar_core import Encoder
-from dcar_core.encoder.state import ImageRow, TextRow, encode_image_rows, encode_text_rows
 from dcar_core.model.backbone import Backbone, BackboneSource, load_backbone
 from dcar_core.model.checkpoint import (
     CONFIG,
@@ -205,18 +204,18 @@ def test_mixed_rows_equal_each_encoder_alone(
 ) -> None:
     monkeypatch.setattr("dcar_core.encoder.state.PASS_COST", 10_000)  # so length alone does not split a batch
     pixels = np.random.default_rng(0).integers(0, 256, (4, 3, 32, 32), np.uint8)
-    texts = [TextRow(encoders[name].runtime, encoders[name].state, text) for text in TEXTS for name in names]
-    images = [ImageRow(encoders[name].runtime, encoders[name].state, each) for each in pixels for name in names]
+    texts = [(encoders[name].state, text) for text in TEXTS for name in names]
+    images = [(encoders[name].state, image) for image in pixels for name in names]
     runtime = encoders[names[0]].runtime
-    with mock.patch.object(runtime, "text", wraps=runtime.text) as text:
-        mixed = encode_text_rows(texts)
-    with mock.patch.object(runtime, "image", wraps=runtime.image) as image:
-        mixed_images = encode_image_rows(images)
-    assert (text.call_count, image.call_count) == (text_passes, image_passes)
-    for row, vector in zip(texts, mixed, strict=True):
-        np.testing.assert_allclose(vector, encode_text_rows([row])[0], atol=2e-6)
-    for each, vector in zip(images, mixed_images, strict=True):
-        np.testing.assert_allclose(vector, encode_image_rows([each])[0], atol=2e-6)
+    with mock.patch.object(runtime, "text", wraps=runtime.text) as text_tower:
+        mixed = runtime.encode_texts(texts)
+    with mock.patch.object(runtime, "image", wraps=runtime.image) as image_tower:
+        mixed_images = runtime.encode_images(images)
+    assert (text_tower.call_count, image_tower.call_count) == (text_passes, image_passes)
+    for text, vector in zip(texts, mixed, strict=True):
+        np.testing.assert_allclose(vector, runtime.encode_texts([text])[0], atol=2e-6)
+    for image, vector in zip(images, mixed_images, strict=True):
+        np.testing.assert_allclose(vector, runtime.encode_images([image])[0], atol=2e-6)
 
 
 linux = pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
