@@ -20,6 +20,7 @@ import re
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from ipaddress import ip_address, ip_network
 from typing import Literal, cast
 from urllib.parse import parse_qsl, quote
 
@@ -33,7 +34,6 @@ from app.core.callers import (
     is_key,
     key_hash,
     key_in,
-    network_of,
     path_signature,
     request_id,
 )
@@ -157,6 +157,16 @@ class Access:
         if accepts_admin and self._is_admin(key):
             return ApiKey("admin", may_write=True)
         return self._settings.api_keys.get(key_hash(key))
+
+
+def network_of(address: str) -> str:
+    """Return the address that requests are counted by: an IPv4 address, or the /64 network of an IPv6 address."""
+    try:
+        parsed = ip_address(address)
+    except ValueError:  # a Unix socket, or a name
+        return address
+    parsed = getattr(parsed, "ipv4_mapped", None) or parsed
+    return str(parsed) if parsed.version == 4 else str(ip_network((int(parsed), 64), strict=False))
 
 
 def _unauthorized(wanted: str) -> Problem:

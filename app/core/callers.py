@@ -13,7 +13,6 @@ import time
 from collections.abc import Mapping
 from contextvars import ContextVar
 from dataclasses import dataclass
-from ipaddress import ip_address, ip_network
 from typing import Any
 
 from limits import RateLimitItem, parse
@@ -84,16 +83,6 @@ def key_in(headers: Mapping[str, str]) -> str:
 def path_signature(path: str, expires: str, secret: str) -> str:
     """Return the HMAC-SHA256 of a decoded path and the Unix time until which it opens, in hexadecimal digits."""
     return hmac.new(secret.encode(), f"{path}\n{expires}".encode(), hashlib.sha256).hexdigest()
-
-
-def network_of(address: str) -> str:
-    """Return the address that requests are counted by: an IPv4 address, or the /64 network of an IPv6 address."""
-    try:
-        parsed = ip_address(address)
-    except ValueError:  # a Unix socket, or a name
-        return address
-    parsed = getattr(parsed, "ipv4_mapped", None) or parsed
-    return str(parsed) if parsed.version == 4 else str(ip_network((int(parsed), 64), strict=False))
 
 
 class RateLimiter:

@@ -144,7 +144,7 @@ class Concepts:
         unknown, or that has lost its examples.
         """
         known, taught = self._known, dict[str, Learned]()
-        if "@" not in text or not known:
+        if not known:
             return text, []
 
         def kind_of(token: re.Match[str]) -> str:

@@ -288,8 +288,8 @@ def make_plan(
         if subtracted:
             raise InvalidQueryError(subtracted, "needs a query or more_like to subtract from")
         raise InvalidQueryError("query", "must not be empty")
-    text, taught = served.concepts.split(query.query, "query")
-    without, untaught = served.concepts.split(query.without, "without")
+    text, taught = served.concepts.split(query.query, "query") if "@" in query.query else (query.query, [])
+    without, untaught = served.concepts.split(query.without, "without") if "@" in query.without else (query.without, [])
     if query.rerank and not text:
         raise InvalidQueryError("rerank", "needs a text query, with which it scores the images")
     if query.crop is not None and not has_image:

@@ -165,13 +165,13 @@ async def test_waits_in_vain_become_rare_until_one_pays(bench: Callable[..., Ben
         while len(sizes) < count:
             await asyncio.sleep(0.001)
 
-    running: asyncio.Future[Any] = batcher.submit("key", run, "first")
+    running: asyncio.Future[Any] = batcher.submit(run, "first")
     for number in range(1, 9):  # a query waits while another one runs, whose caller returns once
         await begun(number)
-        waiting, began = batcher.submit("key", run, "next"), time.monotonic()
+        waiting, began = batcher.submit(run, "next"), time.monotonic()
         ends.release()
         await running
-        returned = [batcher.submit("key", run, "again")] if number == 7 else []
+        returned = [batcher.submit(run, "again")] if number == 7 else []
         await begun(number + 1)
         waits.append(time.monotonic() - began > 0.1)
         running = asyncio.gather(waiting, *returned)

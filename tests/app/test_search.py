@@ -3,9 +3,13 @@
 import asyncio
 import base64
 import json
+import re
 import shutil
+import sys
+import threading
 from dataclasses import replace
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
 import httpx
@@ -356,3 +360,30 @@ async def test_explanations_match_falls_of_the_score(built_index: Path, gallery:
 def test_normalized_texts_have_no_invisible_characters(given: str, expected: str) -> None:
     assert normalize_text(given) == expected
     assert normalize_text(expected) == expected
+
+
+async def test_a_text_query_visits_the_documented_modules_alone(built_index: Path) -> None:
+    """Those of the table in docs/architecture.md, whose functions it calls in any thread; at most fifteen."""
+    root, visited, is_counted = Path(__file__).parents[2], set[str](), False
+    table = (root / "docs/architecture.md").read_text(encoding="utf-8").partition("## The walk of a query")[2]
+    documented = set(re.findall(r"`(\w+/\S+py)`", table.partition("\n\nBeside them")[0]))
+
+    def note(frame: FrameType, event: str, _: Any) -> None:
+        file = Path(frame.f_code.co_filename)
+        if is_counted and event == "call" and file.is_relative_to(root) and frame.f_code.co_name != "<module>":
+            visited.add(file.relative_to(root).as_posix())
+
+    threading.setprofile(note)
+    sys.setprofile(note)
+    try:
+        async with opened(built_index, runtime="openvino") as client:
+            await client.post("/search/text", json={"query": "warm up"})
+            is_counted = True
+            for body in ({"query": "a red square"}, {"query": "a blue one", "hybrid": True}):
+                assert len((await client.post("/search/text", json=body)).json()["results"]) == 10
+            is_counted = False
+    finally:
+        threading.setprofile(None)
+        sys.setprofile(None)
+    assert {name for name in visited if not name.startswith("tests/")} == documented
+    assert len(documented) <= 15
