@@ -12,7 +12,7 @@ from app.api.responses import ConceptsResponse
 from app.api.routing import JsonResponse, Routes, collection_of, read_json, state_of, version_of
 from app.api.writing import newest_version, storing
 from app.core.problems import Problem
-from app.search.concepts import MAX_IDS, TaughtConcept
+from app.search.concepts import MAX_IDS, MAX_NAME, TaughtConcept
 from app.search.query import Name, Text
 
 routes = Routes()
@@ -23,7 +23,7 @@ class Examples(Strict, json_schema_extra={"examples": [{"ids": ["1f63f", "1f640"
 
     ids: Annotated[tuple[Name, ...], Field(min_length=1, max_length=MAX_IDS), FailFast()]
     not_ids: Annotated[tuple[Name, ...], FailFast()] = Field((), max_length=MAX_IDS, description="items that are none")
-    kind: Text = Field("", max_length=64, description="takes the place of the name in texts")
+    kind: Text = Field("", max_length=MAX_NAME, description="takes the place of the name in texts")
 
 
 @routes.add("PUT", "/concepts/{name}", Policy("write", body=lambda _: 2**20), TaughtConcept, accepts=Examples)

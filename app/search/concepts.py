@@ -97,7 +97,7 @@ class Concepts:
         """Let a name stand for items like these, 1 to 200, in place of what it stood for, and return what it means.
 
         Args:
-            kind: what it is; takes the place of the name in the text of a query.
+            kind: what it is, up to 64 characters; takes the place of the name in the text of a query.
             not_ids: items that are none, up to 200; members score higher than they.
 
         Raises:
@@ -107,6 +107,8 @@ class Concepts:
         name, kind = unicodedata.normalize("NFC", name), " ".join(kind.split())
         if not name or len(name) > MAX_NAME or _leading_name(name) != name:
             raise InvalidQueryError("name", f"must be 1 to {MAX_NAME} letters, digits, '-' and '_'")
+        if len(kind) > MAX_NAME:
+            raise InvalidQueryError("kind", f"at most {MAX_NAME} characters, not {len(kind)}")
         for field, chosen in (("ids", ids), ("not_ids", not_ids)):
             if len(chosen) > MAX_IDS or (field == "ids" and not chosen):
                 raise InvalidQueryError(field, f"takes 1 to {MAX_IDS} ids")

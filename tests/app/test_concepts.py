@@ -11,6 +11,7 @@ import pytest
 
 from app.search import Index
 from app.search.concepts import Concepts
+from app.search.errors import InvalidQueryError
 from app.search.query import Query, make_plan
 from dcar_core import Encoder
 from index_jobs.engines.faiss.index import FaissIndex
@@ -105,6 +106,8 @@ async def test_faults_name_the_field(index: Path) -> None:
         ]  # fmt: skip
         for field, query in queries:
             assert_problem(await client.post("/search/text", json=query), 422, field)
+        with pytest.raises(InvalidQueryError, match="kind: at most 64"):
+            Index.open(index, device="cpu").teach("rex", RED, kind="x" * 65)
         batch = {"queries": [{"query": "red"}, {"query": "@nobody"}]}
         assert_problem(await client.post("/search/batch", json=batch), 422, "queries.1.query")
 

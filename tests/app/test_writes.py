@@ -276,11 +276,13 @@ async def test_only_the_admin_and_keys_that_may_write_change_items(index: Path, 
     async with opened(index, api_keys=keys, collections={"other": copy}, **WRITES) as client:
 
         async def statuses(key: str) -> list[int]:
-            """Of a put, a put elsewhere, a job, a search, one elsewhere, and embeddings."""
+            """Of a put, a put elsewhere, the same of a name, a job, a search, one elsewhere, and embeddings."""
             headers = bearer(key)
             answers = [
                 await put(client, headers=headers),
                 await put(client, path="/collections/other/items", headers=headers),
+                await client.put("/concepts/rex", json={"ids": []}, headers=headers),
+                await client.put("/collections/other/concepts/rex", json={"ids": []}, headers=headers),
                 await client.get("/jobs/0", headers=headers),
                 await client.post("/search/text", json=WORDS, headers=headers),
                 await client.post("/collections/other/search/text", json=WORDS, headers=headers),
@@ -290,14 +292,21 @@ async def test_only_the_admin_and_keys_that_may_write_change_items(index: Path, 
             ]
             return [answer.status_code for answer in answers]
 
-        # 422: a put without items was allowed
-        assert await statuses(ADMIN) == [422, 422, 404, 401, 401, 401, 401, 200]
-        assert await statuses(writer) == [422, 422, 404, 200, 200, 200, 200, 200]
-        assert await statuses(ALICE) == [403, 403, 403, 200, 200, 200, 200, 200]
-        assert await statuses(loader) == [422, 403, 404, 200, 403, 200, 403, 403]
-        assert await statuses(reader) == [403, 403, 403, 200, 403, 200, 403, 403]
-        assert await statuses(other) == [403, 422, 404, 403, 200, 403, 200, 403]
-        assert await statuses("wrong") == [401] * 8
+        # 422: a put without items, or examples, was allowed
+        assert await statuses(ADMIN) == [422, 422, 422, 422, 404, 401, 401, 401, 401, 200]
+        assert await statuses(writer) == [422, 422, 422, 422, 404, 200, 200, 200, 200, 200]
+        assert await statuses(ALICE) == [403, 403, 403, 403, 403, 200, 200, 200, 200, 200]
+        assert await statuses(loader) == [422, 403, 422, 403, 404, 200, 403, 200, 403, 403]
+        assert await statuses(reader) == [403, 403, 403, 403, 403, 200, 403, 200, 403, 403]
+        assert await statuses(other) == [403, 422, 403, 422, 404, 403, 200, 403, 200, 403]
+        assert await statuses("wrong") == [401] * 10
+        path, ids = "/collections/other/concepts/rex", {"ids": ["circle/red.png"]}
+        assert (await client.put(path, json=ids, headers=bearer(other))).status_code == 200
+        url, named = "/collections/other/search/text", {"query": "@rex", "filter": {"concept": "rex"}, "k": 24}
+        results = (await client.post(url, json=named, headers=bearer(ALICE))).json()["results"]
+        assert ids["ids"][0] in [result["id"] for result in results]
+        assert (await client.delete(path, headers=bearer(loader))).status_code == 403
+        assert (await client.delete(path, headers=bearer(writer))).status_code == 204
         for key, names in ((loader, ["index"]), (other, ["other"]), (ALICE, ["index", "other"])):
             listed = (await client.get("/collections", headers=bearer(key))).json()["collections"]
             assert [each["name"] for each in listed] == names
