@@ -3,7 +3,7 @@
 - The next turn is the caller's that has had the least time (or turns), and then the request's. A new caller begins with
   the least that another one has had, so nobody is passed over for ever.
 - Concurrent queries share the forward passes of a `Batcher`, and equal ones one computation of `SharedTasks`.
-- Images are decoded in processes within limits, see `dcar_core.images.workers`. Most share `MEMORY` each. A larger one
+- Images are decoded in processes within limits, see `dcar_core.images.workers`. Most may take `MEMORY`. A larger one
   gets the memory of the largest image; each caller can have one of these at a time, and all callers `_LARGE`.
 """
 
@@ -267,7 +267,7 @@ class _Rhythm:
 class Batcher:
     """Run queries, batch after batch, in the one thread that owns the model.
 
-    - Queries that arrive during a forward pass form the next batch. An idle batcher starts at once; under load it waits
+    - Queries that arrive during a forward pass form the next batch. After a lone query it starts at once; else it waits
       a few milliseconds for the callers of the last batch to return, since one larger pass takes less than two. After
       a wait in which most did not return, the next ones are left out: one, then three, at most 63.
     - A batch that raises is halved until the faulty query is alone, so one bad query fails by itself.

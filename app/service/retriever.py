@@ -5,10 +5,10 @@
 
 - At most `max_pending` searches are in progress; more are refused at once. Each search has a deadline, and cancelled
   work is skipped. Images of items have the same limits; their thumbnails are made by the processes that decode images.
-- The event loop only waits. Callers take turns in the threads of searches. What looks at all items, such as a filter,
-  has a thread of its own, so it delays no other search.
-- Equal queries at the same time share one computation, which is cancelled when its last waiter leaves. Encoders that
-  share a backbone share its forward passes: see `dcar_core.encoder.state`.
+- The event loop plans and waits. Callers take turns in the threads of searches. Filters, sorts and facets, which look
+  at all items, have a thread of their own, so they delay no other search.
+- Equal queries at the same time are encoded once, which is cancelled when the last waiter leaves. Encoders that share a
+  backbone share its forward passes: see `dcar_core.encoder.state`.
 """
 
 import asyncio

@@ -3,8 +3,8 @@
 texts -> tokens and weights ----> runtime.text  --> normalize --> text adapter  --> vectors
 pixels -------------------------> runtime.image --> normalize --> image adapter --> vectors
 
-A runtime belongs to a backbone and knows no encoder: rows of several encoders share a pass where their inputs have one
-shape, and get the vectors that each encoder gives alone.
+A runtime belongs to a backbone and the kinds of inputs beside it, and knows no encoder: rows of several encoders share
+a pass where their inputs have one shape, and get the vectors that each encoder gives alone.
 
 Letters: V tokens of the vocabulary, A an adapter's inner width, S side in pixels; others as in `encoder.graphs`.
 """

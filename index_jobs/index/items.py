@@ -1,6 +1,6 @@
 """Items of a published index: a memory-mapped Arrow file with one row for each vector.
 
-- Record batches have one fixed size, so a division finds the batch of a row.
+- Record batches have one fixed size, but for the last.
 - One column holds the row numbers sorted by id. A binary search in it finds an id without loading a table.
 - Metadata is stored twice: as JSON, to be shown, and as a typed column for each field, to be filtered by.
 - A field gets the narrowest type that holds all of its values: bool, int64, float64, string, or a list of strings.
