@@ -7,7 +7,7 @@ from typing import Any
 import httpx
 import pytest
 
-from tests.support.parts import PARTS, uses_parts
+from tests.support.parts import needs
 from tests.support.service import ADMIN, bearer, serving
 
 
@@ -45,7 +45,7 @@ def test_every_operation_documents_its_body_and_its_errors(document: dict[str, A
     assert set(document["components"]["securitySchemes"]) == {"key", "admin"}
 
 
-@uses_parts
+@needs("time")
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")  # schemathesis and hypothesis warn about themselves
 def test_generated_requests_get_documented_responses(url: str) -> None:
@@ -56,14 +56,14 @@ def test_generated_requests_get_documented_responses(url: str) -> None:
 
     schema = schemathesis.openapi.from_url(f"{url}/openapi.json")
     checks = [not_a_server_error, content_type_conformance, response_schema_conformance]
-    tried, examples = set[str](), 5 if PARTS["time"].is_present else 2
+    tried = set[str]()
     for found in schema.get_all_operations():
         operation: Any = found.ok()  # type: ignore[union-attr]
         if operation.path.startswith("/collections/{collection}/"):
             continue  # the same functions answer
         for mode in (schemathesis.GenerationMode.POSITIVE, schemathesis.GenerationMode.NEGATIVE):
 
-            @settings(max_examples=examples, deadline=None, database=None, suppress_health_check=list(HealthCheck))
+            @settings(max_examples=5, deadline=None, database=None, suppress_health_check=list(HealthCheck))
             @given(case=operation.as_strategy(generation_mode=mode))
             def check(case: Any) -> None:
                 response = case.call(base_url=url, headers=bearer(ADMIN))

@@ -24,10 +24,11 @@ from tests.support.tiny_models import small_timm_models, write_tiny_model
 
 RECOMMENDED_TOWERS = [row.towers or row.name for row in RECOMMENDED]
 OTHERS = ("ViTamin-S", "coca_ViT-B-32", "xlm-roberta-base-ViT-B-32", "RN50", "convnext_base")  # other kinds of towers
-# All but two of the long ones have the kinds of towers and vocabularies of another one.
+# Most of the long ones have the kinds of towers and vocabularies of another one.
 NEEDS = {
     "ViT-B-32-quickgelu": "time", "ViT-L-14": "time", "ViT-L-16-SigLIP-256": "time", "ViT-B-16-SigLIP2": "time",
     "ViT-SO400M-16-SigLIP2-256": "time", "ViT-B-16-SigLIP": "time", "MobileCLIP2-S2": "time",
+    "ViT-B-32-SigLIP2-256": "time", "PE-Core-L-14-336": "time", "ViT-H-14-worldwide-quickgelu": "time",
     "xlm-roberta-base-ViT-B-32": "hf",
 }  # fmt: skip
 QUERY = {"query": "a red square", "k": 2}

@@ -272,7 +272,7 @@ def require_own_export(exported: Path, cache: Path) -> None:
 @pytest.mark.parametrize(
     ("exported", "is_damaged"),
     [
-        ("exported_checkpoint", False),
+        pytest.param("exported_checkpoint", False, marks=needs("time")),
         ("exported_checkpoint", True),
         pytest.param("tiny_checkpoint", False, marks=needs("time")),
     ],
