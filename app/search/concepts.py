@@ -10,7 +10,6 @@
 import difflib
 import logging
 import re
-import sqlite3
 import unicodedata
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -25,7 +24,7 @@ from typing_extensions import TypedDict  # pydantic needs this one before Python
 
 from app.search.errors import InvalidQueryError, ItemNotFoundError
 from dcar_core.util.arrays import Floats, Rows
-from dcar_core.util.errors import DataError, shorten
+from dcar_core.util.errors import ArtifactError, DataError, shorten
 from index_jobs.index.concepts import Concept, drop_concept, put_concept, read_concepts
 from index_jobs.index.index_version import IndexVersion
 from index_jobs.row_filter import NO_ROWS
@@ -84,8 +83,8 @@ class Concepts:
         with self._lock:
             try:
                 known = {concept.name: concept for concept in read_concepts(self.version.index)}
-            except (OSError, sqlite3.Error) as error:
-                logger.warning("the taught names of %s cannot be read: %s", self.version.index, error)
+            except ArtifactError as error:
+                logger.warning("the taught names cannot be read: %s", error)
                 return
             if known != self._known:
                 self._learned = {own: learned for own, learned in self._learned.items() if own in known.values()}

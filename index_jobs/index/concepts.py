@@ -1,16 +1,24 @@
-"""Names that were taught by examples: a table of the index's database, the same for all versions and models."""
+"""Names that were taught by examples, the same for all versions and models of an index.
+
+INDEX/concepts.json   the names; a mirror gets those of its store with each `pull`
+"""
 
 import json
-import os
-import sqlite3
-from contextlib import closing
-from dataclasses import dataclass
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import TypeVar
 
-from dcar_core.util.errors import DataError
-from index_jobs.index.job_queue import JOBS, JobQueue
+from filelock import FileLock
+
+from dcar_core.util.errors import ArtifactError, DataError, LockedError
+from index_jobs.index.stores import Directory, Storage, store_of
+
+T = TypeVar("T")
 
 MAX_CONCEPTS = 200
+_CONCEPTS, _LOCK = "concepts.json", ".concepts.lock"
 
 
 @dataclass(frozen=True)
@@ -24,27 +32,57 @@ class Concept:
 
 
 def read_concepts(index: Path) -> list[Concept]:
-    """Return the taught names, sorted. Raise sqlite3.Error if the database cannot be read."""
-    path = index.absolute() / JOBS
-    if not path.exists():
-        return []
-    mode = "ro" if os.access(index, os.W_OK) else "ro&immutable=1"  # which needs no files of locks
-    with closing(sqlite3.connect(f"{path.as_uri()}?mode={mode}", uri=True)) as database:
-        is_there = database.execute("PRAGMA table_info(concepts)").fetchone()  # not before the first change
-        rows = database.execute("SELECT * FROM concepts ORDER BY name") if is_there else ()
-        return [Concept(name, kind, *(tuple(json.loads(ids)) for ids in lists)) for name, kind, *lists in rows]
+    """Return the taught names, sorted. Raise ArtifactError if they cannot be read."""
+    return _parse(Directory(index).read(_CONCEPTS), str(index))
 
 
 def put_concept(index: Path, concept: Concept) -> None:
-    """Store a concept, in place of one of its name. Raise DataError if there are too many, OSError as `JobQueue`."""
-    with JobQueue(index).database() as database:
-        values = concept.name, concept.kind, json.dumps(concept.ids), json.dumps(concept.not_ids)
-        database.execute("INSERT OR REPLACE INTO concepts VALUES (?, ?, ?, ?)", values)
-        if database.execute("SELECT count(*) FROM concepts").fetchone() > (MAX_CONCEPTS,):
+    """Store a concept, in place of one of its name.
+
+    Raise DataError if there are too many, ArtifactError as of `Storage`, or OSError if the disk is full.
+    """
+
+    def put(known: dict[str, Concept]) -> None:
+        known[concept.name] = concept
+        if len(known) > MAX_CONCEPTS:
             raise DataError(f"an index has at most {MAX_CONCEPTS} names; forget one")
+
+    _change(index, put)
 
 
 def drop_concept(index: Path, name: str) -> bool:
     """Forget a concept. Return False if there is none of this name."""
-    with JobQueue(index).database() as database:
-        return database.execute("DELETE FROM concepts WHERE name = ?", (name,)).rowcount > 0
+    return _change(index, lambda known: known.pop(name, None)) is not None
+
+
+def pull_concepts(store: Storage, mirror: Directory) -> None:
+    """Bring the names of a store to its mirror."""
+    with FileLock(mirror.path / _LOCK):
+        data = store.read(_CONCEPTS)
+        if data is not None and data != mirror.read(_CONCEPTS):
+            mirror.write(_CONCEPTS, data)
+
+
+def _change(index: Path, change: Callable[[dict[str, Concept]], T]) -> T:
+    mirror = Directory(index)
+    storage = store_of(index) or mirror
+    with FileLock(index / _LOCK):
+        while True:
+            before = storage.read(_CONCEPTS)
+            known = {concept.name: concept for concept in _parse(before, storage.name)}
+            outcome = change(known)
+            data = json.dumps([asdict(known[name]) for name in sorted(known)], ensure_ascii=False).encode()
+            with suppress(LockedError):  # another machine was first
+                storage.swap(_CONCEPTS, before, data)
+                break
+        if storage is not mirror:
+            mirror.write(_CONCEPTS, data)
+    return outcome
+
+
+def _parse(data: bytes | None, storage: str) -> list[Concept]:
+    try:
+        found = json.loads(data or b"[]")
+        return [Concept(own["name"], own["kind"], tuple(own["ids"]), tuple(own["not_ids"])) for own in found]
+    except (ValueError, TypeError, KeyError) as error:
+        raise ArtifactError(f"{_CONCEPTS} of {storage} is damaged; remove it, and teach the names again") from error

@@ -1,6 +1,6 @@
 """The queue of accepted changes of an index's items: a database with their progress and outcomes.
 
-INDEX/jobs.sqlite       the jobs; one is accepted once its row is committed. It also has the names of `concepts`
+INDEX/jobs.sqlite       the jobs; one is accepted once its row is committed
 INDEX/images/<sha256>   pictures that were put, on the disk before their job is committed
 INDEX/.jobs.lock        held by the process that applies jobs
 
@@ -50,7 +50,6 @@ CREATE TABLE IF NOT EXISTS jobs (
 CREATE TABLE IF NOT EXISTS progress (
     job INTEGER PRIMARY KEY, starts INTEGER NOT NULL, done INTEGER NOT NULL, total INTEGER NOT NULL
 );
-CREATE TABLE IF NOT EXISTS concepts (name TEXT PRIMARY KEY, kind TEXT, ids TEXT, not_ids TEXT);
 CREATE INDEX IF NOT EXISTS jobs_ended ON jobs (ended);
 """
 

@@ -26,7 +26,7 @@ from dcar_core.util.errors import (
     StoreUnavailableError,
 )
 from dcar_core.util.files import atomic_writer, default_cache_directory, write_bytes
-from index_jobs.index.manifest import BLOBS, CURRENT, VERSIONS, FileInfo, Manifest
+from index_jobs.index.manifest import BLOBS, VERSIONS, FileInfo, Manifest
 
 GRACE_S = 24 * 3600  # an unnamed blob of a store may belong to a version that is being published
 _BLOCK = 2**20  # bytes of a file that are read at a time
@@ -63,7 +63,7 @@ class Storage(Protocol):
 
     def read(self, key: str) -> bytes | None: ...
     def create(self, key: str, data: bytes) -> None: ...
-    def swap(self, before: bytes | None, data: bytes) -> None: ...  # CURRENT
+    def swap(self, key: str, before: bytes | None, data: bytes) -> None: ...
     def put(self, info: FileInfo, parts: Iterable[bytes]) -> None: ...
     def parts(self, info: FileInfo) -> Iterator[bytes]: ...
     def entries(self, folder: str) -> dict[str, Stored]: ...
@@ -108,13 +108,14 @@ class Directory(Storage):
 
     def write(self, key: str, data: bytes) -> None:
         """Write what may be there."""
-        (self.path / key).parent.mkdir(parents=True, exist_ok=True)
+        if (folder := (self.path / key).parent) != self.path:  # which may have been dropped
+            folder.mkdir(exist_ok=True)
         write_bytes(self.path / key, data)
 
-    def swap(self, before: bytes | None, data: bytes) -> None:
-        if self.read(CURRENT) != before:
+    def swap(self, key: str, before: bytes | None, data: bytes) -> None:
+        if self.read(key) != before:
             raise self.lost_race()
-        self.write(CURRENT, data)
+        self.write(key, data)
 
     def put(self, info: FileInfo, parts: Iterable[bytes]) -> None:
         (self.path / BLOBS).mkdir(exist_ok=True)
@@ -141,7 +142,7 @@ class Directory(Storage):
 
 
 class ObjectStore(Storage):
-    """An index at a URL, through obstore. Writers share no lock: CURRENT is replaced if it is unchanged (If-Match)."""
+    """An index at a URL, through obstore. Writers share no lock: a file is swapped if it is unchanged (If-Match)."""
 
     def __init__(self, url: str) -> None:
         from obstore.store import from_url
@@ -156,11 +157,11 @@ class ObjectStore(Storage):
     def create(self, key: str, data: bytes) -> None:
         self._write(key, data, "create")
 
-    def swap(self, before: bytes | None, data: bytes) -> None:
-        current, mode = self._find(CURRENT)
+    def swap(self, key: str, before: bytes | None, data: bytes) -> None:
+        current, mode = self._find(key)
         if current != before:
             raise self.lost_race()
-        self._write(CURRENT, data, mode)
+        self._write(key, data, mode)
 
     def put(self, info: FileInfo, parts: Iterable[bytes]) -> None:
         size = max(PART_BYTES, info.size // _MAX_PARTS)

@@ -27,6 +27,7 @@ from dcar_core.util.errors import ArtifactError, DcarError, LockedError
 from dcar_core.util.files import fsync_path, sha256_of
 from dcar_core.util.processes import hold_lock
 from index_jobs.engines.protocol import load_engine
+from index_jobs.index.concepts import pull_concepts
 from index_jobs.index.index_version import ImageAccess, IndexVersion, link_files, read_rows
 from index_jobs.index.manifest import BLOBS, CHANGED, CURRENT, REMOVED, Current, FileInfo, Manifest, manifest_key
 from index_jobs.index.stores import (
@@ -324,10 +325,10 @@ def _point(index: Path, base: bytes | None, version: int) -> bytes:
     """Let CURRENT name a version, first in the store. Raise LockedError if it is not as before."""
     data, local = Current(version, sha256_of(index / manifest_key(version))).to_bytes(), Directory(index)
     if (store := store_of(index)) is not None:
-        store.swap(base, data)
+        store.swap(CURRENT, base, data)
         local.write(CURRENT, data)
     else:
-        local.swap(base, data)
+        local.swap(CURRENT, base, data)
     return data
 
 
@@ -425,6 +426,7 @@ def _pull_version(store: Storage, mirror: Directory, version: int, sha256: str =
     if data != before:
         mirror.write(key, data)
     copy_blobs(store, mirror, files, [info.sha256 for info in files])
+    pull_concepts(store, mirror)
     os.utime(mirror.path / key)
 
 

@@ -46,7 +46,6 @@ def test_every_operation_documents_its_body_and_its_errors(document: dict[str, A
 
 
 @needs("time")
-@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")  # schemathesis and hypothesis warn about themselves
 def test_generated_requests_get_documented_responses(url: str) -> None:
     import schemathesis

@@ -5,6 +5,7 @@ import json
 import threading
 import uuid
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -15,6 +16,7 @@ import pytest
 
 from dcar_core.util.errors import ArtifactError, LockedError, StoreUnavailableError
 from index_jobs.engines.faiss.build import FaissEngine
+from index_jobs.index.concepts import Concept, drop_concept, put_concept, read_concepts
 from index_jobs.index.manifest import Current, FileInfo
 from index_jobs.index.stores import Directory, store_of, verify
 from index_jobs.index.versions import (
@@ -155,16 +157,12 @@ def test_one_of_sixteen_racing_publishers_wins(mirror: Path, machines: Machines)
             except LockedError as error:
                 refusals.append(str(error))
 
-    threads = [threading.Thread(target=publish, args=(each,)) for each in mirrors]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    (winner,) = outcomes
+    with ThreadPoolExecutor(16) as pool:
+        list(pool.map(publish, mirrors))
     message = f"another job has published to {machines.url} meanwhile; run the same command again"
     assert refusals == [message] * 15
     assert follow(machines["reader"]) == 2
-    assert open_current(machines["reader"]).manifest.change == winner
+    assert outcomes == [open_current(machines["reader"]).manifest.change]
     assert [follow(each) for each in mirrors] == [2] * 16
     assert publish_copy(mirrors[0]) == 3, "a loser runs again"
 
@@ -327,9 +325,8 @@ def test_messages_name_url_and_fault(machines: Machines, published: Path, monkey
         open_current(mirror)
     with pytest.raises(ArtifactError, match=rf"^{url} holds no published index$"):
         rollback(mirror)
-    elsewhere = Machines(mirror.parents[5], "s3://no-bucket/index")["machine"]
     with pytest.raises(ArtifactError, match=r"^s3://no-bucket/index .*: 404 Not Found \(NoSuchBucket\)$"):
-        pull(elsewhere, history=True)
+        pull(Machines(mirror.parents[5], "s3://no-bucket/index")["machine"], history=True)
     monkeypatch.setenv("AWS_ENDPOINT_URL", "http://127.0.0.1:9")
     with pytest.raises(StoreUnavailableError, match=r"^s3://bucket/\w+/index is not available: HTTP error: [^\n]+$"):
         publish_copy(machines["builder"], source=published)
@@ -356,3 +353,15 @@ def test_what_is_lost_or_damaged_is_mended_by_the_next_job(
     assert numbers(mirror) == ["versions/2.json", "versions/3.json"]
     file_of(mirror, "index.faiss", 2).write_bytes(b"")
     assert rollback(mirror, 2) == follow(mirror) == 2
+
+
+def test_machines_share_taught_names(mirror: Path, machines: Machines) -> None:
+    pull(other := machines["other"])
+    rex, tom = (Concept(name, "dog", ("1",), ("2",)) for name in ("rex", "tom"))
+    with before(mirror, "put", lambda: put_concept(other, tom)):
+        put_concept(mirror, rex)
+    pull(other)
+    assert read_concepts(other) == read_concepts(mirror) == [rex, tom]
+    assert drop_concept(other, "tom")
+    pull(mirror)
+    assert read_concepts(mirror) == [rex]

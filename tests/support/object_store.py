@@ -1,12 +1,12 @@
 """Real servers of S3's protocol on loopback: moto, which remembers nothing, and SeaweedFS, which has a disk."""
 
-import os
 import sys
 import urllib.error
 import urllib.request
 from pathlib import Path
 
 import certifi
+import pytest
 
 from index_jobs.index.stores import index_path
 from tests.support.processes import ServerProcess, free_port
@@ -55,12 +55,6 @@ class Machines:
 
     def __getitem__(self, name: str) -> Path:
         """The mirror on the machine of a name."""
-        before = os.environ.get("DCAR_RUNTIME_CACHE")
-        os.environ.update(self.cache(name))
-        try:
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setenv("DCAR_RUNTIME_CACHE", str(self._folder / name))
             return index_path(self.url)
-        finally:
-            if before is None:
-                del os.environ["DCAR_RUNTIME_CACHE"]
-            else:
-                os.environ["DCAR_RUNTIME_CACHE"] = before
