@@ -28,8 +28,8 @@ import argparse
 import base64
 import itertools
 import json
-import os
 import time
+from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 from urllib.parse import urlsplit
@@ -56,16 +56,10 @@ PEERS = {"clip-retrieval": ("/knn-service", _clip_retrieval), "infinity": ("/emb
 def asked(name: str, kind: str) -> Requests:
     """Return the requests to a peer, each with another text or image."""
     path, body = PEERS[name]
-    if kind == "text":
-        texts = unique_texts(time.time_ns())
-        return lambda: post(path, "application/json", json.dumps(body(next(texts))).encode())
-    known, number = images(16), itertools.count()
-
-    def one() -> bytes:
-        n = next(number)
-        return post(path, "application/json", json.dumps(body(known[n % 16] + n.to_bytes(8, "big"))).encode())
-
-    return one
+    known = images(16)
+    files = (known[number % 16] + number.to_bytes(8, "big") for number in itertools.count())
+    queries: Iterator[str | bytes] = unique_texts(time.time_ns()) if kind == "text" else files
+    return lambda: post(path, "application/json", json.dumps(body(next(queries))).encode())
 
 
 def main() -> None:
@@ -74,13 +68,11 @@ def main() -> None:
         parser.add_argument(f"--{name}", metavar="URL", help="address of the peer; default: skip it")
     parser.add_argument("--work", type=Path, default=Path("data/benchmarks"), help="folder of the index")
     parser.add_argument("--runtimes", nargs="+", default=["torch", "auto"], help="of this service, one after the other")
-    parser.add_argument("--cache", type=Path, help="folder of exported models; default: the user's cache directory")
     parser.add_argument("--seconds", type=float, default=5.0)
     parser.add_argument("--rounds", type=int, default=3)
     given = parser.parse_args()
     index = random_vit(given.work)
     ports = {name: urlsplit(url).port for name in PEERS if (url := getattr(given, name.replace("-", "_")))}
-    os.environ |= {"DCAR_RUNTIME_CACHE": str(given.cache.resolve())} if given.cache else {}
     for runtime in given.runtimes:
         with serving(index, cache_size=0, runtime=runtime, deadline_ms=60_000) as server:
             for kind, mine in (("text", lambda: new_texts(time.time_ns())), ("image", new_images)):

@@ -39,6 +39,7 @@ from dcar_core.data import Annotations, Dataset
 from dcar_core.images import open_image
 from dcar_core.training.objective import contrastive_loss
 from dcar_core.util.errors import DcarError
+from dcar_core.util.files import write_json
 
 EMOJI = ROOT / "examples" / "emoji"
 VOCABULARY = EMOJI / "base" / "bpe.txt.gz"  # CLIP's most frequent merges
@@ -133,8 +134,7 @@ def build_model() -> tuple[open_clip.CLIP, dict]:
 def optimize(parameters: list[nn.Parameter], steps: int, lr: float, loss_of: Callable[[int], Tensor]) -> None:
     """Minimize the losses of batches, with a warm-up and a cosine."""
     optimizer = torch.optim.AdamW(parameters, lr=lr, weight_decay=0.1, betas=(0.9, 0.98))
-    bar = tqdm(range(steps), unit="batch")
-    for step in bar:
+    for step in (bar := tqdm(range(steps), unit="batch")):
         factor = min(1, (step + 1) / (1 + steps // 10)) * 0.5 * (1 + math.cos(math.pi * step / steps))
         optimizer.param_groups[0]["lr"] = lr * factor
         loss = loss_of(step)
@@ -205,10 +205,9 @@ def train(args: Namespace) -> None:
     learn_photos(model, pixels, hidden, torch.from_numpy(group), args)
     weights = {name: value.detach().half().contiguous() for name, value in model.state_dict().items()}
     save_file(weights, str(base / "open_clip_model.safetensors"), metadata={"format": "pt"})
-    shape = {"mean": (MEAN,) * 3, "std": (STD,) * 3, "interpolation": "bicubic", "resize_mode": "squash"}
-    shape["size"] = [GRID * PATCH] * 2
-    text = json.dumps({"model_cfg": config, "preprocess_cfg": shape}, indent=2)
-    (base / "open_clip_config.json").write_text(text + "\n")
+    shape = {"mean": (MEAN,) * 3, "std": (STD,) * 3, "interpolation": "bicubic"}
+    shape |= {"resize_mode": "squash", "size": [GRID * PATCH] * 2}
+    write_json(base / "open_clip_config.json", {"model_cfg": config, "preprocess_cfg": shape})
     shutil.copyfile(VOCABULARY, base / VOCABULARY.name)
 
 

@@ -1,15 +1,17 @@
 """Names taught by N examples, over HTTP: as words of queries, as tags, and what they cost. In percent:
 
-    python benchmarks/teach.py data/index/twemoji data/index/openmoji data/benchmarks/many
+    python benchmarks/teach.py data/index/twemoji data/index/openmoji data/benchmarks/many bed/photos
 
 - `words`: queries of a group of people and a skin tone. Right is an image of the group with the tone; examples are left
   out. First result and R-precision, by the taught name, by it with `hybrid`, and by the true one.
 - `things`, `subgroups`, of 12 to 400 emoji: the precision of members, that of members beside the examples, the recall
   of the others, and average precision. No image of `unseen` things trained the model; `chosen` ones are those
   that the constants of `app/search/concepts.py` were tuned on first; all have been in view since.
+- `photos`, an index of the maps of `photo_base.py`: categories of 12 to 400 photos; the base knows those of `known`.
 - `many`: seconds to teach and milliseconds of searches among 100,000 drawn vectors, median and first.
 """
 
+import hashlib
 import json
 import re
 import shutil
@@ -88,13 +90,20 @@ def groups_of(style: str) -> dict[str, Groups]:
     return parts
 
 
-def judge(client: Client, style: str) -> None:
-    for part, groups in groups_of(style).items():
+def photos_of(bed: Path) -> dict[str, Groups]:
+    parts = defaultdict[str, Groups](lambda: defaultdict(dict))
+    for table in bed.glob("*.jsonl"):
+        for row in map(json.loads, table.read_text(encoding="utf-8").splitlines()):
+            item_id = hashlib.sha256(row["image"].encode()).hexdigest()[:20]
+            parts[table.stem][row["category"]][item_id] = row["split"]
+    return {part: {name: ids for name, ids in parts[part].items() if 12 <= len(ids) <= 400} for part in sorted(parts)}
+
+
+def judge(client: Client, style: str, parts: dict[str, Groups]) -> None:
+    for part, groups in parts.items():
         for count in (1, 3, 5, 10):
             values = (words if part == "words" else tags)(client, groups, count, np.random.default_rng(count))
-            print(
-                f"{style}, {len(groups)} {part}, N = {count}:", *(f"{100 * value:.1f}" for value in values), flush=True
-            )
+            print(f"{style}, {len(groups)} {part}, N = {count}:", *(f"{100 * value:.1f}" for value in values))
 
 
 def cost(client: Client) -> None:
@@ -119,6 +128,8 @@ if __name__ == "__main__":
         folder = tempfile.TemporaryDirectory()  # for a copy, since teaching changes it
         index = Path(shutil.copytree(path, f"{folder.name}/index"))
         with folder, serving(index, writes=True, admin_key=KEY, **limits) as server:
-            url, headers = f"http://127.0.0.1:{server.port}", {"X-API-Key": KEY}
-            client = Client(base_url=url, headers=headers, timeout=60)
-            judge(client, path.name) if (ROOT / "examples/emoji" / path.name).is_dir() else cost(client)
+            client = Client(base_url=f"http://127.0.0.1:{server.port}", headers={"X-API-Key": KEY}, timeout=60)
+            if path.name == "many":
+                cost(client)
+            else:
+                judge(client, path.name, photos_of(path.parent) if path.name == "photos" else groups_of(path.name))

@@ -61,8 +61,6 @@ def main() -> None:
     items = [opened.item(int(row)) for row in np.flatnonzero(opened.live)]
     attributes = [set(item.metadata.get("attributes", ())) for item in items]
     queries = list(exclusion_queries([item.category for item in items], attributes))
-    if not queries:
-        parser.error(f"{args.index}: no category has eight items of which only some have an attribute")
     categories = encoder.encode_text([category for category, _ in queries])  # [N, E]
     exclusions = encoder.encode_text([name for _, name in queries])
     in_words = encoder.encode_text([f"{category} without {name}" for category, name in queries])
