@@ -1,6 +1,6 @@
 """Names that were taught by examples, the same for all versions and models of an index.
 
-INDEX/concepts.json   the names; a mirror gets those of its store with each `pull`
+INDEX/concepts.json   the names; each `pull` brings those of a store to its mirror
 """
 
 import json
@@ -13,7 +13,7 @@ from typing import TypeVar
 from filelock import FileLock
 
 from dcar_core.util.errors import ArtifactError, DataError, LockedError
-from index_jobs.index.stores import Directory, Storage, store_of
+from index_jobs.index.stores import Directory, Storage, store_of, swap
 
 T = TypeVar("T")
 
@@ -39,7 +39,7 @@ def read_concepts(index: Path) -> list[Concept]:
 def put_concept(index: Path, concept: Concept) -> None:
     """Store a concept, in place of one of its name.
 
-    Raise DataError if there are too many, ArtifactError as of `Storage`, or OSError if the disk is full.
+    Raise DataError if there are too many, an error of `Storage`, or OSError if the disk is full.
     """
 
     def put(known: dict[str, Concept]) -> None:
@@ -58,14 +58,11 @@ def drop_concept(index: Path, name: str) -> bool:
 def pull_concepts(store: Storage, mirror: Directory) -> None:
     """Bring the names of a store to its mirror."""
     with FileLock(mirror.path / _LOCK):
-        data = store.read(_CONCEPTS)
-        if data is not None and data != mirror.read(_CONCEPTS):
-            mirror.write(_CONCEPTS, data)
+        mirror.follow(_CONCEPTS, store.read(_CONCEPTS))
 
 
 def _change(index: Path, change: Callable[[dict[str, Concept]], T]) -> T:
-    mirror = Directory(index)
-    storage = store_of(index) or mirror
+    storage = store_of(index) or Directory(index)
     with FileLock(index / _LOCK):
         while True:
             before = storage.read(_CONCEPTS)
@@ -73,11 +70,8 @@ def _change(index: Path, change: Callable[[dict[str, Concept]], T]) -> T:
             outcome = change(known)
             data = json.dumps([asdict(known[name]) for name in sorted(known)], ensure_ascii=False).encode()
             with suppress(LockedError):  # another machine was first
-                storage.swap(_CONCEPTS, before, data)
-                break
-        if storage is not mirror:
-            mirror.write(_CONCEPTS, data)
-    return outcome
+                swap(index, _CONCEPTS, before, data)
+                return outcome
 
 
 def _parse(data: bytes | None, storage: str) -> list[Concept]:

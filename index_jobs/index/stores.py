@@ -107,10 +107,17 @@ class Directory(Storage):
         self.write(key, data)
 
     def write(self, key: str, data: bytes) -> None:
-        """Write what may be there."""
-        if (folder := (self.path / key).parent) != self.path:  # which may have been dropped
+        """Write what may be there. Raise FileNotFoundError if the index was dropped."""
+        if (folder := (self.path / key).parent) != self.path:
             folder.mkdir(exist_ok=True)
         write_bytes(self.path / key, data)
+
+    def follow(self, key: str, data: bytes | None) -> None:
+        """Write or delete a file, unless it is as in the store. data: its content there; None if it has none."""
+        if data is None:
+            self.delete([key])
+        elif data != self.read(key):
+            self.write(key, data)
 
     def swap(self, key: str, before: bytes | None, data: bytes) -> None:
         if self.read(key) != before:
@@ -271,6 +278,14 @@ def index_name(index: Path) -> str:
 def store_of(index: Path) -> ObjectStore | None:
     """Return the object store that a directory mirrors; None for any other index."""
     return _open(index) if (index / _URL_FILE).is_file() else None
+
+
+def swap(index: Path, key: str, before: bytes | None, data: bytes) -> None:
+    """Replace a file of an index, first in its store. Raise LockedError if it is not as before."""
+    store, local = store_of(index), Directory(index)
+    (store or local).swap(key, before, data)
+    if store is not None:
+        local.write(key, data)
 
 
 @cache

@@ -39,6 +39,7 @@ from index_jobs.index.stores import (
     index_path,
     location_of,
     store_of,
+    swap,
     verify,
 )  # fmt: skip
 from index_jobs.row_filter import NO_ROWS
@@ -323,12 +324,8 @@ def _parsed(current: bytes | None, index: Path) -> int | None:
 
 def _point(index: Path, base: bytes | None, version: int) -> bytes:
     """Let CURRENT name a version, first in the store. Raise LockedError if it is not as before."""
-    data, local = Current(version, sha256_of(index / manifest_key(version))).to_bytes(), Directory(index)
-    if (store := store_of(index)) is not None:
-        store.swap(CURRENT, base, data)
-        local.write(CURRENT, data)
-    else:
-        local.swap(CURRENT, base, data)
+    data = Current(version, sha256_of(index / manifest_key(version))).to_bytes()
+    swap(index, CURRENT, base, data)
     return data
 
 
@@ -376,10 +373,7 @@ def pull(index: Path, *, history: bool = False) -> None:
                 if data:
                     logger.warning("the published version cannot be used: %s", str(error).partition("\n")[0])
             break
-        if data is None:
-            mirror.delete([CURRENT])
-        elif data != mirror.read(CURRENT):
-            mirror.write(CURRENT, data)
+        mirror.follow(CURRENT, data)
     if not history:
         _trim(index)
 
@@ -415,7 +409,7 @@ def _pull_history(store: Storage, mirror: Directory) -> None:
 
 
 def _pull_version(store: Storage, mirror: Directory, version: int, sha256: str = "") -> None:
-    """Bring a version. sha256: of its manifest, if it is known."""
+    """Bring a version, and the taught names. sha256: of its manifest, if it is known."""
     key = manifest_key(version)
     before = data = mirror.read(key)
     if data is None or hashlib.sha256(data).hexdigest() != sha256:

@@ -159,8 +159,7 @@ def test_one_of_sixteen_racing_publishers_wins(mirror: Path, machines: Machines)
 
     with ThreadPoolExecutor(16) as pool:
         list(pool.map(publish, mirrors))
-    message = f"another job has published to {machines.url} meanwhile; run the same command again"
-    assert refusals == [message] * 15
+    assert refusals == [f"another job has published to {machines.url} meanwhile; run the same command again"] * 15
     assert follow(machines["reader"]) == 2
     assert outcomes == [open_current(machines["reader"]).manifest.change]
     assert [follow(each) for each in mirrors] == [2] * 16
@@ -279,8 +278,7 @@ def test_files_of_a_hostile_manifest_are_not_written(mirror: Path, machines: Mac
 def test_old_versions_and_blobs_are_removed(mirror: Path, machines: Machines, monkeypatch: pytest.MonkeyPatch) -> None:
     blobs = set[int]()
     assert follow(machines["reader"]) == 1
-    killed = machines["reader"] / f"blobs/.{'0' * 64}.tmp"  # while it was fetching a file
-    killed.touch()
+    (killed := machines["reader"] / f"blobs/.{'0' * 64}.tmp").touch()  # while it was fetching a file
     for _ in range(5):
         remove(mirror, [first_id(mirror)], keep=2)
         assert follow(machines["reader"]) == current_version(mirror)
@@ -342,8 +340,7 @@ def test_what_is_lost_or_damaged_is_mended_by_the_next_job(
         with pytest.raises(ArtifactError, match=r"holds no published index|names no version"):
             verify_index(mirror)
         assert rollback(machines["operator"]) == 1
-    path = file_of(mirror, "index.faiss")
-    path.write_bytes(path.read_bytes()[:-1])
+    (path := file_of(mirror, "index.faiss")).write_bytes(path.read_bytes()[:-1])
     assert follow(machines["reader"]) == 1
     with monkeypatch.context() as killed:
         killed.setattr(remote(mirror), "delete", lambda _: None)
@@ -365,3 +362,8 @@ def test_machines_share_taught_names(mirror: Path, machines: Machines) -> None:
     assert drop_concept(other, "tom")
     pull(mirror)
     assert read_concepts(mirror) == [rex]
+    store(mirror).put("concepts.json", b"[{}]")
+    with pytest.raises(ArtifactError, match=r"^concepts.json of s3://.* is damaged; remove it"):
+        put_concept(mirror, tom)
+    with pytest.raises(FileNotFoundError):
+        Directory(mirror / "dropped").write("CURRENT", b"")

@@ -18,19 +18,17 @@ _PARTS = ("-master.telemetry=false", "-s3", "-s3.port.iceberg=0", "-s3.port.lanc
 
 
 class ObjectStore(ServerProcess):
-    """A server with a bucket. environment: the variables that lead obstore to it."""
+    """A server with a bucket. environment: variables that lead obstore to it. folder: of SeaweedFS; None for moto."""
 
     def __init__(self, folder: Path | None = None) -> None:
-        """folder: of SeaweedFS; None for moto."""
         self.port = free_port()
         self.url = f"http://127.0.0.1:{self.port}"
         self.environment = {**ACCESS, "AWS_ENDPOINT_URL": self.url}
         command = [sys.executable, "-m", "moto.server", "-H", "127.0.0.1", "-p", str(self.port)]
         if folder is not None:
             ports = [f"-{name}={free_port()}" for name in (*_PORTS, "s3.port.grpc")]
-            program = str(Path(sys.executable).with_name("weed"))
             here = [f"-dir={folder}", "-ip=127.0.0.1", "-ip.bind=127.0.0.1", f"-s3.port={self.port}"]
-            command = [program, "server", *here, *_PARTS, *ports]
+            command = [str(Path(sys.executable).with_name("weed")), "server", *here, *_PARTS, *ports]
         super().__init__(command)
 
     def responds(self) -> bool:
