@@ -56,9 +56,9 @@ PEERS = {"clip-retrieval": ("/knn-service", _clip_retrieval), "infinity": ("/emb
 def asked(name: str, kind: str) -> Requests:
     """Return the requests to a peer, each with another text or image."""
     path, body = PEERS[name]
-    known = images(16)
-    files = (known[number % 16] + number.to_bytes(8, "big") for number in itertools.count())
-    queries: Iterator[str | bytes] = unique_texts(time.time_ns()) if kind == "text" else files
+    queries: Iterator[str | bytes] = unique_texts(time.time_ns())
+    if kind == "image":
+        queries = (file + n.to_bytes(8, "big") for n, file in enumerate(itertools.cycle(images(16))))
     return lambda: post(path, "application/json", json.dumps(body(next(queries))).encode())
 
 

@@ -7,7 +7,7 @@
 - `things`, `subgroups`, of 12 to 400 emoji: the precision of members, that of members beside the examples, the recall
   of the others, and average precision. No image of `unseen` things trained the model; `chosen` ones are those
   that the constants of `app/search/concepts.py` were tuned on first; all have been in view since.
-- `photos`, an index of the maps of `photo_base.py`: categories of 12 to 400 photos; the base knows those of `known`.
+- `photos`, of `photo_base.py`'s maps, by `dcar zero-shot` of its base, which knows the categories of `known`.
 - `many`: seconds to teach and milliseconds of searches among 100,000 drawn vectors, median and first.
 """
 
@@ -67,8 +67,7 @@ def tags(client: Client, groups: Groups, count: int, rng: np.random.Generator) -
         average = (np.cumsum(is_right) / np.arange(1, len(is_right) + 1))[is_right].mean()
         values.append(((hits + count) / (tagged + count), hits / is_right.sum(), average))
         new += hits, tagged
-    precision, *rest = np.mean(values, 0).tolist()
-    return [precision, new[0] / max(new[1], 1), *rest]
+    return np.insert(np.mean(values, 0), 1, new[0] / max(new[1], 1)).tolist()  # type: ignore[no-any-return]
 
 
 def groups_of(style: str) -> dict[str, Groups]:
@@ -94,7 +93,7 @@ def photos_of(bed: Path) -> dict[str, Groups]:
     parts = defaultdict[str, Groups](lambda: defaultdict(dict))
     for table in bed.glob("*.jsonl"):
         for row in map(json.loads, table.read_text(encoding="utf-8").splitlines()):
-            item_id = hashlib.sha256(row["image"].encode()).hexdigest()[:20]
+            item_id = hashlib.sha256(row["image"].encode()).hexdigest()[:20]  # as `gallery.scan` makes it
             parts[table.stem][row["category"]][item_id] = row["split"]
     return {part: {name: ids for name, ids in parts[part].items() if 12 <= len(ids) <= 400} for part in sorted(parts)}
 
@@ -103,7 +102,8 @@ def judge(client: Client, style: str, parts: dict[str, Groups]) -> None:
     for part, groups in parts.items():
         for count in (1, 3, 5, 10):
             values = (words if part == "words" else tags)(client, groups, count, np.random.default_rng(count))
-            print(f"{style}, {len(groups)} {part}, N = {count}:", *(f"{100 * value:.1f}" for value in values))
+            figures = " ".join(f"{100 * value:.1f}" for value in values)
+            print(f"{style}, {len(groups)} {part}, N = {count}: {figures}", flush=True)
 
 
 def cost(client: Client) -> None:
