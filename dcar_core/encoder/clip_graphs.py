@@ -3,6 +3,8 @@
 - Inputs and outputs are those of `graphs`, whose towers run on PyTorch; a test compares the vectors of both.
 - Weights are constants in the memory that is mapped from their file.
 - The last block runs for the row that is pooled alone: the class row of an image, the end token of a text.
+- In float32 the activation is written out. OpenVINO would fuse it into the product before it, whose weights it then
+  packs once for small batches and again for large ones; alone it is faster there, and slower in bfloat16.
 
 Letters as in `encoder.graphs`.
 """
@@ -11,9 +13,9 @@ from functools import partial
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
+from numpy.typing import ArrayLike
 
-from dcar_core.encoder.runtimes import open_openvino
+from dcar_core.encoder.runtimes import EXPORTED, open_openvino
 from dcar_core.encoder.state import OPENVINO_OPTIONS, EncoderState, Runtime, build_state, openvino_library
 from dcar_core.model.checkpoint import Trainables
 from dcar_core.model.clip_files import ClipFiles
@@ -25,10 +27,10 @@ _ZERO, _ONE = np.int64(0), np.int64(1)
 
 
 class _Tower:
-    """The parts of a tower as nodes of a graph. prefix: of the names of its weights."""
+    """The parts of a tower as nodes of a graph. prefix: of the names of its weights. fuses: its activation."""
 
-    def __init__(self, clip: ClipFiles, prefix: str) -> None:
-        self.ops, self.clip, self.prefix = openvino_library().opset13, clip, prefix
+    def __init__(self, clip: ClipFiles, prefix: str, *, fuses: bool) -> None:
+        self.ops, self.clip, self.prefix, self.fuses = openvino_library().opset13, clip, prefix, fuses
         sizes = clip.vision if prefix else clip.text
         self.width, self.blocks = int(sizes["width"]), int(sizes["layers"])
         self.heads = int(self.width // sizes["head_width"] if prefix else sizes["heads"])
@@ -36,7 +38,7 @@ class _Tower:
     def weight(self, name: str) -> Node:
         return self.constant(self.clip.weights[self.prefix + name])
 
-    def constant(self, values: NDArray[Any]) -> Node:
+    def constant(self, values: ArrayLike) -> Node:
         return self.ops.constant(np.asarray(values, np.float32), shared_memory=True)
 
     def input(self, *shape: int, kind: Any = np.float32) -> Node:
@@ -83,14 +85,20 @@ class _Tower:
         name = f"transformer.resblocks.{i}."
         read = self.ops.scaled_dot_product_attention(q, k, v, mask)  # [B, H, m, d]
         x = x + self.linear(self.reshaped(self.transposed(read, 0, 2, 1, 3), 0, 0, -1), f"{name}attn.out_proj.")
-        inner = self.linear(self.norm(x, f"{name}ln_2"), f"{name}mlp.c_fc.")
-        inner = self.ops.swish(inner, np.float32(1.702)) if self.clip.quick_gelu else self.ops.gelu(inner, "erf")
+        inner = self.activated(self.linear(self.norm(x, f"{name}ln_2"), f"{name}mlp.c_fc."))
         return x + self.linear(inner, f"{name}mlp.c_proj.")
 
+    def activated(self, x: Node) -> Node:
+        if self.fuses:
+            return self.ops.swish(x, np.float32(1.702)) if self.clip.quick_gelu else self.ops.gelu(x, "erf")
+        half, quick = x * self.constant([[[0.5]]]), self.clip.quick_gelu
+        scaled = x * self.constant([[[1.702 / 2 if quick else 2**-0.5]]])
+        return half + half * (self.ops.tanh(scaled) if quick else self.ops.erf(scaled))
 
-def image_graph(clip: ClipFiles, depth: int, *, has_adapters: bool) -> Any:
+
+def image_graph(clip: ClipFiles, depth: int, *, has_adapters: bool, fuses: bool) -> Any:
     """(pixels, prompts, down, up) -> image features (B, E), not normalized: see `graphs.ImageGraph`."""
-    tower = _Tower(clip, "visual.")
+    tower = _Tower(clip, "visual.", fuses=fuses)
     ops, width, patch, size = tower.ops, tower.width, clip.vision["patch_size"], clip.preprocess.size
     pixels, patches = tower.input(-1, 3, size, size, kind=np.uint8), clip.patch_grid**2
     prompts = [tower.input(depth, -1, -1, width)] * (depth > 0)
@@ -119,9 +127,9 @@ def image_graph(clip: ClipFiles, depth: int, *, has_adapters: bool) -> Any:
     return openvino_library().Model([x], [pixels, *prompts, *adapters])
 
 
-def text_graph(clip: ClipFiles) -> Any:
+def text_graph(clip: ClipFiles, *, fuses: bool) -> Any:
     """(tokens, weights, keys, values) -> text features (B, E), not normalized: see `graphs.PrefixTextGraph`."""
-    tower = _Tower(clip, "")
+    tower = _Tower(clip, "", fuses=fuses)
     ops, blocks, heads, width = tower.ops, tower.blocks, tower.heads, tower.width
     tokens, weights = tower.input(-1, -1, kind=np.int64), tower.input(-1, -1)
     keys, values = (tower.input(blocks, -1, heads, -1, width // heads) for _ in range(2))
@@ -147,7 +155,7 @@ def text_graph(clip: ClipFiles) -> Any:
 
 def prefix(clip: ClipFiles, prompts: Floats | None) -> tuple[Floats, Floats]:
     """Prompts (depth, k, W_t) -> keys and values of start tokens and prompts: see `graphs.PrefixTextGraph`."""
-    tower, outputs = _Tower(clip, ""), list[Node]()
+    tower, outputs = _Tower(clip, "", fuses=True), list[Node]()
     start = clip.weights["token_embedding.weight"][list(clip.layout.start_ids)].astype(np.float32)[None]
     given = start if prompts is None else np.concatenate([start, prompts[:1]], 1)
     rows, mask = tower.input(*given.shape), tower.constant(_causal_mask(given.shape[1]))
@@ -176,9 +184,9 @@ def open_clip_graphs(
     name: str, clip: ClipFiles, config: ModelConfig, backbone_hash: str, threads: int | None
 ) -> Runtime:
     """Open a runtime of `runtimes.EXPORTED` on the weights of a file, or return the one that is open."""
-    depth, has_adapters = config.prompt.depths[1], config.adapter.blocks > 0
+    depth, has_adapters, fuses = config.prompt.depths[1], config.adapter.blocks > 0, EXPORTED[name] == "bf16"
 
     def graphs() -> tuple[Any, Any]:
-        return text_graph(clip), image_graph(clip, depth, has_adapters=has_adapters)
+        return text_graph(clip, fuses=fuses), image_graph(clip, depth, has_adapters=has_adapters, fuses=fuses)
 
     return open_openvino(name, (backbone_hash, depth, has_adapters), clip.files[1].parent, threads, graphs)
