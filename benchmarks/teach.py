@@ -29,7 +29,7 @@ from clusters import Clusters
 from service import ROOT, made_index, serving
 
 KEY, MAX_K = "benchmark-of-taught-names", 20_000
-PEOPLE = re.compile(r"\b(m[ae]n|wom[ae]n|person|people)\b")
+PEOPLE = re.compile(r"\b(and|m[ae]n|wom[ae]n|person|people)\b")  # "woman and man holding hands" are "holding hands"
 Groups = dict[str, dict[str, str]]  # ids with their tones or splits, by name
 
 

@@ -21,7 +21,6 @@ from tests.support.paths import ROOT
 
 pytestmark = needs("helm")
 CHART, SNAPSHOTS = ROOT / "charts" / "dcar", ROOT / "tests" / "chart"
-STORE = {"url": "s3://bucket/photos", "credentials": "store"}
 KEY = {"name": "keys", "key": "admin"}
 OPTIONS: dict[str, dict[str, Any]] = yaml.safe_load((SNAPSHOTS / "options.yaml").read_text())
 

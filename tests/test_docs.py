@@ -25,7 +25,6 @@ PAGES = sorted({page for place in PLACES for page in ROOT.glob(place)})
 TEXTS = {page: page.read_text(encoding="utf-8") for page in PAGES}
 MAX_WORDS, MAX_BENCHMARKS = 1500, 5000  # of letters or digits; scripts/size.py counts those of all pages
 SHOWS = ["README.md", "docs/tutorial.md", *(f"docs/how-to/{path.name}" for path in (ROOT / "docs/how-to").glob("*.md"))]
-UNLINKED = {"README.md"}  # the start of every path to a page
 
 
 def name(page: Path) -> str:

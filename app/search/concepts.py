@@ -3,7 +3,8 @@
 - A name is written `@name` at the start of a word. It stands for the direction (E,) in which its examples differ from
   the gallery: the weights of a linear discriminant whose covariance is shrunk, as in Wang et al., "A Hard-to-Beat
   Baseline for Training-free CLIP-based Adaptation" (2024), but against the gallery instead of other classes [ours].
-- An item is a member of a name if it is an example, or if its cosine to that direction reaches a cut-off.
+- An item is a member of a name if it is an example, or if it is like the examples: after whitening by the gallery's
+  covariance, shrunk far less, its cosine to their mean is high. That admits fewer strangers than the direction.
 - All of it follows from the ids, so another version or model needs no teaching. It is computed when first needed.
 """
 
@@ -23,6 +24,7 @@ from numpy.typing import NDArray
 from typing_extensions import TypedDict  # pydantic needs this one before Python 3.12
 
 from app.search.errors import InvalidQueryError, ItemNotFoundError
+from dcar_core.encoder.state import normalize
 from dcar_core.util.arrays import Floats, Rows
 from dcar_core.util.errors import ArtifactError, DataError, shorten
 from index_jobs.index.concepts import Concept, drop_concept, put_concept, read_concepts
@@ -36,13 +38,14 @@ MAX_NAME, MAX_IDS = 64, 200
 _TOKEN = re.compile(r"(?<!\S)@(\S+)")
 _NEAREST = 1024  # rows that are searched for members before all are compared; a large search takes longer than that
 _SAMPLE = 4096  # rows that show what the gallery is like
-_SHARE = 0.65  # of the way from the gallery's median to 1, at which members begin (benchmarks/teach.py)
+_SHARE = 0.45  # of the way from the gallery's median to 1, below which the direction finds no members
+_LIKENESS, _ONE_EXAMPLE = 0.69, 0.1  # cosine at which members begin; the second is added, divided by the examples
 _MIN_LENGTH = 1e-3  # of what sets examples apart from the gallery; below it they are all that there is
 _DIGITS = 6  # of scores, as in responses
 
 
 class TaughtConcept(TypedDict):
-    """A taught name. examples: number of its `ids` that the index has. cutoff: lowest cosine of another member."""
+    """A taught name. examples: number of its `ids` that the index has. cutoff: score that as many items reach."""
 
     name: str
     kind: str
@@ -173,41 +176,61 @@ class Concepts:
         version, rows, others = self.version, self._rows(concept.ids), self._rows(concept.not_ids)
         if not len(rows):
             return Learned(concept, 0, np.zeros(version.manifest.dim, np.float32), 1.0, NO_ROWS)
-        gallery, centre, spread = self._gallery  # [m, E], [E], [E, E]
-        mean = self._vectors(rows).mean(0)
+        gallery, centre, spread, _ = self._gallery
+        examples = self._vectors(rows)
+        mean = examples.mean(0)
         away = mean - centre
         direction = np.linalg.solve(spread, away if np.linalg.norm(away) > _MIN_LENGTH else mean)
         direction = (direction / np.linalg.norm(direction)).astype(np.float32)
         middle = float(np.median(gallery @ direction))
-        cutoff = round(middle + _SHARE * (1 - middle), _DIGITS)
+        least = middle + _SHARE * (1 - middle)
+        near, scores = self._reaching(direction, least)
+        own = normalize(self._whitened(examples).mean(0, keepdims=True))[0]
+        likeness, foreign = (self._compared(some, lambda v: self._whitened(v) @ own) for some in (near, others))
+        cutoffs = np.append(np.sort(scores)[::-1], least)
+        is_member = likeness >= _LIKENESS + _ONE_EXAMPLE / len(rows)
         if len(others):
-            cutoff = max(cutoff, round(float((self._vectors(others) @ direction).max()), _DIGITS) + 10**-_DIGITS)
-        members = np.setdiff1d(np.union1d(rows, self._reaching(direction, cutoff)), others)
+            is_member &= likeness > foreign.max()
+            cutoffs = np.maximum(cutoffs, self._compared(others, lambda v: v @ direction).max() + 10**-_DIGITS)
+        members = np.setdiff1d(np.union1d(rows, near[is_member]), others)
+        cutoff = float(cutoffs[: len(members)][-1].round(_DIGITS))
         return Learned(concept, len(rows), direction, cutoff, members)
 
-    def _reaching(self, direction: Floats, cutoff: float) -> Rows:
-        """Return the rows whose cosine reaches a cut-off: the nearest that the engine finds, or all if these do."""
+    def _reaching(self, direction: Floats, least: float) -> tuple[Rows, NDArray[np.float64]]:
+        """Return rows whose cosines are high enough, of the nearest that the engine finds, or of all if these are."""
         width = min(_NEAREST, self.version.rows)
         scores, rows = (nearest[0] for nearest in self.version.search(direction[None], width))
-        if rows[-1] >= 0 and scores[-1] >= cutoff:
+        if rows[-1] >= 0 and scores[-1] >= least:
             rows = np.flatnonzero(self.version.live)
-            parts = np.array_split(rows, 1 + len(rows) // _NEAREST)
-            scores = np.concatenate([self._vectors(part) @ direction for part in parts])
-        reached: Rows = rows[(scores.astype(np.float64).round(_DIGITS) >= cutoff) & (rows >= 0)]
-        return reached
+            scores = self._compared(rows, lambda v: v @ direction)
+        is_near = (scores >= least) & (rows >= 0)
+        return rows[is_near], scores[is_near].astype(np.float64)
+
+    def _compared(self, rows: Rows, compare: Callable[[Floats], Floats]) -> NDArray[np.float64]:
+        """Compare the vectors of rows part by part; rounded, so equal vectors are equally like."""
+        parts = np.array_split(rows, 1 + len(rows) // _NEAREST)
+        return np.concatenate([compare(self._vectors(part)) for part in parts]).astype(np.float64).round(_DIGITS)
+
+    def _whitened(self, vectors: Floats) -> Floats:
+        """(n, E) -> (n, E), of unit length"""
+        _, centre, _, whitening = self._gallery
+        return normalize((vectors - centre.astype(np.float32)) @ whitening)
 
     @cached_property
-    def _gallery(self) -> tuple[Floats, NDArray[np.float64], NDArray[np.float64]]:
-        """Vectors of evenly spread rows, their mean, and their covariance shrunk to its mean variance.
+    def _gallery(self) -> tuple[Floats, NDArray[np.float64], NDArray[np.float64], Floats]:
+        """Vectors of evenly spread rows (m, E), their mean (E,), shrunk covariance (E, E), and whitening matrix (E, E).
 
-        The fewer rows, the more it is shrunk: in a small gallery the examples' own class is a large part of it.
+        The fewer rows, the more they are shrunk: in a small gallery the examples' own class is a large part of it.
         """
         live = np.flatnonzero(self.version.live)
         vectors = self._vectors(live[:: -(-len(live) // _SAMPLE)])
         centre = vectors.mean(0, np.float64)
         covariance = (vectors - centre).T @ (vectors - centre) / len(vectors)
-        shrinkage = 3 * (1 + 10 * len(centre) / len(vectors)) * covariance.diagonal().mean() + np.finfo(float).eps
-        return vectors, centre, covariance + shrinkage * np.eye(len(centre))
+        variance, share = covariance.diagonal().mean() * np.eye(len(centre)), len(centre) / len(vectors)
+        least = np.finfo(float).eps * np.eye(len(centre))
+        lower = np.linalg.cholesky(covariance + max(0.3, 80 * share**2) * variance + least)
+        spread = covariance + 3 * (1 + 10 * share) * variance + least
+        return vectors, centre, spread, np.linalg.inv(lower).T.astype(np.float32)
 
     def _column(self, concepts: Sequence[Concept]) -> pa.ChunkedArray:
         """Return the names of each row, a column of lists; null without any."""

@@ -145,7 +145,7 @@ class SearchResponse(Model):
 
 
 class TaughtConcept(Model):
-    """A taught name. examples: number of its `ids` that the index has. cutoff: lowest cosine of another member."""
+    """A taught name. examples: number of its `ids` that the index has. cutoff: score that as many items reach."""
 
     name: str
     kind: str
