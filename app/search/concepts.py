@@ -45,7 +45,7 @@ _DIGITS = 6  # of scores, as in responses
 
 
 class TaughtConcept(TypedDict):
-    """A taught name. examples: number of its `ids` that the index has. cutoff: score that as many items reach."""
+    """A taught name. examples: count of `ids` in the index. cutoff: score that as many items reach as are members."""
 
     name: str
     kind: str
@@ -212,7 +212,7 @@ class Concepts:
         return np.concatenate([compare(self._vectors(part)) for part in parts]).astype(np.float64).round(_DIGITS)
 
     def _whitened(self, vectors: Floats) -> Floats:
-        """(n, E) -> (n, E), of unit length"""
+        """(n, E) -> (n, E), of unit length."""
         _, centre, _, whitening = self._gallery
         return normalize((vectors - centre.astype(np.float32)) @ whitening)
 
@@ -227,9 +227,9 @@ class Concepts:
         centre = vectors.mean(0, np.float64)
         covariance = (vectors - centre).T @ (vectors - centre) / len(vectors)
         variance, share = covariance.diagonal().mean() * np.eye(len(centre)), len(centre) / len(vectors)
-        least = np.finfo(float).eps * np.eye(len(centre))
-        lower = np.linalg.cholesky(covariance + max(0.3, 80 * share**2) * variance + least)
-        spread = covariance + 3 * (1 + 10 * share) * variance + least
+        tiny = np.finfo(float).eps * np.eye(len(centre))
+        lower = np.linalg.cholesky(covariance + max(0.3, 80 * share**2) * variance + tiny)
+        spread = covariance + 3 * (1 + 10 * share) * variance + tiny
         return vectors, centre, spread, np.linalg.inv(lower).T.astype(np.float32)
 
     def _column(self, concepts: Sequence[Concept]) -> pa.ChunkedArray:

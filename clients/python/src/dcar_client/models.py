@@ -145,7 +145,7 @@ class SearchResponse(Model):
 
 
 class TaughtConcept(Model):
-    """A taught name. examples: number of its `ids` that the index has. cutoff: score that as many items reach."""
+    """A taught name. examples: count of `ids` in the index. cutoff: score that as many items reach as are members."""
 
     name: str
     kind: str
