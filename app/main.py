@@ -1,7 +1,8 @@
 """Assemble the application.
 
-- The lifespan starts loading in the background and returns: /healthz works at once, /readyz once searches do. That of
-  one of several workers waits for the first load: it accepts connections after it.
+- The lifespan starts loading in the background and returns: /healthz works at once,
+  /readyz once searches do. That of one of several workers waits for the first load: it
+  accepts connections after it.
 - Shutdown finishes pending requests, then stops the batcher, the cache and the threads.
 """
 
@@ -30,15 +31,19 @@ from app.service.write_worker import WriteWorker
 from dcar_core.util.errors import DcarError
 
 
-def create_app(settings: Settings, *, on_start_failure: Callable[[DcarError], None] | None = None) -> FastAPI:
+def create_app(
+    settings: Settings, *, on_start_failure: Callable[[DcarError], None] | None = None
+) -> FastAPI:
     """Return the ASGI application.
 
-    on_start_failure: called if the first version cannot be loaded. Without it the application responds with 503 and the
-        reason, and retries.
+    on_start_failure: called if the first version cannot be loaded. Without it the
+        application responds with 503 and the reason, and retries.
     """
     metrics, rates = Metrics(), None
     if settings.rate_limit is not None:
-        redis_url = settings.redis_url.get_secret_value() if settings.redis_url else None
+        redis_url = (
+            settings.redis_url.get_secret_value() if settings.redis_url else None
+        )
         rates = RateLimiter(settings.rate_limit, redis_url)
 
     @asynccontextmanager
@@ -46,14 +51,25 @@ def create_app(settings: Settings, *, on_start_failure: Callable[[DcarError], No
         collections = Collections(settings, metrics, on_start_failure=on_start_failure)
         retriever = Retriever(settings, metrics)
         writer = WriteWorker(settings, collections, metrics)
-        app.state.collections, app.state.retriever, app.state.writer = collections, retriever, writer
+        app.state.collections, app.state.retriever, app.state.writer = (
+            collections,
+            retriever,
+            writer,
+        )
         folder = settings.feedback_folder
-        feedback = app.state.feedback = FeedbackLog(folder, settings, metrics) if folder else None
+        feedback = app.state.feedback = (
+            FeedbackLog(folder, settings, metrics) if folder else None
+        )
         _add_gauges(metrics, collections, retriever)
         async with AsyncExitStack() as stack:  # closes the last one first
             if rates is not None:
                 stack.push_async_callback(rates.close)
-            for part in (retriever, collections, writer if settings.writes else None, feedback):
+            for part in (
+                retriever,
+                collections,
+                writer if settings.writes else None,
+                feedback,
+            ):
                 if part is not None:
                     part.start()
                     stack.push_async_callback(part.close)
@@ -64,7 +80,9 @@ def create_app(settings: Settings, *, on_start_failure: Callable[[DcarError], No
     app = FastAPI(
         title="DCAR image search",
         version=version("dcar"),
-        description="Search a gallery of images by text, by image or by one of its own items.",
+        description=(
+            "Search a gallery of images by text, by image or by one of its own items."
+        ),
         openapi_url=None,  # `app.api.page` has these
         docs_url=None,
         redoc_url=None,
@@ -72,7 +90,11 @@ def create_app(settings: Settings, *, on_start_failure: Callable[[DcarError], No
         generate_unique_id_function=_operation_id,
         lifespan=lifespan,
     )
-    app.state.settings, app.state.metrics, app.state.fetcher = settings, metrics, ImageFetcher(settings)
+    app.state.settings, app.state.metrics, app.state.fetcher = (
+        settings,
+        metrics,
+        ImageFetcher(settings),
+    )
     app.state.access, app.state.bodies = Access(settings, rates), BodyLimit(settings)
     app.router.route_class, app.router.default = GuardedRoute, refuse_unknown
     add_error_handlers(app)
@@ -82,30 +104,54 @@ def create_app(settings: Settings, *, on_start_failure: Callable[[DcarError], No
             CORSMiddleware,
             allow_origins=settings.cors_origins,
             allow_methods=["GET", "POST"],
-            allow_headers=["Authorization", "Content-Type", "X-API-Key", "X-Request-ID"],
+            allow_headers=[
+                "Authorization",
+                "Content-Type",
+                "X-API-Key",
+                "X-Request-ID",
+            ],
             expose_headers=["Retry-After", "X-Request-ID"],
         )
     app.add_middleware(Envelope, metrics=metrics, settings=settings)
     return app
 
 
-def _add_gauges(metrics: Metrics, collections: Collections, retriever: Retriever) -> None:
+def _add_gauges(
+    metrics: Metrics, collections: Collections, retriever: Retriever
+) -> None:
     """Register gauges of searches in progress and of the served indexes."""
 
     def values(read: Callable[[ServedVersion], float]) -> Iterable[tuple[str, float]]:
-        return [(name, read(collection.current)) for name, collection in collections if collection.current is not None]
+        return [
+            (name, read(collection.current))
+            for name, collection in collections
+            if collection.current is not None
+        ]
 
     def degraded() -> Iterable[tuple[str, float]]:
-        return [(name, collection.fault is not None) for name, collection in collections]
+        return [
+            (name, collection.fault is not None) for name, collection in collections
+        ]
 
     versions = partial(values, lambda served: served.version)
     counts = partial(values, lambda served: served.index.manifest.count)
     metrics.add_gauge("dcar_index_version", "Served version.", "collection", versions)
-    metrics.add_gauge("dcar_index_items", "Items in the served version.", "collection", counts)
-    metrics.add_gauge("dcar_index_degraded", "1 while the published version cannot be used.", "collection", degraded)
+    metrics.add_gauge(
+        "dcar_index_items", "Items in the served version.", "collection", counts
+    )
+    metrics.add_gauge(
+        "dcar_index_degraded",
+        "1 while the published version cannot be used.",
+        "collection",
+        degraded,
+    )
     about = "Searches and image requests in progress, of the worker that is asked."
     metrics.add_gauge("dcar_pending", about, "what", retriever.pending)
 
 
 def _operation_id(route: APIRoute) -> str:
-    return f"{route.name}_in" if route.path.startswith("/collections/{collection}/") else route.name
+    return (
+        f"{route.name}_in"
+        if route.path.startswith("/collections/{collection}/")
+        else route.name
+    )

@@ -1,9 +1,10 @@
 """Run the service: `dcar serve` calls `serve`.
 
 - A missing index or a taken port is reported in one line before the model is loaded.
-- One process serves while it loads. Several are uvicorn's workers on one socket, each of which accepts connections once
-  it has loaded. Before that a process of its own loads once, which makes what a first start makes, such as an export,
-  and says once why the service cannot start.
+- One process serves while it loads. Several are uvicorn's workers on one socket, each
+  of which accepts connections once it has loaded. Before that a process of its own
+  loads once, which makes what a first start makes, such as an export, and says once why
+  the service cannot start.
 - At a signal to stop, running requests are finished.
 """
 
@@ -45,7 +46,9 @@ FINISH_S = 10  # for pending requests at shutdown
 
 
 def serve(settings: Settings) -> None:
-    """Run until interrupted. Raise DcarError if the service cannot start: no index, a taken port, a broken model."""
+    """Run until interrupted. Raise DcarError if the service cannot start: no index, a
+    taken port, a broken model.
+    """
     _configure_logs(settings)
     for index in settings.indexes.values():
         if store_of(index) is None:  # the first load reports a store's
@@ -66,7 +69,8 @@ def _run(settings: Settings, listener: socket.socket) -> None:
         server.should_exit = True
 
     server = uvicorn.Server(server_config(_start(settings, fail)))
-    with contextlib.suppress(KeyboardInterrupt):  # uvicorn raises it again after a clean shutdown
+    # uvicorn raises it again after a clean shutdown
+    with contextlib.suppress(KeyboardInterrupt):
         server.run(sockets=[listener])
     if failures:
         raise failures[0]
@@ -75,7 +79,9 @@ def _run(settings: Settings, listener: socket.socket) -> None:
 def _run_workers(settings: Settings, listener: socket.socket) -> None:
     threads = settings.threads or max(1, available_cores() // settings.workers)
     settings = settings.model_copy(update={"threads": threads})
-    config = server_config(partial(_start, settings), factory=True, workers=settings.workers)
+    config = server_config(
+        partial(_start, settings), factory=True, workers=settings.workers
+    )
     with tempfile.TemporaryDirectory(prefix="dcar-metrics-") as folder:
         os.environ[SHARED_FOLDER] = folder
         supervisor = _Supervisor(config, [listener])
@@ -86,7 +92,9 @@ def _run_workers(settings: Settings, listener: socket.socket) -> None:
 
 
 class _Supervisor(Multiprocess):
-    """uvicorn's supervisor, which would wait 30 s for a killed worker while it holds the worker's end of the pipe."""
+    """uvicorn's supervisor, which would wait 30 s for a killed worker while it holds
+    the worker's end of the pipe.
+    """
 
     def keep_subprocess_alive(self) -> None:
         for process in self.processes:
@@ -98,18 +106,25 @@ def _load_once(settings: Settings) -> None:
     _configure_logs(settings)
 
     async def load() -> None:
-        collections = Collections(settings, Metrics(), on_start_failure=lambda _: None)  # it is raised as well
+        # it is raised as well
+        collections = Collections(settings, Metrics(), on_start_failure=lambda _: None)
         for name in settings.indexes:
             await collections[name].reload()
 
     asyncio.run(load())
 
 
-def _start(settings: Settings, on_start_failure: Callable[[DcarError], None] | None = None) -> FastAPI:
-    """Prepare this process, which may be one of several workers, and return the application."""
+def _start(
+    settings: Settings, on_start_failure: Callable[[DcarError], None] | None = None
+) -> FastAPI:
+    """Prepare this process, which may be one of several workers, and return the
+    application.
+    """
     _configure_logs(settings)
-    threadpool_limits(1, "blas")  # products are small here; beside a busy model two threads take longer than one
-    sys.setswitchinterval(0.001)  # beside two busy threads the event loop gets twice as many turns as by default
+    # products are small here; beside a busy model two threads take longer than one
+    threadpool_limits(1, "blas")
+    # beside two busy threads the event loop gets twice as many turns as by default
+    sys.setswitchinterval(0.001)
     return create_app(settings, on_start_failure=on_start_failure)
 
 
@@ -129,11 +144,20 @@ class _Connection(HttpToolsProtocol):
 
 
 def server_config(app: Any, **options: Any) -> uvicorn.Config:
-    """Return uvicorn's configuration for an application, or for a function that makes it."""
+    """Return uvicorn's configuration for an application, or for a function that makes
+    it.
+    """
     return uvicorn.Config(
-        app, http=_Connection, ws="none", log_config=None, access_log=False, server_header=False,
-        timeout_graceful_shutdown=FINISH_S, timeout_worker_healthcheck=30, **options,
-    )  # fmt: skip
+        app,
+        http=_Connection,
+        ws="none",
+        log_config=None,
+        access_log=False,
+        server_header=False,
+        timeout_graceful_shutdown=FINISH_S,
+        timeout_worker_healthcheck=30,
+        **options,
+    )
 
 
 def _add_request_id(record: logging.LogRecord) -> bool:
@@ -142,7 +166,9 @@ def _add_request_id(record: logging.LogRecord) -> bool:
 
 
 def _configure_logs(settings: Settings) -> None:
-    """Log to stderr, as lines or JSON objects with the request's id. No line has the text of a query or a key."""
+    """Log to stderr, as lines or JSON objects with the request's id. No line has the
+    text of a query or a key.
+    """
     handler = logging.StreamHandler()
     handler.addFilter(_add_request_id)
     line = "%(asctime)s %(levelname)s %(name)s [%(request_id)s]: %(message)s"
@@ -152,8 +178,11 @@ def _configure_logs(settings: Settings) -> None:
         if settings.log_format == "json"
         else logging.Formatter(line, "%F %T")
     )
-    logging.basicConfig(level="WARNING", handlers=[handler], force=True)  # libraries log much while they load
-    levels = dict.fromkeys(("app", "dcar_core", "index_jobs"), settings.log_level.upper())
+    # libraries log much while they load
+    logging.basicConfig(level="WARNING", handlers=[handler], force=True)
+    levels = dict.fromkeys(
+        ("app", "dcar_core", "index_jobs"), settings.log_level.upper()
+    )
     levels |= {"py.warnings": "ERROR", "python_multipart": "ERROR"}
     for name, level in levels.items():
         logging.getLogger(name).setLevel(level)
@@ -166,12 +195,17 @@ def base_url(host: str, port: int) -> str:
 
 
 def listen(host: str, port: int) -> socket.socket:
-    """Return a listening socket. Raise DcarError if the address or the port is not available."""
+    """Return a listening socket. Raise DcarError if the address or the port is not
+    available.
+    """
     is_ipv6 = ":" in host
     family = socket.AF_INET6 if is_ipv6 else socket.AF_INET
     try:
-        return socket.create_server((host, port), family=family, backlog=1024, dualstack_ipv6=is_ipv6)
+        return socket.create_server(
+            (host, port), family=family, backlog=1024, dualstack_ipv6=is_ipv6
+        )
     except OSError as error:
         raise DcarError(
-            f"cannot listen on port {port} of {host}: {error.strerror}; choose others with --port and --host"
+            f"cannot listen on port {port} of {host}: {error.strerror}; choose others"
+            " with --port and --host"
         ) from None

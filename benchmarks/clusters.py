@@ -1,4 +1,6 @@
-"""Synthetic vectors around centres of unequal size, wide in directions of their own, for random models."""
+"""Synthetic vectors around centres of unequal size, wide in directions of their own,
+for random models.
+"""
 
 import numpy as np
 
@@ -24,7 +26,9 @@ class Clusters:
         draw = np.random.default_rng([7, seed])
         which = draw.choice(len(self.centres), size, p=self.shares)
         wide = 0.25 * draw.normal(size=(size, SPREAD)).astype(np.float32)
-        vectors = self.centres[which] + 0.12 * draw.normal(size=(size, self.centres.shape[1])).astype(np.float32)
+        vectors = self.centres[which] + 0.12 * draw.normal(
+            size=(size, self.centres.shape[1])
+        ).astype(np.float32)
         for place in range(SPREAD):
             vectors += wide[:, place : place + 1] * self.basis[self.own[which, place]]
         vectors /= np.linalg.norm(vectors, axis=1, keepdims=True)

@@ -1,13 +1,18 @@
-"""The first hour of a new user: from a folder of photos, or a table of products, to the first search.
+"""The first hour of a new user: from a folder of photos, or a table of products, to the
+first search.
 
     python benchmarks/first_hour.py [--shop]       # a table of commands and seconds
-    python benchmarks/first_hour.py --install      # clones and installs first, and runs the command of that clone
+    python benchmarks/first_hour.py --install
+        # clones and installs first, and runs the command of that clone
 
-- The photos are pictures of the bundled example as JPEGs, in three folders of one camera each whose names collide, with
-  captions in pairs.jsonl (one row bad, one image missing) and prices as texts. Some files are broken.
-- The model is the bundled one, so no weights are fetched; without a hub, the seconds include asking for it. `--model
-  ViT-B-32-quickgelu` takes that model with random weights, which cost as much as trained ones once these are fetched.
-- The shop has 500 products with 848 pictures, one product a row, with English titles and German groups.
+- The photos are pictures of the bundled example as JPEGs, in three folders of one
+  camera each whose names collide, with captions in pairs.jsonl (one row bad, one image
+  missing) and prices as texts. Some files are broken.
+- The model is the bundled one, so no weights are fetched; without a hub, the seconds
+  include asking for it. `--model ViT-B-32-quickgelu` takes that model with random
+  weights, which cost as much as trained ones once these are fetched.
+- The shop has 500 products with 848 pictures, one product a row, with English titles
+  and German groups.
 """
 
 import argparse
@@ -39,7 +44,12 @@ EXAMPLE = ROOT / "examples" / "emoji" / "twemoji"
 
 def pictures(count: int) -> Iterator[tuple[dict[str, Any], Image.Image]]:
     """Yield rows of the bundled example and their pictures."""
-    rows = [json.loads(line) for line in (EXAMPLE / "metadata.jsonl").read_text(encoding="utf-8").splitlines()]
+    rows = [
+        json.loads(line)
+        for line in (
+            (EXAMPLE / "metadata.jsonl").read_text(encoding="utf-8").splitlines()
+        )
+    ]
     with tarfile.open(EXAMPLE / "gallery.tar") as tar:
         for entry in Random(0).sample(rows, count):
             member = tar.extractfile(entry["file_name"])
@@ -53,17 +63,23 @@ def make_shop(folder: Path) -> None:
     products, prices = ["sku,image,title,gruppe,price"], ["sku,price"]
     for number, (entry, picture) in enumerate(pictures(500)):
         names = [f"{number}{side}.jpg" for side in ("", "-back")[: 1 + (number < 348)]]
-        for name, image in zip(names, (picture, ImageOps.mirror(picture)), strict=False):
+        for name, image in zip(
+            names, (picture, ImageOps.mirror(picture)), strict=False
+        ):
             image.convert("RGB").save(folder / name)
         group = "Flagge" if entry["meta_category"] == "country-flag" else "Ware"
-        products.append(f'A-{number},{"|".join(names)},"{entry["category"]}",{group},{number}.5')
+        products.append(
+            f'A-{number},{"|".join(names)},"{entry["category"]}",{group},{number}.5'
+        )
         prices.append(f"A-{number},{number}.9")
     for name, lines in (("products.csv", products), ("prices.csv", prices)):
         (folder / name).write_text("\n".join(lines) + "\n", encoding="utf-8")
 
 
 def make_photos(folder: Path, count: int) -> None:
-    """Write a folder of `count` photos with captions, and the files that a camera and its owner leave beside them."""
+    """Write a folder of `count` photos with captions, and the files that a camera and
+    its owner leave beside them.
+    """
     pairs = list[dict[str, Any]]()
     for number, (entry, picture) in enumerate(pictures(count)):
         photo = Image.new("RGB", (640, 480), "white")
@@ -72,12 +88,31 @@ def make_photos(folder: Path, count: int) -> None:
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         photo.save(folder / name, quality=90)
         price = "10,50" if number % 2 else "$12"
-        pairs.append({"image": name, "caption": entry["caption"], "category": entry["category"], "price": price})
-    lost = {"image": "cam1/IMG_9999.jpg", "caption": "a photo that was deleted", "category": "lost"}
-    lines = [*map(json.dumps, pairs), json.dumps(lost), json.dumps({"image": "cam1/IMG_0001.jpg"})]
+        pairs.append(
+            {
+                "image": name,
+                "caption": entry["caption"],
+                "category": entry["category"],
+                "price": price,
+            }
+        )
+    lost = {
+        "image": "cam1/IMG_9999.jpg",
+        "caption": "a photo that was deleted",
+        "category": "lost",
+    }
+    lines = [
+        *map(json.dumps, pairs),
+        json.dumps(lost),
+        json.dumps({"image": "cam1/IMG_0001.jpg"}),
+    ]
     (folder / "pairs.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
     photo = (folder / pairs[0]["image"]).read_bytes()
-    beside = {"cam1/broken.jpg": photo[:2000], "cam2/text.jpg": b"no image", "cam3/logo.svg": b"<svg/>"}
+    beside = {
+        "cam1/broken.jpg": photo[:2000],
+        "cam2/text.jpg": b"no image",
+        "cam3/logo.svg": b"<svg/>",
+    }
     for name, content in beside.items():
         (folder / name).write_bytes(content)
 
@@ -88,12 +123,20 @@ def row(what: str, start: float) -> None:
 
 
 @contextlib.contextmanager
-def serving(command: str, port: int, folder: Path, program: list[str], environment: dict[str, str]) -> Iterator[None]:
+def serving(
+    command: str,
+    port: int,
+    folder: Path,
+    program: list[str],
+    environment: dict[str, str],
+) -> Iterator[None]:
     """Run a command that serves in a folder; yield once the service is ready."""
     start, log = time.perf_counter(), folder.parent / f"{port}.log"
     words = [*program, *shlex.split(command)[1:]]
     with log.open("w") as file:
-        process = subprocess.Popen(words, cwd=folder, env=environment, stdout=file, stderr=subprocess.STDOUT)
+        process = subprocess.Popen(
+            words, cwd=folder, env=environment, stdout=file, stderr=subprocess.STDOUT
+        )
     try:
         while not ask(port, "/readyz"):
             if process.poll() is not None:
@@ -109,7 +152,10 @@ def serving(command: str, port: int, folder: Path, program: list[str], environme
 def ask(port: int, path: str, body: dict[str, Any] | None = None) -> bool:
     """Return whether the service responds with 200."""
     with contextlib.suppress(httpx.TransportError):
-        method, url = "GET" if body is None else "POST", f"http://127.0.0.1:{port}{path}"
+        method, url = (
+            "GET" if body is None else "POST",
+            f"http://127.0.0.1:{port}{path}",
+        )
         return httpx.request(method, url, json=body, timeout=30).status_code == 200
     return False
 
@@ -119,40 +165,77 @@ def install(folder: Path) -> tuple[list[str], dict[str, str]]:
     clone = folder.parent / "dcar"
     for command in (f"git clone {ROOT} {clone}", f"make -C {clone} install"):
         start = time.perf_counter()
-        subprocess.run(shlex.split(command), check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        subprocess.run(
+            shlex.split(command),
+            check=True,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+        )
         row(command, start)
-    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    environment = {
+        name: value for name, value in os.environ.items() if name != "PYTHONPATH"
+    }
     return [str(clone / ".venv" / "bin" / "dcar")], environment
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--install", action="store_true", help="clone and install, which is timed apart")
-    parser.add_argument("--shop", action="store_true", help="a table of products in place of photos")
-    parser.add_argument("--model", help="open_clip model with random weights, in place of the bundled one")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--install", action="store_true", help="clone and install, which is timed apart"
+    )
+    parser.add_argument(
+        "--shop", action="store_true", help="a table of products in place of photos"
+    )
+    parser.add_argument(
+        "--model",
+        help="open_clip model with random weights, in place of the bundled one",
+    )
     args = parser.parse_args()
 
     with tempfile.TemporaryDirectory() as temporary:
         folder, port = Path(temporary) / "home", free_port()
         make_shop(folder) if args.shop else make_photos(folder / "photos", 900)
         print("| command | seconds |\n| --- | --- |")
-        program, environment = [sys.executable, "-m", "app.cli"], os.environ | {"PYTHONPATH": str(ROOT)}
+        program, environment = (
+            [sys.executable, "-m", "app.cli"],
+            os.environ | {"PYTHONPATH": str(ROOT)},
+        )
         if args.install:
             program, environment = install(folder)
-        environment["DCAR_RUNTIME_CACHE"] = f"{temporary}/runtimes"  # a new user has measured no runtime
-        model = f"--model {random_model(folder / args.model, args.model).name} " if args.model else ""
+        # a new user has measured no runtime
+        environment["DCAR_RUNTIME_CACHE"] = f"{temporary}/runtimes"
+        model = (
+            f"--model {random_model(folder / args.model, args.model).name} "
+            if args.model
+            else ""
+        )
         serve = f"dcar quickstart photos {model}--port {port}"
         if args.shop:
-            build = f"dcar index build --gallery products.csv --checkpoint {EXAMPLE / 'checkpoint'} --out index"
-            for command in (build, "dcar index update index --metadata prices.csv --by sku"):
+            build = (
+                "dcar index build --gallery products.csv --checkpoint"
+                f" {EXAMPLE / 'checkpoint'} --out index"
+            )
+            for command in (
+                build,
+                "dcar index update index --metadata prices.csv --by sku",
+            ):
                 start = time.perf_counter()
-                subprocess.run([*program, *shlex.split(command)[1:]], cwd=folder, env=environment, check=True)
+                subprocess.run(
+                    [*program, *shlex.split(command)[1:]],
+                    cwd=folder,
+                    env=environment,
+                    check=True,
+                )
                 row(command.replace(f"{EXAMPLE}/", ""), start)
             serve = f"dcar serve --index index --port {port}"
         with serving(serve, port, folder, program, environment):
             for query in ("crying cat", "Flagge"):
                 start = time.perf_counter()
-                while not ask(port, "/search/text", {"query": query, "hybrid": args.shop, "k": 3}):
+                while not ask(
+                    port, "/search/text", {"query": query, "hybrid": args.shop, "k": 3}
+                ):
                     time.sleep(0.05)
                 row(f'search "{query}"', start)
 

@@ -1,10 +1,13 @@
-"""hit@1, hit@5 and nDCG@10 of short queries by vectors alone, by words alone, and by both.
+"""hit@1, hit@5 and nDCG@10 of short queries by vectors alone, by words alone, and by
+both.
 
     make demo    # once, for data/index/twemoji and openmoji; stop it when it serves
-    python benchmarks/hybrid.py --index data/index/twemoji --queries examples/emoji/queries/test.tsv
+    python benchmarks/hybrid.py --index data/index/twemoji --queries
+    examples/emoji/queries/test.tsv
 
-Every item of a bundled gallery is searched. `--queries` as in examples/emoji/evaluate_queries.py. `--weights` compares
-weights of the words; choose on validation.tsv.
+Every item of a bundled gallery is searched. `--queries` as in
+examples/emoji/evaluate_queries.py. `--weights` compares weights of the words; choose on
+validation.tsv.
 """
 
 import argparse
@@ -31,16 +34,23 @@ def measure_quality(index: Path, queries: Path, weights: list[float]) -> None:
 
     opened = open_current(index)
     items = [opened.item(row) for row in range(opened.rows)]
-    read = evaluate_queries.read_queries(queries, [item.metadata | {"category": item.category} for item in items])
+    read = evaluate_queries.read_queries(
+        queries, [item.metadata | {"category": item.category} for item in items]
+    )
     texts = [query.text for query in read]
     encoder = Encoder.load(opened.checkpoint, device="cpu")
     print(f"{len(read)} queries, {len(items):,} items, percent\n")
-    print(f"| weight of the words | {' | '.join(evaluate_queries.METRICS)} |\n| --- | --- | --- | --- |")
+    print(
+        f"| weight of the words | {' | '.join(evaluate_queries.METRICS)} |\n| --- | ---"
+        " | --- | --- |"
+    )
     vectors = encoder.encode_text(texts)
     for weight in weights:
         scores = np.full((len(read), len(items)), -np.inf, np.float32)
         for number, (text, vector) in enumerate(zip(texts, vectors, strict=True)):
-            best = best_rows(opened, Plan(text=text, words_weight=weight), vector, 10, None).rows.tolist()
+            best = best_rows(
+                opened, Plan(text=text, words_weight=weight), vector, 10, None
+            ).rows.tolist()
             scores[number, best] = -np.arange(len(best))
         means = 100 * evaluate_queries.measure(scores, read).mean(0)
         name = {0.0: "vectors alone", 1.0: "words alone"}.get(weight, f"{weight:g}")
@@ -48,10 +58,24 @@ def measure_quality(index: Path, queries: Path, weights: list[float]) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--index", type=Path, required=True, help="an index of examples/emoji/twemoji or openmoji")
-    parser.add_argument("--queries", type=Path, default=EMOJI / "queries/validation.tsv", help="default: %(default)s")
-    parser.add_argument("--weights", type=float, nargs="+", default=[0.0, DEFAULT_WEIGHT, 1.0])
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--index",
+        type=Path,
+        required=True,
+        help="an index of examples/emoji/twemoji or openmoji",
+    )
+    parser.add_argument(
+        "--queries",
+        type=Path,
+        default=EMOJI / "queries/validation.tsv",
+        help="default: %(default)s",
+    )
+    parser.add_argument(
+        "--weights", type=float, nargs="+", default=[0.0, DEFAULT_WEIGHT, 1.0]
+    )
     args = parser.parse_args()
     measure_quality(args.index, args.queries, args.weights)
 

@@ -1,6 +1,7 @@
 """HTTP load over loopback in closed loops: each caller waits for its response.
 
-- A small asyncio client with keep-alive, which must cost less than the service under test.
+- A small asyncio client with keep-alive, which must cost less than the service under
+  test.
 - Latency is measured from the first byte written to the whole response.
 """
 
@@ -18,7 +19,8 @@ import numpy as np
 
 Requests = Callable[[], bytes]
 Check = Callable[[bytes, bytes], None]  # of a request and the body of its 200
-TOLERANCE = 0.005  # of a score in bfloat16, which depends on the other queries of a batch
+# of a score in bfloat16, which depends on the other queries of a batch
+TOLERANCE = 0.005
 IDLE_S = 5.0  # after which a connection is not used again; the service ends it after 10
 address = ContextVar("address", default="127.0.0.1")  # from which requests are sent
 
@@ -41,14 +43,26 @@ class Tally:
 
     def percentile(self, share: float) -> float:
         """Return a percentile of the latencies of 200s, in ms."""
-        return float(np.percentile(self.good, share)) * 1000 if self.good else float("nan")
+        return (
+            float(np.percentile(self.good, share)) * 1000 if self.good else float("nan")
+        )
 
     def __str__(self) -> str:
-        refused = f", 503s p99 {np.percentile(self.refused, 99) * 1000:.0f} ms" if self.refused else ""
-        others = {status: count for status, count in sorted(self.statuses.items()) if status != 200}
+        refused = (
+            f", 503s p99 {np.percentile(self.refused, 99) * 1000:.0f} ms"
+            if self.refused
+            else ""
+        )
+        others = {
+            status: count
+            for status, count in sorted(self.statuses.items())
+            if status != 200
+        }
         tail = f", others {others}{refused}" if others else ""
         lost = f", {self.broken} broken" if self.broken else ""
-        latency = f"p50 {self.percentile(50):7.2f} ms   p99 {self.percentile(99):7.2f} ms"
+        latency = (
+            f"p50 {self.percentile(50):7.2f} ms   p99 {self.percentile(99):7.2f} ms"
+        )
         return f"{self.rate:8.1f} q/s   {latency}{tail}{lost}"
 
 
@@ -68,7 +82,9 @@ class _Connection(asyncio.Protocol):
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         self.transport: asyncio.Transport = transport  # type: ignore[assignment]
-        self.transport.get_extra_info("socket").setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        self.transport.get_extra_info("socket").setsockopt(
+            socket.IPPROTO_TCP, socket.TCP_NODELAY, 1
+        )
 
     def ask(self, request: bytes) -> "asyncio.Future[int]":
         self._response = asyncio.get_running_loop().create_future()
@@ -91,11 +107,21 @@ class _Connection(asyncio.Protocol):
             head = bytes(self._data[:end]).lower()
             at = head.find(b"content-length:")
             self._status = int(head[9:12])
-            length = 0 if at < 0 else int(head[at + 15 : head.find(b"\r", at) if b"\r" in head[at:] else None])
+            length = (
+                0
+                if at < 0
+                else int(
+                    head[at + 15 : head.find(b"\r", at) if b"\r" in head[at:] else None]
+                )
+            )
             self._start, self._wanted = end + 4, end + 4 + length
             if b"connection: close" in head:
                 self._is_open = False
-        if len(self._data) >= self._wanted and self._response is not None and not self._response.done():
+        if (
+            len(self._data) >= self._wanted
+            and self._response is not None
+            and not self._response.done()
+        ):
             self._used = time.perf_counter()
             self._response.set_result(self._status)
 
@@ -108,11 +134,17 @@ class _Connection(asyncio.Protocol):
 async def connect(port: int) -> _Connection:
     """Open a connection."""
     loop, origin = asyncio.get_running_loop(), (address.get(), 0)
-    return (await loop.create_connection(_Connection, "127.0.0.1", port, local_addr=origin))[1]
+    return (
+        await loop.create_connection(_Connection, "127.0.0.1", port, local_addr=origin)
+    )[1]
 
 
 async def _once(
-    port: int, connection: _Connection | None, request: bytes, tally: Tally, check: Check | None
+    port: int,
+    connection: _Connection | None,
+    request: bytes,
+    tally: Tally,
+    check: Check | None,
 ) -> _Connection | None:
     began = time.perf_counter()
     try:
@@ -144,9 +176,17 @@ async def ask(port: int, request: bytes) -> bytes:
 
 
 async def closed_loop(
-    port: int, requests: Requests, *, connections: int, seconds: float, pause_s: float = 0.0, check: Check | None = None
+    port: int,
+    requests: Requests,
+    *,
+    connections: int,
+    seconds: float,
+    pause_s: float = 0.0,
+    check: Check | None = None,
 ) -> Tally:
-    """Run callers that send the next request as soon as they have a response, or after a pause."""
+    """Run callers that send the next request as soon as they have a response, or after
+    a pause.
+    """
     tally = Tally()
     began = time.perf_counter()
 
@@ -165,45 +205,61 @@ async def closed_loop(
 
 
 def same_answer(body: bytes, alone: bytes) -> bool:
-    """Return True if two responses to one request tell the same, but for scores that differ by `TOLERANCE` at most.
+    """Return True if two responses to one request tell the same, but for scores that
+    differ by `TOLERANCE` at most.
 
-    Results whose scores are that close may change places, and the last ones may be others.
+    Results whose scores are that close may change places, and the last ones may be
+    others.
     """
     one, other = (body, alone) if body[:1] != b"{" else map(json.loads, (body, alone))
     if not isinstance(one, dict) or "results" not in one:
         return one == other
-    scores = [{result["id"]: result["score"] for result in each["results"]} for each in (one, other)]
+    scores = [
+        {result["id"]: result["score"] for result in each["results"]}
+        for each in (one, other)
+    ]
     for mine, others in (scores, scores[::-1]):
         lowest = min(others.values(), default=-1.0)
-        if any(score > others.get(item, lowest) + TOLERANCE for item, score in mine.items()):
+        if any(
+            score > others.get(item, lowest) + TOLERANCE for item, score in mine.items()
+        ):
             return False
     return len(scores[0]) == len(scores[1])
 
 
 def text_request(query: str, **options: Any) -> bytes:
     """Return a POST /search/text."""
-    return post("/search/text", "application/json", json.dumps({"query": query, "k": 10} | options).encode())
+    return post(
+        "/search/text",
+        "application/json",
+        json.dumps({"query": query, "k": 10} | options).encode(),
+    )
 
 
 def image_request(image: bytes) -> bytes:
     """Return a POST /search/image."""
     body = (
-        b'--b\r\nContent-Disposition: form-data; name="k"\r\n\r\n10\r\n'
-        b'--b\r\nContent-Disposition: form-data; name="file"; filename="x"\r\n\r\n%b\r\n--b--\r\n' % image
+        b"--b\r\nContent-Disposition: form-data;"
+        b' name="k"\r\n\r\n10\r\n--b\r\nContent-Disposition: form-data; name="file";'
+        b' filename="x"\r\n\r\n%b\r\n--b--\r\n' % image
     )
     return post("/search/image", "multipart/form-data; boundary=b", body)
 
 
 def post(path: str, kind: str, body: bytes) -> bytes:
     """Return a whole request."""
-    head = f"POST {path} HTTP/1.1\r\nHost: 127.0.0.1\r\nContent-Type: {kind}\r\nContent-Length: {len(body)}\r\n\r\n"
+    head = (
+        f"POST {path} HTTP/1.1\r\nHost: 127.0.0.1\r\nContent-Type:"
+        f" {kind}\r\nContent-Length: {len(body)}\r\n\r\n"
+    )
     return head.encode() + body
 
 
 _WORDS = (
-    "red blue green dark bright small large old new round square wooden metal glass plastic cotton shiny worn dog "
-    "cat horse bird car truck bicycle boat house tree flower chair table lamp shoe jacket bag cup knife phone "
-    "running sitting standing lying seen from behind side above with two three wheels buttons handles windows"
+    "red blue green dark bright small large old new round square wooden metal glass"
+    " plastic cotton shiny worn dog cat horse bird car truck bicycle boat house tree"
+    " flower chair table lamp shoe jacket bag cup knife phone running sitting standing"
+    " lying seen from behind side above with two three wheels buttons handles windows"
 )
 
 

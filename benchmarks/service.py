@@ -1,8 +1,8 @@
 """A server process and galleries for the benchmarks of the service.
 
 - `emoji`: the bundled example, indexed once by `dcar index build`.
-- `random_vit`: ViT-B/32 with random weights over 100,000 clustered vectors, with the size and speed of a real model.
-  Published by the code that publishes every index.
+- `random_vit`: ViT-B/32 with random weights over 100,000 clustered vectors, with the
+  size and speed of a real model. Published by the code that publishes every index.
 """
 
 import json
@@ -28,18 +28,37 @@ ROOT = Path(__file__).resolve().parents[1]
 class Server:
     """A `dcar serve` process on some cores, with settings as in DCAR_*."""
 
-    def __init__(self, index: Path, *, cores: set[int] | None = None, **settings: Any) -> None:
+    def __init__(
+        self, index: Path, *, cores: set[int] | None = None, **settings: Any
+    ) -> None:
         """Start it, and wait until it is ready."""
         self.port = free_port()
-        environment = {"DCAR_LOG_LEVEL": "warning", "DCAR_DEVICE": "cpu", "PYTHONPATH": str(ROOT)}
-        environment |= {f"DCAR_{name.upper()}": str(value) for name, value in settings.items()}
-        command = [sys.executable, "-m", "app.cli", "serve", "--index", str(index), "--port", str(self.port)]
+        environment = {
+            "DCAR_LOG_LEVEL": "warning",
+            "DCAR_DEVICE": "cpu",
+            "PYTHONPATH": str(ROOT),
+        }
+        environment |= {
+            f"DCAR_{name.upper()}": str(value) for name, value in settings.items()
+        }
+        command = [
+            sys.executable,
+            "-m",
+            "app.cli",
+            "serve",
+            "--index",
+            str(index),
+            "--port",
+            str(self.port),
+        ]
 
         def prepare() -> None:
             if cores:
                 os.sched_setaffinity(0, cores)
 
-        self._start = lambda: subprocess.Popen(command, env=os.environ | environment, preexec_fn=prepare)
+        self._start = lambda: subprocess.Popen(
+            command, env=os.environ | environment, preexec_fn=prepare
+        )
         self.start()
 
     def start(self) -> None:
@@ -55,31 +74,51 @@ class Server:
 
     def _ready(self) -> bool:
         try:
-            with urllib.request.urlopen(f"http://127.0.0.1:{self.port}/readyz", timeout=1) as answer:
+            with urllib.request.urlopen(
+                f"http://127.0.0.1:{self.port}/readyz", timeout=1
+            ) as answer:
                 return bool(answer.status == 200)
         except OSError:
             return False
 
     def memory_mb(self, *, shared: bool = False) -> float:
-        """Return the resident memory of all its processes in millions of bytes. shared: count shared pages once."""
+        """Return the resident memory of all its processes in millions of bytes. shared:
+        count shared pages once.
+        """
         total, pids, name = 0, [self.process.pid], "Pss:" if shared else "Rss:"
         for pid in pids:
             with suppress(OSError, IndexError):  # it has ended
-                total += int(Path(f"/proc/{pid}/smaps_rollup").read_text().split(name)[1].split()[0])
+                total += int(
+                    Path(f"/proc/{pid}/smaps_rollup")
+                    .read_text()
+                    .split(name)[1]
+                    .split()[0]
+                )
                 for task in Path(f"/proc/{pid}/task").iterdir():
                     pids += map(int, (task / "children").read_text().split())
         return total * 1024 / 1e6
 
     def cpu_s(self) -> float:
         """Return the seconds of processor time so far."""
-        fields = Path(f"/proc/{self.process.pid}/stat").read_text().rpartition(")")[2].split()
+        fields = (
+            Path(f"/proc/{self.process.pid}/stat")
+            .read_text()
+            .rpartition(")")[2]
+            .split()
+        )
         return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
 
     def batches(self) -> tuple[float, float]:
         """Return the number of encoded queries and of forward passes so far."""
-        with urllib.request.urlopen(f"http://127.0.0.1:{self.port}/metrics", timeout=10) as answer:
+        with urllib.request.urlopen(
+            f"http://127.0.0.1:{self.port}/metrics", timeout=10
+        ) as answer:
             lines = answer.read().decode().splitlines()
-        values = {line.split()[0]: float(line.split()[1]) for line in lines if line.startswith("dcar_batch_size_")}
+        values = {
+            line.split()[0]: float(line.split()[1])
+            for line in lines
+            if line.startswith("dcar_batch_size_")
+        }
         return values["dcar_batch_size_sum"], values["dcar_batch_size_count"]
 
     def stop(self) -> None:
@@ -104,9 +143,19 @@ def emoji(work: Path) -> Path:
 
 
 def index_of(gallery: Path, out: Path) -> Path:
-    """Return an index of a gallery, made anew by the model of the bundled twemoji gallery."""
+    """Return an index of a gallery, made anew by the model of the bundled twemoji
+    gallery.
+    """
     checkpoint = ROOT / "examples" / "emoji" / "twemoji" / "checkpoint"
-    command = [sys.executable, "-m", "app.cli", "index", "build", "--gallery", str(gallery)]
+    command = [
+        sys.executable,
+        "-m",
+        "app.cli",
+        "index",
+        "build",
+        "--gallery",
+        str(gallery),
+    ]
     command += ["--checkpoint", str(checkpoint), "--out", str(out), "--force"]
     subprocess.run(command, check=True, env=os.environ | {"PYTHONPATH": str(ROOT)})
     return out
@@ -125,7 +174,9 @@ def vit_checkpoint(work: Path) -> Path:
     from dcar_core.model.dcar import DCAR
 
     base = random_model(work / "vit-base", "ViT-B-32")
-    save_checkpoint(DCAR(load_backbone(BackboneSource(str(base))), ModelConfig()), checkpoint)
+    save_checkpoint(
+        DCAR(load_backbone(BackboneSource(str(base))), ModelConfig()), checkpoint
+    )
     return checkpoint
 
 
@@ -134,11 +185,20 @@ def random_vit(work: Path, count: int = 100_000) -> Path:
     from clusters import Clusters
 
     captions, draw = [f"item {i}" for i in range(count)], Clusters(count, 512).draw
-    return made_index(work / f"vit-{count}", vit_checkpoint(work), lambda: draw(count, seed=1), captions)
+    return made_index(
+        work / f"vit-{count}",
+        vit_checkpoint(work),
+        lambda: draw(count, seed=1),
+        captions,
+    )
 
 
-def made_index(out: Path, checkpoint: Path, draw: "Callable[[], Floats]", captions: Sequence[str]) -> Path:
-    """Return an index of drawn vectors and captions whose images do not exist; made once."""
+def made_index(
+    out: Path, checkpoint: Path, draw: "Callable[[], Floats]", captions: Sequence[str]
+) -> Path:
+    """Return an index of drawn vectors and captions whose images do not exist; made
+    once.
+    """
     if (out / "CURRENT").exists():
         return out
     import numpy as np
@@ -160,7 +220,12 @@ def made_index(out: Path, checkpoint: Path, draw: "Callable[[], Floats]", captio
     listed.parent.mkdir(parents=True, exist_ok=True)
     with listed.open("w") as file:
         for i, caption in enumerate(captions):
-            row = {"file_name": f"{i}.jpg", "id": f"{i}", "caption": caption, "category": f"c{i % 50}"}
+            row = {
+                "file_name": f"{i}.jpg",
+                "id": f"{i}",
+                "caption": caption,
+                "category": f"c{i % 50}",
+            }
             file.write(json.dumps(row) + "\n")
     gallery = scan(listed)
     table = gallery.table
@@ -170,18 +235,33 @@ def made_index(out: Path, checkpoint: Path, draw: "Callable[[], Floats]", captio
         folder = new.folder
         copy_checkpoint(checkpoint, folder / CHECKPOINT)
         encoder = Encoder.load(folder / CHECKPOINT, device="cpu")
-        source = {"gallery": gallery.location, "gallery_signature": gallery.content_signature}
+        source = {
+            "gallery": gallery.location,
+            "gallery_signature": gallery.content_signature,
+        }
         spec = IndexSpec(**source, fingerprint=encoder.fingerprint)
         write_items(folder / ITEMS, table, np.arange(count))
         stored = NewIndex(
-            name=str(out), folder=folder, version=1, blocks=lambda: iter([vectors]), count=count, dim=dim,
-            queries=HeldOutQueries(vectors[:: 1 + count // 1000], ""), fields=Items(folder / ITEMS).field_table(),
-        )  # fmt: skip
+            name=str(out),
+            folder=folder,
+            version=1,
+            blocks=lambda: iter([vectors]),
+            count=count,
+            dim=dim,
+            queries=HeldOutQueries(vectors[:: 1 + count // 1000], ""),
+            fields=Items(folder / ITEMS).field_table(),
+        )
         created = load_engine(spec.engine).create(spec, stored)
         write_lexical(folder / LEXICAL, item_texts(table, None))
         manifest = Manifest(
-            spec=spec, dim=dim, count=count, kind=created.kind, reason=created.reason, root=gallery.root,
-            checkpoint=str(checkpoint), measured=created.measured,
-        )  # fmt: skip
+            spec=spec,
+            dim=dim,
+            count=count,
+            kind=created.kind,
+            reason=created.reason,
+            root=gallery.root,
+            checkpoint=str(checkpoint),
+            measured=created.measured,
+        )
         new.publish(manifest)
     return out

@@ -1,6 +1,8 @@
-"""The method: what is learned, and how text and images become vectors. Knows no index and no web.
+"""The method: what is learned, and how text and images become vectors. Knows no index
+and no web.
 
-`Encoder` is the interface for the other packages; it is imported on first use, so other imports stay quick.
+`Encoder` is the interface for the other packages; it is imported on first use, so other
+imports stay quick.
 """
 
 from typing import TYPE_CHECKING, Any

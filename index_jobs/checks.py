@@ -3,7 +3,8 @@
 from typing import Any
 
 MAX_METADATA_BYTES = 64 * 2**10  # of one item, as canonical JSON
-MAX_METADATA_LEVELS = 100  # of objects and lists, that of the fields included; parsers of responses read about 200
+# of objects and lists, that of the fields included; parsers of responses read about 200
+MAX_METADATA_LEVELS = 100
 MAX_CAPTION_CHARS = 10_000
 
 

@@ -1,7 +1,9 @@
-"""How the site of `mkdocs.yml` differs from the pages of docs/, and what no page of it may do.
+"""How the site of `mkdocs.yml` differs from the pages of docs/, and what no page of it
+may do.
 
 - The home page is the repository's README.
-- Links to files outside docs/ lead to the repository at `extra.repository`; without one, their text remains.
+- Links to files outside docs/ lead to the repository at `extra.repository`; without
+  one, their text remains.
 - A page that loads a font, script, style or image of another host ends the build.
 """
 
@@ -34,17 +36,28 @@ def on_page_markdown(markdown: str, *, page: Any, config: Any, files: Any) -> st
     def adjusted(match: re.Match[str]) -> str:
         if not match["path"]:
             return match[0]
-        target, anchor = (source.parent / match["path"]).resolve(), match["anchor"] or ""
+        target, anchor = (
+            (source.parent / match["path"]).resolve(),
+            match["anchor"] or "",
+        )
         target = DOCS / "README.md" if target == README else target
         if target.is_relative_to(DOCS):
             return f"[{match['text']}]({os.path.relpath(target, own.parent)}{anchor})"
         repository, path = config.extra["repository"], target.relative_to(ROOT)
-        return f"[{match['text']}]({repository}/blob/main/{path}{anchor})" if repository else match["text"]
+        return (
+            f"[{match['text']}]({repository}/blob/main/{path}{anchor})"
+            if repository
+            else match["text"]
+        )
 
-    return _CODE_OR_LINK.sub(adjusted, README.read_text(encoding="utf-8") if page.is_homepage else markdown)
+    return _CODE_OR_LINK.sub(
+        adjusted, README.read_text(encoding="utf-8") if page.is_homepage else markdown
+    )
 
 
 def on_post_build(*, config: Any) -> None:
     for path in Path(config.site_dir).rglob("*"):
-        if path.suffix in (".html", ".css") and (loads := _LOADS.search(path.read_text(encoding="utf-8"))):
+        if path.suffix in (".html", ".css") and (
+            loads := _LOADS.search(path.read_text(encoding="utf-8"))
+        ):
             raise PluginError(f"{path} loads {next(filter(None, loads.groups()))}")

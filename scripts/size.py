@@ -20,7 +20,9 @@ PACKAGES = ("dcar_core", "index_jobs", "app")
 def measure() -> dict[str, int]:
     """Return lines of Python by folder and in all, and the words of the documents."""
     counts = Counter[str]()
-    listed = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    listed = subprocess.run(
+        ["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=True
+    ).stdout
     for name in listed.splitlines():
         path, parts = ROOT / name, name.split("/")
         if not path.is_file():

@@ -23,16 +23,23 @@ from tests.support.vectors import clustered, unit
 
 EMOJI, DOMAINS = ROOT / "examples" / "emoji", ("twemoji", "openmoji")
 TABLES = {  # commands, and patterns of what they print
-    "training_cost.py --model {model} --methods clip-adapter --pairs 8 --batch-size 4":
-        r"\| clip-adapter \| 2,144 \|",  # two bottlenecks of 32 -> 16 -> 32
-    "runtimes.py --checkpoint {work}/tiny-checkpoint --runtimes torch --pictures 4 --work {work}":
-        r"\| reference \| .*\n\| torch \| \d+ \(.*\n\n4 captions, 4 images, ",
-    "encode.py --memory 60 --threads 1": r"(?s)scanned 60 pictures; the table takes \d+ MiB, \d\d\d bytes a picture"
-        r".*encoded 60 pictures, \d+/s; peak \d+ MiB, \d+ MiB in a worker",
-    "caption_counts.py {data} --model {model} --methods clip-adapter --seeds 1 --counts 10": r"\n\| 0 \|.*\n\| 10 \|",
-    "word_weights.py {data} {work}/tiny-checkpoint --model {model}":
-        r"\| no weights \|(.*\n)+\| exact, shuffled \|",
-}  # fmt: skip
+    # two bottlenecks of 32 -> 16 -> 32
+    "training_cost.py --model {model} --methods clip-adapter --pairs 8"
+    " --batch-size 4": r"\| clip-adapter \| 2,144 \|",
+    "runtimes.py --checkpoint {work}/tiny-checkpoint --runtimes torch --pictures 4"
+    " --work {work}": (
+        r"\| reference \| .*\n\| torch \| \d+ \(.*\n\n4 captions, 4 images, "
+    ),
+    "encode.py --memory 60 --threads 1": (
+        r"(?s)scanned 60 pictures; the table takes \d+ MiB, \d\d\d bytes a picture"
+        r".*encoded 60 pictures, \d+/s; peak \d+ MiB, \d+ MiB in a worker"
+    ),
+    "caption_counts.py {data} --model {model} --methods clip-adapter --seeds 1"
+    " --counts 10": r"\n\| 0 \|.*\n\| 10 \|",
+    "word_weights.py {data} {work}/tiny-checkpoint --model {model}": (
+        r"\| no weights \|(.*\n)+\| exact, shuffled \|"
+    ),
+}
 
 
 @pytest.fixture(autouse=True)
@@ -41,7 +48,9 @@ def _scripts(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.fixture
-def main(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Callable[..., str]:
+def main(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> Callable[..., str]:
     """Call a script's `main` with arguments, and return what it prints."""
 
     def call(script: str, *arguments: object) -> str:
@@ -54,35 +63,62 @@ def main(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) ->
 
 
 def run(script: str, *arguments: object) -> subprocess.CompletedProcess[str]:
-    done = commands.run(ROOT / "benchmarks" / script, *arguments, environment={"PYTHONPATH": str(ROOT)})
+    done = commands.run(
+        ROOT / "benchmarks" / script, *arguments, environment={"PYTHONPATH": str(ROOT)}
+    )
     assert done.returncode == 0, done.stderr
     return done
 
 
 @needs("time")
 @pytest.mark.slow
-@pytest.mark.parametrize("command", TABLES, ids=lambda command: command.partition(".")[0])
+@pytest.mark.parametrize(
+    "command", TABLES, ids=lambda command: command.partition(".")[0]
+)
 def test_a_script_prints_its_table(
-    command: str, tiny_model: Path, tiny_checkpoint: Path, tiny_data: Path, tmp_path: Path
+    command: str,
+    tiny_model: Path,
+    tiny_checkpoint: Path,
+    tiny_data: Path,
+    tmp_path: Path,
 ) -> None:
-    (tmp_path / "tiny-checkpoint").symlink_to(tiny_checkpoint)  # in place of a model of real size
-    printed = run(*command.format(model=tiny_model, data=tiny_data, work=tmp_path).split()).stdout
+    # in place of a model of real size
+    (tmp_path / "tiny-checkpoint").symlink_to(tiny_checkpoint)
+    printed = run(
+        *command.format(model=tiny_model, data=tiny_data, work=tmp_path).split()
+    ).stdout
     assert re.search(TABLES[command], printed), printed
 
 
 @pytest.mark.slow
 def test_index_kinds_shows_the_recall_of_each_kind_of_text(tmp_path: Path) -> None:
-    for seed, (name, count) in enumerate({"vectors": 300, "captions": 100, "words": 80}.items()):
+    for seed, (name, count) in enumerate(
+        {"vectors": 300, "captions": 100, "words": 80}.items()
+    ):
         np.save(tmp_path / f"{name}.npy", clustered(count, seed=seed))
-    tasks = ["--kind", "flat", "--kind", "IVF8,Flat", "--tune", "captions", "--tune", "words", "--filters"]
+    tasks = [
+        "--kind",
+        "flat",
+        "--kind",
+        "IVF8,Flat",
+        "--tune",
+        "captions",
+        "--tune",
+        "words",
+        "--filters",
+    ]
     first, _, head, _, *rows = run(
         "index_kinds.py", tmp_path, "--target", 0.5, "--count", 200, *tasks
     ).stdout.splitlines()
     assert first == "200 vectors of 32:"
     assert [line.split(" | ")[1:3] for line in rows] == [
-        [f"`{kind}`", source] for kind in ("Flat", "IVF8,Flat") for source in ("captions", "words")
+        [f"`{kind}`", source]
+        for kind in ("Flat", "IVF8,Flat")
+        for source in ("captions", "words")
     ]
-    for row in (dict(zip(head.split(" | "), line.split(" | "), strict=True)) for line in rows):
+    for row in (
+        dict(zip(head.split(" | "), line.split(" | "), strict=True)) for line in rows
+    ):
         lowest = 1 if "flat" in row["| kind"] else 0.5
         assert lowest <= min(float(row["captions"]), float(row["words"])) <= 1
         assert float(row["10 % allowed"].partition(", ")[2]) >= 0.9
@@ -90,11 +126,16 @@ def test_index_kinds_shows_the_recall_of_each_kind_of_text(tmp_path: Path) -> No
 
 def test_more_vectors_are_like_those_of_their_item() -> None:
     grown = importlib.import_module("emoji_vectors").grown
-    encoded = unit(np.tile(clustered(10), (10, 1))[:93] + 0.05 * np.random.default_rng(0).normal(size=(93, 32)))
+    encoded = unit(
+        np.tile(clustered(10), (10, 1))[:93]
+        + 0.05 * np.random.default_rng(0).normal(size=(93, 32))
+    )
     more = np.concatenate(list(grown([encoded[:50], encoded[50:]], 200, 10)))
     assert (more[:93] == encoded).all()
     assert np.linalg.norm(more, axis=1) == pytest.approx(1)
-    assert (np.argmax(more @ encoded[:10].T, 1) == np.arange(200) % 93 % 10).mean() > 0.9
+    assert (
+        np.argmax(more @ encoded[:10].T, 1) == np.arange(200) % 93 % 10
+    ).mean() > 0.9
     assert not (more[93:, None] == encoded).all(2).any()
 
 
@@ -104,7 +145,11 @@ def test_attribute_queries_are_of_images_without_a_copy(domain: str) -> None:
     splits, _ = Annotations(EMOJI / domain).load_all()
     contents = [asked.images.read(name) for name in asked.images.images]
     assert len(set(contents)) == len(contents) == len(asked.facts)
-    assert not set(contents) & {splits[name].read(image) for name in ("train", "val") for image in splits[name].images}
+    assert not set(contents) & {
+        splits[name].read(image)
+        for name in ("train", "val")
+        for image in splits[name].images
+    }
     assert len(asked.queries) > 400
     assert asked.grades(asked.queries).tolist() == [1.0] * len(asked.queries)
     assert (asked.grades(np.roll(asked.queries, 1)) < 1).any()
@@ -112,32 +157,62 @@ def test_attribute_queries_are_of_images_without_a_copy(domain: str) -> None:
 
 def test_categories_are_resampled(tmp_path: Path, main: Callable[..., str]) -> None:
     found = {
-        name: {"pairs": 1 + 2 * i, "t2i_r1": 100 * (1 - i), "i2t_r1": 50.0} for i, name in enumerate(("dog", "cat"))
+        name: {"pairs": 1 + 2 * i, "t2i_r1": 100 * (1 - i), "i2t_r1": 50.0}
+        for i, name in enumerate(("dog", "cat"))
     }
-    write_json(tmp_path / "results.json", {"methods": {name: {"runs": [{"categories": found}]} for name in "ab"}})
+    write_json(
+        tmp_path / "results.json",
+        {"methods": {name: {"runs": [{"categories": found}]} for name in "ab"}},
+    )
     for options, value in (((), "37.5"), (("--measure", "t2i_r1"), "25.0")):
-        assert main("category_intervals", tmp_path, "a", "b", *options).startswith(f"a: {value} (")
+        assert main("category_intervals", tmp_path, "a", "b", *options).startswith(
+            f"a: {value} ("
+        )
 
 
 @pytest.mark.slow
 @needs("time")
-def test_the_loop_of_clicks_ends_with_hits_by_week(tiny_model: Path, tiny_gallery: Path, tmp_path: Path) -> None:
+def test_the_loop_of_clicks_ends_with_hits_by_week(
+    tiny_model: Path, tiny_gallery: Path, tmp_path: Path
+) -> None:
     gallery = Path(shutil.copytree(tiny_gallery, tmp_path / "gallery"))
-    rows = [json.loads(line) for line in (gallery / "metadata.jsonl").read_text().splitlines()]
+    rows = [
+        json.loads(line)
+        for line in (gallery / "metadata.jsonl").read_text().splitlines()
+    ]
     for row in rows:
-        row |= {"id": row["file_name"], "category": row["caption"], "attributes": [row["color"], row["category"]]}
+        row |= {
+            "id": row["file_name"],
+            "category": row["caption"],
+            "attributes": [row["color"], row["category"]],
+        }
     write_jsonl(gallery / "metadata.jsonl", *rows)
-    options = ("--weeks", 2, "--searches", 600, "--queries", 40, "--alone", "--model", tiny_model)
+    options = (
+        "--weeks",
+        2,
+        "--searches",
+        600,
+        "--queries",
+        40,
+        "--alone",
+        "--model",
+        tiny_model,
+    )
     done = run("loop.py", *options, "--gallery", gallery)
     *said, last = done.stdout.splitlines()
     hits = json.loads(last)
     assert [*hits] == ["on", "off", "honest", "clicks", "captions"]
-    assert all(len(weeks) == 2 and all(0 <= hit <= 100 for hit in weeks) for weeks in hits.values())
+    assert all(
+        len(weeks) == 2 and all(0 <= hit <= 100 for hit in weeks)
+        for weeks in hits.values()
+    )
     assert [line.partition(" ")[0] for line in said[1:]] == ["hostile", "a"]
     assert done.stderr.count("hostile, week ") == 8
 
 
-@pytest.mark.parametrize("script", sorted((ROOT / "benchmarks").glob("*.py")), ids=lambda script: script.stem)
+@pytest.mark.parametrize(
+    "script", sorted((ROOT / "benchmarks").glob("*.py")), ids=lambda script: script.stem
+)
 def test_every_benchmark_is_imported_and_names_its_options(
     script: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -1,7 +1,8 @@
-"""Damaged files of every kind are read, or refused with a `DcarError`: those that once were not, and new ones.
+"""Damaged files of every kind are read, or refused with a `DcarError`: those that once
+were not, and new ones.
 
-`MUTATE_S=300 make test ARGS="-k damaged"` looks for more, for five minutes a kind. What it finds belongs into
-tests/corpus/KIND/FILE/CASE once it is mended.
+`MUTATE_S=300 make test ARGS="-k damaged"` looks for more, for five minutes a kind. What
+it finds belongs into tests/corpus/KIND/FILE/CASE once it is mended.
 """
 
 import json
@@ -30,25 +31,84 @@ from tests.support.images import encoded
 from tests.support.paths import ROOT
 from tests.support.tiny_models import write_tiny_model
 
-EACH, SECONDS, SEED = 10, float(os.environ.get("MUTATE_S", "0")), int(os.environ.get("MUTATE_SEED", "0"))
+EACH, SECONDS, SEED = (
+    10,
+    float(os.environ.get("MUTATE_S", "0")),
+    int(os.environ.get("MUTATE_SEED", "0")),
+)
 pytestmark = [
     pytest.mark.filterwarnings("ignore"),  # of libraries, about what is damaged
     pytest.mark.timeout(120 + SECONDS),
 ]
-CORPUS = {"/".join(path.parts[-3:]): path for path in sorted((ROOT / "tests" / "corpus").glob("*/*/*"))}
+CORPUS = {
+    "/".join(path.parts[-3:]): path
+    for path in sorted((ROOT / "tests" / "corpus").glob("*/*/*"))
+}
 LARGEST = 2**16  # bytes of a file that is damaged
-KINDS = ("annotations", "galleries", "images", "models", "tokenizers", "checkpoints", "manifests")
+KINDS = (
+    "annotations",
+    "galleries",
+    "images",
+    "models",
+    "tokenizers",
+    "checkpoints",
+    "manifests",
+)
 ROWS: list[dict[str, Any]] = [
-    {"path": "a.png", "caption": "a cat", "captions": ["x", "y"], "category": "cat", "price": 9.5, "tags": ["new"]},
-    {"path": "b.png", "caption": "a dog", "captions": ["z"], "category": "dog", "price": 1.0, "tags": []},
+    {
+        "path": "a.png",
+        "caption": "a cat",
+        "captions": ["x", "y"],
+        "category": "cat",
+        "price": 9.5,
+        "tags": ["new"],
+    },
+    {
+        "path": "b.png",
+        "caption": "a dog",
+        "captions": ["z"],
+        "category": "dog",
+        "price": 1.0,
+        "tags": [],
+    },
 ]
 FDRD = {
-    "a": {"file_name": "a", "file_path": "/x/a.jpg", "positive": "A cat.", "negative": ["A dog."], "class_name": "cat"}
+    "a": {
+        "file_name": "a",
+        "file_path": "/x/a.jpg",
+        "positive": "A cat.",
+        "negative": ["A dog."],
+        "class_name": "cat",
+    }
 }
-PIECES = [b"\xef\xbb\xbf", b"\xed\xa0\x80", b"1e999", b"NaN", b"9" * 40, b"null", b"\r", b"[[[[", b'{"a":' * 5, b"\0"]
+PIECES = [
+    b"\xef\xbb\xbf",
+    b"\xed\xa0\x80",
+    b"1e999",
+    b"NaN",
+    b"9" * 40,
+    b"null",
+    b"\r",
+    b"[[[[",
+    b'{"a":' * 5,
+    b"\0",
+]
 VALUES: list[Any] = [
-    None, True, -1, 2**70, 1e308, "", "x" * 300, "\ud800", [], {}, [[]], {"": None}, "../../x", "http://x/y",
-]  # fmt: skip
+    None,
+    True,
+    -1,
+    2**70,
+    1e308,
+    "",
+    "x" * 300,
+    "\ud800",
+    [],
+    {},
+    [[]],
+    {"": None},
+    "../../x",
+    "http://x/y",
+]
 
 
 @pytest.fixture(scope="module")
@@ -57,16 +117,28 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("valid")
     for kind in KINDS:
         (folder / kind).mkdir()
-    flat = [{name: value for name, value in row.items() if name != "captions"} for row in ROWS]
+    flat = [
+        {name: value for name, value in row.items() if name != "captions"}
+        for row in ROWS
+    ]
     for kind in ("annotations", "galleries"):
         write_rows(folder / kind / "pairs.jsonl", ROWS)
         write_rows(folder / kind / "pairs.parquet", ROWS)
-        write_rows(folder / kind / "pairs.csv", [row | {"tags": json.dumps(row["tags"])} for row in flat])
-        members = {"1.jpg": b"x" * 100, "1.json": json.dumps(ROWS[0]).encode(), "1.txt": b"hi\nho"}
+        write_rows(
+            folder / kind / "pairs.csv",
+            [row | {"tags": json.dumps(row["tags"])} for row in flat],
+        )
+        members = {
+            "1.jpg": b"x" * 100,
+            "1.json": json.dumps(ROWS[0]).encode(),
+            "1.txt": b"hi\nho",
+        }
         write_tar(folder / kind / "pairs.tar", members)
     write_json(folder / "annotations" / "train.json", FDRD)
     for kind in ("JPEG", "PNG", "GIF", "WEBP", "AVIF", "HEIF", "TIFF", "BMP"):
-        (folder / "images" / kind.lower()).write_bytes(encoded(Image.effect_noise((48, 40), 90), kind))
+        (folder / "images" / kind.lower()).write_bytes(
+            encoded(Image.effect_noise((48, 40), 90), kind)
+        )
     for kind, model in (("models", "ViT-B-32"), ("tokenizers", "ViT-L-14-CLIPA")):
         for file in write_tiny_model(model, folder / kind / "model").iterdir():
             file.rename(folder / kind / file.name)
@@ -92,9 +164,15 @@ def read(kind: str, path: Path, worker: DecodeWorker) -> None:
         scan(path)
     elif kind == "images":
         decoder = Preprocess(32, (0.5,) * 3, (0.5,) * 3).fast().decoder()
-        worker.run(decoder, path.read_bytes(), Limits(64 * 2**20, seconds=0.5, seconds_per_pixel=0.0))
+        worker.run(
+            decoder,
+            path.read_bytes(),
+            Limits(64 * 2**20, seconds=0.5, seconds_per_pixel=0.0),
+        )
     elif kind in ("models", "tokenizers"):
-        load_backbone(BackboneSource(str(path.parent))).tokenize(["a red cat", "x" * 40])
+        load_backbone(BackboneSource(str(path.parent))).tokenize(
+            ["a red cat", "x" * 40]
+        )
     elif kind == "checkpoints":
         load_checkpoint(path.parent)
     else:
@@ -102,7 +180,9 @@ def read(kind: str, path: Path, worker: DecodeWorker) -> None:
 
 
 def with_checksum(manifest: bytes) -> bytes:
-    """Return a manifest with the checksum of what it says, as its author would write it."""
+    """Return a manifest with the checksum of what it says, as its author would write
+    it.
+    """
     try:
         values = json.loads(manifest)
         values.pop("checksum", None)
@@ -112,7 +192,9 @@ def with_checksum(manifest: bytes) -> bytes:
 
 
 def check(data: bytes, path: Path, worker: DecodeWorker) -> None:
-    """Let the reader of a folder's kind read a file with this content among valid files."""
+    """Let the reader of a folder's kind read a file with this content among valid
+    files.
+    """
     whole = path.read_bytes()
     path.unlink()  # a mapped file is never written into
     path.write_bytes(data)
@@ -131,9 +213,15 @@ def check(data: bytes, path: Path, worker: DecodeWorker) -> None:
 
 
 def damaged(data: bytes, choose: random.Random) -> bytes:
-    """Return bytes with a few changes: of bits and pieces, or of values if they are JSON."""
+    """Return bytes with a few changes: of bits and pieces, or of values if they are
+    JSON.
+    """
     try:
-        return changed_json(data, choose) if choose.random() < 0.5 else changed_bytes(data, choose)
+        return (
+            changed_json(data, choose)
+            if choose.random() < 0.5
+            else changed_bytes(data, choose)
+        )
     except (ValueError, RecursionError):
         return changed_bytes(data, choose)
 
@@ -159,7 +247,11 @@ def changed_json(data: bytes, choose: random.Random) -> bytes:
     for _ in range(choose.randint(1, 3)):
         inner: Any = value
         while isinstance(inner, dict | list) and inner:
-            key = choose.choice([*inner]) if isinstance(inner, dict) else choose.randrange(len(inner))
+            key = (
+                choose.choice([*inner])
+                if isinstance(inner, dict)
+                else choose.randrange(len(inner))
+            )
             if choose.random() < 0.3 or not isinstance(inner[key], dict | list):
                 inner[key] = choose.choice(VALUES)
                 break
@@ -168,7 +260,9 @@ def changed_json(data: bytes, choose: random.Random) -> bytes:
 
 
 @pytest.mark.parametrize("case", CORPUS)
-def test_what_once_got_through_is_refused(case: str, folder: Path, worker: DecodeWorker) -> None:
+def test_what_once_got_through_is_refused(
+    case: str, folder: Path, worker: DecodeWorker
+) -> None:
     data = CORPUS[case].read_bytes()
     assert len(data) < 2**14
     check(data, folder / Path(case).parent, worker)
@@ -176,13 +270,21 @@ def test_what_once_got_through_is_refused(case: str, folder: Path, worker: Decod
 
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS)
-def test_damaged_files_are_read_or_refused(kind: str, folder: Path, worker: DecodeWorker) -> None:
+def test_damaged_files_are_read_or_refused(
+    kind: str, folder: Path, worker: DecodeWorker
+) -> None:
     choose, end, number = random.Random(SEED), time.monotonic() + SECONDS, 0
-    files = [path for path in sorted((folder / kind).iterdir()) if path.is_file() and path.stat().st_size <= LARGEST]
+    files = [
+        path
+        for path in sorted((folder / kind).iterdir())
+        if path.is_file() and path.stat().st_size <= LARGEST
+    ]
     sources = [(path.read_bytes(), path) for path in files]
     if SECONDS:
         cases = [case for case in CORPUS if case.startswith(f"{kind}/")]
-        sources += [(CORPUS[case].read_bytes(), folder / Path(case).parent) for case in cases]
+        sources += [
+            (CORPUS[case].read_bytes(), folder / Path(case).parent) for case in cases
+        ]
     while number < EACH * len(sources) or time.monotonic() < end:
         data, path = sources[number % len(sources)]
         check(data if number < len(sources) else damaged(data, choose), path, worker)

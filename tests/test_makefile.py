@@ -21,7 +21,13 @@ def make(folder: Path, *given: str, **variables: str) -> str:
     shutil.copy(ROOT / "Makefile", folder)
     kept = os.environ.keys() - {"MAKEFLAGS", "PYTHONPATH", "EXTRAS", "LOCK"}
     usual = {name: os.environ[name] for name in kept}
-    done = subprocess.run(["make", *given], cwd=folder, env=usual | variables, capture_output=True, text=True)
+    done = subprocess.run(
+        ["make", *given],
+        cwd=folder,
+        env=usual | variables,
+        capture_output=True,
+        text=True,
+    )
     return done.stdout + done.stderr
 
 
@@ -31,8 +37,12 @@ def test_a_lock_is_installed_into_an_environment_without_one(tmp_path: Path) -> 
     for name in ("pyproject.toml", "a.lock", ".venv/.installed"):
         (tmp_path / name).touch()
     assert "Nothing to be done" in make(tmp_path, "-n", "install")
-    assert "--editable '.[dev,hf,torch]'" in make(tmp_path, "-n", "test", "EXTRAS=torch,hf"), "all that tests need"
+    assert "--editable '.[dev,hf,torch]'" in make(
+        tmp_path, "-n", "test", "EXTRAS=torch,hf"
+    ), "all that tests need"
     assert "--requirement a.lock" in make(tmp_path, "-n", "install", "LOCK=a.lock")
-    assert "No rule to make target 'b.lock'" in make(tmp_path, "-n", "install", "LOCK=b.lock")
+    assert "No rule to make target 'b.lock'" in make(
+        tmp_path, "-n", "install", "LOCK=b.lock"
+    )
     (tmp_path / ".venv" / ".installed-a.lock").touch()
     assert "Nothing to be done" in make(tmp_path, "-n", "install", "LOCK=a.lock")

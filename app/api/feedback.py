@@ -40,45 +40,79 @@ def _check_rating(rating: int | None, info: ValidationInfo) -> int | None:
 
 
 class FeedbackEvent(BaseModel):
-    """What a client did with a result, in the names of OpenSearch's User Behavior Insights; its others are ignored."""
+    """What a client did with a result, in the names of OpenSearch's User Behavior
+    Insights; its others are ignored.
+    """
 
-    query_id: Annotated[str, Field(min_length=1, max_length=100, description="of the search response")]
+    query_id: Annotated[
+        str, Field(min_length=1, max_length=100, description="of the search response")
+    ]
     client_id: Annotated[
-        str, Field(pattern=_CLIENT, description="who did it: 1 to 100 ASCII characters without spaces")
+        str,
+        Field(
+            pattern=_CLIENT,
+            description="who did it: 1 to 100 ASCII characters without spaces",
+        ),
     ]
     action_name: Literal["impression", "click", "save", "purchase", "judge"]
-    object_id: Annotated[str, Field(min_length=1, max_length=1024, description="`id` of the result")]
-    rating: Annotated[Annotated[int, Field(ge=0, le=3, strict=True)] | None, AfterValidator(_check_rating)] = Field(
-        None, validate_default=True, description="of `judge`: from 0, wrong, to 3, exactly right"
+    object_id: Annotated[
+        str, Field(min_length=1, max_length=1024, description="`id` of the result")
+    ]
+    rating: Annotated[
+        Annotated[int, Field(ge=0, le=3, strict=True)] | None,
+        AfterValidator(_check_rating),
+    ] = Field(
+        None,
+        validate_default=True,
+        description="of `judge`: from 0, wrong, to 3, exactly right",
     )
 
 
 class FeedbackEvents(Strict):
     """Events of one client or several, of one search or several."""
 
-    events: Annotated[list[FeedbackEvent], Field(min_length=1, max_length=MAX_EVENTS), FailFast()]
+    events: Annotated[
+        list[FeedbackEvent], Field(min_length=1, max_length=MAX_EVENTS), FailFast()
+    ]
 
 
 @routes.add(
-    "POST", "/feedback", Policy("read", "checked", body=lambda _: 2**18),
-    FeedbackResponse, accepts=FeedbackEvents,
-)  # fmt: skip
+    "POST",
+    "/feedback",
+    Policy("read", "checked", body=lambda _: 2**18),
+    FeedbackResponse,
+    accepts=FeedbackEvents,
+)
 async def feedback(request: Request) -> Response:
-    """Store what was done with results. Events that are known, or that fit no search of the caller, change nothing."""
+    """Store what was done with results. Events that are known, or that fit no search of
+    the caller, change nothing.
+    """
     log = state_of(request).feedback
     if log is None:
         raise Problem(403, _OFF)
-    body = await read_json(request, FeedbackEvents, "text/plain")  # as navigator.sendBeacon sends texts
+    # as navigator.sendBeacon sends texts
+    body = await read_json(request, FeedbackEvents, "text/plain")
     now = int(time.time() * 1000)
     rows = [
-        EventRow(event.query_id, now, event.client_id, event.action_name, event.object_id, event.rating)
+        EventRow(
+            event.query_id,
+            now,
+            event.client_id,
+            event.action_name,
+            event.object_id,
+            event.rating,
+        )
         for event in body.events
     ]
     faults = await log.accept(request.scope.get(CALLER, ""), rows)
     ignored = [
-        {"field": f"events.{number}.{fault[0]}", "message": fault[1]} for number, fault in enumerate(faults) if fault
+        {"field": f"events.{number}.{fault[0]}", "message": fault[1]}
+        for number, fault in enumerate(faults)
+        if fault
     ]
-    return JsonResponse({"accepted": len(faults) - len(ignored), "ignored": ignored[:_LISTED]})
+    return JsonResponse(
+        {"accepted": len(faults) - len(ignored), "ignored": ignored[:_LISTED]}
+    )
 
 
 @routes.add("GET", "/ui/insights/data", Policy("admin", is_view=True, is_private=True))
@@ -94,24 +128,51 @@ async def insights(request: Request) -> Response:
     except DcarError as error:
         raise Problem(503, str(error)) from None
     versions = await asyncio.to_thread(_versions, index, summary["versions"])
-    has_texts, names = state_of(request).settings.feedback_texts, [name for name, _ in collections]
-    more = {"versions": versions, "collection": name, "collections": names, "has_texts": has_texts}
+    has_texts, names = (
+        state_of(request).settings.feedback_texts,
+        [name for name, _ in collections],
+    )
+    more = {
+        "versions": versions,
+        "collection": name,
+        "collections": names,
+        "has_texts": has_texts,
+    }
     return JsonResponse({**summary, **more})
 
 
 def _versions(index: Path, counts: dict[int, dict[str, int]]) -> list[dict[str, Any]]:
-    """Return the newest versions with their recall on validation texts, and the searches that they answered."""
+    """Return the newest versions with their recall on validation texts, and the
+    searches that they answered.
+    """
     versions = list[dict[str, Any]]()
     for number in version_numbers(index)[: -_VERSIONS - 1 : -1]:
         with suppress(ArtifactError):  # damaged, or removed meanwhile
             manifest = read_manifest(index, number)
-            recall = {k: manifest.cutoff[name] for k in (1, 5, 10) if (name := f"recall_at_{k}") in manifest.cutoff}
-            facts = {"version": number, "created": manifest.created, "count": manifest.count, "change": manifest.change}
-            versions.append({**facts, "recall": recall, **counts.get(number, {"searches": 0, "clicked": 0})})
+            recall = {
+                k: manifest.cutoff[name]
+                for k in (1, 5, 10)
+                if (name := f"recall_at_{k}") in manifest.cutoff
+            }
+            facts = {
+                "version": number,
+                "created": manifest.created,
+                "count": manifest.count,
+                "change": manifest.change,
+            }
+            versions.append(
+                {
+                    **facts,
+                    "recall": recall,
+                    **counts.get(number, {"searches": 0, "clicked": 0}),
+                }
+            )
     return versions
 
 
-def noted(request: Request, query: Query, body: SearchResponse, *, has_image: bool) -> None:
+def noted(
+    request: Request, query: Query, body: SearchResponse, *, has_image: bool
+) -> None:
     """Note a search in the log, if there is one, and name it in the body.
 
     One result with `explain` or `facets` is asked for about a list that was noted.
@@ -119,4 +180,6 @@ def noted(request: Request, query: Query, body: SearchResponse, *, has_image: bo
     log = state_of(request).feedback
     if log is not None and not (query.k == 1 and (query.explain or query.facets)):
         caller, collection = request.scope.get(CALLER, ""), collection_of(request)
-        body["query_id"] = log.note(caller, collection, query, body, has_image=has_image)
+        body["query_id"] = log.note(
+            caller, collection, query, body, has_image=has_image
+        )

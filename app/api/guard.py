@@ -1,14 +1,17 @@
 """What every request meets before its route, and every response after it.
 
-- `Envelope`, the outermost ASGI middleware: the id of a request (the caller's X-Request-ID if it is well-formed), its
-  line in the log, metrics, safe headers, HEAD as GET. An unexpected exception is logged once and answered 500 without
-  details. While the service listens on loopback, its Host must be known: otherwise any web page could read the service
-  of its visitor's machine, by a name that it leads there.
-- `Access` checks the policy of a route before a body is read: keys, scopes and rates. A key for some collections opens
-  their routes, and the few that check the collection themselves. Admin routes need no API key. The address of a client
-  proves nothing: behind a proxy it is loopback.
-- `BodyLimit`: all requests together may hold `max_in_flight_bytes`: of their bodies, and what `byte_counter` counts
-  beside them. The first UNCOUNTED_BYTES of each are free, so text searches never compete with uploads.
+- `Envelope`, the outermost ASGI middleware: the id of a request (the caller's
+  X-Request-ID if it is well-formed), its line in the log, metrics, safe headers, HEAD
+  as GET. An unexpected exception is logged once and answered 500 without details. While
+  the service listens on loopback, its Host must be known: otherwise any web page could
+  read the service of its visitor's machine, by a name that it leads there.
+- `Access` checks the policy of a route before a body is read: keys, scopes and rates. A
+  key for some collections opens their routes, and the few that check the collection
+  themselves. Admin routes need no API key. The address of a client proves nothing:
+  behind a proxy it is loopback.
+- `BodyLimit`: all requests together may hold `max_in_flight_bytes`: of their bodies,
+  and what `byte_counter` counts beside them. The first UNCOUNTED_BYTES of each are
+  free, so text searches never compete with uploads.
 """
 
 import asyncio
@@ -61,7 +64,9 @@ _WELL_FORMED_ID = re.compile(r"[A-Za-z0-9._:/+=-]{1,128}")
 
 
 def query_bytes(settings: Settings) -> int:
-    """Return the largest size of a query in JSON: two texts, whose characters take up to 12 bytes, and options."""
+    """Return the largest size of a query in JSON: two texts, whose characters take up
+    to 12 bytes, and options.
+    """
     return max(PART_BYTES, 24 * settings.max_query_chars + 1024)
 
 
@@ -69,14 +74,14 @@ def query_bytes(settings: Settings) -> int:
 class Policy:
     """What a route needs.
 
-    access: who may use it. read: any API key, if the service has keys; monitor: also the admin key; write: the admin
-        key, or a key that may write.
-    scope: what a key must open. collection: the one in the path, or the default one; checked: the endpoint checks it.
-    cost: 1 if a request counts against the rate limit; an endpoint may charge more, see `Access.charge`.
-    body: largest size in bytes.
-    is_view: True for what a page shows beside its searches, which has a rate of its own.
-    is_signable: True if a signed address opens it without a key.
-    is_private: True for routes of the search page, which are not documented.
+    access: who may use it. read: any API key, if the service has keys; monitor: also
+        the admin key; write: the admin key, or a key that may write.
+    scope: what a key must open. collection: the one in the path, or the default one;
+    checked: the endpoint checks it. cost: 1 if a request counts against the rate limit;
+    an endpoint may charge more, see `Access.charge`. body: largest size in bytes.
+    is_view: True for what a page shows beside its searches, which has a rate of its
+    own. is_signable: True if a signed address opens it without a key. is_private: True
+    for routes of the search page, which are not documented.
     """
 
     access: Literal["open", "read", "monitor", "write", "admin"]
@@ -89,7 +94,8 @@ class Policy:
 
 
 OPEN = Policy("open", "service", cost=0)
-UNKNOWN = Policy("monitor", "service")  # of a path without a route, so that keys are needed to find out what exists
+# of a path without a route, so that keys are needed to find out what exists
+UNKNOWN = Policy("monitor", "service")
 
 
 class Access:
@@ -101,51 +107,86 @@ class Access:
         self._rates = rates
 
     async def check(self, scope: Scope, policy: Policy) -> None:
-        """Write the caller and its key into the scope. Raise Problem if the policy refuses the request."""
+        """Write the caller and its key into the scope. Raise Problem if the policy
+        refuses the request.
+        """
         if policy.access == "open" or scope["method"] == "OPTIONS":
             return
         headers, key = Headers(scope=scope), None
-        if self._settings.api_keys and policy.access != "admin" and not (policy.is_signable and self._is_signed(scope)):
-            key = self._find_key(headers, accepts_admin=policy.access in ("monitor", "write"))
+        if (
+            self._settings.api_keys
+            and policy.access != "admin"
+            and not (policy.is_signable and self._is_signed(scope))
+        ):
+            key = self._find_key(
+                headers, accepts_admin=policy.access in ("monitor", "write")
+            )
             if key is None:
                 raise _unauthorized("a known API key")
-            collection = scope.get("path_params", {}).get("collection", self._default_collection)
-            if policy.scope != "checked" and not key.opens(collection if policy.scope == "collection" else ""):
+            collection = scope.get("path_params", {}).get(
+                "collection", self._default_collection
+            )
+            if policy.scope != "checked" and not key.opens(
+                collection if policy.scope == "collection" else ""
+            ):
                 raise out_of_scope()
             scope[CALLER], scope[API_KEY] = key.name, key
             current_caller.set(key.name)
         if policy.cost:
             await self.charge(is_view=policy.is_view)
         if policy.access == "write" and not self._settings.writes:
-            raise Problem(403, "Writing is disabled; set DCAR_WRITES=true to enable it.")
+            raise Problem(
+                403, "Writing is disabled; set DCAR_WRITES=true to enable it."
+            )
         if policy.access == "admin" or (policy.access == "write" and key is None):
             if self._settings.admin_key is None:
-                raise Problem(403, "Admin routes are disabled; set DCAR_ADMIN_KEY to enable them.")
+                raise Problem(
+                    403, "Admin routes are disabled; set DCAR_ADMIN_KEY to enable them."
+                )
             if not self._is_admin(key_in(headers)):
                 raise _unauthorized("the admin key")
         elif policy.access == "write" and key is not None and not key.may_write:
             raise out_of_scope()
 
     async def charge(self, extra: int | None = None, *, is_view: bool = False) -> None:
-        """Count the request, or `extra` beside it. Raise Problem if the caller exceeds the rate limit."""
+        """Count the request, or `extra` beside it. Raise Problem if the caller exceeds
+        the rate limit.
+        """
         caller = current_caller.get()
-        if self._rates is not None and (wait := await self._rates.charge(caller, extra, is_view=is_view)):
+        if self._rates is not None and (
+            wait := await self._rates.charge(caller, extra, is_view=is_view)
+        ):
             seconds = math.ceil(wait)
             detail = f"Too many requests from {caller}. Try again in {seconds} s."
-            raise Problem(429, detail, headers={"Retry-After": str(seconds)}, refused="rate")
+            raise Problem(
+                429, detail, headers={"Retry-After": str(seconds)}, refused="rate"
+            )
 
     def opens_everything(self, headers: Headers) -> bool:
-        """Return True if no key is needed, or if a request has the admin key or a key that opens all collections."""
+        """Return True if no key is needed, or if a request has the admin key or a key
+        that opens all collections.
+        """
         key = self._find_key(headers, accepts_admin=True)
-        return not self._settings.api_keys or (key is not None and key.collections is None)
+        return not self._settings.api_keys or (
+            key is not None and key.collections is None
+        )
 
     def _is_signed(self, scope: Scope) -> bool:
         """Return True if the address is signed and has not expired."""
-        given, secret = dict(parse_qsl(scope["query_string"].decode("latin-1"))), self._settings.image_secret
+        given, secret = (
+            dict(parse_qsl(scope["query_string"].decode("latin-1"))),
+            self._settings.image_secret,
+        )
         expires, signature = given.get("expires", ""), given.get("signature", "")
-        if secret is None or not re.fullmatch("[0-9]{1,12}", expires) or int(expires) < time.time():
+        if (
+            secret is None
+            or not re.fullmatch("[0-9]{1,12}", expires)
+            or int(expires) < time.time()
+        ):
             return False
-        wanted = path_signature(scope["path"], expires, secret.get_secret_value().strip())
+        wanted = path_signature(
+            scope["path"], expires, secret.get_secret_value().strip()
+        )
         return hmac.compare_digest(signature.encode(), wanted.encode())
 
     def _is_admin(self, key: str) -> bool:
@@ -160,39 +201,60 @@ class Access:
 
 
 def network_of(address: str) -> str:
-    """Return the address that requests are counted by: an IPv4 address, or the /64 network of an IPv6 address."""
+    """Return the address that requests are counted by: an IPv4 address, or the /64
+    network of an IPv6 address.
+    """
     try:
         parsed = ip_address(address)
     except ValueError:  # a Unix socket, or a name
         return address
     parsed = getattr(parsed, "ipv4_mapped", None) or parsed
-    return str(parsed) if parsed.version == 4 else str(ip_network((int(parsed), 64), strict=False))
+    return (
+        str(parsed)
+        if parsed.version == 4
+        else str(ip_network((int(parsed), 64), strict=False))
+    )
 
 
 def _unauthorized(wanted: str) -> Problem:
     message, headers = f"must be `Bearer` and {wanted}", {"WWW-Authenticate": "Bearer"}
-    return field_problem("Authorization", message, status=401, headers=headers, refused="key")
+    return field_problem(
+        "Authorization", message, status=401, headers=headers, refused="key"
+    )
 
 
 def out_of_scope() -> Problem:
     """Return a 403 for a key whose scope lacks a collection, or the right to write."""
-    return field_problem("Authorization", "the scope of this key does not allow this", status=403, refused="scope")
+    return field_problem(
+        "Authorization",
+        "the scope of this key does not allow this",
+        status=403,
+        refused="scope",
+    )
 
 
 def byte_counter(scope: Scope) -> Callable[[int], None]:
-    """Return what counts bytes that a request holds beside its body. It raises Problem if there are too many."""
+    """Return what counts bytes that a request holds beside its body. It raises Problem
+    if there are too many.
+    """
     return cast(Callable[[int], None], scope[_COUNT_BYTES])
 
 
 class BodyLimit:
-    """Limit the size and the time of bodies, and what all requests hold. held: bytes of all that count."""
+    """Limit the size and the time of bodies, and what all requests hold. held: bytes of
+    all that count.
+    """
 
     def __init__(self, settings: Settings) -> None:
         self._settings = settings
         self.held = 0
 
-    async def run(self, app: ASGIApp, policy: Policy, scope: Scope, receive: Receive, send: Send) -> None:
-        """Call an application with a limited body. Raise Problem if the body is refused: an announced one unread."""
+    async def run(
+        self, app: ASGIApp, policy: Policy, scope: Scope, receive: Receive, send: Send
+    ) -> None:
+        """Call an application with a limited body. Raise Problem if the body is
+        refused: an announced one unread.
+        """
         limit, seconds = policy.body(self._settings), self._settings.upload_timeout_s
         if int(Headers(scope=scope).get("content-length", 0)) > limit:
             raise _too_large(limit)
@@ -205,9 +267,15 @@ class BodyLimit:
             received += size
             more = max(0, received - UNCOUNTED_BYTES) - held
             is_alone = self.held == held  # then it has room
-            if more and not is_alone and self.held + more > self._settings.max_in_flight_bytes:
+            if (
+                more
+                and not is_alone
+                and self.held + more > self._settings.max_in_flight_bytes
+            ):
                 detail = "Too many large requests are in progress. Try again in 1 s."
-                raise Problem(503, detail, headers={"Retry-After": "1"}, refused="uploads")
+                raise Problem(
+                    503, detail, headers={"Retry-After": "1"}, refused="uploads"
+                )
             held += more
             self.held += more
 
@@ -221,7 +289,10 @@ class BodyLimit:
             except TimeoutError:
                 detail = f"The body did not arrive within {seconds:g} seconds."
                 raise Problem(408, detail, refused="slow_body") from None
-            size, is_complete = len(message.get("body", b"")), not message.get("more_body", False)
+            size, is_complete = (
+                len(message.get("body", b"")),
+                not message.get("more_body", False),
+            )
             if received + size > limit:
                 raise _too_large(limit)
             count(size)
@@ -235,7 +306,9 @@ class BodyLimit:
 
 
 def _too_large(limit: int) -> Problem:
-    return field_problem("body", f"at most {limit // 2**10:,} KiB", status=413, refused="body_size")
+    return field_problem(
+        "body", f"at most {limit // 2**10:,} KiB", status=413, refused="body_size"
+    )
 
 
 class Envelope:
@@ -250,13 +323,23 @@ class Envelope:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
-        began, method, headers, status = time.perf_counter(), scope["method"], Headers(scope=scope), 0
+        began, method, headers, status = (
+            time.perf_counter(),
+            scope["method"],
+            Headers(scope=scope),
+            0,
+        )
         inner = {**scope, "method": "GET"} if method == "HEAD" else scope
         identifier = headers.get("x-request-id", "")
         if not _WELL_FORMED_ID.fullmatch(identifier):
-            identifier = f"{random.getrandbits(128):032x}"  # a UUID reads the system's random numbers, which takes long
+            # a UUID reads the system's random numbers, which takes long
+            identifier = f"{random.getrandbits(128):032x}"
         request_id.set(identifier)
-        client, path = (scope.get("client") or [None])[0], quote(scope["path"][:_MAX_PATH])  # raw, it may have newlines
+        # raw, it may have newlines
+        client, path = (
+            (scope.get("client") or [None])[0],
+            quote(scope["path"][:_MAX_PATH]),
+        )
         current_caller.set(network_of(client or "unknown"))
 
         async def observed(message: Message) -> None:
@@ -274,25 +357,48 @@ class Envelope:
             await send(message)
 
         try:
-            host = re.sub(r":\d*$", "", headers.get("host", "localhost")).strip("[]").lower()
+            host = (
+                re.sub(r":\d*$", "", headers.get("host", "localhost"))
+                .strip("[]")
+                .lower()
+            )
             if self._hosts is None or host in self._hosts:
                 await self._app(inner, receive, observed)
             else:
-                message = "must be localhost; DCAR_ALLOWED_HOSTS adds the names of this service"
-                await field_problem("Host", message, status=421).response(scope)(inner, receive, observed)
+                message = (
+                    "must be localhost; DCAR_ALLOWED_HOSTS adds the names of this"
+                    " service"
+                )
+                await field_problem("Host", message, status=421).response(scope)(
+                    inner, receive, observed
+                )
         except ENDS:
             raise
         except BaseException:  # a panic of a library in Rust is no Exception
             self._metrics.errors.inc()
             logger.exception("unexpected error in %s %s", method, path)
             if status == 0:
-                problem = Problem(500, "Unexpected error. The log of the service has the details.")
+                problem = Problem(
+                    500, "Unexpected error. The log of the service has the details."
+                )
                 await problem.response(scope)(inner, receive, observed)
         finally:
             seconds, status = time.perf_counter() - began, status or 500
             template = getattr(inner.get("route"), "path", None) or "none"
             self._metrics.requests.labels(template, str(status)).observe(seconds)
             if status != 200 or path not in _PROBES:  # which arrive every few seconds
-                extra = {"method": method, "path": path, "status": status, "ms": round(seconds * 1000, 2)}
+                extra = {
+                    "method": method,
+                    "path": path,
+                    "status": status,
+                    "ms": round(seconds * 1000, 2),
+                }
                 extra |= {"client": client, "caller": inner.get(CALLER)}
-                logger.info("%s %s %d in %.1f ms", method, path, status, seconds * 1000, extra=extra)
+                logger.info(
+                    "%s %s %d in %.1f ms",
+                    method,
+                    path,
+                    status,
+                    seconds * 1000,
+                    extra=extra,
+                )

@@ -1,6 +1,8 @@
-"""The search page and the API documentation: their files, and the private routes that the search page calls.
+"""The search page and the API documentation: their files, and the private routes that
+the search page calls.
 
-- Files are read once; a requested name is looked up in that table and never joined to a path.
+- Files are read once; a requested name is looked up in that table and never joined to a
+  path.
 - No page has an inline script or style, so the content security policy forbids them.
 """
 
@@ -41,39 +43,75 @@ _FACET_VALUES = 100  # a field with more values is not offered as a filter
 _NUMBERS = frozenset({"int64", "double"})
 
 _UI = files("app") / "ui"
-_MEDIA_TYPES = {".css": "text/css", ".html": "text/html", ".js": "text/javascript", ".svg": "image/svg+xml"}
+_MEDIA_TYPES = {
+    ".css": "text/css",
+    ".html": "text/html",
+    ".js": "text/javascript",
+    ".svg": "image/svg+xml",
+}
 _CONTENT_POLICY = (
-    "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self' blob: data:; connect-src 'self'; "
-    "form-action 'self'; base-uri 'none'; frame-ancestors 'none'"
+    "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self' blob:"
+    " data:; connect-src 'self'; form-action 'self'; base-uri 'none'; frame-ancestors"
+    " 'none'"
 )
-_DOCS_POLICY = _CONTENT_POLICY.replace("style-src 'self'", "style-src 'self' 'unsafe-inline'")  # Swagger UI sets styles
+# Swagger UI sets styles
+_DOCS_POLICY = _CONTENT_POLICY.replace(
+    "style-src 'self'", "style-src 'self' 'unsafe-inline'"
+)
 
 
 def _facet_fields(index: IndexVersion) -> list[str]:
-    """Return the fields to filter by: the category first, then those with the most values.
+    """Return the fields to filter by: the category first, then those with the most
+    values.
 
-    A field is left out if it has too many values, or fewer than two items for each of them on average.
+    A field is left out if it has too many values, or fewer than two items for each of
+    them on average.
     """
     sizes: dict[str, int] = {}
-    for name in index.fields.keys() - {"id", "caption", "title", index.manifest.spec.group_field}:
+    for name in index.fields.keys() - {
+        "id",
+        "caption",
+        "title",
+        index.manifest.spec.group_field,
+    }:
         facet = count_values(index, name, index.live, limit=_FACET_VALUES + 1)
-        if 2 <= len(facet) <= min(_FACET_VALUES, sum(entry["count"] for entry in facet) // 2):
+        if (
+            2
+            <= len(facet)
+            <= min(_FACET_VALUES, sum(entry["count"] for entry in facet) // 2)
+        ):
             sizes[name] = len(facet)
-    return sorted(sizes, key=lambda name: (name != "category", -sizes[name], name))[:_FACETS]
+    return sorted(sizes, key=lambda name: (name != "category", -sizes[name], name))[
+        :_FACETS
+    ]
 
 
 def _sort_fields(index: IndexVersion) -> list[dict[str, Any]]:
-    types = {name: kind for name, kind in index.fields.items() if kind in {*_NUMBERS, "string"} and name != "id"}
-    ordered = sorted(types, key=lambda name: (name != "caption", name != "category", name))
-    return [{"name": name, "is_number": types[name] in _NUMBERS} for name in ordered[:_LISTED_FIELDS]]
+    types = {
+        name: kind
+        for name, kind in index.fields.items()
+        if kind in {*_NUMBERS, "string"} and name != "id"
+    }
+    ordered = sorted(
+        types, key=lambda name: (name != "caption", name != "category", name)
+    )
+    return [
+        {"name": name, "is_number": types[name] in _NUMBERS}
+        for name in ordered[:_LISTED_FIELDS]
+    ]
 
 
 @routes.add("GET", "/ui/catalogue", _PRIVATE)
 async def catalogue(request: Request) -> Response:
-    """Return the fields of the index, and what the page can do: search by words as well, and write with its key."""
+    """Return the fields of the index, and what the page can do: search by words as
+    well, and write with its key.
+    """
     key: ApiKey | None = request.scope.get(API_KEY)
     served, settings = await version_of(request), state_of(request).settings
-    index, waits_for = served.index, state_of(request).collections[collection_of(request)].waits_for
+    index, waits_for = (
+        served.index,
+        state_of(request).collections[collection_of(request)].waits_for,
+    )
     has_words = len(index.sample_vectors) > 0
     body = {
         "fields": _sort_fields(index),
@@ -90,20 +128,34 @@ async def catalogue(request: Request) -> Response:
 
 
 @routes.add("GET", "/ui/facets", _PRIVATE)
-async def facets(request: Request, query: Annotated[ItemsQuery, QueryParam()]) -> Response:
+async def facets(
+    request: Request, query: Annotated[ItemsQuery, QueryParam()]
+) -> Response:
     """Count the values of the fields to filter by.
 
-    Each field is counted without its own part of the filter, so that another of its values can be chosen.
+    Each field is counted without its own part of the filter, so that another of its
+    values can be chosen.
     """
     served = await version_of(request)
     index, group_by = served.index, served.index.manifest.spec.group_field
 
     def count() -> list[dict[str, Any]]:
-        counted, groups = list[dict[str, Any]](), group_field(served, group_by) if group_by else None
-        for name in served.page_facts.find(f"facets {served.concepts.revision}", lambda: _facet_fields(index)):
-            others = {field: part for field, part in (query.filter or {}).items() if field != name}
+        counted, groups = (
+            list[dict[str, Any]](),
+            group_field(served, group_by) if group_by else None,
+        )
+        for name in served.page_facts.find(
+            f"facets {served.concepts.revision}", lambda: _facet_fields(index)
+        ):
+            others = {
+                field: part
+                for field, part in (query.filter or {}).items()
+                if field != name
+            }
             mask = filter_rows(served, others).mask if others else index.live
-            counted.append({"name": name, "values": count_values(index, name, mask, groups)})
+            counted.append(
+                {"name": name, "values": count_values(index, name, mask, groups)}
+            )
         return counted
 
     return JsonResponse({"facets": await state_of(request).retriever.examine(count)})
@@ -117,9 +169,20 @@ async def document(request: Request) -> Response:
 @cache
 def _files() -> dict[str, tuple[bytes, str]]:
     """Return the data and the ETag of each file by its name."""
-    paths = [path for folder in (_UI, _UI / "vendor" / "swagger-ui") for path in folder.iterdir()]
-    data = {path.name: path.read_bytes() for path in paths if PurePath(path.name).suffix in _MEDIA_TYPES}
-    return {name: (file, f'"{hashlib.blake2b(file, digest_size=16).hexdigest()}"') for name, file in data.items()}
+    paths = [
+        path
+        for folder in (_UI, _UI / "vendor" / "swagger-ui")
+        for path in folder.iterdir()
+    ]
+    data = {
+        path.name: path.read_bytes()
+        for path in paths
+        if PurePath(path.name).suffix in _MEDIA_TYPES
+    }
+    return {
+        name: (file, f'"{hashlib.blake2b(file, digest_size=16).hexdigest()}"')
+        for name, file in data.items()
+    }
 
 
 def _add_file(path: str, file: str = "", content_policy: str = "") -> None:
@@ -132,7 +195,9 @@ def _add_file(path: str, file: str = "", content_policy: str = "") -> None:
         headers = {"ETag": etag, "Cache-Control": "no-cache"}
         headers |= {"Content-Security-Policy": content_policy} if content_policy else {}
         media_type = f"{_MEDIA_TYPES[PurePath(name).suffix]}; charset=utf-8"
-        return not_modified(request, headers) or Response(data, media_type=media_type, headers=headers)
+        return not_modified(request, headers) or Response(
+            data, media_type=media_type, headers=headers
+        )
 
 
 _add_file("/", "index.html", _CONTENT_POLICY)

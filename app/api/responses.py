@@ -1,7 +1,10 @@
-"""Responses: JSON bodies as plain dicts, whose types document the API and are the source of truth for clients; errors.
+"""Responses: JSON bodies as plain dicts, whose types document the API and are the
+source of truth for clients; errors.
 
-- Handlers do not validate what they send; tests check it against the types. `app.search.results` has those of searches.
-- Every foreseen error becomes the document of a `Problem`, so routes need no try/except; others pass to `guard`.
+- Handlers do not validate what they send; tests check it against the types.
+  `app.search.results` has those of searches.
+- Every foreseen error becomes the document of a `Problem`, so routes need no
+  try/except; others pass to `guard`.
 """
 
 import logging
@@ -60,7 +63,11 @@ def to_problem(error: Exception) -> Problem:
             return from_validation(error)
         case errors.BatchQueryError():
             cause = error.cause
-            problem = field_problem("image", str(cause)) if isinstance(cause, ImageError) else to_problem(cause)
+            problem = (
+                field_problem("image", str(cause))
+                if isinstance(cause, ImageError)
+                else to_problem(cause)
+            )
             return problem.within(f"queries.{error.number}")
         case errors.InvalidQueryError():
             return field_problem(error.field, error.message)
@@ -70,7 +77,11 @@ def to_problem(error: Exception) -> Problem:
         case errors.ImageUnavailableError():
             return Problem(404, str(error))
         case errors.UnsupportedQueryError():
-            return Problem(409, str(error), errors=[] if error.field is None else [(error.field, str(error))])
+            return Problem(
+                409,
+                str(error),
+                errors=[] if error.field is None else [(error.field, str(error))],
+            )
         case errors.UnavailableError():
             seconds = max(1, math.ceil(error.retry_after_s))
             detail = f"{str(error).rstrip('.')}. Try again in {seconds} s."
@@ -80,7 +91,9 @@ def to_problem(error: Exception) -> Problem:
         case StoreUnavailableError():
             logger.warning("%s", error)
             detail = "The vector store is unavailable. Try again later."
-            return Problem(503, detail, headers={"Retry-After": "2"}, refused="vector_store")
+            return Problem(
+                503, detail, headers={"Retry-After": "2"}, refused="vector_store"
+            )
         case ImageError():
             return field_problem("file", str(error))
         case DataError():
@@ -98,8 +111,9 @@ class BatchResponse(TypedDict):
 class Collection(TypedDict):
     """One served collection. count is 0 until it is loaded.
 
-    min_score: the calibrated cut-off that "auto" stands for; null if the index was not calibrated. reason: why the
-    collection is degraded, as in /readyz; null if it is not.
+    min_score: the calibrated cut-off that "auto" stands for; null if the index was not
+    calibrated. reason: why the collection is degraded, as in /readyz; null if it is
+    not.
     """
 
     name: str
@@ -128,7 +142,9 @@ class CollectionsResponse(TypedDict):
 
 
 class GalleryItem(TypedDict):
-    """One item of the gallery with all its metadata. width, height: as of a result. group: of a grouped listing."""
+    """One item of the gallery with all its metadata. width, height: as of a result.
+    group: of a grouped listing.
+    """
 
     id: str
     caption: str
@@ -160,7 +176,9 @@ class ItemResponse(GalleryItem):
 
 
 class ItemsResponse(TypedDict):
-    """A page of items. count: number of matching items; next_offset: absent on the last page."""
+    """A page of items. count: number of matching items; next_offset: absent on the last
+    page.
+    """
 
     index_version: int
     count: int
@@ -169,7 +187,9 @@ class ItemsResponse(TypedDict):
 
 
 class Embedding(TypedDict):
-    """The vector of one input, of unit length: numbers, or base64 of little-endian float32."""
+    """The vector of one input, of unit length: numbers, or base64 of little-endian
+    float32.
+    """
 
     object: str
     index: int
@@ -177,10 +197,11 @@ class Embedding(TypedDict):
 
 
 class EmbeddingsResponse(TypedDict):
-    """Embeddings in the order of the input. Only vectors of one fingerprint may be compared.
+    """Embeddings in the order of the input. Only vectors of one fingerprint may be
+    compared.
 
-    model: the collection that embedded. fingerprint: of the model; the manifest of an index has the same.
-    usage: always 0; tokens are not counted.
+    model: the collection that embedded. fingerprint: of the model; the manifest of an
+    index has the same. usage: always 0; tokens are not counted.
     """
 
     object: str
@@ -207,11 +228,12 @@ class JobFailure(TypedDict):
 class JobResponse(TypedDict):
     """A change of items, from its acceptance to a week after its end.
 
-    items: number of items in the request, or that its filter matched then. accepted, ended: UTC, ISO 8601.
-    index_version: a version that has all changes of the job. failed: items that could not be put; all others were.
-    progress: encoded images, of all in its batch. reason: why the job failed, or why it waits.
-    new_fields: metadata fields of the request that no item had, up to 20. changed: items whose fields a patch has
-    changed. unknown: ids of a patch that the index lacks, the first 100.
+    items: number of items in the request, or that its filter matched then. accepted,
+    ended: UTC, ISO 8601. index_version: a version that has all changes of the job.
+    failed: items that could not be put; all others were. progress: encoded images, of
+    all in its batch. reason: why the job failed, or why it waits. new_fields: metadata
+    fields of the request that no item had, up to 20. changed: items whose fields a
+    patch has changed. unknown: ids of a patch that the index lacks, the first 100.
     """
 
     id: str
@@ -239,9 +261,11 @@ class HealthResponse(TypedDict):
 
 
 class ReadinessResponse(TypedDict):
-    """ready: searches work in every open collection. degraded: they work, but not for a newer version or changed files.
+    """ready: searches work in every open collection. degraded: they work, but not for a
+    newer version or changed files.
 
-    index_version and count belong to the default collection. model_note: tells of a model that stands in.
+    index_version and count belong to the default collection. model_note: tells of a
+    model that stands in.
     """
 
     status: str
@@ -252,7 +276,9 @@ class ReadinessResponse(TypedDict):
 
 
 class ReloadResponse(TypedDict):
-    """After a reload: the default collection's version, every collection's version, and whether any changed."""
+    """After a reload: the default collection's version, every collection's version, and
+    whether any changed.
+    """
 
     index_version: int
     versions: dict[str, int]
@@ -260,7 +286,9 @@ class ReloadResponse(TypedDict):
 
 
 class FeedbackResponse(TypedDict):
-    """The number of stored events; `ignored`: the first 20 that changed nothing, and why."""
+    """The number of stored events; `ignored`: the first 20 that changed nothing, and
+    why.
+    """
 
     accepted: int
     ignored: list[FieldError]

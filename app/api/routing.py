@@ -1,9 +1,13 @@
-"""Declare a route in one place: its path, policy, body and responses. Read the JSON of its requests, and send it.
+"""Declare a route in one place: its path, policy, body and responses. Read the JSON of
+its requests, and send it.
 
-- A module with routes makes a `Routes` and decorates its endpoints; no other module knows their paths.
-- JSON is parsed and validated by pydantic in one step: FastAPI's own handling costs 11 to 15 % of a cached search. What
-  FastAPI cannot see is declared here for the OpenAPI document.
-- A route without a policy is not reachable, and a path without a route asks for a key before it says so.
+- A module with routes makes a `Routes` and decorates its endpoints; no other module
+  knows their paths.
+- JSON is parsed and validated by pydantic in one step: FastAPI's own handling costs 11
+  to 15 % of a cached search. What FastAPI cannot see is declared here for the OpenAPI
+  document.
+- A route without a policy is not reachable, and a path without a route asks for a key
+  before it says so.
 """
 
 import asyncio
@@ -34,10 +38,14 @@ from app.service.retriever import Retriever
 from app.service.write_worker import WriteWorker
 
 _LARGE_JSON_BYTES = 64 * 2**10
-_MAX_JSON_VALUES = 50_000  # images make a body large, but not its number of values, which take time and memory
-QUICK_BYTES = 64 * 2**10  # of texts that are made into JSON in the event loop, in about a millisecond
+# images make a body large, but not its number of values, which take time and memory
+_MAX_JSON_VALUES = 50_000
+# of texts that are made into JSON in the event loop, in about a millisecond
+QUICK_BYTES = 64 * 2**10
 COLLECTION = "/collections/{collection}"
-ItemId = Annotated[str, Path(description="the id of an item, as results give it", max_length=1024)]
+ItemId = Annotated[
+    str, Path(description="the id of an item, as results give it", max_length=1024)
+]
 M = TypeVar("M", bound=BaseModel)
 Endpoint = TypeVar("Endpoint", bound=Callable[..., Awaitable[Response]])
 
@@ -60,7 +68,12 @@ class ProblemResponse(TypedDict):
 
 
 _REFERENCE = "#/components/schemas/{model}"
-_COLLECTION = {"name": "collection", "in": "path", "required": True, "schema": {"type": "string"}}
+_COLLECTION = {
+    "name": "collection",
+    "in": "path",
+    "required": True,
+    "schema": {"type": "string"},
+}
 _SECURITY: dict[str, list[dict[str, list[str]]]] = {
     "open": [],
     "read": [{}, {"key": []}],
@@ -93,13 +106,19 @@ class GuardedRoute(APIRoute):
         await state.access.check(scope, self.policy)
         if scope["method"] not in (methods := self.methods or set()):
             allowed = sorted({*methods, "HEAD"} if "GET" in methods else methods)
-            raise Problem(405, f"{scope['method']} is not allowed here.", headers={"Allow": ", ".join(allowed)})
+            raise Problem(
+                405,
+                f"{scope['method']} is not allowed here.",
+                headers={"Allow": ", ".join(allowed)},
+            )
         await state.bodies.run(self.app, self.policy, scope, receive, send)
 
 
 async def refuse_unknown(scope: Scope, receive: Receive, send: Send) -> None:
     await scope["app"].state.access.check(scope, UNKNOWN)
-    raise Problem(404, f"There is nothing at {scope['path'][:200]}; see /docs for the routes.")
+    raise Problem(
+        404, f"There is nothing at {scope['path'][:200]}; see /docs for the routes."
+    )
 
 
 class Routes:
@@ -121,13 +140,21 @@ class Routes:
     ) -> Callable[[Endpoint], Endpoint]:
         """Return a decorator that declares an endpoint.
 
-        returns: type of the JSON response, or the media type of another one. accepts: model of the body.
+        returns: type of the JSON response, or the media type of another one. accepts:
+        model of the body.
         """
-        success = {"content": {returns: {}}} if isinstance(returns, str) else {"model": returns}
+        success = (
+            {"content": {returns: {}}}
+            if isinstance(returns, str)
+            else {"model": returns}
+        )
         extra: dict[str, Any] = {"security": _SECURITY[policy.access]}
         if accepts is not None:
             _documented.append(accepts)
-            extra["requestBody"] = {"required": True, "content": _content(body_type, accepts)}
+            extra["requestBody"] = {
+                "required": True,
+                "content": _content(body_type, accepts),
+            }
         options: dict[str, Any] = {
             "methods": [method],
             "status_code": status,
@@ -135,7 +162,10 @@ class Routes:
             "include_in_schema": not policy.is_private,
             "responses": {
                 status: {"description": "Success", **(success if returns else {})},
-                "default": {"description": "An error", "content": _content(MEDIA_TYPE, ProblemResponse)},
+                "default": {
+                    "description": "An error",
+                    "content": _content(MEDIA_TYPE, ProblemResponse),
+                },
             },
             "openapi_extra": extra,
         }
@@ -147,13 +177,23 @@ class Routes:
         return declare
 
     def add_to(self, app: FastAPI) -> None:
-        """Add the routes to an application; those of a collection also below /collections/{collection}."""
+        """Add the routes to an application; those of a collection also below
+        /collections/{collection}.
+        """
         for path, policy, endpoint, options in self._routes:
             is_inside = policy.scope == "collection" and not path.startswith(COLLECTION)
             for whole in (path, COLLECTION + path) if is_inside else (path,):
-                extra = options["openapi_extra"] | ({"parameters": [_COLLECTION]} if COLLECTION in whole else {})
-                # On the app itself: FastAPI matches the routes of an included router more slowly.
-                app.router.add_api_route(whole, endpoint, response_class=Response, **options | {"openapi_extra": extra})
+                extra = options["openapi_extra"] | (
+                    {"parameters": [_COLLECTION]} if COLLECTION in whole else {}
+                )
+                # On the app itself: FastAPI matches the routes of an included router
+                # more slowly.
+                app.router.add_api_route(
+                    whole,
+                    endpoint,
+                    response_class=Response,
+                    **options | {"openapi_extra": extra},
+                )
                 added = app.router.routes[-1]
                 assert isinstance(added, GuardedRoute)
                 added.policy = policy
@@ -161,7 +201,9 @@ class Routes:
 
 @cache
 def openapi_document(app: FastAPI) -> bytes:
-    """Return the OpenAPI document as JSON; the page and tools ask for it again and again."""
+    """Return the OpenAPI document as JSON; the page and tools ask for it again and
+    again.
+    """
     document = app.openapi()
     schemas = document["components"]["schemas"]
     for model in _documented:
@@ -176,13 +218,19 @@ def openapi_document(app: FastAPI) -> bytes:
 
 
 class ImageReader(Protocol):
-    """`ImageFetcher` of `requests`: images in base64 or at URLs, by their names -> their files."""
+    """`ImageFetcher` of `requests`: images in base64 or at URLs, by their names ->
+    their files.
+    """
 
-    async def read(self, scope: Scope, images: Mapping[str, str]) -> dict[str, bytes]: ...
+    async def read(
+        self, scope: Scope, images: Mapping[str, str]
+    ) -> dict[str, bytes]: ...
 
 
 class ServiceState(Protocol):
-    """The parts of the service that handlers use, as `create_app` puts them into `app.state`."""
+    """The parts of the service that handlers use, as `create_app` puts them into
+    `app.state`.
+    """
 
     settings: Settings
     metrics: Metrics
@@ -207,22 +255,32 @@ def collection_of(request: Request) -> str | None:
 def items_path(request: Request) -> str:
     """Return the URL path of the items of the request's collection."""
     collection = collection_of(request)
-    return "/items" if collection is None else f"/collections/{quote(collection, safe='')}/items"
+    return (
+        "/items"
+        if collection is None
+        else f"/collections/{quote(collection, safe='')}/items"
+    )
 
 
 async def version_of(request: Request) -> ServedVersion:
-    """Return the current version of the collection named in the path; errors are those of `Collections.open`."""
+    """Return the current version of the collection named in the path; errors are those
+    of `Collections.open`.
+    """
     return state_of(request).collections.open(collection_of(request))
 
 
 def may_read(request: Request, collection: str) -> bool:
-    """Return True if the scope of the request's key, if it has one, opens a collection."""
+    """Return True if the scope of the request's key, if it has one, opens a
+    collection.
+    """
     key: ApiKey | None = request.scope.get(API_KEY)
     return key is None or key.opens(collection)
 
 
 def validated(model: type[M], fields: dict[str, Any] | bytes, settings: Settings) -> M:
-    """Return the model of fields, or of JSON, checked against the limits of the settings. Raise Problem if invalid."""
+    """Return the model of fields, or of JSON, checked against the limits of the
+    settings. Raise Problem if invalid.
+    """
     try:
         if isinstance(fields, bytes):
             return model.model_validate_json(fields, context=settings)
@@ -234,11 +292,17 @@ def validated(model: type[M], fields: dict[str, Any] | bytes, settings: Settings
 def check_content_type(request: Request, *expected: str) -> None:
     media_type = request.headers.get("content-type", "").split(";")[0].strip().lower()
     if media_type not in expected:
-        raise field_problem("Content-Type", f"must be {expected[0]}, not {media_type or 'absent'}", status=415)
+        raise field_problem(
+            "Content-Type",
+            f"must be {expected[0]}, not {media_type or 'absent'}",
+            status=415,
+        )
 
 
 async def read_json(request: Request, model: type[M], *media_types: str) -> M:
-    """Read a body of JSON, or of another type, and check it against the limits of the settings."""
+    """Read a body of JSON, or of another type, and check it against the limits of the
+    settings.
+    """
     body, settings = await request.body(), request.app.state.settings
     check_content_type(request, "application/json", *media_types)
     if len(body) <= _LARGE_JSON_BYTES:
@@ -249,7 +313,9 @@ async def read_json(request: Request, model: type[M], *media_types: str) -> M:
 
 
 class JsonResponse(Response):
-    """Plain data as JSON, several times as fast as by the standard library; NaN and infinities become null."""
+    """Plain data as JSON, several times as fast as by the standard library; NaN and
+    infinities become null.
+    """
 
     media_type = "application/json"
 
@@ -258,10 +324,16 @@ class JsonResponse(Response):
 
 
 async def send_items(request: Request, body: Any, texts: int) -> Response:
-    """Return a body whose items have so many bytes of texts. Long ones count as the body of the request does."""
+    """Return a body whose items have so many bytes of texts. Long ones count as the
+    body of the request does.
+    """
     if texts > MAX_TEXT_BYTES:
-        message = f"the texts and metadata take more than {MAX_TEXT_BYTES // 2**20} MiB; "
-        raise field_problem("k", message + "request fewer results at a time, or leave `fields` out")
+        message = (
+            f"the texts and metadata take more than {MAX_TEXT_BYTES // 2**20} MiB; "
+        )
+        raise field_problem(
+            "k", message + "request fewer results at a time, or leave `fields` out"
+        )
     if texts <= QUICK_BYTES:
         return JsonResponse(body)
     byte_counter(request.scope)(texts)

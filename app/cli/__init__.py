@@ -1,7 +1,9 @@
-"""The `dcar` command: train, evaluate, index, serve and search; one module for each group of subcommands.
+"""The `dcar` command: train, evaluate, index, serve and search; one module for each
+group of subcommands.
 
-In: command line arguments. Out: text on stdout, errors in one line on stderr, and an exit status by kind of error.
-Nothing imports it; it may import everything, and does so lazily, so that `--help` answers at once.
+In: command line arguments. Out: text on stdout, errors in one line on stderr, and an
+exit status by kind of error. Nothing imports it; it may import everything, and does so
+lazily, so that `--help` answers at once.
 """
 
 from importlib.metadata import entry_points
@@ -12,7 +14,17 @@ from dcar_core.util.console import run_command
 from dcar_core.util.errors import DcarError
 from dcar_core.util.options import command
 
-__all__ = ["add_plugins", "app", "concepts", "data", "feedback", "indexing", "main", "serving", "training"]
+__all__ = [
+    "add_plugins",
+    "app",
+    "concepts",
+    "data",
+    "feedback",
+    "indexing",
+    "main",
+    "serving",
+    "training",
+]
 
 
 def add_plugins() -> None:
@@ -25,7 +37,10 @@ def add_plugins() -> None:
         try:
             command(parent, name)(entry.load())
         except Exception as error:
-            raise DcarError(f"the plug-in {entry.value} cannot be loaded ({error}); update or uninstall it") from error
+            raise DcarError(
+                f"the plug-in {entry.value} cannot be loaded ({error}); update or"
+                " uninstall it"
+            ) from error
 
 
 def _run() -> None:

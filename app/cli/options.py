@@ -11,13 +11,18 @@ from dcar_core.model.catalogue import DEFAULT
 from dcar_core.util.options import for_typer, option
 
 _IN_WHEEL = Path(__file__).resolve().parents[1] / "emoji"
-EXAMPLES = _IN_WHEEL if _IN_WHEEL.is_dir() else _IN_WHEEL.parents[1] / "examples" / "emoji"
+EXAMPLES = (
+    _IN_WHEEL if _IN_WHEEL.is_dir() else _IN_WHEEL.parents[1] / "examples" / "emoji"
+)
 
 app = typer.Typer(
     name="dcar",
-    help="Image-text retrieval that knows fine-grained differences.\n\n"
-    "Adapt CLIP to your catalogue (train), turn its images into an index (index build), and search it from the "
-    "command line (search) or as a service (serve). `dcar demo` shows all of it on a bundled example.",
+    help=(
+        "Image-text retrieval that knows fine-grained differences.\n\nAdapt CLIP to"
+        " your catalogue (train), turn its images into an index (index build), and"
+        " search it from the command line (search) or as a service (serve). `dcar demo`"
+        " shows all of it on a bundled example."
+    ),
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
@@ -32,7 +37,10 @@ def _print_version(requested: bool) -> None:
 
 
 def _every_command(
-    *, version: bool = option(False, "Show the version and exit.", callback=_print_version, is_eager=True)
+    *,
+    version: bool = option(
+        False, "Show the version and exit.", callback=_print_version, is_eager=True
+    ),
 ) -> None:
     pass
 
@@ -64,19 +72,32 @@ def parse_filter(text: str) -> dict[str, Any]:
     return value
 
 
-INDEX = option(help="Directory or URL of a published index.", parser=published_index, metavar="DIR")
+INDEX = option(
+    help="Directory or URL of a published index.", parser=published_index, metavar="DIR"
+)
 OUT = option(help="Directory to write to; created if missing.")
-MODEL = option(DEFAULT.name, "An open_clip model such as ViT-B-16-SigLIP2, or a directory.")
+MODEL = option(
+    DEFAULT.name, "An open_clip model such as ViT-B-16-SigLIP2, or a directory."
+)
 PRETRAINED = option(
-    None, "Weights of a named model: a tag, or a .safetensors or .pt file. Default: as `dcar models --recommend`."
+    None,
+    "Weights of a named model: a tag, or a .safetensors or .pt file. Default: as `dcar"
+    " models --recommend`.",
 )
-IMAGES = option(None, "Root folder of the images. Default: the folder of the annotations.")
+IMAGES = option(
+    None, "Root folder of the images. Default: the folder of the annotations."
+)
 NEGATIVES = (
-    "Generate negative captions: auto (if most pairs of a split have none), missing (for pairs without any), all (also "
-    "replacing existing ones), off."
+    "Generate negative captions: auto (if most pairs of a split have none), missing"
+    " (for pairs without any), all (also replacing existing ones), off."
 )
-TAXONOMY = option(None, "JSON of similar categories; see docs/reference/data-formats.md.")
+TAXONOMY = option(
+    None, "JSON of similar categories; see docs/reference/data-formats.md."
+)
 DEVICE = option("auto", "auto, cpu, cuda, cuda:1 or mps.")
 FILTER = option(
-    None, 'Only items that match a filter, such as \'{"category": "shoes"}\'.', parser=parse_filter, metavar="JSON"
+    None,
+    'Only items that match a filter, such as \'{"category": "shoes"}\'.',
+    parser=parse_filter,
+    metavar="JSON",
 )

@@ -1,7 +1,10 @@
-"""Who calls: API keys, known to the service only by their hashes, and the rates of callers.
+"""Who calls: API keys, known to the service only by their hashes, and the rates of
+callers.
 
-- A key has 256 random bits, so a plain SHA-256 cannot be reversed and no slow hash is needed.
-- A caller is the name of a key where keys are required, else an address: of IPv6 the /64 network, which one host has.
+- A key has 256 random bits, so a plain SHA-256 cannot be reversed and no slow hash is
+  needed.
+- A caller is the name of a key where keys are required, else an address: of IPv6 the
+  /64 network, which one host has.
 - While Redis fails, no rate is limited.
 """
 
@@ -33,7 +36,9 @@ _ENTRY = re.compile(
 
 @dataclass(frozen=True)
 class ApiKey:
-    """The name of a key, and its scope. collections: the names of those it opens; None for all."""
+    """The name of a key, and its scope. collections: the names of those it opens; None
+    for all.
+    """
 
     name: str
     may_write: bool = False
@@ -52,17 +57,23 @@ def key_hash(key: str) -> str:
 
 
 def parse_keys(text: str) -> dict[str, ApiKey]:
-    """Return keys by hash from NAME:HASH[:RIGHT[:COLLECTIONS]] entries. Raise ValueError, without hashes, if wrong."""
+    """Return keys by hash from NAME:HASH[:RIGHT[:COLLECTIONS]] entries. Raise
+    ValueError, without hashes, if wrong.
+    """
     keys: dict[str, ApiKey] = {}
     for entry in text.replace(",", " ").split():
         match = _ENTRY.fullmatch(entry)
         if match is None:
             raise ValueError(
-                "must be NAME:HASH pairs, separated by commas, as `dcar key NAME` prints them; "
-                "a scope may follow, as in NAME:HASH:write:shoes+bags"
+                "must be NAME:HASH pairs, separated by commas, as `dcar key NAME`"
+                " prints them; a scope may follow, as in NAME:HASH:write:shoes+bags"
             )
-        names = frozenset(match["collections"].split("+")) if match["collections"] else None
-        keys[match["digest"].lower()] = ApiKey(match["name"], match["right"] == "write", names)
+        names = (
+            frozenset(match["collections"].split("+")) if match["collections"] else None
+        )
+        keys[match["digest"].lower()] = ApiKey(
+            match["name"], match["right"] == "write", names
+        )
     if not keys:
         raise ValueError("has no key; leave it unset to serve everybody")
     return keys
@@ -70,41 +81,69 @@ def parse_keys(text: str) -> dict[str, ApiKey]:
 
 def is_key(key: str, secret: str) -> bool:
     """Return True if `key` is the secret, which is in plain text or `sha256:HASH`."""
-    is_hash, digest = secret.startswith("sha256:"), secret.removeprefix("sha256:").lower()
-    return hmac.compare_digest(key_hash(key).encode(), (digest if is_hash else key_hash(secret)).encode())
+    is_hash, digest = (
+        secret.startswith("sha256:"),
+        secret.removeprefix("sha256:").lower(),
+    )
+    return hmac.compare_digest(
+        key_hash(key).encode(), (digest if is_hash else key_hash(secret)).encode()
+    )
 
 
 def key_in(headers: Mapping[str, str]) -> str:
-    """Return the key of a request, `Authorization: Bearer KEY` or `X-API-Key: KEY`; "" for none."""
+    """Return the key of a request, `Authorization: Bearer KEY` or `X-API-Key: KEY`; ""
+    for none.
+    """
     scheme, _, key = headers.get("authorization", "").partition(" ")
-    return (key.strip() if scheme.lower() == "bearer" else "") or headers.get("x-api-key", "")
+    return (key.strip() if scheme.lower() == "bearer" else "") or headers.get(
+        "x-api-key", ""
+    )
 
 
 def path_signature(path: str, expires: str, secret: str) -> str:
-    """Return the HMAC-SHA256 of a decoded path and the Unix time until which it opens, in hexadecimal digits."""
-    return hmac.new(secret.encode(), f"{path}\n{expires}".encode(), hashlib.sha256).hexdigest()
+    """Return the HMAC-SHA256 of a decoded path and the Unix time until which it opens,
+    in hexadecimal digits.
+    """
+    return hmac.new(
+        secret.encode(), f"{path}\n{expires}".encode(), hashlib.sha256
+    ).hexdigest()
 
 
 class RateLimiter:
-    """Count the requests of each caller in a sliding window: in Redis if there is one, else in this process.
+    """Count the requests of each caller in a sliding window: in Redis if there is one,
+    else in this process.
 
-    Views, which a page shows beside its searches, are counted apart; VIEWS times as many are allowed.
+    Views, which a page shows beside its searches, are counted apart; VIEWS times as
+    many are allowed.
     """
 
     def __init__(self, rate: str, redis_url: str | None = None) -> None:
         self._rate = parse(rate)
-        self._views = type(self._rate)(VIEWS * self._rate.amount, self._rate.multiples, "views")
-        self._redis = SharedRedis(redis_url, "rates are not limited") if redis_url is not None else None
+        self._views = type(self._rate)(
+            VIEWS * self._rate.amount, self._rate.multiples, "views"
+        )
+        self._redis = (
+            SharedRedis(redis_url, "rates are not limited")
+            if redis_url is not None
+            else None
+        )
         storage: MemoryStorage | RedisStorage = MemoryStorage()
         if self._redis is not None:
-            shared: Any = {"connection_pool": self._redis.client.connection_pool, "key_prefix": "dcar:rate"}
+            shared: Any = {
+                "connection_pool": self._redis.client.connection_pool,
+                "key_prefix": "dcar:rate",
+            }
             storage = RedisStorage("async+redis://", implementation="redispy", **shared)
         self._limiter = SlidingWindowCounterRateLimiter(storage)
 
-    async def charge(self, caller: str, extra: int | None = None, *, is_view: bool = False) -> float:
-        """Count one request. Return 0 if it is allowed, else the seconds until a retry may succeed.
+    async def charge(
+        self, caller: str, extra: int | None = None, *, is_view: bool = False
+    ) -> float:
+        """Count one request. Return 0 if it is allowed, else the seconds until a retry
+        may succeed.
 
-        extra: for a request that is counted already, its further cost. A cost above the limit counts as the limit.
+        extra: for a request that is counted already, its further cost. A cost above the
+        limit counts as the limit.
         """
         count = 1 if extra is None else min(extra, self._rate.amount - 1)
         if count == 0:
@@ -112,7 +151,9 @@ class RateLimiter:
         rate = self._views if is_view else self._rate
         if self._redis is None:
             return await self._count(rate, caller, count)
-        return await self._redis.attempt(lambda: self._count(rate, caller, count)) or 0.0
+        return (
+            await self._redis.attempt(lambda: self._count(rate, caller, count)) or 0.0
+        )
 
     async def _count(self, rate: RateLimitItem, caller: str, count: int) -> float:
         if await self._limiter.hit(rate, caller, cost=count):

@@ -1,9 +1,12 @@
 """Prometheus metrics of the service, served at GET /metrics.
 
-- One registry per application, so several applications can live in one process, as in tests.
-- Several workers count in files of one folder, by prometheus_client's multiprocess mode. The worker that is asked adds
-  them up, and reads gauges of its own (`add_gauge`).
-- Label values come from fixed sets (stages, routes, outcomes), never from what a caller sends.
+- One registry per application, so several applications can live in one process, as in
+  tests.
+- Several workers count in files of one folder, by prometheus_client's multiprocess
+  mode. The worker that is asked adds them up, and reads gauges of its own
+  (`add_gauge`).
+- Label values come from fixed sets (stages, routes, outcomes), never from what a caller
+  sends.
 """
 
 import os
@@ -21,9 +24,25 @@ from prometheus_client.registry import Collector
 Stage = Literal["decode", "queue", "encode", "search"]
 ReadGauge = Callable[[], Iterable[tuple[str, float]]]  # (label, value) pairs
 
-_SECONDS = (0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10)
+_SECONDS = (
+    0.0005,
+    0.001,
+    0.0025,
+    0.005,
+    0.01,
+    0.025,
+    0.05,
+    0.1,
+    0.25,
+    0.5,
+    1,
+    2.5,
+    5,
+    10,
+)
 _BATCH_SIZES = (1, 2, 4, 8, 16, 32, 64, 128)
-SHARED_FOLDER = "PROMETHEUS_MULTIPROC_DIR"  # variable of prometheus_client, set before a worker starts
+# variable of prometheus_client, set before a worker starts
+SHARED_FOLDER = "PROMETHEUS_MULTIPROC_DIR"
 
 
 class Metrics:
@@ -33,15 +52,27 @@ class Metrics:
         self.registry = CollectorRegistry(auto_describe=False)
         counter = partial(Counter, registry=self.registry)
         histogram = partial(Histogram, registry=self.registry, buckets=_SECONDS)
-        stages = histogram("dcar_stage_seconds", "Time a search spends in a stage.", ["stage"])
-        self.stages: dict[Stage, Histogram] = {stage: stages.labels(stage) for stage in get_args(Stage)}
+        stages = histogram(
+            "dcar_stage_seconds", "Time a search spends in a stage.", ["stage"]
+        )
+        self.stages: dict[Stage, Histogram] = {
+            stage: stages.labels(stage) for stage in get_args(Stage)
+        }
         about = "Time from the head of a request to the end of its response."
         self.requests = histogram("dcar_request_seconds", about, ["route", "status"])
-        self.batches = histogram("dcar_batch_size", "Queries in one forward pass.", buckets=_BATCH_SIZES)
-        self.lookups = counter("dcar_cache_lookups_total", "Lookups of cached embeddings.", ["outcome"])
-        self.refused = counter("dcar_refused_total", "Requests refused to protect the service.", ["reason"])
+        self.batches = histogram(
+            "dcar_batch_size", "Queries in one forward pass.", buckets=_BATCH_SIZES
+        )
+        self.lookups = counter(
+            "dcar_cache_lookups_total", "Lookups of cached embeddings.", ["outcome"]
+        )
+        self.refused = counter(
+            "dcar_refused_total", "Requests refused to protect the service.", ["reason"]
+        )
         self.errors = counter("dcar_errors_total", "Unforeseen errors.")
-        self.task_failures = counter("dcar_task_failures_total", "Failures of background tasks.", ["task"])
+        self.task_failures = counter(
+            "dcar_task_failures_total", "Failures of background tasks.", ["task"]
+        )
         self._at_scrape: list[Collector] = []
         if SHARED_FOLDER not in os.environ:
             ProcessCollector(registry=self.registry)

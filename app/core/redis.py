@@ -1,8 +1,10 @@
-"""Redis of DCAR_REDIS_URL, whose failures end no request, and the vectors of queries that its processes share in it.
+"""Redis of DCAR_REDIS_URL, whose failures end no request, and the vectors of queries
+that its processes share in it.
 
-- A key holds the fingerprint of the encoder and a hash of the text or image, never the words of a query. A retrained
-  model reads no old vector.
-- No search fails because of Redis: a slow or failing one is a miss, and is not used for the next seconds.
+- A key holds the fingerprint of the encoder and a hash of the text or image, never the
+  words of a query. A retrained model reads no old vector.
+- No search fails because of Redis: a slow or failing one is a miss, and is not used for
+  the next seconds.
 - Redis bounds its own memory: set `maxmemory`, with the policy `allkeys-lru`.
 """
 
@@ -30,17 +32,21 @@ PAUSE_S = 5.0  # after a failure, so that requests do not wait for Redis again a
 
 
 def connect(url: str) -> "Redis":
-    """Return a client, which connects at its first command. Raise ValueError, without the URL, if it is invalid."""
+    """Return a client, which connects at its first command. Raise ValueError, without
+    the URL, if it is invalid.
+    """
     from redis.asyncio import BlockingConnectionPool, Redis
     from redis.exceptions import RedisError
 
     try:
-        pool = BlockingConnectionPool.from_url(url, max_connections=32)  # more commands wait for a free one
+        # more commands wait for a free one
+        pool = BlockingConnectionPool.from_url(url, max_connections=32)
         pool.make_connection()  # type: ignore[no-untyped-call]  # checks its options before it connects
     except (RedisError, TypeError, ValueError):
         raise ValueError(
-            "must be redis://[user:password@]host[:port][/db], rediss://.. or unix:///path, with options of redis-py; "
-            "/ # ? @ in a password are written %2F %23 %3F %40"
+            "must be redis://[user:password@]host[:port][/db], rediss://.. or"
+            " unix:///path, with options of redis-py; / # ? @ in a password are written"
+            " %2F %23 %3F %40"
         ) from None
     return Redis.from_pool(pool)
 
@@ -52,29 +58,47 @@ class SharedRedis:
         self.client, self._without, self._retry_at = connect(url), without, 0.0
 
     async def attempt(self, use: Callable[[], Awaitable[T]]) -> T | None:
-        """Return the result of a use of the client; None if it fails or is late, and for `PAUSE_S` after that."""
+        """Return the result of a use of the client; None if it fails or is late, and
+        for `PAUSE_S` after that.
+        """
         if time.monotonic() < self._retry_at:
             return None
         try:
             async with asyncio.timeout(TIMEOUT_S):
                 return await use()
-        except Exception as error:  # beside its own errors, redis-py raises whatever its parser does: TypeError, ..
-            logger.warning("Redis failed (%r); %s for %g s", error, self._without, PAUSE_S)
+        except Exception as error:
+            # beside its own errors, redis-py raises whatever its parser does:
+            # TypeError, ..
+            logger.warning(
+                "Redis failed (%r); %s for %g s", error, self._without, PAUSE_S
+            )
             self._retry_at = time.monotonic() + PAUSE_S
             return None
 
 
 class RedisCache:
-    """A cache of vectors. Values are float32, so a search has the same results with a stored and a computed one."""
+    """A cache of vectors. Values are float32, so a search has the same results with a
+    stored and a computed one.
+    """
 
     def __init__(self, url: str, ttl_s: int) -> None:
-        self._redis, self._ttl_s = SharedRedis(url, "vectors of queries are not shared"), ttl_s
+        self._redis, self._ttl_s = (
+            SharedRedis(url, "vectors of queries are not shared"),
+            ttl_s,
+        )
         self._writes = set[asyncio.Task[object]]()
 
     async def get(self, fingerprint: str, query: object, dim: int) -> Floats | None:
-        """Return the vector (dim,) of a query; None if it is missing, late or damaged."""
-        value = await self._redis.attempt(lambda: self._redis.client.get(_key(fingerprint, query)))
-        if not isinstance(value, bytes) or len(value) != dim * np.dtype(_DTYPE).itemsize:
+        """Return the vector (dim,) of a query; None if it is missing, late or
+        damaged.
+        """
+        value = await self._redis.attempt(
+            lambda: self._redis.client.get(_key(fingerprint, query))
+        )
+        if (
+            not isinstance(value, bytes)
+            or len(value) != dim * np.dtype(_DTYPE).itemsize
+        ):
             return None
         vector: Floats = np.frombuffer(value, _DTYPE)
         return vector if np.isfinite(vector).all() else None
@@ -88,10 +112,14 @@ class RedisCache:
         task.add_done_callback(self._writes.discard)
 
     async def close(self) -> None:
-        """Finish pending writes, each within its time limit, and release the connections."""
+        """Finish pending writes, each within its time limit, and release the
+        connections.
+        """
         await asyncio.gather(*self._writes)
         await self._redis.client.aclose()
 
 
 def _key(fingerprint: str, query: object) -> str:
-    return f"dcar:vector:{fingerprint}:{hashlib.sha256(repr(query).encode()).hexdigest()}"
+    return (
+        f"dcar:vector:{fingerprint}:{hashlib.sha256(repr(query).encode()).hexdigest()}"
+    )

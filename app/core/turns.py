@@ -1,10 +1,14 @@
-"""Work beside the event loop, shared out between callers: turns, threads, batches, decoding, background tasks.
+"""Work beside the event loop, shared out between callers: turns, threads, batches,
+decoding, background tasks.
 
-- The next turn is the caller's that has had the least time (or turns), and then the request's. A new caller begins with
-  the least that another one has had, so nobody is passed over for ever.
-- Concurrent queries share the forward passes of a `Batcher`, and equal ones one computation of `SharedTasks`.
-- Images are decoded in processes within limits, see `dcar_core.images.workers`. Most may take `MEMORY`. A larger one
-  gets the memory of the largest image; each caller can have one of these at a time, and all callers `_LARGE`.
+- The next turn is the caller's that has had the least time (or turns), and then the
+  request's. A new caller begins with the least that another one has had, so nobody is
+  passed over for ever.
+- Concurrent queries share the forward passes of a `Batcher`, and equal ones one
+  computation of `SharedTasks`.
+- Images are decoded in processes within limits, see `dcar_core.images.workers`. Most
+  may take `MEMORY`. A larger one gets the memory of the largest image; each caller can
+  have one of these at a time, and all callers `_LARGE`.
 """
 
 import asyncio
@@ -36,8 +40,10 @@ logger = logging.getLogger(__name__)
 
 RESTART_S = 1.0  # before a background task that failed begins again
 ENDS = (asyncio.CancelledError, GeneratorExit, KeyboardInterrupt, SystemExit)
-MEMORY = 96 * 2**20  # of an image that shares the memory with others: a photo of 12 megapixels takes 48 MB
-_LARGE_MEMORY = 64 * 2**20  # of a large one, beside four bytes for each of the most pixels
+# of an image that shares the memory with others: a photo of 12 megapixels takes 48 MB
+MEMORY = 96 * 2**20
+# of a large one, beside four bytes for each of the most pixels
+_LARGE_MEMORY = 64 * 2**20
 _LARGE = 2  # large images at a time
 _SPARE = 2  # decoding processes that one caller leaves to the others
 _NICE = 5
@@ -59,10 +65,13 @@ class Turn:
 
 
 class FairQueue:
-    """A queue of the turns that wait, and of those that have begun. For one event loop."""
+    """A queue of the turns that wait, and of those that have begun. For one event
+    loop.
+    """
 
     def __init__(self) -> None:
-        self._had: dict[tuple[str, ...], float] = {}  # by a caller, and by a caller's request
+        # by a caller, and by a caller's request
+        self._had: dict[tuple[str, ...], float] = {}
         self._left = Counter[tuple[str, ...]]()  # turns that have not ended
         self.waiting: list[Turn] = []
         self.running: list[Turn] = []
@@ -73,7 +82,11 @@ class FairQueue:
         turn = Turn(item, future, ((caller,), (caller, request)))
         for key in turn.keys:
             if not self._left[key]:
-                peers = (had for other, had in self._had.items() if len(other) == len(key) and other[:-1] == key[:-1])
+                peers = (
+                    had
+                    for other, had in self._had.items()
+                    if len(other) == len(key) and other[:-1] == key[:-1]
+                )
                 self._had[key] = min(peers, default=0.0)
             self._left[key] += 1
         self.waiting.append(turn)
@@ -85,7 +98,9 @@ class FairQueue:
             self.waiting.remove(turn)
             self._leave(turn, 0.0)
         ready = filter(may_start, self.waiting)
-        following = min(ready, key=lambda turn: [self._had[key] for key in turn.keys], default=None)
+        following = min(
+            ready, key=lambda turn: [self._had[key] for key in turn.keys], default=None
+        )
         if following is not None:
             self.waiting.remove(following)
             self.running.append(following)
@@ -93,7 +108,9 @@ class FairQueue:
         return following
 
     def end(self, turn: Turn, cost: float | None = None) -> None:
-        """End a turn that has begun. cost: what it counts; the seconds since its beginning by default."""
+        """End a turn that has begun. cost: what it counts; the seconds since its
+        beginning by default.
+        """
         self.running.remove(turn)
         self._leave(turn, monotonic() - turn.started if cost is None else cost)
 
@@ -138,15 +155,23 @@ class FairTurns(FairQueue):
         self._start()
 
     def _start(self) -> None:
-        while len(self.running) < self._slots and (turn := self.take(self._may_start)) is not None:
+        while (
+            len(self.running) < self._slots
+            and (turn := self.take(self._may_start)) is not None
+        ):
             turn.future.set_result(None)
 
     def _may_start(self, turn: Turn) -> bool:
-        return sum(other.keys[0] == turn.keys[0] for other in self.running) < self._per_caller
+        return (
+            sum(other.keys[0] == turn.keys[0] for other in self.running)
+            < self._per_caller
+        )
 
 
 class ComputeThreads(ThreadPoolExecutor):
-    """Threads of one kind of work, which give way to the event loop. `run` waits for a call in one of them."""
+    """Threads of one kind of work, which give way to the event loop. `run` waits for a
+    call in one of them.
+    """
 
     def __init__(self, count: int, name: str) -> None:
         super().__init__(count, name, _give_way)
@@ -165,17 +190,21 @@ class FairThreads(ComputeThreads):
 
     Args:
         per_caller: turns of one caller at a time; all by default.
-        ahead: turns that begin before a thread is free, so that no thread waits for the event loop between two calls.
+        ahead: turns that begin before a thread is free, so that no thread waits for the
+            event loop between two calls.
     """
 
-    def __init__(self, count: int, name: str, *, per_caller: int | None = None, ahead: int = 0) -> None:
+    def __init__(
+        self, count: int, name: str, *, per_caller: int | None = None, ahead: int = 0
+    ) -> None:
         super().__init__(count, name)
         self._turns = FairTurns(count + ahead, per_caller or count + ahead)
 
     async def run(self, call: Callable[..., T], *args: object) -> T:
         loop, turn = asyncio.get_running_loop(), await self._turns.begin()
 
-        def end(_: Future[T]) -> None:  # not when the caller gives up, which stops no call that has begun
+        # not when the caller gives up, which stops no call that has begun
+        def end(_: Future[T]) -> None:
             with suppress(RuntimeError):  # the loop is closed
                 loop.call_soon_threadsafe(self._turns.end, turn)
 
@@ -187,7 +216,8 @@ class FairThreads(ComputeThreads):
 async def run_in_new_thread(call: Callable[..., T], *args: object) -> T:
     """Run rare heavy work, such as loading a model, in a thread that ends with it.
 
-    OpenMP keeps workers for each thread that ever computed, and idle ones slowed PyTorch by a fifth.
+    OpenMP keeps workers for each thread that ever computed, and idle ones slowed
+    PyTorch by a fifth.
     """
     thread = ComputeThreads(1, "dcar-once")
     try:
@@ -197,14 +227,19 @@ async def run_in_new_thread(call: Callable[..., T], *args: object) -> T:
 
 
 class Decoders:
-    """Decode images in processes, in turns; each starts when it is first needed. max_pixels: of the largest image."""
+    """Decode images in processes, in turns; each starts when it is first needed.
+    max_pixels: of the largest image.
+    """
 
     def __init__(self, max_pixels: int) -> None:
         share = min(4, available_cores())
         self._workers = [DecodeWorker() for _ in range(share + _SPARE)]
         self._idle = [*self._workers]
         self._threads = FairThreads(len(self._workers), "dcar-decode", per_caller=share)
-        self._large_memory, self._large_turns = _LARGE_MEMORY + 4 * max_pixels, FairTurns(_LARGE, 1)
+        self._large_memory, self._large_turns = (
+            _LARGE_MEMORY + 4 * max_pixels,
+            FairTurns(_LARGE, 1),
+        )
 
     def close(self) -> None:
         """End all workers, whatever they do."""
@@ -212,7 +247,9 @@ class Decoders:
         for worker in self._workers:
             worker.close()
 
-    async def run(self, convert: Convert, data: bytes, max_pixels: int, formats: Set[ImageFormat]) -> Any:
+    async def run(
+        self, convert: Convert, data: bytes, max_pixels: int, formats: Set[ImageFormat]
+    ) -> Any:
         """Apply `convert` to an image file in turn. Raise ImageError if it fails."""
         limits = Limits(MEMORY, max_pixels=max_pixels, formats=formats, expected=MEMORY)
         try:
@@ -231,7 +268,9 @@ class Decoders:
 
 
 class SharedTasks(Generic[T]):
-    """Share one computation among all callers that use the same key at the same time."""
+    """Share one computation among all callers that use the same key at the same
+    time.
+    """
 
     def __init__(self) -> None:
         self._tasks: dict[Hashable, asyncio.Task[T]] = {}
@@ -240,7 +279,9 @@ class SharedTasks(Generic[T]):
     def __len__(self) -> int:
         return len(self._tasks)
 
-    async def run(self, key: Hashable, start: Callable[[], Coroutine[Any, Any, T]]) -> T:
+    async def run(
+        self, key: Hashable, start: Callable[[], Coroutine[Any, Any, T]]
+    ) -> T:
         """Wait for the running computation of `key`, or begin one with `start()`."""
         task = self._tasks.get(key)
         if task is None:
@@ -257,7 +298,9 @@ class SharedTasks(Generic[T]):
 
 @dataclass(slots=True)
 class _Rhythm:
-    """How the callers of a group return. expected: queries that ran or waited when its last batch ended."""
+    """How the callers of a group return. expected: queries that ran or waited when its
+    last batch ended.
+    """
 
     expected: int = 1
     pause: int = 0  # waits that are left out after the last one, which did not pay
@@ -267,19 +310,26 @@ class _Rhythm:
 class Batcher:
     """Run queries, batch after batch, in the one thread that owns the model.
 
-    - Queries that arrive during a forward pass form the next batch. After a lone query it starts at once; else it waits
-      a few milliseconds for the callers of the last batch to return, since one larger pass takes less than two. After
-      a wait in which most did not return, the next ones are left out: one, then three, at most 63.
-    - A batch that raises is halved until the faulty query is alone, so one bad query fails by itself.
-    - Callers, and then their requests, take turns in a batch: one query of each, and then a second one of each.
+    - Queries that arrive during a forward pass form the next batch. After a lone query
+      it starts at once; else it waits a few milliseconds for the callers of the last
+      batch to return, since one larger pass takes less than two. After a wait in which
+      most did not return, the next ones are left out: one, then three, at most 63.
+    - A batch that raises is halved until the faulty query is alone, so one bad query
+      fails by itself.
+    - Callers, and then their requests, take turns in a batch: one query of each, and
+      then a second one of each.
     """
 
-    def __init__(self, *, max_batch: int, max_wait_s: float, metrics: Metrics | None = None) -> None:
+    def __init__(
+        self, *, max_batch: int, max_wait_s: float, metrics: Metrics | None = None
+    ) -> None:
         self._max_batch, self._max_wait = max_batch, max_wait_s
         self._metrics = metrics or Metrics()
-        self._queue = FairQueue()  # of pairs: a function, whose payloads are a group, and a payload
+        # of pairs: a function, whose payloads are a group, and a payload
+        self._queue = FairQueue()
         self._has_arrived = asyncio.Event()
-        self._rhythms = defaultdict[int, _Rhythm](_Rhythm)  # of groups, by a hash that keeps no replaced model alive
+        # of groups, by a hash that keeps no replaced model alive
+        self._rhythms = defaultdict[int, _Rhythm](_Rhythm)
         self._last_end = -math.inf  # of the last forward pass
         self._is_closing = False
         self._thread = ComputeThreads(1, "dcar-model")
@@ -287,10 +337,13 @@ class Batcher:
 
     def start(self) -> None:
         """Begin to work. The event loop must be running."""
-        self._worker = asyncio.create_task(supervise("batcher", self._work, self._metrics), name="dcar-batcher")
+        self._worker = asyncio.create_task(
+            supervise("batcher", self._work, self._metrics), name="dcar-batcher"
+        )
 
     def submit(self, run: Run, payload: Any) -> asyncio.Future[Floats]:
-        """Queue a query; those with the same function may share a pass. Return what `run` makes of it.
+        """Queue a query; those with the same function may share a pass. Return what
+        `run` makes of it.
 
         Raise ClosedError if the service shuts down.
         """
@@ -313,13 +366,16 @@ class Batcher:
         while self._queue.waiting or not self._is_closing:
             if self._queue.waiting:
                 await self._wait_for_more()
-                await self._run(self._next_batch())  # not bound to a name here: it would keep a replaced model alive
+                # not bound to a name here: it would keep a replaced model alive
+                await self._run(self._next_batch())
             else:
                 self._has_arrived.clear()
                 await self._has_arrived.wait()
 
     async def _wait_for_more(self) -> None:
-        """Wait, for `max_wait_s` at most, until the batch is as large as the last one of its group."""
+        """Wait, for `max_wait_s` at most, until the batch is as large as the last one
+        of its group.
+        """
         first = self._queue.waiting[0]
         run = first.item[0]
         rhythm, present = self._rhythms[hash(run)], self._waiting(run)
@@ -339,7 +395,10 @@ class Batcher:
         rhythm.left = rhythm.pause = 0 if has_paid else min(2 * rhythm.pause + 1, 63)
 
     def _waiting(self, run: Run) -> int:
-        return sum(turn.item[0] == run and not turn.future.done() for turn in self._queue.waiting)
+        return sum(
+            turn.item[0] == run and not turn.future.done()
+            for turn in self._queue.waiting
+        )
 
     def _next_batch(self) -> list[Turn]:
         """Take the next turn and those of its group that follow; each counts as one."""
@@ -348,7 +407,10 @@ class Batcher:
         def fits(turn: Turn) -> bool:
             return not batch or turn.item[0] == batch[0].item[0]
 
-        while len(batch) < self._max_batch and (turn := self._queue.take(fits)) is not None:
+        while (
+            len(batch) < self._max_batch
+            and (turn := self._queue.take(fits)) is not None
+        ):
             self._queue.end(turn, cost=1)
             batch.append(turn)
         return batch
@@ -358,7 +420,9 @@ class Batcher:
             return
         run = batch[0].item[0]
         started = monotonic()
-        outcomes = await self._thread.run(_forward, run, [turn.item[1] for turn in batch])
+        outcomes = await self._thread.run(
+            _forward, run, [turn.item[1] for turn in batch]
+        )
         self._last_end = monotonic()
         for turn, outcome in zip(batch, outcomes, strict=True):
             if turn.future.done():
@@ -375,14 +439,20 @@ class Batcher:
 
 
 def _forward(run: Run, payloads: list[Any]) -> list[Floats | Exception]:
-    """Return one outcome per payload. Rows are copied, so a cached row does not keep its batch alive."""
+    """Return one outcome per payload. Rows are copied, so a cached row does not keep
+    its batch alive.
+    """
     try:
         vectors = run(payloads)  # [N, E]
         if len(vectors) != len(payloads):
             raise RuntimeError(f"{len(vectors)} embeddings for {len(payloads)} queries")
         unusable = DataError("The model has no finite embedding for this query.")
-        return [vector.copy() if np.isfinite(vector).all() else unusable for vector in vectors]
-    except BaseException as error:  # a panic of a library in Rust, such as the tokenizer, is no Exception
+        return [
+            vector.copy() if np.isfinite(vector).all() else unusable
+            for vector in vectors
+        ]
+    except BaseException as error:
+        # a panic of a library in Rust, such as the tokenizer, is no Exception
         if len(payloads) > 1:
             half = len(payloads) // 2
             return _forward(run, payloads[:half]) + _forward(run, payloads[half:])
@@ -400,7 +470,9 @@ async def supervise(
     *,
     on_failure: Callable[[BaseException], None] = lambda _: None,
 ) -> None:
-    """Run a background loop until it returns. Log and count its failures, and restart it after `RESTART_S`."""
+    """Run a background loop until it returns. Log and count its failures, and restart
+    it after `RESTART_S`.
+    """
     while True:
         try:
             return await run()

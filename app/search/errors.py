@@ -1,6 +1,7 @@
 """Errors of the search engine.
 
-- Each error carries its facts as attributes; `str(error)` is one sentence for the caller.
+- Each error carries its facts as attributes; `str(error)` is one sentence for the
+  caller.
 - The engine knows nothing of HTTP: `app.api.responses` maps each class to a response.
 """
 
@@ -9,7 +10,8 @@ from pathlib import Path
 
 from dcar_core.util.errors import DcarError, ImageError
 
-_DIRECTORIES = re.compile(r"(?<![\w.:/])/(?:[^\s/'\"]+/)*")  # of an absolute path, but not of a URL
+# of an absolute path, but not of a URL
+_DIRECTORIES = re.compile(r"(?<![\w.:/])/(?:[^\s/'\"]+/)*")
 _MAX_SHOWN = 200  # characters of a name that a caller sent
 
 
@@ -36,7 +38,9 @@ class BatchQueryError(SearchError):
 
 
 class ItemNotFoundError(SearchError):
-    """The index has no item of this id. field: the field of the query that names it, or "id" of a request for it."""
+    """The index has no item of this id. field: the field of the query that names it, or
+    "id" of a request for it.
+    """
 
     def __init__(self, item_id: str, field: str) -> None:
         self.shown_id = repr(item_id[:_MAX_SHOWN])
@@ -45,7 +49,9 @@ class ItemNotFoundError(SearchError):
 
 
 class CollectionNotFoundError(SearchError):
-    """No collection of this name is served. field: the field of the request that names it."""
+    """No collection of this name is served. field: the field of the request that names
+    it.
+    """
 
     def __init__(self, name: str, field: str) -> None:
         super().__init__(f"There is no collection {name[:_MAX_SHOWN]!r}.")
@@ -60,7 +66,9 @@ class ImageUnavailableError(SearchError):
 
 
 class UnsupportedQueryError(SearchError):
-    """The served index or model does not support this kind of query, because of `field` if it is given."""
+    """The served index or model does not support this kind of query, because of `field`
+    if it is given.
+    """
 
     def __init__(self, message: str, field: str | None = None) -> None:
         super().__init__(message)
@@ -68,7 +76,9 @@ class UnsupportedQueryError(SearchError):
 
 
 class UnavailableError(SearchError):
-    """The service is busy, not ready or shutting down; a retry may succeed after `retry_after_s`."""
+    """The service is busy, not ready or shutting down; a retry may succeed after
+    `retry_after_s`.
+    """
 
     def __init__(self, message: str, retry_after_s: float = 2) -> None:
         super().__init__(message)

@@ -1,7 +1,8 @@
-"""`Index`: one version of an index in this process, for scripts and for the command line.
+"""`Index`: one version of an index in this process, for scripts and for the command
+line.
 
-It takes the steps of every search one after the other: query, plan, vector, hits, page. The service takes the same
-steps; it awaits the vector, and has a page made in a thread.
+It takes the steps of every search one after the other: query, plan, vector, hits, page.
+The service takes the same steps; it awaits the vector, and has a page made in a thread.
 """
 
 import time
@@ -27,32 +28,59 @@ _BATCH = 64  # texts that are encoded at a time
 
 
 class Index:
-    """One version of an index, with its model, opened in this process. Many threads may share it."""
+    """One version of an index, with its model, opened in this process. Many threads may
+    share it.
+    """
 
     def __init__(self, served: ServedVersion, settings: Settings) -> None:
         self.served = served
         self._settings = settings
 
     @classmethod
-    def open(cls, path: str | Path, *, device: str = "auto", runtime: str = "", version: int | None = None) -> "Index":
-        """Open a version of an index by its directory or URL. Raise DcarError if it or its checkpoint is broken.
+    def open(
+        cls,
+        path: str | Path,
+        *,
+        device: str = "auto",
+        runtime: str = "",
+        version: int | None = None,
+    ) -> "Index":
+        """Open a version of an index by its directory or URL. Raise DcarError if it or
+        its checkpoint is broken.
 
         Args:
-            runtime: see `Encoder.load`. Default: auto if it starts without PyTorch, else PyTorch.
+            runtime: see `Encoder.load`. Default: auto if it starts without PyTorch,
+                else PyTorch.
             version: its number. Default: the current one.
         """
         index = published_index(path, version)
         if not runtime:
-            opened = open_current(index) if version is None else open_version(index, version)
+            opened = (
+                open_current(index) if version is None else open_version(index, version)
+            )
             runtime = "auto" if starts_quickly(opened.checkpoint, device) else "torch"
-        settings = Settings.model_construct(index=index, device=device, runtime=runtime)  # not of the environment
-        return cls(load_served_version(settings.index, settings, version=version, warm_up=False), settings)
+        # not of the environment
+        settings = Settings.model_construct(index=index, device=device, runtime=runtime)
+        return cls(
+            load_served_version(
+                settings.index, settings, version=version, warm_up=False
+            ),
+            settings,
+        )
 
-    def search(self, query: str = "", *, image: str | Path | bytes | None = None, **options: Any) -> SearchResponse:
-        """Return the results of a text, an image, items of the gallery, or all of them, as the HTTP API does.
+    def search(
+        self,
+        query: str = "",
+        *,
+        image: str | Path | bytes | None = None,
+        **options: Any,
+    ) -> SearchResponse:
+        """Return the results of a text, an image, items of the gallery, or all of them,
+        as the HTTP API does.
 
         Args:
-            options: the other fields of `Query`: k, filter, more_like, without, hybrid, rerank, ...
+            options: the other fields of `Query`: k, filter, more_like, without, hybrid,
+                rerank, ...
 
         Raises:
             ImageError: the image cannot be read.
@@ -60,28 +88,43 @@ class Index:
         """
         started = time.perf_counter()
         checked = _validated({"query": query, **options})
-        plan = make_plan(self.served, checked, self._settings, has_image=image is not None)
+        plan = make_plan(
+            self.served, checked, self._settings, has_image=image is not None
+        )
         vectors = self._encode([text for _, text in plan.texts])
         vectors += [] if image is None else [self._encode_image(image, checked.crop)]
         return self._answer(plan, query_vector(self.served, plan, vectors), started)
 
-    def search_each(self, queries: Sequence[str], **options: Any) -> Iterator[SearchResponse]:
-        """Yield the results of each text, as `search` finds them; the texts are encoded in batches."""
+    def search_each(
+        self, queries: Sequence[str], **options: Any
+    ) -> Iterator[SearchResponse]:
+        """Yield the results of each text, as `search` finds them; the texts are encoded
+        in batches.
+        """
         for start in range(0, len(queries), _BATCH):
-            batch = [_validated({"query": query, **options}) for query in queries[start : start + _BATCH]]
+            batch = [
+                _validated({"query": query, **options})
+                for query in queries[start : start + _BATCH]
+            ]
             plans = [make_plan(self.served, query, self._settings) for query in batch]
-            vectors = iter(self._encode([text for plan in plans for _, text in plan.texts]))
+            vectors = iter(
+                self._encode([text for plan in plans for _, text in plan.texts])
+            )
             for plan in plans:
                 started = time.perf_counter()
                 own = [next(vectors) for _ in plan.texts]
                 yield self._answer(plan, query_vector(self.served, plan, own), started)
 
     def teach(self, name: str, ids: Sequence[str], **options: Any) -> TaughtConcept:
-        """Let `@name` stand for items like these in queries. options: `kind` and `not_ids`; see `Concepts.teach`."""
+        """Let `@name` stand for items like these in queries. options: `kind` and
+        `not_ids`; see `Concepts.teach`.
+        """
         return self.served.concepts.teach(name, ids, **options)
 
     def metadata(self, item_id: str) -> dict[str, Any]:
-        """Return the metadata of an item. Raise ItemNotFoundError if no item has this id."""
+        """Return the metadata of an item. Raise ItemNotFoundError if no item has this
+        id.
+        """
         return self.served.index.item(row_of(self.served, item_id)).metadata
 
     def _answer(self, plan: Plan, vector: Floats, started: float) -> SearchResponse:
@@ -94,12 +137,18 @@ class Index:
     def _encode_image(self, image: str | Path | bytes, crop: Crop | None) -> Floats:
         preprocess = self.served.preprocess
         try:
-            opened = OpenedImage(image if isinstance(image, bytes) else Path(image).read_bytes())
-            pixels = preprocess.finish(preprocess.decoder(crop.box if crop else None)(opened))
+            opened = OpenedImage(
+                image if isinstance(image, bytes) else Path(image).read_bytes()
+            )
+            pixels = preprocess.finish(
+                preprocess.decoder(crop.box if crop else None)(opened)
+            )
         except (OSError, ImageError) as error:
             if isinstance(image, bytes):
                 raise
-            raise ImageError(f"{image}: {error.strerror if isinstance(error, OSError) else error}") from error
+            raise ImageError(
+                f"{image}: {error.strerror if isinstance(error, OSError) else error}"
+            ) from error
         vector: Floats = self.served.encoder.encode_pixels(pixels[None])[0]
         return vector
 
@@ -112,5 +161,7 @@ def _validated(fields: dict[str, Any]) -> Query:
         field = ".".join(str(part) for part in fault["loc"]) or "query"
         message = fault["msg"].removeprefix("Value error, ")
         if fault["type"] == "extra_forbidden" and fault["loc"] == (field,):
-            message = f"unknown option; there are: {', '.join(sorted(Query.model_fields))}"
+            message = (
+                f"unknown option; there are: {', '.join(sorted(Query.model_fields))}"
+            )
         raise InvalidQueryError(field, message) from None

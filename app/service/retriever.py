@@ -1,21 +1,33 @@
-"""The searches of the service: the steps of `app.search`, within limits on the work in progress.
+"""The searches of the service: the steps of `app.search`, within limits on the work in
+progress.
 
-    text  -> cache, Redis, or model thread (batched)                      -> vector -> search thread -> page
-    image -> hash -> cache, Redis, or decoding process -> model thread    -> vector -> search thread -> page
+    text   -> cache, Redis, or model thread (batched)                   -> vector
+    image  -> hash -> cache, Redis, or decoding process -> model thread -> vector
+    vector -> search thread -> page
 
-- At most `max_pending` searches are in progress; more are refused at once. Each search has a deadline, and cancelled
-  work is skipped. Images of items have the same limits; their thumbnails are made by the processes that decode images.
-- The event loop plans and waits. Callers take turns in the threads of searches. Filters, sorts and facets, which look
-  at all items, have a thread of their own, so they delay no other search.
-- Equal queries at the same time are encoded once, which is cancelled when the last waiter leaves. Encoders that share a
-  backbone share its forward passes: see `dcar_core.encoder.state`.
+- At most `max_pending` searches are in progress; more are refused at once. Each search
+  has a deadline, and cancelled work is skipped. Images of items have the same limits;
+  their thumbnails are made by the processes that decode images.
+- The event loop plans and waits. Callers take turns in the threads of searches.
+  Filters, sorts and facets, which look at all items, have a thread of their own, so
+  they delay no other search.
+- Equal queries at the same time are encoded once, which is cancelled when the last
+  waiter leaves. Encoders that share a backbone share its forward passes: see
+  `dcar_core.encoder.state`.
 """
 
 import asyncio
 import hashlib
 import time
 from collections import Counter
-from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Hashable, Sequence
+from collections.abc import (
+    AsyncIterator,
+    Awaitable,
+    Callable,
+    Coroutine,
+    Hashable,
+    Sequence,
+)
 from contextlib import asynccontextmanager, suppress
 from contextvars import copy_context
 from functools import partial
@@ -25,10 +37,30 @@ from app.core.callers import current_caller
 from app.core.metrics import Metrics
 from app.core.redis import RedisCache
 from app.core.settings import Settings
-from app.core.turns import Batcher, ComputeThreads, Decoders, FairThreads, FairTurns, SharedTasks, run_in_new_thread
-from app.search.errors import BatchQueryError, ImageUnavailableError, SearchError, UnavailableError
+from app.core.turns import (
+    Batcher,
+    ComputeThreads,
+    Decoders,
+    FairThreads,
+    FairTurns,
+    SharedTasks,
+    run_in_new_thread,
+)
+from app.search.errors import (
+    BatchQueryError,
+    ImageUnavailableError,
+    SearchError,
+    UnavailableError,
+)
 from app.search.pair_scoring import Compute
-from app.search.query import MAX_TEXT_BYTES, Crop, Query, make_plan, query_vector, row_of
+from app.search.query import (
+    MAX_TEXT_BYTES,
+    Crop,
+    Query,
+    make_plan,
+    query_vector,
+    row_of,
+)
 from app.search.results import Page, answer, cached_page
 from app.search.served_version import Recent, ServedVersion, mask_key
 from dcar_core.encoder.encoder import Encoder
@@ -45,11 +77,14 @@ Work = Literal["search", "filter"]  # what blocks
 PendingKind = Literal["searches", "pictures"]
 
 _IMAGE_THREADS = 8
-_QUICK_BYTES = 256 * 2**10  # of a file that is hashed in the event loop, in less time than a thread takes to begin
+# of a file that is hashed in the event loop, in less time than a thread takes to begin
+_QUICK_BYTES = 256 * 2**10
 _THUMBNAILS = 1000  # in memory, of some 20 kB
 
 
-def _call_each(calls: list[tuple[Callable[..., Floats], Sequence[Any]]]) -> list[Floats]:
+def _call_each(
+    calls: list[tuple[Callable[..., Floats], Sequence[Any]]],
+) -> list[Floats]:
     return [call(*args) for call, args in calls]
 
 
@@ -60,19 +95,29 @@ class QueryEncoder:
         self._metrics = metrics
         self._vectors = Recent[Hashable, Floats](settings.cache_size)
         url = settings.redis_url
-        self._redis = RedisCache(url.get_secret_value(), settings.cache_ttl_s) if url else None
+        self._redis = (
+            RedisCache(url.get_secret_value(), settings.cache_ttl_s) if url else None
+        )
         self.computations = SharedTasks[tuple[Floats, bool]]()
-        self.batcher = Batcher(max_batch=settings.batch_size, max_wait_s=settings.batch_wait_ms / 1000, metrics=metrics)
-        self.image_threads = ComputeThreads(_IMAGE_THREADS, "dcar-image")  # the gallery may be on a slow disk
+        self.batcher = Batcher(
+            max_batch=settings.batch_size,
+            max_wait_s=settings.batch_wait_ms / 1000,
+            metrics=metrics,
+        )
+        # the gallery may be on a slow disk
+        self.image_threads = ComputeThreads(_IMAGE_THREADS, "dcar-image")
         self._pixel_threads = ComputeThreads(
             min(4, available_cores()), "dcar-pixels"
         )  # hash files, and resize for PyTorch
-        self._chunk_turn = FairTurns(1, 1).turn  # held while one chunk of many images is in the model's queue
+        # held while one chunk of many images is in the model's queue
+        self._chunk_turn = FairTurns(1, 1).turn
         self._decoders = Decoders(settings.max_pixels)
         self._query_limits = settings.max_pixels, frozenset(settings.image_formats)
 
     async def close(self) -> None:
-        """Finish the accepted work of the model, then release threads. Images are given up."""
+        """Finish the accepted work of the model, then release threads. Images are given
+        up.
+        """
         await self.batcher.close()
         if self._redis is not None:
             await self._redis.close()
@@ -85,20 +130,32 @@ class QueryEncoder:
         encoder = served.encoder
 
         async def embed() -> Floats:
-            return await self.batcher.submit(encoder.runtime.encode_texts, (encoder.state, text))
+            return await self.batcher.submit(
+                encoder.runtime.encode_texts, (encoder.state, text)
+            )
 
         return await self._find(encoder, text, embed)
 
-    async def image(self, served: ServedVersion, data: bytes, crop: Crop | None = None) -> tuple[Floats, bool]:
-        """Return the vector (E,) of an image file, or of a part of it, and True if it was cached. Raise ImageError."""
+    async def image(
+        self, served: ServedVersion, data: bytes, crop: Crop | None = None
+    ) -> tuple[Floats, bool]:
+        """Return the vector (E,) of an image file, or of a part of it, and True if it
+        was cached. Raise ImageError.
+        """
         encoder = served.encoder
 
         async def embed() -> Floats:
             pixels = await self._pixels(data, served.preprocess, crop, is_query=True)
-            return await self.batcher.submit(encoder.runtime.encode_images, (encoder.state, pixels))
+            return await self.batcher.submit(
+                encoder.runtime.encode_images, (encoder.state, pixels)
+            )
 
         quick = len(data) <= _QUICK_BYTES
-        digest = hashlib.sha256(data) if quick else await self._pixel_threads.run(hashlib.sha256, data)
+        digest = (
+            hashlib.sha256(data)
+            if quick
+            else await self._pixel_threads.run(hashlib.sha256, data)
+        )
         return await self._find(encoder, (digest.hexdigest(), crop), embed)
 
     async def _find(
@@ -109,7 +166,11 @@ class QueryEncoder:
         vector, is_cached = self._vectors.use(key), True
 
         async def find() -> tuple[Floats, bool]:
-            stored = await self._redis.get(*key, encoder.dim) if self._redis is not None else None
+            stored = (
+                await self._redis.get(*key, encoder.dim)
+                if self._redis is not None
+                else None
+            )
             vector = await embed() if stored is None else stored
             self._vectors.keep(key, vector)
             if stored is None and self._redis is not None:
@@ -122,14 +183,20 @@ class QueryEncoder:
         return vector, is_cached
 
     async def call(self, call: Callable[..., Floats], *args: Any) -> Floats:
-        """Return what a call of the model for a few images or texts returns; all who have many of these take turns."""
+        """Return what a call of the model for a few images or texts returns; all who
+        have many of these take turns.
+        """
         async with self._chunk_turn():
             return await self.batcher.submit(_call_each, (call, args))
 
-    async def decode(self, data: bytes, convert: Convert, *, is_query: bool = False) -> Any:
-        """Return what `convert` makes of an image file in a decoding process, or raise ImageError.
+    async def decode(
+        self, data: bytes, convert: Convert, *, is_query: bool = False
+    ) -> Any:
+        """Return what `convert` makes of an image file in a decoding process, or raise
+        ImageError.
 
-        Images of the gallery have the limits of the index job. Raise UnavailableError if the process was killed.
+        Images of the gallery have the limits of the index job. Raise UnavailableError
+        if the process was killed.
         """
         limits = self._query_limits if is_query else (MAX_PIXELS, ALL_FORMATS)
         try:
@@ -138,17 +205,32 @@ class QueryEncoder:
         except ImageError as error:
             if error.fault != ImageFault.UNREADABLE:
                 raise
-            raise UnavailableError(f"The image was not decoded: {error}", retry_after_s=1) from None
+            raise UnavailableError(
+                f"The image was not decoded: {error}", retry_after_s=1
+            ) from None
 
     async def _pixels(
-        self, data: bytes, preprocess: Preprocess, crop: Crop | None = None, *, is_query: bool = False
+        self,
+        data: bytes,
+        preprocess: Preprocess,
+        crop: Crop | None = None,
+        *,
+        is_query: bool = False,
     ) -> Pixels:
         decoder = preprocess.decoder(None if crop is None else crop.box)
         decoded: Pixels = await self.decode(data, decoder, is_query=is_query)
-        return decoded if preprocess.resizer == "pillow" else await self._pixel_threads.run(preprocess.finish, decoded)
+        return (
+            decoded
+            if preprocess.resizer == "pillow"
+            else await self._pixel_threads.run(preprocess.finish, decoded)
+        )
 
-    async def gallery_pixels(self, served: ServedVersion, rows: Sequence[int]) -> dict[int, Pixels]:
-        """Return the images that are still in the gallery, by row and in their order."""
+    async def gallery_pixels(
+        self, served: ServedVersion, rows: Sequence[int]
+    ) -> dict[int, Pixels]:
+        """Return the images that are still in the gallery, by row and in their
+        order.
+        """
 
         async def read(row: int) -> Pixels | None:
             try:
@@ -184,19 +266,31 @@ class Retriever:
     def pending(self) -> list[tuple[PendingKind, int]]:
         """Return how much of each kind is in progress."""
         counts = self._pending.items()
-        return [(kind, sum(count for (other, _), count in counts if other == kind)) for kind in get_args(PendingKind)]
+        return [
+            (kind, sum(count for (other, _), count in counts if other == kind))
+            for kind in get_args(PendingKind)
+        ]
 
     def require_room(self, count: int = 1, kind: PendingKind = "searches") -> None:
-        """Raise UnavailableError unless the caller may have so much more work in progress."""
-        most, own = self._settings.max_pending, self._pending[kind, current_caller.get()]
+        """Raise UnavailableError unless the caller may have so much more work in
+        progress.
+        """
+        most, own = (
+            self._settings.max_pending,
+            self._pending[kind, current_caller.get()],
+        )
         share = max(most // 2, min(most, self._settings.max_queries))  # of one caller
         if dict(self.pending())[kind] + count > most or own + count > share:
             self._metrics.refused.labels("queue_full").inc()
             raise UnavailableError("The service is busy.", retry_after_s=1)
 
     @asynccontextmanager
-    async def _admitted(self, count: int = 1, kind: PendingKind = "searches") -> AsyncIterator[None]:
-        """Count work in progress. Raise UnavailableError if there is too much of it, or if it takes too long."""
+    async def _admitted(
+        self, count: int = 1, kind: PendingKind = "searches"
+    ) -> AsyncIterator[None]:
+        """Count work in progress. Raise UnavailableError if there is too much of it, or
+        if it takes too long.
+        """
         self.require_room(count, kind)
         own = kind, current_caller.get()
         self._pending[own] += count
@@ -208,7 +302,9 @@ class Retriever:
             if not deadline.expired():
                 raise
             self._metrics.refused.labels("late").inc()
-            raise UnavailableError("The search took too long and was cancelled.", retry_after_s=1) from None
+            raise UnavailableError(
+                "The search took too long and was cancelled.", retry_after_s=1
+            ) from None
         finally:
             self._pending[own] -= count
             self._pending += Counter()  # forgets who has none
@@ -218,37 +314,66 @@ class Retriever:
         return await self._threads[work].run(call, *args)
 
     async def search(
-        self, served: ServedVersion, query: Query, image: bytes | None = None, items_path: str = "/items"
+        self,
+        served: ServedVersion,
+        query: Query,
+        image: bytes | None = None,
+        items_path: str = "/items",
     ) -> Page:
         """Return the results of a query; see `app.search`."""
         async with self._admitted():
             return await self._search(served, query, image, items_path, MAX_TEXT_BYTES)
 
     async def search_batch(
-        self, served: ServedVersion, queries: Sequence[tuple[Query, bytes | None]], items_path: str
+        self,
+        served: ServedVersion,
+        queries: Sequence[tuple[Query, bytes | None]],
+        items_path: str,
     ) -> list[Page]:
-        """Return the results of queries with their images. Raise BatchQueryError if one search failed."""
+        """Return the results of queries with their images. Raise BatchQueryError if one
+        search failed.
+        """
         max_bytes = MAX_TEXT_BYTES // len(queries)
         async with self._admitted(len(queries)):
-            searches = (self._search(served, query, image, items_path, max_bytes) for query, image in queries)
-            return _all_or_error(await asyncio.gather(*searches, return_exceptions=True))
+            searches = (
+                self._search(served, query, image, items_path, max_bytes)
+                for query, image in queries
+            )
+            return _all_or_error(
+                await asyncio.gather(*searches, return_exceptions=True)
+            )
 
     async def _search(
-        self, served: ServedVersion, query: Query, image: bytes | None, items_path: str, max_bytes: int
+        self,
+        served: ServedVersion,
+        query: Query,
+        image: bytes | None,
+        items_path: str,
+        max_bytes: int,
     ) -> Page:
         started, encoder = time.perf_counter(), self.encoder
-        make = partial(make_plan, has_image=image is not None, items_path=items_path, max_bytes=max_bytes)
-        if query.filter and served.masks.use(mask_key(served, query.filter)) is None:  # all items are looked at
+        make = partial(
+            make_plan,
+            has_image=image is not None,
+            items_path=items_path,
+            max_bytes=max_bytes,
+        )
+        # all items are looked at
+        if query.filter and served.masks.use(mask_key(served, query.filter)) is None:
             plan = await self.run("filter", make, served, query, self._settings)
-        elif "@" in query.query + query.without:  # perhaps a name whose members are not known yet
+        elif "@" in query.query + query.without:
+            # perhaps a name whose members are not known yet
             plan = await self.run("search", make, served, query, self._settings)
         else:
             plan = make(served, query, self._settings)
         texts = [encoder.text(served, text) for _, text in plan.texts]
-        embedded = [await texts[0]] if len(texts) == 1 else await asyncio.gather(*texts)  # which takes longer
+        # which takes longer
+        embedded = [await texts[0]] if len(texts) == 1 else await asyncio.gather(*texts)
         if image is not None:
             embedded = [*embedded, await encoder.image(served, image, query.crop)]
-        compose = partial(query_vector, served, plan, [vector for vector, _ in embedded])
+        compose = partial(
+            query_vector, served, plan, [vector for vector, _ in embedded]
+        )
         vector = await self.run("search", compose) if plan.examples else compose()
         page = cached_page(served, plan, vector)
         if page is None:
@@ -257,23 +382,31 @@ class Retriever:
                 if plan.explained or plan.rerank_depth:
                     page = await self._run_beside_model(make_page)
                 else:  # sorts and facets may take long
-                    page = await self.run("filter" if plan.sort or plan.facets else "search", make_page)
+                    page = await self.run(
+                        "filter" if plan.sort or plan.facets else "search", make_page
+                    )
         is_cached = bool(embedded) and all(was_cached for _, was_cached in embedded)
         milliseconds = round((time.perf_counter() - started) * 1000, 2)
         return {**page[0], "took_ms": milliseconds, "cached": is_cached}, page[1]
 
     async def _run_beside_model(self, call: Callable[[Compute], T]) -> T:
-        """Return what a call returns that has the model work more than once, in a thread of its own."""
+        """Return what a call returns that has the model work more than once, in a
+        thread of its own.
+        """
         compute = _WaitingCompute(self.encoder)
         try:
             return await run_in_new_thread(copy_context().run, call, compute)
         finally:
             compute.is_cancelled = True
 
-    async def embed(self, served: ServedVersion, inputs: Sequence[str | bytes]) -> list[Floats]:
-        """Return the vectors (E,) of normalized texts and image files. Raise BatchQueryError if one has none.
+    async def embed(
+        self, served: ServedVersion, inputs: Sequence[str | bytes]
+    ) -> list[Floats]:
+        """Return the vectors (E,) of normalized texts and image files. Raise
+        BatchQueryError if one has none.
 
-        They are taken in parts as large as a batch of searches, which count and end as such a batch does.
+        They are taken in parts as large as a batch of searches, which count and end as
+        such a batch does.
         """
         embed, outcomes = self.encoder, list[tuple[Floats, bool] | BaseException]()
         embedded = list[tuple[Floats, bool]]()
@@ -281,16 +414,28 @@ class Retriever:
             part = inputs[start : start + size]
             async with self._admitted(len(part)):
                 outcomes += await asyncio.gather(
-                    *(embed.text(served, x) if isinstance(x, str) else embed.image(served, x) for x in part),
+                    *(
+                        (
+                            embed.text(served, x)
+                            if isinstance(x, str)
+                            else embed.image(served, x)
+                        )
+                        for x in part
+                    ),
                     return_exceptions=True,
                 )
             embedded = _all_or_error(outcomes)
         return [vector for vector, _ in embedded]
 
     async def image(
-        self, served: ServedVersion, item_id: str, side: int | None, thumbnail_format: ThumbnailFormat
+        self,
+        served: ServedVersion,
+        item_id: str,
+        side: int | None,
+        thumbnail_format: ThumbnailFormat,
     ) -> tuple[str, bytes]:
-        """Return a name that changes with an item's image, and its file or a thumbnail of it.
+        """Return a name that changes with an item's image, and its file or a thumbnail
+        of it.
 
         An image that takes too much memory to decode is returned as it is.
 
@@ -300,7 +445,11 @@ class Retriever:
         Raises:
             SearchError: there is no such item, or its image is gone.
         """
-        row, index, threads = row_of(served, item_id), served.index, self.encoder.image_threads
+        row, index, threads = (
+            row_of(served, item_id),
+            served.index,
+            self.encoder.image_threads,
+        )
         with suppress(ArtifactError, ImageError, OSError):
             async with self._admitted(kind="pictures"):
                 name = await threads.run(index.image_key, row)
@@ -309,7 +458,9 @@ class Retriever:
                     return name, thumbnail
                 data = await threads.run(index.image_bytes, row)
                 if side is not None:
-                    make = partial(make_thumbnail, side=side, thumbnail_format=thumbnail_format)
+                    make = partial(
+                        make_thumbnail, side=side, thumbnail_format=thumbnail_format
+                    )
                     try:
                         data = await self.encoder.decode(data, make)
                         self._thumbnails.keep(name, data)
@@ -321,26 +472,40 @@ class Retriever:
         raise ImageUnavailableError
 
     async def check_image(self, served: ServedVersion, data: bytes) -> None:
-        """Raise ImageError if an image may not become an item's, by the limits of queries and of index jobs."""
+        """Raise ImageError if an image may not become an item's, by the limits of
+        queries and of index jobs.
+        """
         async with self._admitted(kind="pictures"):
-            await self.encoder.decode(data, served.encoder.preprocess.decoder(), is_query=True)
+            await self.encoder.decode(
+                data, served.encoder.preprocess.decoder(), is_query=True
+            )
 
     async def examine(self, call: Callable[..., T], *args: Any) -> T:
-        """Call a function that looks at all rows of an index; one is called at a time."""
+        """Call a function that looks at all rows of an index; one is called at a
+        time.
+        """
         async with self._admitted():
             return await self.run("filter", call, *args)
 
 
 class _WaitingCompute(Compute):
-    """The `Compute` of a thread, which waits for the model's queue. Once cancelled, it raises CancelledError."""
+    """The `Compute` of a thread, which waits for the model's queue. Once cancelled, it
+    raises CancelledError.
+    """
 
     def __init__(self, encoder: QueryEncoder) -> None:
-        self._encoder, self._loop, self.is_cancelled = encoder, asyncio.get_running_loop(), False
+        self._encoder, self._loop, self.is_cancelled = (
+            encoder,
+            asyncio.get_running_loop(),
+            False,
+        )
 
     def model(self, call: Callable[..., Any], *args: Any) -> Any:
         return self._wait(self._encoder.call(call, *args))
 
-    def gallery_pixels(self, served: ServedVersion, rows: Sequence[int]) -> dict[int, Pixels]:
+    def gallery_pixels(
+        self, served: ServedVersion, rows: Sequence[int]
+    ) -> dict[int, Pixels]:
         return self._wait(self._encoder.gallery_pixels(served, rows))
 
     def _wait(self, work: Coroutine[Any, Any, T]) -> T:

@@ -1,9 +1,10 @@
 """Lookup of annotated images, and the check whether they can be decoded.
 
-- A name is tried as it is, with image suffixes, then by the last parts of its path, the longest first, so that
-  /elsewhere/DATA/pets/images/a.jpg is found as images/a.jpg.
-- The last attempt is the only file of that name below the image root. It is skipped if several annotated images share
-  the name, or if the annotated folder exists without the image.
+- A name is tried as it is, with image suffixes, then by the last parts of its path, the
+  longest first, so that /elsewhere/DATA/pets/images/a.jpg is found as images/a.jpg.
+- The last attempt is the only file of that name below the image root. It is skipped if
+  several annotated images share the name, or if the annotated folder exists without the
+  image.
 """
 
 import unicodedata
@@ -21,13 +22,17 @@ _THREADS = 8
 
 
 class ImageFinder:
-    """Finds annotated names below an image root. shared: file names of several images."""
+    """Finds annotated names below an image root. shared: file names of several
+    images.
+    """
 
     def __init__(self, root: ImageRoot, shared: Set[str]) -> None:
         self.root, self._shared = root, shared
 
     def find(self, image: str) -> str | None:
-        """Return the name for `root.read`; None without such an image, or with several in different folders."""
+        """Return the name for `root.read`; None without such an image, or with several
+        in different folders.
+        """
         for candidate in _candidates(image):
             if candidate in self._shared and candidate != image:
                 continue  # ambiguous without its folder
@@ -36,7 +41,9 @@ class ImageFinder:
                     return form
         by_base, folders = self._by_base
         path = PurePosixPath(image)
-        if path.name in self._shared or (path.parent.name and path.parent.name in folders):
+        if path.name in self._shared or (
+            path.parent.name and path.parent.name in folders
+        ):
             return None
         matches = by_base[path.name]
         return matches[0] if len(matches) == 1 else None
@@ -52,7 +59,11 @@ class ImageFinder:
             return ""
 
         with ThreadPoolExecutor(_THREADS) as pool:
-            return {name: fault for name, fault in zip(names, pool.map(decode, names), strict=True) if fault}
+            return {
+                name: fault
+                for name, fault in zip(names, pool.map(decode, names), strict=True)
+                if fault
+            }
 
     @cached_property
     def _by_base(self) -> tuple[defaultdict[str, list[str]], set[str]]:
@@ -67,12 +78,16 @@ class ImageFinder:
 
 
 def find_shared_names(images: Iterable[str]) -> frozenset[str]:
-    """Return file names that occur in different folders; a/b.jpg and b.jpg may be one image."""
+    """Return file names that occur in different folders; a/b.jpg and b.jpg may be one
+    image.
+    """
     paths_of = defaultdict[str, set[tuple[str, ...]]](set)
     for parts in (PurePosixPath(image).parts for image in images):
         paths_of["".join(parts[-1:])].add(parts)
     return frozenset(
-        name for name, paths in paths_of.items() if any(max(paths, key=len)[-len(p) :] != p for p in paths)
+        name
+        for name, paths in paths_of.items()
+        if any(max(paths, key=len)[-len(p) :] != p for p in paths)
     )
 
 
@@ -80,7 +95,9 @@ def unicode_forms(name: str) -> Iterable[str]:
     """Return the name and its Unicode forms on other systems."""
     if name.isascii():
         return (name,)
-    return dict.fromkeys((name, unicodedata.normalize("NFC", name), unicodedata.normalize("NFD", name)))
+    return dict.fromkeys(
+        (name, unicodedata.normalize("NFC", name), unicodedata.normalize("NFD", name))
+    )
 
 
 def _candidates(image: str) -> Iterator[str]:

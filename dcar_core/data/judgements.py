@@ -1,7 +1,7 @@
 """Judged lists: how well items answer queries, in grades from 0 (does not fit) to 3.
 
-A table (.csv, .jsonl, .parquet) has columns query, item_id and grade, and may have query_id. A row with an
-empty grade does not count.
+A table (.csv, .jsonl, .parquet) has columns query, item_id and grade, and may have
+query_id. A row with an empty grade does not count.
 """
 
 from collections.abc import Mapping, Sequence
@@ -27,41 +27,78 @@ class JudgedList:
     grades: dict[str, dict[str, int]] = field(default_factory=dict)
 
     def add(self, row: Mapping[str, Any], where: str) -> None:
-        """Add a judgement. Raise DataError, which names the field, if it cannot be used."""
+        """Add a judgement. Raise DataError, which names the field, if it cannot be
+        used.
+        """
         if "grade" in row and not label_text(row, where, "grade"):
             return
-        for name in (name for name in ("query", "item_id", "grade") if not label_text(row, where, name)):
-            has = ", ".join(key for key, cell in row.items() if cell not in (None, "")) or "nothing"
-            raise DataError(f"{where}: field {name!r} is missing or empty; the row has {has}")
-        text, item, grade = (label_text(row, where, name) for name in ("query", "item_id", "grade"))
-        query_id, grade = label_text(row, where, "query_id") or text, grade.removesuffix(".0")
+        for name in (
+            name
+            for name in ("query", "item_id", "grade")
+            if not label_text(row, where, name)
+        ):
+            has = (
+                ", ".join(key for key, cell in row.items() if cell not in (None, ""))
+                or "nothing"
+            )
+            raise DataError(
+                f"{where}: field {name!r} is missing or empty; the row has {has}"
+            )
+        text, item, grade = (
+            label_text(row, where, name) for name in ("query", "item_id", "grade")
+        )
+        query_id, grade = (
+            label_text(row, where, "query_id") or text,
+            grade.removesuffix(".0"),
+        )
         if grade not in ("0", "1", "2", "3"):
-            raise DataError(f"{where}: field 'grade' must be 0, 1, 2 or 3, not {grade[:40]!r}; correct or remove it")
+            raise DataError(
+                f"{where}: field 'grade' must be 0, 1, 2 or 3, not {grade[:40]!r};"
+                " correct or remove it"
+            )
         if (known := self.texts.setdefault(query_id, text)) != text:
-            raise DataError(f"{where}: query_id {query_id!r} is of {text!r} here, of {known!r} before; rename one")
-        if (graded := self.grades.setdefault(query_id, {}).setdefault(item, int(grade))) != int(grade):
-            raise DataError(f"{where}: field 'grade' is {grade}, but {item!r} had {graded} for this query; remove one")
+            raise DataError(
+                f"{where}: query_id {query_id!r} is of {text!r} here, of {known!r}"
+                " before; rename one"
+            )
+        if (
+            graded := self.grades.setdefault(query_id, {}).setdefault(item, int(grade))
+        ) != int(grade):
+            raise DataError(
+                f"{where}: field 'grade' is {grade}, but {item!r} had {graded} for this"
+                " query; remove one"
+            )
 
 
 def read_judgements(files: Sequence[Path]) -> JudgedList:
     """Return the judgements of all tables.
 
     Raises:
-        DataError: a row cannot be used, or there is none. The message has a line for each such row, up to 20.
+        DataError: a row cannot be used, or there is none. The message has a line for
+            each such row, up to 20.
     """
     faults, judged = list[DataError](), JudgedList()
     for file in files:
         unit = "row" if file.suffix.lower() == ".parquet" else "line"
-        for number, row in read_records(str(file), partial(_open, file), on_bad_line=faults.append):
+        for number, row in read_records(
+            str(file), partial(_open, file), on_bad_line=faults.append
+        ):
             try:
                 judged.add(row, f"{file}, {unit} {number}")
             except DataError as error:
                 faults.append(error)
     if faults:
-        rest = f"\n{len(faults) - _SHOWN:,} more rows cannot be used" if len(faults) > _SHOWN else ""
+        rest = (
+            f"\n{len(faults) - _SHOWN:,} more rows cannot be used"
+            if len(faults) > _SHOWN
+            else ""
+        )
         raise DataError("\n".join(map(str, faults[:_SHOWN])) + rest)
     if not judged.texts:
-        raise DataError(f"{', '.join(map(str, files))} has no judgement: give rows of query, item_id and grade")
+        raise DataError(
+            f"{', '.join(map(str, files))} has no judgement: give rows of query,"
+            " item_id and grade"
+        )
     return judged
 
 

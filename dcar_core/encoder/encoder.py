@@ -1,11 +1,13 @@
-"""`Encoder`, the interface of `dcar_core` for other packages: texts or images in, normalized float32 vectors out.
+"""`Encoder`, the interface of `dcar_core` for other packages: texts or images in,
+normalized float32 vectors out.
 
     from dcar_core import Encoder
     encoder = Encoder.load("examples/emoji/twemoji/checkpoint")
     vectors = encoder.encode_text(["crying cat"])  # float32 (1, E)
 
-An `EncoderState` holds the arrays of one checkpoint; a `Runtime`, chosen by name or by a rule, runs the towers. The
-model itself is loaded if these two are not cached, and when `Encoder.model` is used.
+An `EncoderState` holds the arrays of one checkpoint; a `Runtime`, chosen by name or by
+a rule, runs the towers. The model itself is loaded if these two are not cached, and
+when `Encoder.model` is used.
 """
 
 import logging
@@ -58,7 +60,9 @@ logger = logging.getLogger(__name__)
 
 
 class Encoder:
-    """A model ready to encode. Build it with `load`; only vectors of one `fingerprint` may be compared."""
+    """A model ready to encode. Build it with `load`; only vectors of one `fingerprint`
+    may be compared.
+    """
 
     def __init__(
         self,
@@ -69,11 +73,19 @@ class Encoder:
         exact: bool = False,
         load_model: "Callable[[Path], DCAR] | None" = None,
     ) -> None:
-        """model: None to load it by `load_model` from a checkpoint of `add_checkpoint_path` when something needs it."""
+        """model: None to load it by `load_model` from a checkpoint of
+        `add_checkpoint_path` when something needs it.
+        """
         self.state, self.runtime = state, runtime
-        self.fingerprint, self.image_key, self.dim = state.fingerprint, state.image_key, state.dim
+        self.fingerprint, self.image_key, self.dim = (
+            state.fingerprint,
+            state.image_key,
+            state.dim,
+        )
         has_torch = not isinstance(runtime, OpenVinoRuntime)
-        self.preprocess = state.preprocess if exact else state.preprocess.fast(torch=has_torch)
+        self.preprocess = (
+            state.preprocess if exact else state.preprocess.fast(torch=has_torch)
+        )
         self._model, self._load_model = model, load_model
         self._checkpoints = list[Path]()
         self._turn = threading.Lock()
@@ -84,13 +96,21 @@ class Encoder:
         with self._turn:
             if self._model is None:
                 assert self._load_model is not None
-                self._model = self._load_model(next(filter(is_checkpoint, self._checkpoints), self._checkpoints[0]))
+                self._model = self._load_model(
+                    next(filter(is_checkpoint, self._checkpoints), self._checkpoints[0])
+                )
             return self._model
 
     def add_checkpoint_path(self, path: Path) -> None:
-        """Name another copy of the checkpoint, since the first may be deleted before anything needs the model."""
+        """Name another copy of the checkpoint, since the first may be deleted before
+        anything needs the model.
+        """
         with self._turn:
-            others = (other for other in self._checkpoints if other != path and is_checkpoint(other))
+            others = (
+                other
+                for other in self._checkpoints
+                if other != path and is_checkpoint(other)
+            )
             self._checkpoints = [path, *others]
 
     @property
@@ -111,22 +131,29 @@ class Encoder:
         backbone: "Backbone | None" = None,
         threads: int | None = None,
     ) -> "Encoder":
-        """Load a checkpoint directory, a model directory, or an open_clip model by name.
+        """Load a checkpoint directory, a model directory, or an open_clip model by
+        name.
 
         Args:
-            source: a directory with config.json (DCAR checkpoint) or open_clip_config.json (plain CLIP), or a name.
-            pretrained: weights for a name: a tag (openai, laion2b_s34b_b79k, ..) or a .safetensors / .pt file.
+            source: a directory with config.json (DCAR checkpoint) or
+                open_clip_config.json (plain CLIP), or a name.
+            pretrained: weights for a name: a tag (openai, laion2b_s34b_b79k, ..) or a
+                .safetensors / .pt file.
             device: "auto" takes a GPU when there is one; or cpu, cuda, cuda:1, mps.
-            exact: preprocess images bit for bit as open_clip does, instead of the fast mode of `Preprocess`.
-            runtime: "auto" (by what is installed and the processor has), or a name of `encoder.runtimes.RUNTIMES`.
-                Default: float32, by PyTorch if it is installed.
+            exact: preprocess images bit for bit as open_clip does, instead of the fast
+                mode of `Preprocess`.
+            runtime: "auto" (by what is installed and the processor has), or a name of
+                `encoder.runtimes.RUNTIMES`. Default: float32, by PyTorch if it is
+                installed.
             cache: directory of exports; default: the user's cache directory.
             backbone: a loaded one, for a checkpoint made on the same weights to share.
-            threads: of the towers; default: PyTorch's own number, or the available cores without it.
+            threads: of the towers; default: PyTorch's own number, or the available
+                cores without it.
 
         Raises:
             CheckpointError, ModelError: with what to do.
-            RuntimeUnavailableError, MissingExtraError: the named runtime cannot be used here.
+            RuntimeUnavailableError, MissingExtraError: the named runtime cannot be used
+            here.
         """
         runtime = runtime or ("torch" if is_installed("torch") else "openvino")
         check_runtime(runtime)
@@ -138,80 +165,134 @@ class Encoder:
 
                 torch.set_num_threads(threads)
             if is_checkpoint(path):
-                model, fingerprint = load_checkpoint(path, device=pick_device(device), backbone=backbone)
-                backbone_hash = str(read_config(path)["backbone"]["sha256"])  # load_checkpoint has compared it
+                model, fingerprint = load_checkpoint(
+                    path, device=pick_device(device), backbone=backbone
+                )
+                # load_checkpoint has compared it
+                backbone_hash = str(read_config(path)["backbone"]["sha256"])
             else:
                 from dcar_core.model.backbone import load_backbone
                 from dcar_core.model.dcar import DCAR
 
-                named = load_backbone(BackboneSource(str(source), pretrained), pick_device(device))
+                named = load_backbone(
+                    BackboneSource(str(source), pretrained), pick_device(device)
+                )
                 model, backbone_hash = DCAR(named, UNTOUCHED), named.content_hash()
                 fingerprint = compute_fingerprint(backbone_hash, model.config, {})
             return model.eval(), backbone_hash, fingerprint
 
         may_use_openvino = exports.may_use_export(device, runtime)
         if may_use_openvino:
-            opened = _load_files(path, BackboneSource(str(source), pretrained), runtime, threads)
+            opened = _load_files(
+                path, BackboneSource(str(source), pretrained), runtime, threads
+            )
             if opened is None and is_checkpoint(path):
                 opened = exports.restore(path, runtime, threads, cache)
             if opened is not None:
-                encoder = cls(opened[0], None, opened[1], exact=exact, load_model=lambda path: load_model(path)[0])
+                encoder = cls(
+                    opened[0],
+                    None,
+                    opened[1],
+                    exact=exact,
+                    load_model=lambda path: load_model(path)[0],
+                )
                 encoder.add_checkpoint_path(path)
                 return encoder
 
-        with requires_pytorch(f"loading {source} without a portable export for this runtime"):
+        with requires_pytorch(
+            f"loading {source} without a portable export for this runtime"
+        ):
             from dcar_core.encoder.graphs import extract_state
 
             model, backbone_hash, fingerprint = load_model(path)
         state = extract_state(model, fingerprint, backbone_hash)
-        chosen = load_runtime(runtime, state, model, partial(exports.ensure_export, model, backbone_hash, cache))
-        if may_use_openvino and is_checkpoint(path) and isinstance(chosen, OpenVinoRuntime):
+        chosen = load_runtime(
+            runtime,
+            state,
+            model,
+            partial(exports.ensure_export, model, backbone_hash, cache),
+        )
+        if (
+            may_use_openvino
+            and is_checkpoint(path)
+            and isinstance(chosen, OpenVinoRuntime)
+        ):
             exports.store(chosen.directory, state, model)
         return cls(state, model, chosen, exact=exact)
 
     def encode_text(self, texts: Sequence[str], batch_size: int = 64) -> Floats:
-        """Encode texts -> float32 (n, E), L2-normalized. Texts beyond the context are cut."""
+        """Encode texts -> float32 (n, E), L2-normalized. Texts beyond the context are
+        cut.
+        """
         if isinstance(texts, str):
             raise TypeError("encode_text takes a list of texts, such as [text]")
         if not texts:
             return np.empty((0, self.dim), np.float32)
-        return self.runtime.encode_texts([(self.state, text) for text in texts], batch_size)
+        return self.runtime.encode_texts(
+            [(self.state, text) for text in texts], batch_size
+        )
 
-    def encode_images(self, images: Sequence[ImageSource], batch_size: int = 32) -> Floats:
-        """Encode images (PIL, path or bytes) -> float32 (n, E), L2-normalized. Raise ImageError for a broken one."""
+    def encode_images(
+        self, images: Sequence[ImageSource], batch_size: int = 32
+    ) -> Floats:
+        """Encode images (PIL, path or bytes) -> float32 (n, E), L2-normalized. Raise
+        ImageError for a broken one.
+        """
         if isinstance(images, str | bytes | Path | Image.Image):
             raise TypeError("encode_images takes a list of images, such as [image]")
         out = np.empty((len(images), self.dim), np.float32)
         for start in range(0, len(images), batch_size):
             part = images[start : start + batch_size]
-            out[start : start + len(part)] = self.encode_pixels(np.stack([self._read(image) for image in part]))
+            out[start : start + len(part)] = self.encode_pixels(
+                np.stack([self._read(image) for image in part])
+            )
         return out
 
     def _read(self, image: ImageSource) -> Pixels:
         try:
             return self.preprocess(image)
         except ImageError as error:
-            raise (ImageError(f"{image}: {error}") if isinstance(image, str | Path) else error) from None
+            raise (
+                ImageError(f"{image}: {error}")
+                if isinstance(image, str | Path)
+                else error
+            ) from None
 
     def encode_pixels(self, pixels: Pixels) -> Floats:
-        """uint8 (n, 3, S, S), from `preprocess` -> float32 (n, E), L2-normalized, in one forward pass."""
+        """uint8 (n, 3, S, S), from `preprocess` -> float32 (n, E), L2-normalized, in
+        one forward pass.
+        """
         return self.state.adapt_images(self.image_features(pixels))
 
     def image_features(self, pixels: Pixels) -> Floats:
-        """Encode as `encode_pixels`, before the adapter of image features; `image_key` names what decides on these."""
+        """Encode as `encode_pixels`, before the adapter of image features; `image_key`
+        names what decides on these.
+        """
         return normalize(self.runtime.image(pixels, self.state.image_inputs))
 
     def release(self) -> None:
-        """Release memory that only loading needed and that can be read again from its file; see `util.machine`."""
-        paths = [self.runtime.directory] if isinstance(self.runtime, OpenVinoRuntime) else []
-        release_pages([*paths, self.backbone.source.weights_file] if self.backbone is not None else paths)
+        """Release memory that only loading needed and that can be read again from its
+        file; see `util.machine`.
+        """
+        paths = (
+            [self.runtime.directory]
+            if isinstance(self.runtime, OpenVinoRuntime)
+            else []
+        )
+        release_pages(
+            [*paths, self.backbone.source.weights_file]
+            if self.backbone is not None
+            else paths
+        )
         trim_heap()
 
 
 def _load_files(
     path: Path, source: BackboneSource, runtime: str, threads: int | None
 ) -> tuple[EncoderState, Runtime] | None:
-    """Load a checkpoint, or else a model, of CLIP's own family; None for any other, or if nothing of `auto` runs it."""
+    """Load a checkpoint, or else a model, of CLIP's own family; None for any other, or
+    if nothing of `auto` runs it.
+    """
     names = [runtime] if runtime != AUTO else auto_exports()
     clip = read_clip_files(backbone_source(path) if is_checkpoint(path) else source)
     if clip is None:
@@ -219,7 +300,9 @@ def _load_files(
     backbone_hash, config, trainables = clip.content_hash(), UNTOUCHED, Trainables()
     fingerprint = compute_fingerprint(backbone_hash, config, trainables)
     if is_checkpoint(path):
-        config, trainables, fingerprint = read_verified(path, clip.source, backbone_hash)
+        config, trainables, fingerprint = read_verified(
+            path, clip.source, backbone_hash
+        )
     try:
         state = load_state(clip, config, trainables, (fingerprint, backbone_hash))
     except (KeyError, ValueError, IndexError) as error:
@@ -235,21 +318,28 @@ def _load_files(
 
 
 def add_portable_export(checkpoint: Path, backbone: "Backbone | None") -> None:
-    """Put what serves a checkpoint without PyTorch into it: the files of its model, or an export.
+    """Put what serves a checkpoint without PyTorch into it: the files of its model, or
+    an export.
 
-    A model without an export is a warning. backbone: of the checkpoint, if it is in memory; one on the CPU saves a
-    second copy.
+    A model without an export is a warning. backbone: of the checkpoint, if it is in
+    memory; one on the CPU saves a second copy.
     """
     portable = checkpoint / PORTABLE
-    shared = backbone if backbone is not None and backbone.device.type == "cpu" else None
+    shared = (
+        backbone if backbone is not None and backbone.device.type == "cpu" else None
+    )
     shutil.rmtree(portable, ignore_errors=True)  # of another release
     if (clip := read_clip_files(backbone_source(checkpoint))) is not None:
         portable.mkdir()
         for file in clip.files:  # a directory's may be written again
-            (copyfile if clip.source.directory else link_or_copy)(file, portable / file.name)
+            (copyfile if clip.source.directory else link_or_copy)(
+                file, portable / file.name
+            )
         return
     try:
-        encoder = Encoder.load(checkpoint, device="cpu", runtime="openvino", backbone=shared)
+        encoder = Encoder.load(
+            checkpoint, device="cpu", runtime="openvino", backbone=shared
+        )
         assert isinstance(encoder.runtime, OpenVinoRuntime)
         export = encoder.runtime.directory
         entry = export / exports.entry_name(encoder.fingerprint)
@@ -262,14 +352,19 @@ def add_portable_export(checkpoint: Path, backbone: "Backbone | None") -> None:
 
 
 def starts_quickly(checkpoint: Path, device: str) -> bool:
-    """Return whether `auto` opens a checkpoint without PyTorch: by an export, or as one of CLIP's own family."""
+    """Return whether `auto` opens a checkpoint without PyTorch: by an export, or as one
+    of CLIP's own family.
+    """
     return exports.may_use_export(device, AUTO) and (
-        exports.has_entry(checkpoint) or read_clip_files(backbone_source(checkpoint)) is not None
+        exports.has_entry(checkpoint)
+        or read_clip_files(backbone_source(checkpoint)) is not None
     )
 
 
 def load_exact(checkpoint: Path, device: str) -> Encoder:
-    """Load a checkpoint in float32 on the runtime that starts soonest: OpenVINO if it is ready, or else PyTorch."""
+    """Load a checkpoint in float32 on the runtime that starts soonest: OpenVINO if it
+    is ready, or else PyTorch.
+    """
     if starts_quickly(checkpoint, device):
         with suppress(MissingExtraError, RuntimeUnavailableError):
             return Encoder.load(checkpoint, device=device, runtime="openvino")
@@ -279,17 +374,29 @@ def load_exact(checkpoint: Path, device: str) -> Encoder:
 def has_started_portable(encoder: Encoder, checkpoint: Path) -> bool:
     """Return whether an encoder runs the portable files of a checkpoint."""
     portable, runtime = (checkpoint / PORTABLE).resolve(), encoder.runtime
-    return isinstance(runtime, OpenVinoRuntime) and runtime.directory.resolve() == portable
+    return (
+        isinstance(runtime, OpenVinoRuntime) and runtime.directory.resolve() == portable
+    )
 
 
 def pick_device(device: str) -> str:
-    """Resolve "auto" to cuda, mps or cpu, whichever there is. Raise ModelError if the named device is not there."""
+    """Resolve "auto" to cuda, mps or cpu, whichever there is. Raise ModelError if the
+    named device is not there.
+    """
     import torch
 
     if device == "auto":
-        return "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+        return (
+            "cuda"
+            if torch.cuda.is_available()
+            else "mps"
+            if torch.backends.mps.is_available()
+            else "cpu"
+        )
     try:
         torch.empty(1, device=device)
     except (RuntimeError, AssertionError) as error:
-        raise ModelError(f"there is no device {device!r} here: {str(error).splitlines()[0]}") from error
+        raise ModelError(
+            f"there is no device {device!r} here: {str(error).splitlines()[0]}"
+        ) from error
     return device

@@ -1,12 +1,17 @@
-"""Exports for OpenVINO, and beside them the states of encoders, for later starts without PyTorch.
+"""Exports for OpenVINO, and beside them the states of encoders, for later starts
+without PyTorch.
 
-    CACHE/exports/NAME/{manifest.json,*.xml,*.bin}    both graphs in float32, and the checksum of every file
+    CACHE/exports/NAME/{manifest.json,*.xml,*.bin}
+        both graphs in float32, and the checksum of every file
     CACHE/exports/NAME/encoder-FINGERPRINT            sha256, then safetensors
-    CHECKPOINT/portable/                              the same, the entry as `encoder`; see `add_portable_export`
+    CHECKPOINT/portable/
+        the same, the entry as `encoder`; see `add_portable_export`
 
-- NAME says what an export depends on, versions of libraries included. Nothing is a pickle, which could run code.
-- An entry holds for one checkpoint, whose fingerprint is computed again, and the vectors of a probe must match those
-  that PyTorch gave in float32 when the entry was written. Else the model is loaded and the entry written again.
+- NAME says what an export depends on, versions of libraries included. Nothing is a
+  pickle, which could run code.
+- An entry holds for one checkpoint, whose fingerprint is computed again, and the
+  vectors of a probe must match those that PyTorch gave in float32 when the entry was
+  written. Else the model is loaded and the entry written again.
 """
 
 import hashlib
@@ -30,15 +35,30 @@ from safetensors.numpy import load, save
 from tokenizers import Tokenizer
 
 from dcar_core.encoder import runtimes
-from dcar_core.encoder.state import EncoderState, FeatureAdapterArrays, Runtime, openvino_library
-from dcar_core.model.checkpoint import PORTABLE, compute_fingerprint, read_config, read_trainables
+from dcar_core.encoder.state import (
+    EncoderState,
+    FeatureAdapterArrays,
+    Runtime,
+    openvino_library,
+)
+from dcar_core.model.checkpoint import (
+    PORTABLE,
+    compute_fingerprint,
+    read_config,
+    read_trainables,
+)
 from dcar_core.model.config import MODEL_CONFIG, ModelConfig
 from dcar_core.model.preprocess import Preprocess
 from dcar_core.model.tokenizer import TextLayout, TextTokenizer
 from dcar_core.util import machine
 from dcar_core.util.arrays import Floats
 from dcar_core.util.errors import DcarError, RuntimeUnavailableError
-from dcar_core.util.files import default_cache_directory, link_or_copy, sha256_of, write_bytes
+from dcar_core.util.files import (
+    default_cache_directory,
+    link_or_copy,
+    sha256_of,
+    write_bytes,
+)
 
 if TYPE_CHECKING:
     from dcar_core.encoder.graphs import ImageGraph, TextGraph
@@ -49,9 +69,17 @@ logger = logging.getLogger(__name__)
 FORMAT = 11  # of entries
 GRAPHS = 4  # version of the graphs: exports of another one are not used
 ENTRY, MANIFEST = "encoder", "manifest.json"
-_GPUS = ("/dev/nvidiactl", "/dev/kfd", "/dev/dxg")  # what `auto` might prefer to the processor
+# what `auto` might prefer to the processor
+_GPUS = ("/dev/nvidiactl", "/dev/kfd", "/dev/dxg")
 _DATACLASSES: dict[str, Any] = {
-    kind.__name__: kind for kind in (EncoderState, FeatureAdapterArrays, Preprocess, TextLayout, TextTokenizer)
+    kind.__name__: kind
+    for kind in (
+        EncoderState,
+        FeatureAdapterArrays,
+        Preprocess,
+        TextLayout,
+        TextTokenizer,
+    )
 }
 _FAULTS = (DcarError, OSError, SafetensorError, ValueError, KeyError, TypeError)
 
@@ -61,22 +89,34 @@ Arrays = dict[str, NDArray[Any]]
 def may_use_export(device: str, runtime: str) -> bool:
     """Return whether `Encoder.load` with these arguments may run an export."""
     may_have_gpu = sys.platform == "darwin" or any(Path(gpu).exists() for gpu in _GPUS)
-    on_cpu = device == "cpu" or (device == "auto" and not (may_have_gpu and machine.is_installed("torch")))
-    return on_cpu and (runtime in runtimes.EXPORTED or (runtime == runtimes.AUTO and machine.is_installed("openvino")))
+    on_cpu = device == "cpu" or (
+        device == "auto" and not (may_have_gpu and machine.is_installed("torch"))
+    )
+    return on_cpu and (
+        runtime in runtimes.EXPORTED
+        or (runtime == runtimes.AUTO and machine.is_installed("openvino"))
+    )
 
 
 def ensure_export(model: "DCAR", backbone_hash: str, cache: Path) -> Path:
     """Return the directory of a model's checked export; make it where there is none.
 
-    Its name has the depths of image and text prompts, such as d4t0, and "a" for adapters of blocks.
-    Raise RuntimeUnavailableError if it is corrupted, or cannot be made or written.
+    Its name has the depths of image and text prompts, such as d4t0, and "a" for
+    adapters of blocks. Raise RuntimeUnavailableError if it is corrupted, or cannot be
+    made or written.
     """
     from dcar_core.encoder.graphs import graphs_of
 
     text, image = graphs_of(model)
     inputs = f"d{image.depth}t{text.depth}" + ("a" if image.has_adapters else "")
-    versions = f"{openvino_library().__version__.split('-')[0]}-torch-{version('torch').split('+')[0]}"
-    final = cache / "exports" / f"{backbone_hash[:16]}_{inputs}_openvino_{versions}_g{GRAPHS}"
+    openvino_version = openvino_library().__version__.split("-")[0]
+    torch_version = version("torch").split("+")[0]
+    versions = f"{openvino_version}-torch-{torch_version}"
+    final = (
+        cache
+        / "exports"
+        / f"{backbone_hash[:16]}_{inputs}_openvino_{versions}_g{GRAPHS}"
+    )
     try:
         if not final.is_dir():
             final.parent.mkdir(parents=True, exist_ok=True)
@@ -87,13 +127,16 @@ def ensure_export(model: "DCAR", backbone_hash: str, cache: Path) -> Path:
         check_export(final)
     except OSError as error:
         raise RuntimeUnavailableError(
-            f"the cache of exports in {cache} cannot be used: {error.strerror or error}; name another directory"
+            f"the cache of exports in {cache} cannot be used:"
+            f" {error.strerror or error}; name another directory"
         ) from error
     return final
 
 
 def _export(final: Path, graphs: "Mapping[str, TextGraph | ImageGraph]") -> None:
-    """Convert and save the graphs, weights in float32. A `.part` is of a process that was killed."""
+    """Convert and save the graphs, weights in float32. A `.part` is of a process that
+    was killed.
+    """
     from dcar_core.encoder.graphs import tracing
 
     openvino, aside = openvino_library(), final.with_name(final.name + ".part")
@@ -104,7 +147,9 @@ def _export(final: Path, graphs: "Mapping[str, TextGraph | ImageGraph]") -> None
             inputs, shapes = graph.example()
             shapes = [openvino.PartialShape(shape) for shape in shapes]
             with tracing():
-                converted = openvino.convert_model(graph, example_input=inputs, input=shapes)
+                converted = openvino.convert_model(
+                    graph, example_input=inputs, input=shapes
+                )
             openvino.save_model(converted, aside / name, compress_to_fp16=False)
         files = {path.name: sha256_of(path) for path in sorted(aside.iterdir())}
         (aside / MANIFEST).write_text(json.dumps({"files": files}, indent=2) + "\n")
@@ -113,18 +158,37 @@ def _export(final: Path, graphs: "Mapping[str, TextGraph | ImageGraph]") -> None
         raise
     except Exception as error:  # exporters raise errors of any kind
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise RuntimeUnavailableError(f"this model cannot be exported for openvino: {reason}") from error
+        raise RuntimeUnavailableError(
+            f"this model cannot be exported for openvino: {reason}"
+        ) from error
 
 
 def check_export(final: Path) -> None:
-    """Raise RuntimeUnavailableError if an export lacks a file, or a file has changed."""
+    """Raise RuntimeUnavailableError if an export lacks a file, or a file has
+    changed.
+    """
     try:
         files = json.loads((final / MANIFEST).read_text(encoding="utf-8"))["files"]
-        corrupted = [name for name, checksum in files.items() if sha256_of(final / name) != checksum]
-    except (ValueError, KeyError, TypeError, AttributeError, FileNotFoundError) as error:
-        raise RuntimeUnavailableError(f"{final} is incomplete ({error!r}); delete it for a new one") from None
+        corrupted = [
+            name
+            for name, checksum in files.items()
+            if sha256_of(final / name) != checksum
+        ]
+    except (
+        ValueError,
+        KeyError,
+        TypeError,
+        AttributeError,
+        FileNotFoundError,
+    ) as error:
+        raise RuntimeUnavailableError(
+            f"{final} is incomplete ({error!r}); delete it for a new one"
+        ) from None
     if corrupted:
-        raise RuntimeUnavailableError(f"{final} is corrupted: {', '.join(corrupted)} changed; delete it for a new one")
+        raise RuntimeUnavailableError(
+            f"{final} is corrupted: {', '.join(corrupted)} changed; delete it for a"
+            " new one"
+        )
 
 
 def entry_name(fingerprint: str) -> str:
@@ -132,15 +196,26 @@ def entry_name(fingerprint: str) -> str:
 
 
 def store(export: Path, state: EncoderState, model: "DCAR") -> None:
-    """Write an entry for an export whose vectors have been checked; a full disk only makes later starts slower."""
+    """Write an entry for an export whose vectors have been checked; a full disk only
+    makes later starts slower.
+    """
     try:
-        _write(export / entry_name(state.fingerprint), state, runtimes.reference_vectors(model))
+        _write(
+            export / entry_name(state.fingerprint),
+            state,
+            runtimes.reference_vectors(model),
+        )
     except OSError as error:
-        logger.warning("the encoder cannot be cached in %s: %s", export, error.strerror or error)
+        logger.warning(
+            "the encoder cannot be cached in %s: %s", export, error.strerror or error
+        )
 
 
-def copy_portable(source: Path, target: Path, state: EncoderState, probe_texts: Floats) -> None:
-    """Copy the portable files of a checkpoint to one with another text adapter, that of `state`.
+def copy_portable(
+    source: Path, target: Path, state: EncoderState, probe_texts: Floats
+) -> None:
+    """Copy the portable files of a checkpoint to one with another text adapter, that of
+    `state`.
 
     probe_texts: its vectors of `PROBE_TEXTS`, by which every start checks the export.
     """
@@ -162,13 +237,25 @@ def copy_export(source: Path, target: Path) -> None:
 def has_entry(checkpoint: Path) -> bool:
     """Return whether a checkpoint has an entry, in the default cache or its own."""
     name = entry_name(read_config(checkpoint)["fingerprint"])
-    return any(default_cache_directory().glob(f"exports/*/{name}")) or has_portable(checkpoint)
+    return any(default_cache_directory().glob(f"exports/*/{name}")) or has_portable(
+        checkpoint
+    )
 
 
-def restore(checkpoint: Path, runtime: str, threads: int | None, cache: Path) -> tuple[EncoderState, Runtime] | None:
-    """Load a portable export, or else the entry that `store` wrote; None if there is none or a check fails."""
-    portable, fingerprint = checkpoint / PORTABLE / ENTRY, read_config(checkpoint).get("fingerprint", "")
-    for entry in [*[portable] * portable.parent.is_dir(), *sorted(cache.glob(f"exports/*/{entry_name(fingerprint)}"))]:
+def restore(
+    checkpoint: Path, runtime: str, threads: int | None, cache: Path
+) -> tuple[EncoderState, Runtime] | None:
+    """Load a portable export, or else the entry that `store` wrote; None if there is
+    none or a check fails.
+    """
+    portable, fingerprint = (
+        checkpoint / PORTABLE / ENTRY,
+        read_config(checkpoint).get("fingerprint", ""),
+    )
+    for entry in [
+        *[portable] * portable.parent.is_dir(),
+        *sorted(cache.glob(f"exports/*/{entry_name(fingerprint)}")),
+    ]:
         try:
             return _open(entry, checkpoint, runtime, threads)
         except _FAULTS as error:
@@ -205,13 +292,22 @@ def _write(path: Path, state: EncoderState, probe: runtimes.Vectors) -> None:
     write_bytes(path, hashlib.sha256(body).digest() + body, shared=True)
 
 
-def _open(entry: Path, checkpoint: Path, runtime: str, threads: int | None) -> tuple[EncoderState, Runtime]:
-    """Open the export beside an entry by the first runtime that gives the probe's vectors."""
+def _open(
+    entry: Path, checkpoint: Path, runtime: str, threads: int | None
+) -> tuple[EncoderState, Runtime]:
+    """Open the export beside an entry by the first runtime that gives the probe's
+    vectors.
+    """
     arrays, content = _read(entry)
     state: EncoderState = _unpack(content["state"], arrays)
     described = read_config(checkpoint)
-    config, trainables = ModelConfig.from_dict(described["model"]), read_trainables(checkpoint)
-    if state.fingerprint != compute_fingerprint(described["backbone"]["sha256"], config, trainables):
+    config, trainables = (
+        ModelConfig.from_dict(described["model"]),
+        read_trainables(checkpoint),
+    )
+    if state.fingerprint != compute_fingerprint(
+        described["backbone"]["sha256"], config, trainables
+    ):
         raise ValueError("it is of another checkpoint")
     names = runtimes.auto_exports() if runtime == runtimes.AUTO else [runtime]
     with ThreadPoolExecutor(1) as pool:
@@ -220,7 +316,9 @@ def _open(entry: Path, checkpoint: Path, runtime: str, threads: int | None) -> t
             try:
                 opened = runtimes.open_export(name, entry.parent, threads)
                 checked.result()
-                runtimes.check_vectors(state, opened, (arrays["probe_texts"], arrays["probe_images"]))
+                runtimes.check_vectors(
+                    state, opened, (arrays["probe_texts"], arrays["probe_images"])
+                )
             except RuntimeUnavailableError as error:
                 fault = error
             else:
@@ -229,7 +327,9 @@ def _open(entry: Path, checkpoint: Path, runtime: str, threads: int | None) -> t
 
 
 def _pack(value: Any, arrays: Arrays) -> Any:
-    """Return a value as JSON; its arrays and vocabulary are put into `arrays` and stand in it by their names."""
+    """Return a value as JSON; its arrays and vocabulary are put into `arrays` and stand
+    in it by their names.
+    """
     name = str(len(arrays))
     if isinstance(value, np.ndarray):
         arrays[name] = value
@@ -241,7 +341,10 @@ def _pack(value: Any, arrays: Arrays) -> Any:
         return {type(value).__name__: [_pack(item, arrays) for item in value]}
     if type(value) in _DATACLASSES.values():
         return {
-            type(value).__name__: {field.name: _pack(getattr(value, field.name), arrays) for field in fields(value)}
+            type(value).__name__: {
+                field.name: _pack(getattr(value, field.name), arrays)
+                for field in fields(value)
+            }
         }
     return value
 
@@ -255,5 +358,9 @@ def _unpack(value: Any, arrays: Arrays) -> Any:
     if kind == "tokenizer":
         return Tokenizer.from_buffer(arrays[content].tobytes())
     if kind in ("tuple", "frozenset"):
-        return {"tuple": tuple, "frozenset": frozenset}[kind](_unpack(item, arrays) for item in content)
-    return _DATACLASSES[kind](**{name: _unpack(item, arrays) for name, item in content.items()})
+        return {"tuple": tuple, "frozenset": frozenset}[kind](
+            _unpack(item, arrays) for item in content
+        )
+    return _DATACLASSES[kind](
+        **{name: _unpack(item, arrays) for name, item in content.items()}
+    )

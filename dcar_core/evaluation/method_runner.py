@@ -1,9 +1,11 @@
-"""Training and test runs of methods, kept in directories and never repeated, and their analysis.
+"""Training and test runs of methods, kept in directories and never repeated, and their
+analysis.
 
-    runs/<method>/seed0-lr0.002-1a2b3c4d/    trainables.safetensors, config.json, log.csv, training.json, test.json
+    runs/<method>/seed0-lr0.002-1a2b3c4d/    trainables.safetensors, config.json,
+                                             log.csv, training.json, test.json
 
-- The directory name ends in a digest of everything that determines the run: weights, method, settings, data. A table
-  therefore never mixes runs with different settings.
+- The directory name ends in a digest of everything that determines the run: weights,
+  method, settings, data. A table therefore never mixes runs with different settings.
 - A killed run resumes from its last state.
 """
 
@@ -26,13 +28,29 @@ from dcar_core.model.config import ModelConfig, TrainConfig
 from dcar_core.model.dcar import DCAR, seeded_model
 from dcar_core.model.methods import find_method
 from dcar_core.training.objective import resolve_amp
-from dcar_core.training.prepared_split import FeatureCache, PreparedSplit, prepare_split, split_key
+from dcar_core.training.prepared_split import (
+    FeatureCache,
+    PreparedSplit,
+    prepare_split,
+    split_key,
+)
 from dcar_core.training.train import delete_state, train
-from dcar_core.training.validation import encode_captions, encode_images, mean_r1, rerank
+from dcar_core.training.validation import (
+    encode_captions,
+    encode_images,
+    mean_r1,
+    rerank,
+)
 from dcar_core.util.arrays import Floats, Rows
 from dcar_core.util.errors import DivergedError
 from dcar_core.util.files import hash_json, write_json
-from dcar_core.util.metrics import Ranks, Scores, compute_ranks, hard_negative_accuracy, recall_of_ranks
+from dcar_core.util.metrics import (
+    Ranks,
+    Scores,
+    compute_ranks,
+    hard_negative_accuracy,
+    recall_of_ranks,
+)
 
 _BY_VECTORS_ALONE: dict[str, Any] = {"hard_negative_accuracy": None}
 _BATCH = 256  # negatives that are encoded at a time
@@ -53,25 +71,37 @@ class MethodRunner:
     on_message: Callable[[str], None] = lambda line: None
 
     def train(self, method: ModelConfig, seed: int, lr: float) -> dict[str, Any]:
-        """Return the record of a training run, training first if there is none. Only validation is read.
+        """Return the record of a training run, training first if there is none. Only
+        validation is read.
 
         Raises:
             DivergedError: the run diverged, now or when it was recorded.
         """
-        directory, config = self.directory(method, seed, lr), replace(self.config, seed=seed, lr=lr)
+        directory, config = (
+            self.directory(method, seed, lr),
+            replace(self.config, seed=seed, lr=lr),
+        )
         record_file = directory / "training.json"
         if not record_file.is_file():
             directory.mkdir(parents=True, exist_ok=True)
             self.on_message(f"{method.method}, seed {seed}, learning rate {lr:g}")
             model = seeded_model(self.backbone, method, seed)
             data = self.splits["train"], self.splits["val"]
-            record: dict[str, Any] = {"seed": seed, "lr": lr, "run": str(directory.relative_to(self.out))}
+            record: dict[str, Any] = {
+                "seed": seed,
+                "lr": lr,
+                "run": str(directory.relative_to(self.out)),
+            }
             try:
                 result = train(model, *data, config, run=directory, cache=self.cache)
             except DivergedError as error:
                 record |= {"diverged": str(error)}
             else:
-                notes = {**config.to_dict(), "epoch": result.epoch, "validation": result.best}
+                notes = {
+                    **config.to_dict(),
+                    "epoch": result.epoch,
+                    "validation": result.best,
+                }
                 record |= {
                     "fingerprint": save_checkpoint(model, directory, training=notes),
                     "trainable": sum(p.numel() for _, p in model.trainables()),
@@ -88,18 +118,35 @@ class MethodRunner:
         return record
 
     def test(self, method: ModelConfig, seed: int, lr: float) -> dict[str, Any]:
-        """Return the record of a run with its results on the test split, read once. Raise DivergedError as `train`."""
-        record, directory = self.train(method, seed, lr), self.directory(method, seed, lr)
+        """Return the record of a run with its results on the test split, read once.
+        Raise DivergedError as `train`.
+        """
+        record, directory = (
+            self.train(method, seed, lr),
+            self.directory(method, seed, lr),
+        )
         results_file, data = directory / "test.json", self.splits["test"]
         if not results_file.is_file():
-            is_merged = find_method(method.method).changes is not None  # another backbone, with other features
+            # another backbone, with other features
+            is_merged = find_method(method.method).changes is not None
             shared = None if is_merged else self.backbone
-            model, _ = load_checkpoint(directory, device=str(self.backbone.device), backbone=shared)
+            model, _ = load_checkpoint(
+                directory, device=str(self.backbone.device), backbone=shared
+            )
             cache = FeatureCache(None, model.backbone) if is_merged else self.cache
-            write_json(results_file, analyse(model, data, prepare_split(data, model, for_training=False, cache=cache)))
+            write_json(
+                results_file,
+                analyse(
+                    model,
+                    data,
+                    prepare_split(data, model, for_training=False, cache=cache),
+                ),
+            )
         return {**record, **json.loads(results_file.read_text(encoding="utf-8"))}
 
-    def tune(self, method: ModelConfig, grid: Sequence[float]) -> tuple[float, dict[str, float | None]]:
+    def tune(
+        self, method: ModelConfig, grid: Sequence[float]
+    ) -> tuple[float, dict[str, float | None]]:
         """Return the learning rate with the best validation recall at seed 0.
 
         Returns:
@@ -114,13 +161,25 @@ class MethodRunner:
                 scores[lr] = mean_r1(self.train(method, 0, lr)["val"])
         if not scores:
             rates = ", ".join(f"{lr:g}" for lr in grid)
-            raise DivergedError(f"{method.method} diverged with every learning rate of {rates}")
-        return max(scores, key=lambda lr: scores[lr]), {f"{lr:g}": scores.get(lr) for lr in grid}
+            raise DivergedError(
+                f"{method.method} diverged with every learning rate of {rates}"
+            )
+        return max(scores, key=lambda lr: scores[lr]), {
+            f"{lr:g}": scores.get(lr) for lr in grid
+        }
 
     def directory(self, method: ModelConfig, seed: int, lr: float) -> Path:
-        amp = resolve_amp(self.config.amp, self.backbone.device)  # runs on a CPU differ from runs on a GPU
+        # runs on a CPU differ from runs on a GPU
+        amp = resolve_amp(self.config.amp, self.backbone.device)
         config = replace(self.config, seed=seed, lr=lr, amp=amp)
-        key = hash_json([self.cache.backbone_hash, method.to_dict(), config.to_dict(), self._split_keys])[:8]
+        key = hash_json(
+            [
+                self.cache.backbone_hash,
+                method.to_dict(),
+                config.to_dict(),
+                self._split_keys,
+            ]
+        )[:8]
         return self.out / "runs" / method.method / f"seed{seed}-lr{lr:g}-{key}"
 
     @cached_property
@@ -132,8 +191,10 @@ def analyse(model: DCAR, data: Dataset, split: PreparedSplit) -> dict[str, Any]:
     """Return the results of a split, serialisable as JSON; figures are percentages.
 
     Returns:
-        test: the recall; hard_negative_accuracy, None without negatives; categories: name -> pairs, t2i_r1, i2t_r1;
-        scores: queries and sums of `metrics.Scores`; reranked: what differs with `rerank`, of a model with a second
+        test: the recall; hard_negative_accuracy, None without negatives; categories:
+            name -> pairs, t2i_r1, i2t_r1;
+        scores: queries and sums of `metrics.Scores`; reranked: what differs with
+            `rerank`, of a model with a second
         stage.
     """
     model.eval()
@@ -141,8 +202,14 @@ def analyse(model: DCAR, data: Dataset, split: PreparedSplit) -> dict[str, Any]:
     again = rerank(model, split, text, image) if model.config.rerank.blocks else None
     return {
         **_by_ranks(data, split, compute_ranks(text, image, split.image_of)),
-        "hard_negative_accuracy": hard_negative_accuracy(image[split.image_of], text, encode_negatives(model, data)),
-        **({"reranked": _by_ranks(data, split, again) | _BY_VECTORS_ALONE} if again else {}),
+        "hard_negative_accuracy": hard_negative_accuracy(
+            image[split.image_of], text, encode_negatives(model, data)
+        ),
+        **(
+            {"reranked": _by_ranks(data, split, again) | _BY_VECTORS_ALONE}
+            if again
+            else {}
+        ),
     }
 
 
@@ -159,11 +226,17 @@ def serving_cost(model: DCAR) -> dict[str, Any]:
     """Return the cost of one more domain.
 
     Returns:
-        bytes: of the parameters that serving needs. backbone: "shared" with other domains or "own".
-        gallery: after a training, "unchanged", "recomputed" from its frozen features, or "encoded again".
+        bytes: of the parameters that serving needs. backbone: "shared" with other
+            domains or "own".
+        gallery: after a training, "unchanged", "recomputed" from its frozen features,
+            or "encoded again".
     """
     own = model.changes is not None
-    weights = model.backbone.clip.state_dict().values() if own else [parameter for _, parameter in model.served()]
+    weights = (
+        model.backbone.clip.state_dict().values()
+        if own
+        else [parameter for _, parameter in model.served()]
+    )
     again = "unchanged" if model.image_adapter is None else "recomputed"
     return {
         "bytes": sum(weight.numel() * weight.element_size() for weight in weights),
@@ -176,16 +249,21 @@ def serving_cost(model: DCAR) -> dict[str, Any]:
 def encode_negatives(model: DCAR, data: Dataset) -> list[Floats]:
     """Encode each pair's negatives (m, E) as queries; equal texts are encoded once."""
     negatives = [sample.negatives for sample in data.samples]
-    unique = sorted({text for texts in negatives for text in texts}, key=len)  # similar lengths share a batch
+    # similar lengths share a batch
+    unique = sorted({text for texts in negatives for text in texts}, key=len)
     row_of = {text: row for row, text in enumerate(unique)}
     batches = (unique[i : i + _BATCH] for i in range(0, len(unique), _BATCH))
     tokens = (model.backbone.tokenize(batch, model.prompt_tokens) for batch in batches)
     encoded = (model.encode_query(part).float().cpu().numpy() for part in tokens)
-    vectors = np.concatenate([np.zeros((0, model.backbone.embed_dim), np.float32), *encoded])
+    vectors = np.concatenate(
+        [np.zeros((0, model.backbone.embed_dim), np.float32), *encoded]
+    )
     return [vectors[[row_of[text] for text in texts]] for texts in negatives]
 
 
-def _recall_by_category(data: Dataset, image_of: Rows, ranks: Ranks) -> dict[str, dict[str, float]]:
+def _recall_by_category(
+    data: Dataset, image_of: Rows, ranks: Ranks
+) -> dict[str, dict[str, float]]:
     rows_of: dict[str, list[int]] = defaultdict(list)
     for row, sample in enumerate(data.samples):
         rows_of[sample.category].append(row)

@@ -1,4 +1,6 @@
-"""Image files by name: in folders, and in uncompressed tars that are indexed once and then read by offset."""
+"""Image files by name: in folders, and in uncompressed tars that are indexed once and
+then read by offset.
+"""
 
 import tarfile
 from collections import Counter
@@ -21,10 +23,12 @@ class TarSpan:
 
 
 def index_tar(path: Path | str, file: BinaryIO | None = None) -> Mapping[str, TarSpan]:
-    """Return member name -> span for the regular files of an uncompressed tar. file: the opened tar of a URL.
+    """Return member name -> span for the regular files of an uncompressed tar. file:
+    the opened tar of a URL.
 
     Raises:
-        DataError: not a tar, a compressed tar, one with sparse files, or one with more data behind its last member.
+        DataError: not a tar, a compressed tar, one with sparse files, or one with more
+            data behind its last member.
     """
     members, last, end = dict[str, TarSpan](), "its start", 0
     try:
@@ -33,25 +37,40 @@ def index_tar(path: Path | str, file: BinaryIO | None = None) -> Mapping[str, Ta
                 tar.members.clear()  # type: ignore[attr-defined]  # tarfile would keep all, at a kilobyte each
                 last, end = member.name, tar.offset
                 if member.issparse():
-                    raise tarfile.ReadError("it is a sparse file, as tar's option -S makes them")
+                    raise tarfile.ReadError(
+                        "it is a sparse file, as tar's option -S makes them"
+                    )
                 if member.isreg():
-                    members[last.removeprefix("./")] = TarSpan(member.offset_data, member.size)
-                elif member.islnk() and (target := members.get(member.linkname.removeprefix("./"))):
+                    members[last.removeprefix("./")] = TarSpan(
+                        member.offset_data, member.size
+                    )
+                elif member.islnk() and (
+                    target := members.get(member.linkname.removeprefix("./"))
+                ):
                     members[last.removeprefix("./")] = target
             assert tar.fileobj is not None
             tar.fileobj.seek(end)  # tarfile takes a damaged header for the end
-            if any(block.strip(b"\0") for block in iter(partial(tar.fileobj.read, BLOCK_BYTES), b"")):
-                raise tarfile.ReadError(f"more data after byte {end:,}: it is damaged, or two tars were concatenated")
+            if any(
+                block.strip(b"\0")
+                for block in iter(partial(tar.fileobj.read, BLOCK_BYTES), b"")
+            ):
+                raise tarfile.ReadError(
+                    f"more data after byte {end:,}: it is damaged, or two tars were"
+                    " concatenated"
+                )
             return members
-    except (tarfile.TarError, ValueError, OverflowError) as error:  # tarfile does not check all numbers
+    except (tarfile.TarError, ValueError, OverflowError) as error:
+        # tarfile does not check all numbers
         reason = f"{path} is not a whole uncompressed tar, at {last}: {error}"
         raise DataError(f"{reason}; decompress it, or create it again") from error
 
 
 class ImageRoot:
-    """The images of a data set by name: files below a folder, and members of the tars that lie in it.
+    """The images of a data set by name: files below a folder, and members of the tars
+    that lie in it.
 
-    A member is known by "shard.tar/member", and by its own name unless several shards have it.
+    A member is known by "shard.tar/member", and by its own name unless several shards
+    have it.
     """
 
     def __init__(self, path: Path) -> None:
@@ -59,11 +78,20 @@ class ImageRoot:
             raise DataError(f"the image root {path} does not exist")
         self.path = path
         tars = [path] if path.is_file() else sorted(path.glob("*.tar"))
-        members = [(tar, name, span) for tar in tars for name, span in index_tar(tar).items()]
+        members = [
+            (tar, name, span) for tar in tars for name, span in index_tar(tar).items()
+        ]
         shards = Counter(name for _, name, _ in members)
-        self._names = [name if shards[name] == 1 else f"{tar.name}/{name}" for tar, name, _ in members]
-        self._members = {f"{tar.name}/{name}": (tar, span) for tar, name, span in members}
-        self._members |= {name: (tar, span) for tar, name, span in members if shards[name] == 1}
+        self._names = [
+            name if shards[name] == 1 else f"{tar.name}/{name}"
+            for tar, name, _ in members
+        ]
+        self._members = {
+            f"{tar.name}/{name}": (tar, span) for tar, name, span in members
+        }
+        self._members |= {
+            name: (tar, span) for tar, name, span in members if shards[name] == 1
+        }
 
     def __contains__(self, name: str) -> bool:
         try:
@@ -74,16 +102,28 @@ class ImageRoot:
     def names(self) -> list[str]:
         """Return every image, sorted: files at any depth, then tar members."""
         paths = self.path.rglob("*") if self.path.is_dir() else ()
-        files = sorted(p.relative_to(self.path).as_posix() for p in paths if has_image_suffix(p.name) and p.is_file())
+        files = sorted(
+            p.relative_to(self.path).as_posix()
+            for p in paths
+            if has_image_suffix(p.name) and p.is_file()
+        )
         return files + sorted(filter(has_image_suffix, self._names))
 
     def locate(self, name: str) -> tuple[Path, int | None]:
-        """Return the file that holds an image, and its offset in a tar; None for a file of its own, even if missing."""
+        """Return the file that holds an image, and its offset in a tar; None for a file
+        of its own, even if missing.
+        """
         member = self._members.get(name)
-        return (self.path / name, None) if member is None else (member[0], member[1].offset)
+        return (
+            (self.path / name, None)
+            if member is None
+            else (member[0], member[1].offset)
+        )
 
     def read(self, name: str) -> bytes:
-        """Return the bytes of an image. Raise ImageError if there is no such file or member."""
+        """Return the bytes of an image. Raise ImageError if there is no such file or
+        member.
+        """
         if name in self._members:
             tar, span = self._members[name]
             with tar.open("rb") as file:
@@ -92,4 +132,6 @@ class ImageRoot:
         try:
             return (self.path / name).read_bytes()
         except OSError:
-            raise ImageError(f"no file {name} in {self.path}", ImageFault.MISSING) from None
+            raise ImageError(
+                f"no file {name} in {self.path}", ImageFault.MISSING
+            ) from None

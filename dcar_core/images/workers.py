@@ -1,11 +1,16 @@
-"""Decoding of strangers' files in processes with limits on memory and processor seconds.
+"""Decoding of strangers' files in processes with limits on memory and processor
+seconds.
 
-- A small file can take gigabytes or minutes in a decoder, or crash it. Beyond a limit this image alone fails: the
-  worker refuses the memory (RLIMIT_DATA), or is ended by a timer of its processor time (ITIMER_PROF) or, after `WALL`
-  times the seconds, by one of the clock (ITIMER_REAL), and replaced.
-- Only the header of a file decides how much it may take, and it is read within the same limits.
-- A worker imports Pillow and NumPy, takes 0.15 s to start, and ends when its input ends, as with this process.
-- Images go through pipes, beside JSON: the name of a function with its options, and what it says. Nothing is pickled.
+- A small file can take gigabytes or minutes in a decoder, or crash it. Beyond a limit
+  this image alone fails: the worker refuses the memory (RLIMIT_DATA), or is ended by a
+  timer of its processor time (ITIMER_PROF) or, after `WALL` times the seconds, by one
+  of the clock (ITIMER_REAL), and replaced.
+- Only the header of a file decides how much it may take, and it is read within the same
+  limits.
+- A worker imports Pillow and NumPy, takes 0.15 s to start, and ends when its input
+  ends, as with this process.
+- Images go through pipes, beside JSON: the name of a function with its options, and
+  what it says. Nothing is pickled.
 """
 
 import contextlib
@@ -35,10 +40,12 @@ _LENGTHS = struct.Struct("<QQ")
 _EXIT_S = 5.0
 _ENVIRONMENT = {
     "OPENBLAS_NUM_THREADS": "1",
-    "MALLOC_MMAP_THRESHOLD_": str(8 * 2**20),  # keeps the memory of small images, which halves the time of a JPEG
+    # keeps the memory of small images, which halves the time of a JPEG
+    "MALLOC_MMAP_THRESHOLD_": str(8 * 2**20),
     "MALLOC_TRIM_THRESHOLD_": str(32 * 2**20),
 }
-_NICE = 5  # the event loop, which every request needs, takes the processor from a decoder
+# the event loop, which every request needs, takes the processor from a decoder
+_NICE = 5
 _IDLE_BYTES = 48 * 2**20  # of a worker without an image, as RLIMIT_DATA counts them
 
 Convert = Callable[[OpenedImage], NDArray[np.uint8] | bytes]
@@ -48,9 +55,9 @@ Convert = Callable[[OpenedImage], NDArray[np.uint8] | bytes]
 class Limits:
     """What one image may take.
 
-    memory: bytes beside those of the idle process.
-    seconds, seconds_per_pixel: of processor time.
-    expected: an image that is expected to take more bytes is not decoded: `LargeImageError`.
+    memory: bytes beside those of the idle process. seconds, seconds_per_pixel: of
+    processor time. expected: an image that is expected to take more bytes is not
+    decoded: `LargeImageError`.
     """
 
     memory: int
@@ -66,7 +73,9 @@ class Limits:
 
 
 class Decoded(NamedTuple):
-    """A converted image, width and height of its file when upright, and `OpenedImage.taken`."""
+    """A converted image, width and height of its file when upright, and
+    `OpenedImage.taken`.
+    """
 
     result: Any
     width: int
@@ -79,7 +88,9 @@ class LargeImageError(Exception):
 
 
 class DecodeWorker:
-    """One process that decodes one image at a time, for one thread at a time. It starts when it is first needed."""
+    """One process that decodes one image at a time, for one thread at a time. It starts
+    when it is first needed.
+    """
 
     def __init__(self) -> None:
         self.process: subprocess.Popen[bytes] | None = None
@@ -92,11 +103,19 @@ class DecodeWorker:
             self._start()
 
     def _start(self) -> None:
-        if self.process is not None and self.process.poll() is not None:  # killed from outside while it was idle
+        # killed from outside while it was idle
+        if self.process is not None and self.process.poll() is not None:
             self._stop()
         if self.process is None and not self._is_closed:
             self.process = subprocess.Popen(
-                [sys.executable, "-c", f"import sys; sys.path[:] = {sys.path!r}\nfrom {__name__} import work; work()"],
+                [
+                    sys.executable,
+                    "-c",
+                    (
+                        f"import sys; sys.path[:] = {sys.path!r}\nfrom {__name__}"
+                        " import work; work()"
+                    ),
+                ],
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 env=os.environ | _ENVIRONMENT,
@@ -105,7 +124,9 @@ class DecodeWorker:
                 self.process.kill()
 
     def close(self) -> None:
-        """End the process, whatever it does. A thread that waits for it gets an ImageError."""
+        """End the process, whatever it does. A thread that waits for it gets an
+        ImageError.
+        """
         self._is_closed = True
         if self.process is not None:
             self.process.kill()
@@ -113,10 +134,12 @@ class DecodeWorker:
             self._stop()
 
     def run(self, convert: Convert, data: bytes, limits: Limits) -> Decoded:
-        """Apply `convert`, a function of a module without heavy imports, to an image file.
+        """Apply `convert`, a function of a module without heavy imports, to an image
+        file.
 
-        It may be a `partial` of one, with keywords that JSON holds. Raise ImageError if the file cannot be read, or
-        takes more than its limits; LargeImageError: see `Limits`.
+        It may be a `partial` of one, with keywords that JSON holds. Raise ImageError if
+        the file cannot be read, or takes more than its limits; LargeImageError: see
+        `Limits`.
         """
         job = _to_json(convert, limits)
         status: int | None = -signal.SIGKILL
@@ -125,14 +148,17 @@ class DecodeWorker:
             process = self.process
             try:
                 if process is not None:
-                    _write(process.stdin, _LENGTHS.pack(len(job), len(data)) + job, data)
+                    _write(
+                        process.stdin, _LENGTHS.pack(len(job), len(data)) + job, data
+                    )
                     return _answer(process.stdout)
             except (ImageError, LargeImageError):
                 raise
             except (OSError, EOFError):
                 status = self._stop()
                 self._start()  # the next image need not wait
-            except BaseException:  # half of an answer may be left, which the next image must not get
+            except BaseException:
+                # half of an answer may be left, which the next image must not get
                 if process is not None:
                     process.kill()
                 self._stop()
@@ -141,13 +167,17 @@ class DecodeWorker:
             raise ImageError("refused: decoding it takes too long", ImageFault.HOSTILE)
         if status != -signal.SIGKILL:
             raise ImageError("refused: it ends its decoder", ImageFault.HOSTILE)
-        raise ImageError("its decoder was killed, perhaps out of memory; try again", ImageFault.UNREADABLE)
+        raise ImageError(
+            "its decoder was killed, perhaps out of memory; try again",
+            ImageFault.UNREADABLE,
+        )
 
     def _stop(self) -> int | None:
         process, self.process = self.process, None
         if process is None:
             return None
-        with contextlib.suppress(OSError), process:  # closes its pipes, into one of which nothing more can be written
+        # closes its pipes, into one of which nothing more can be written
+        with contextlib.suppress(OSError), process:
             try:
                 process.wait(_EXIT_S)
             except subprocess.TimeoutExpired:
@@ -156,9 +186,15 @@ class DecodeWorker:
 
 
 def _to_json(convert: Convert, limits: Limits) -> bytes:
-    function, options = (convert.func, convert.keywords) if isinstance(convert, partial) else (convert, {})
+    function, options = (
+        (convert.func, convert.keywords)
+        if isinstance(convert, partial)
+        else (convert, {})
+    )
     name = function.__module__, function.__name__
-    return json.dumps([name, options, asdict(limits) | {"formats": sorted(limits.formats)}]).encode()
+    return json.dumps(
+        [name, options, asdict(limits) | {"formats": sorted(limits.formats)}]
+    ).encode()
 
 
 def _from_json(job: bytearray) -> tuple[Convert, Limits]:
@@ -188,12 +224,18 @@ def _answer(pipe: IO[bytes] | None) -> Decoded:
     if "reason" in answer:
         raise ImageError(answer["reason"], ImageFault(answer["fault"]))
     content, shape = read_exactly(pipe, size), answer["shape"]
-    result = bytes(content) if shape is None else np.frombuffer(content, np.uint8).reshape(shape)
+    result = (
+        bytes(content)
+        if shape is None
+        else np.frombuffer(content, np.uint8).reshape(shape)
+    )
     return Decoded(result, *answer["about"])
 
 
 def work() -> None:
-    """Decode images from standard input to standard output, until the input ends; this and below run in the worker."""
+    """Decode images from standard input to standard output, until the input ends; this
+    and below run in the worker.
+    """
     import warnings
 
     from PIL import AvifImagePlugin
@@ -209,13 +251,16 @@ def work() -> None:
     with contextlib.suppress(EOFError, OSError):
         while True:
             job_size, data_size = _LENGTHS.unpack(read_exactly(requests, _LENGTHS.size))
-            convert, limits = _from_json(read_exactly(requests, job_size))  # of the parent; the file comes after it
+            # of the parent; the file comes after it
+            convert, limits = _from_json(read_exactly(requests, job_size))
             answer, payload = _decode(convert, requests.read(data_size), limits)
             head = json.dumps(answer).encode()
             _write(answers, _LENGTHS.pack(len(head), len(payload)) + head, payload)
 
 
-def _decode(convert: Convert, data: bytes, limits: Limits) -> tuple[dict[str, Any], memoryview]:
+def _decode(
+    convert: Convert, data: bytes, limits: Limits
+) -> tuple[dict[str, Any], memoryview]:
     nothing, opened = memoryview(b""), None
     with contextlib.suppress(ValueError, OSError):  # a lower limit of the user
         hard = resource.getrlimit(resource.RLIMIT_DATA)[1]
@@ -235,13 +280,24 @@ def _decode(convert: Convert, data: bytes, limits: Limits) -> tuple[dict[str, An
         return {"shape": result.shape, "about": about}, result.data.cast("B")
     except (ImageError, MemoryError) as error:
         fault = error.fault if isinstance(error, ImageError) else ImageFault.HOSTILE
-        if fault == ImageFault.BROKEN and opened is not None and opened.memory > limits.memory:
-            fault = ImageFault.TOO_LARGE  # the decoder does not say that it was refused the memory
+        if (
+            fault == ImageFault.BROKEN
+            and opened is not None
+            and opened.memory > limits.memory
+        ):
+            # the decoder does not say that it was refused the memory
+            fault = ImageFault.TOO_LARGE
         elif isinstance(error, ImageError):
             return {"reason": str(error), "fault": fault}, nothing
-        return {"reason": f"refused: decoding it takes more than {limits.memory >> 20} MiB", "fault": fault}, nothing
+        return {
+            "reason": f"refused: decoding it takes more than {limits.memory >> 20} MiB",
+            "fault": fault,
+        }, nothing
     except Exception as error:
-        return {"reason": f"{type(error).__name__}: {error}", "fault": ImageFault.BROKEN}, nothing
+        return {
+            "reason": f"{type(error).__name__}: {error}",
+            "fault": ImageFault.BROKEN,
+        }, nothing
     finally:
         for timer in (signal.ITIMER_PROF, signal.ITIMER_REAL):
             signal.setitimer(timer, 0)

@@ -1,4 +1,6 @@
-"""Configuration as frozen data with a dict round trip. Nothing here reads the environment."""
+"""Configuration as frozen data with a dict round trip. Nothing here reads the
+environment.
+"""
 
 from collections.abc import Mapping
 from dataclasses import asdict, field, replace
@@ -23,7 +25,8 @@ GRID = (5e-4, 2e-3, 5e-3, 1e-2)  # learning rates for tuning
 
 _CONFIG = ConfigDict(extra="forbid", allow_inf_nan=False)
 _Positive = Annotated[int, Field(ge=1)]
-_Number = float | int  # an integer stays one: fingerprints and the names of runs cover its text
+# an integer stays one: fingerprints and the names of runs cover its text
+_Number = float | int
 
 
 @dataclass(frozen=True)
@@ -33,11 +36,16 @@ class _Config:
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> Self:
-        """Build the configuration of a `to_dict`. Raise ValueError, which names the field, for a wrong value."""
+        """Build the configuration of a `to_dict`. Raise ValueError, which names the
+        field, for a wrong value.
+        """
         try:
             return cls(**values)
         except ValidationError as error:
-            faults = [f"{'.'.join(map(str, fault['loc']))}: {fault['msg']}" for fault in error.errors()]
+            faults = [
+                f"{'.'.join(map(str, fault['loc']))}: {fault['msg']}"
+                for fault in error.errors()
+            ]
             raise ValueError(f"{cls.__name__}: {'; '.join(faults)}") from None
 
 
@@ -45,19 +53,22 @@ class _Config:
 class PromptConfig(_Config):
     """The dual prompts (section 1 of the method).
 
-    length: k, the number of prompt vectors; 0 is plain CLIP.
-    depth: how many transformer blocks get fresh prompts; 1 is the paper's figure, more is MaPLe's.
+    length: k, the number of prompt vectors; 0 is plain CLIP. depth: how many
+    transformer blocks get fresh prompts; 1 is the paper's figure, more is MaPLe's.
     text, image: which towers are prompted. Text alone is CoOp.
     """
 
     length: Annotated[int, Field(ge=0)] = 4
-    depth: Annotated[int, Field(ge=1, le=128)] = 1  # more blocks than any tower has would fill the memory
+    # more blocks than any tower has would fill the memory
+    depth: Annotated[int, Field(ge=1, le=128)] = 1
     text: bool = True
     image: bool = True
 
     @property
     def depths(self) -> tuple[int, int]:
-        """Depth of the text prompts and of the image prompts, 0 for a tower without any."""
+        """Depth of the text prompts and of the image prompts, 0 for a tower without
+        any.
+        """
         depth = self.depth if self.length else 0
         return depth * self.text, depth * self.image
 
@@ -66,11 +77,12 @@ class PromptConfig(_Config):
 class ReweightConfig(_Config):
     """Dynamic token re-weighting (section 2).
 
-    train: the weights that captions get in training: "pair" from their own image, as published, or "none".
-    query: the weights of a query, which has no image. "predicted" or "none", as the validation split prefers.
-    strength, low, high [ours]: 1 + strength * (w / mean - 1), clipped to [low, high].
-    token_feature: of a token in a pair weight, in its caption or alone.
-    image_feature: of the image in a pair weight, pooled or of the patch most like the token (FILIP's).
+    train: the weights that captions get in training: "pair" from their own image, as
+    published, or "none". query: the weights of a query, which has no image. "predicted"
+    or "none", as the validation split prefers. strength, low, high [ours]: 1 + strength
+    * (w / mean - 1), clipped to [low, high]. token_feature: of a token in a pair
+    weight, in its caption or alone. image_feature: of the image in a pair weight,
+    pooled or of the patch most like the token (FILIP's).
     """
 
     train: TrainWeights = "pair"
@@ -86,23 +98,26 @@ class ReweightConfig(_Config):
 class AdapterConfig(_Config):
     """Residual bottlenecks, part of serving.
 
-    text, image: on the features that leave the towers (CLIP-Adapter; dcar+ [ours]). If the text tower is unchanged,
-        L_cate uses the text adapter for its captions, in place of a category adapter that serving drops.
-    blocks: inner width of the adapters behind every block of the image tower (Houlsby et al. 2019; dcar+ [ours]); 0 for
-        none.
+    text, image: on the features that leave the towers (CLIP-Adapter; dcar+ [ours]). If
+        the text tower is unchanged, L_cate uses the text adapter for its captions, in
+        place of a category adapter that serving drops.
+    blocks: inner width of the adapters behind every block of the image tower (Houlsby
+        et al. 2019; dcar+ [ours]); 0 for none.
     """
 
     text: bool = False
     image: bool = False
-    blocks: Annotated[int, Field(ge=0, le=4096)] = 0  # a forged config.json must not fill the memory
+    # a forged config.json must not fill the memory
+    blocks: Annotated[int, Field(ge=0, le=4096)] = 0
 
 
 @dataclass(frozen=True, kw_only=True, config=_CONFIG)
 class RerankConfig(_Config):
     """The second stage of a search [ours]: see `model.dcar.SecondStage`.
 
-    blocks: the last blocks of the image tower, before which a prompt made from the query is added; 0 for no such stage.
-    weight: of the second score, as the validation split prefers; 0 turns the stage off.
+    blocks: the last blocks of the image tower, before which a prompt made from the
+    query is added; 0 for no such stage. weight: of the second score, as the validation
+    split prefers; 0 turns the stage off.
     """
 
     blocks: Annotated[int, Field(ge=0, le=16)] = 0
@@ -111,13 +126,15 @@ class RerankConfig(_Config):
 
 @dataclass(frozen=True, kw_only=True, config=_CONFIG)
 class LossConfig(_Config):
-    """L = L_con + category * L_cate + head * L_head + anchor * L_anchor + ... (sections 3 and 4).
+    """L = L_con + category * L_cate + head * L_head + anchor * L_anchor + ... (sections
+    3 and 4).
 
-    alpha: the category-matching weight.
-    anchor [ours, dcar+]: how strongly adapted features are held to the frozen encoders' (PromptSRC's idea).
-    direction: L_con's directions. "image-to-text" alone is the classification loss of CoOp's and MaPLe's own code.
-    late: share of late interaction in L_con (FILIP).
-    hard_negatives [ours]: a second stage, which tunes the adapters of both features on the images nearest to each
+    alpha: the category-matching weight. anchor [ours, dcar+]: how strongly adapted
+    features are held to the frozen encoders' (PromptSRC's idea). direction: L_con's
+    directions. "image-to-text" alone is the classification loss of CoOp's and MaPLe's
+    own code. late: share of late interaction in L_con (FILIP). hard_negatives [ours]: a
+    second stage, which tunes the adapters of both features on the images nearest to
+    each
         caption (`training.hard_negatives`).
     """
 
@@ -134,10 +151,11 @@ class LossConfig(_Config):
 class TrainConfig(_Config):
     """One training run.
 
-    warmup: the share of all steps over which the learning rate rises; then it falls as a cosine.
-    patience: epochs without a better validation recall that end the run; 0 never stops early.
-    accumulate: parts of a batch that are computed one by one, for small devices; the result is the same.
-    amp: mixed precision; "auto" uses it on a GPU that supports it.
+    warmup: the share of all steps over which the learning rate rises; then it falls as
+    a cosine. patience: epochs without a better validation recall that end the run; 0
+    never stops early. accumulate: parts of a batch that are computed one by one, for
+    small devices; the result is the same. amp: mixed precision; "auto" uses it on a GPU
+    that supports it.
     """
 
     epochs: _Positive = 20
@@ -169,7 +187,12 @@ class ModelConfig(_Config):
 def plain_config(name: str) -> ModelConfig:
     """Return a configuration without any part of the shared model."""
     loss = LossConfig(category=0, head=0)
-    return ModelConfig(method=name, prompt=PromptConfig(length=0), reweight=ReweightConfig(train="none"), loss=loss)
+    return ModelConfig(
+        method=name,
+        prompt=PromptConfig(length=0),
+        reweight=ReweightConfig(train="none"),
+        loss=loss,
+    )
 
 
 UNTOUCHED = plain_config("clip")  # zero-shot
@@ -177,7 +200,8 @@ UNTOUCHED = plain_config("clip")  # zero-shot
 
 @dataclass(frozen=True)
 class BackboneSource:
-    """The source of a backbone: an open_clip name or a directory, and for a name its weights.
+    """The source of a backbone: an open_clip name or a directory, and for a name its
+    weights.
 
     pretrained: a tag, a file, or "random" for measurements of speed.
     """
@@ -193,4 +217,8 @@ class BackboneSource:
     @property
     def weights_file(self) -> Path:
         """Place of local weights, where nothing may be."""
-        return self.directory / WEIGHTS_FILE if self.directory else Path(self.pretrained or "")
+        return (
+            self.directory / WEIGHTS_FILE
+            if self.directory
+            else Path(self.pretrained or "")
+        )

@@ -1,8 +1,9 @@
 """Learned changes of a backbone's weights.
 
-- A change is a difference, zero at the start, that is added for the time of one call. The backbone stays as it is, so
-  other models may use it.
-- Merged, it is a model directory, served like any other model: it shares no backbone with other domains.
+- A change is a difference, zero at the start, that is added for the time of one call.
+  The backbone stays as it is, so other models may use it.
+- Merged, it is a model directory, served like any other model: it shares no backbone
+  with other domains.
 """
 
 import re
@@ -38,7 +39,9 @@ class WeightChanges(nn.Module):
         ModelError: the towers have no such weights.
     """
 
-    def __init__(self, backbone: Backbone, names: str, *, rank: int = 0, matrices: bool = True) -> None:
+    def __init__(
+        self, backbone: Backbone, names: str, *, rank: int = 0, matrices: bool = True
+    ) -> None:
         super().__init__()
         chosen = {
             name: weight
@@ -47,31 +50,46 @@ class WeightChanges(nn.Module):
         }
         if not chosen:
             raise ModelError(
-                f"{backbone.source.model} has none of the weights that this method changes; use clip-adapter"
+                f"{backbone.source.model} has none of the weights that this method"
+                " changes; use clip-adapter"
             )
         self.names, self.low, self.rank = list(chosen), nn.ParameterDict(), rank
-        self.high = nn.ParameterDict()  # whole differences, or the upper factors of low-rank ones
+        # whole differences, or the upper factors of low-rank ones
+        self.high = nn.ParameterDict()
         for name, weight in chosen.items():
             if rank:
-                self.low[_key(name)] = nn.Parameter(torch.randn(rank, weight.shape[1]) / rank)
-            self.high[_key(name)] = nn.Parameter(torch.zeros((len(weight), rank) if rank else weight.shape))
+                self.low[_key(name)] = nn.Parameter(
+                    torch.randn(rank, weight.shape[1]) / rank
+                )
+            self.high[_key(name)] = nn.Parameter(
+                torch.zeros((len(weight), rank) if rank else weight.shape)
+            )
 
     def changed(self, backbone: Backbone, *, image: bool) -> dict[str, Tensor]:
         """Return the changed weights of one tower, by their names in the backbone."""
         names = [name for name in self.names if name.startswith(_IMAGE) == image]
-        return {f"clip.{name}": backbone.clip.get_parameter(name) + self._difference(name) for name in names}
+        return {
+            f"clip.{name}": backbone.clip.get_parameter(name) + self._difference(name)
+            for name in names
+        }
 
     def touches(self, *, image: bool) -> bool:
-        """Return whether weights of the image tower, or of the text tower, are changed."""
+        """Return whether weights of the image tower, or of the text tower, are
+        changed.
+        """
         return any(name.startswith(_IMAGE) == image for name in self.names)
 
     def distance(self) -> Tensor:
         """Return the squared Frobenius norm of all differences."""
-        return torch.stack([self._difference(name).square().sum() for name in self.names]).sum()
+        return torch.stack(
+            [self._difference(name).square().sum() for name in self.names]
+        ).sum()
 
     @torch.no_grad()
     def shrink(self, factor: float) -> None:
-        """Multiply the differences: the interpolation between the frozen and the trained weights (WiSE-FT)."""
+        """Multiply the differences: the interpolation between the frozen and the
+        trained weights (WiSE-FT).
+        """
         for high in self.high.values():
             high.mul_(factor)
 
@@ -84,18 +102,28 @@ class WeightChanges(nn.Module):
 def merge(backbone: Backbone, changes: WeightChanges, parent: Path) -> Backbone:
     """Write the changed weights to a model directory below `parent`, and load it.
 
-    Its name is a hash of its content, since a published version may still use an earlier one.
+    Its name is a hash of its content, since a published version may still use an
+    earlier one.
     """
     from dcar_core.model.open_clip_source import read_config
 
     directory, config = parent / "model.part", read_config(backbone.source)
     directory.mkdir(parents=True, exist_ok=True)
-    write_json(directory / MODEL_CONFIG, {"model_cfg": config, "preprocess_cfg": dict(backbone.visual.preprocess_cfg)})
+    write_json(
+        directory / MODEL_CONFIG,
+        {"model_cfg": config, "preprocess_cfg": dict(backbone.visual.preprocess_cfg)},
+    )
     _copy_text_files(config["text_cfg"], backbone.source.directory, directory)
-    changed = {**changes.changed(backbone, image=True), **changes.changed(backbone, image=False)}
-    state = backbone.clip.state_dict() | {name.removeprefix("clip."): value for name, value in changed.items()}
+    changed = {
+        **changes.changed(backbone, image=True),
+        **changes.changed(backbone, image=False),
+    }
+    state = backbone.clip.state_dict() | {
+        name.removeprefix("clip."): value for name, value in changed.items()
+    }
     weights = {name: value.cpu().contiguous().clone() for name, value in state.items()}
-    write_bytes(directory / WEIGHTS_FILE, save(weights, {"format": "pt"}))  # a service may have mapped the older file
+    # a service may have mapped the older file
+    write_bytes(directory / WEIGHTS_FILE, save(weights, {"format": "pt"}))
     merged = load_backbone(BackboneSource(str(directory)), str(backbone.device))
     final = parent / f"model-{merged.content_hash()[:12]}"
     if final.exists():
@@ -106,15 +134,26 @@ def merge(backbone: Backbone, changes: WeightChanges, parent: Path) -> Backbone:
     return merged
 
 
-def _copy_text_files(text: Mapping[str, Any], source: Path | None, target: Path) -> None:
-    """Copy the files of the tokenizer and of a text encoder of transformers, from a model directory or the hub."""
-    repositories = {TOKENIZER: text.get("hf_tokenizer_name"), SETTINGS: text.get("hf_tokenizer_name")}
+def _copy_text_files(
+    text: Mapping[str, Any], source: Path | None, target: Path
+) -> None:
+    """Copy the files of the tokenizer and of a text encoder of transformers, from a
+    model directory or the hub.
+    """
+    repositories = {
+        TOKENIZER: text.get("hf_tokenizer_name"),
+        SETTINGS: text.get("hf_tokenizer_name"),
+    }
     if encoder := text.get("hf_model_name"):
         repositories[f"{encoder}/config.json"] = encoder
     if vocabulary := (text.get("tokenizer_kwargs") or {}).get("bpe_path"):
         repositories[vocabulary] = None
     for name, repository in repositories.items():
-        file = source / name if source is not None else repository and fetch(repository, Path(name).name)
+        file = (
+            source / name
+            if source is not None
+            else repository and fetch(repository, Path(name).name)
+        )
         if file and file.is_file():
             (target / name).parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(file, target / name)

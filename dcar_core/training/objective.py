@@ -2,9 +2,11 @@
 
     L = L_con + lambda L_cate + mu L_head + nu L_anchor      (section 4 of the method)
 
-- InfoNCE compares every pair of the batch with every other, so a batch in parts must not become several small batches.
-- GradCache (Gao et al. 2021): compute the features of all parts, then the gradient of the loss with respect to the
-  features, then backpropagate part by part through the encoders. The result does not depend on the number of parts.
+- InfoNCE compares every pair of the batch with every other, so a batch in parts must
+  not become several small batches.
+- GradCache (Gao et al. 2021): compute the features of all parts, then the gradient of
+  the loss with respect to the features, then backpropagate part by part through the
+  encoders. The result does not depend on the number of parts.
 """
 
 import logging
@@ -25,12 +27,18 @@ logger = logging.getLogger(__name__)
 
 
 def resolve_amp(amp: Amp, device: torch.device) -> Amp:
-    """Return the precision that "auto" means: bfloat16 or float16 on a GPU, and float32 ("off") elsewhere."""
+    """Return the precision that "auto" means: bfloat16 or float16 on a GPU, and float32
+    ("off") elsewhere.
+    """
     if amp != "auto":
         return amp
     if device.type != "cuda":
         return "off"
-    return "bfloat16" if torch.cuda.is_bf16_supported(including_emulation=False) else "float16"
+    return (
+        "bfloat16"
+        if torch.cuda.is_bf16_supported(including_emulation=False)
+        else "float16"
+    )
 
 
 @cache
@@ -44,26 +52,43 @@ class MixedPrecision:
 
     def __init__(self, amp: Amp, device: torch.device) -> None:
         self.name = resolve_amp(amp, device)
-        if self.name == "bfloat16" and device.type == "cpu" and (reason := machine.missing_bf16()):
-            warn_once(f"--amp bfloat16 is many times slower than --amp off here: {reason}")
+        if (
+            self.name == "bfloat16"
+            and device.type == "cpu"
+            and (reason := machine.missing_bf16())
+        ):
+            warn_once(
+                f"--amp bfloat16 is many times slower than --amp off here: {reason}"
+            )
         dtype = getattr(torch, self.name, None)
-        self.autocast = partial(torch.autocast, device.type, dtype, enabled=self.name != "off")
+        self.autocast = partial(
+            torch.autocast, device.type, dtype, enabled=self.name != "off"
+        )
         self.scaler = torch.amp.GradScaler(device.type, enabled=self.name == "float16")
 
 
 def accumulate_gradients(
-    model: DCAR, data: PreparedSplit, rows: Rows, *, parts: int = 1, precision: MixedPrecision | None = None
+    model: DCAR,
+    data: PreparedSplit,
+    rows: Rows,
+    *,
+    parts: int = 1,
+    precision: MixedPrecision | None = None,
 ) -> float:
     """Set the trainables' (scaled) gradients of L over the pairs `rows`; return L."""
     precision = precision or MixedPrecision("off", model.backbone.device)
     if parts > 1:
-        return _gradients_in_parts(model, data, rows, np.array_split(rows, min(parts, len(rows))), precision)
+        return _gradients_in_parts(
+            model, data, rows, np.array_split(rows, min(parts, len(rows))), precision
+        )
     loss = objective(model, data, rows, precision)
     torch.autograd.backward(precision.scaler.scale(loss))
     return float(loss.detach())
 
 
-def objective(model: DCAR, data: PreparedSplit, rows: Rows, precision: MixedPrecision) -> Tensor:
+def objective(
+    model: DCAR, data: PreparedSplit, rows: Rows, precision: MixedPrecision
+) -> Tensor:
     """Return L over the pairs `rows`."""
     with precision.autocast():
         text, image, others = encode_part(model, data, rows, rows)
@@ -71,7 +96,11 @@ def objective(model: DCAR, data: PreparedSplit, rows: Rows, precision: MixedPrec
 
 
 def _gradients_in_parts(
-    model: DCAR, data: PreparedSplit, rows: Rows, parts: list[Rows], precision: MixedPrecision
+    model: DCAR,
+    data: PreparedSplit,
+    rows: Rows,
+    parts: list[Rows],
+    precision: MixedPrecision,
 ) -> float:
     """Set the gradients by GradCache, which costs a second forward pass; return L."""
 
@@ -90,24 +119,45 @@ def _gradients_in_parts(
     gradients = torch.split(text.grad, sizes), torch.split(image.grad, sizes)
     for part, text_grad, image_grad in zip(parts, *gradients, strict=True):
         own_text, own_image, others = forward(part)
-        # The gradient of this sum equals that of L, because the feature gradients are those of L_con.
-        surrogate = (own_text * text_grad).sum() + (own_image * image_grad).sum() + precision.scaler.scale(others)
+        # The gradient of this sum equals that of L, because the feature gradients are
+        # those of L_con.
+        surrogate = (
+            (own_text * text_grad).sum()
+            + (own_image * image_grad).sum()
+            + precision.scaler.scale(others)
+        )
         torch.autograd.backward(surrogate)
         total = total + others.detach()
     return float(total)
 
 
-def batch_terms(model: DCAR, data: PreparedSplit, rows: Rows, text: Tensor, image: Tensor) -> Tensor:
+def batch_terms(
+    model: DCAR, data: PreparedSplit, rows: Rows, text: Tensor, image: Tensor
+) -> Tensor:
     """Return the loss terms that compare every pair of the batch with every other."""
-    scale, further, options = model.backbone.scale, model.method.batch_loss, model.config.loss
+    scale, further, options = (
+        model.backbone.scale,
+        model.method.batch_loss,
+        model.config.loss,
+    )
     positives = torch.from_numpy(data.positives(rows)).to(model.backbone.device)
     if options.late:
         words, patches, text, image = text[:, 1:], image[:, 1:], text[:, 0], image[:, 0]
     loss = contrastive_loss(text, image, positives, scale, options.direction)
     if options.late:
-        loss = loss.lerp(late_interaction_loss(words, patches, positives, scale, options.direction), options.late)
-    if further is not None and data.image_features is not None and data.text_features is not None:
-        frozen_text, frozen_image = data.text_features[rows], data.image_features[data.image_of[rows]]
+        loss = loss.lerp(
+            late_interaction_loss(words, patches, positives, scale, options.direction),
+            options.late,
+        )
+    if (
+        further is not None
+        and data.image_features is not None
+        and data.text_features is not None
+    ):
+        frozen_text, frozen_image = (
+            data.text_features[rows],
+            data.image_features[data.image_of[rows]],
+        )
         loss = loss + further(text, image, frozen_text, frozen_image, scale)
     return loss
 
@@ -119,17 +169,27 @@ def penalty_term(model: DCAR) -> Tensor:
     return model.method.penalty(model.changes)
 
 
-def encode_part(model: DCAR, data: PreparedSplit, part: Rows, batch: Rows) -> tuple[Tensor, Tensor, Tensor]:
-    """Return text and image features (b, E) of `part`, and its share of the terms that are means over `batch`.
+def encode_part(
+    model: DCAR, data: PreparedSplit, part: Rows, batch: Rows
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return text and image features (b, E) of `part`, and its share of the terms that
+    are means over `batch`.
 
-    With late interaction, features are (b, 1 + n, E), 0 behind the caption's own tokens, and (b, 1 + P, E).
+    With late interaction, features are (b, 1 + n, E), 0 behind the caption's own
+    tokens, and (b, 1 + P, E).
     """
-    loss, scale, late = model.config.loss, model.backbone.scale, model.config.loss.late > 0
+    loss, scale, late = (
+        model.config.loss,
+        model.backbone.scale,
+        model.config.loss.late > 0,
+    )
     share = len(part) / len(batch)
     layout, tokens = model.backbone.layout, data.tokens[part]
     length = int(layout.lengths(tokens).max())
     tokens = tokens[:, :length]
-    target_weights = data.pair_weights[part, :length] if data.pair_weights is not None else None
+    target_weights = (
+        data.pair_weights[part, :length] if data.pair_weights is not None else None
+    )
     predicted = model.predicted_weights(tokens)
     if model.text_is_frozen and data.text_features is not None and not late:
         text = model.adapt_text(data.text_features[part]).float()
@@ -144,23 +204,38 @@ def encode_part(model: DCAR, data: PreparedSplit, part: Rows, batch: Rows) -> tu
     adapter, candidates, losses = model.category_adapter(), None, scale.new_zeros(())
     if adapter is not None and data.candidate_features is not None:
         candidates = adapter(data.candidate_features[part]).float()
-    # bfloat16 resolves logits at CLIP's scale to 0.1 to 0.5 only, so losses are computed in float32.
+    # bfloat16 resolves logits at CLIP's scale to 0.1 to 0.5 only, so losses are
+    # computed in float32.
     with torch.autocast(image.device.type, enabled=False):
         if candidates is not None and data.candidate_weights is not None:
-            category = category_loss(image, candidates, data.candidate_weights[part], scale)
+            category = category_loss(
+                image, candidates, data.candidate_weights[part], scale
+            )
             losses = losses + share * loss.category * category
         if predicted is not None and target_weights is not None:
             mask = layout.caption_mask(tokens)
-            token_share = mask.sum() / layout.caption_mask(data.tokens[batch]).sum().clamp(min=1)
-            losses = losses + token_share * loss.head * head_loss(predicted.float(), target_weights, mask)
-        if loss.anchor > 0 and data.image_features is not None and data.text_features is not None:
+            token_share = mask.sum() / layout.caption_mask(
+                data.tokens[batch]
+            ).sum().clamp(min=1)
+            losses = losses + token_share * loss.head * head_loss(
+                predicted.float(), target_weights, mask
+            )
+        if (
+            loss.anchor > 0
+            and data.image_features is not None
+            and data.text_features is not None
+        ):
             image_anchor = anchor_loss(image, data.image_features[data.image_of[part]])
-            losses = losses + share * loss.anchor * (image_anchor + anchor_loss(text, data.text_features[part]))
+            losses = losses + share * loss.anchor * (
+                image_anchor + anchor_loss(text, data.text_features[part])
+            )
     return *compared, losses
 
 
 def _encode_images(model: DCAR, data: PreparedSplit, part: Rows) -> Tensor:
-    """Return image features (b, E), or (b, 1 + P, E) for late interaction; each image is encoded once."""
+    """Return image features (b, E), or (b, 1 + P, E) for late interaction; each image
+    is encoded once.
+    """
     images, inverse = np.unique(data.image_of[part], return_inverse=True)
     if data.pixels is not None:
         pixels = model.backbone.standardized(data.pixels[images])
@@ -172,16 +247,22 @@ def _encode_images(model: DCAR, data: PreparedSplit, part: Rows) -> Tensor:
 
 
 def contrastive_loss(
-    text: Tensor, image: Tensor, positives: Tensor, scale: Tensor, direction: LossDirection = "both"
+    text: Tensor,
+    image: Tensor,
+    positives: Tensor,
+    scale: Tensor,
+    direction: LossDirection = "both",
 ) -> Tensor:
     """InfoNCE (L_con) in which a row may have several positives; symmetric by default.
 
     Args:
         text, image: L2-normalized features (B, E) of the pairs.
-        positives: bool (B, B), true on the diagonal. True where caption i describes image j: it equals one of the
-            image's captions or attributes. Such a pair is never a negative.
+        positives: bool (B, B), true on the diagonal. True where caption i describes
+            image j: it equals one of the image's captions or attributes. Such a pair is
+            never a negative.
         scale: 1 / tau, CLIP's frozen temperature.
-        direction: "image-to-text" classifies each image over the captions of the batch, and no caption over images.
+        direction: "image-to-text" classifies each image over the captions of the batch,
+            and no caption over images.
 
     Each row's target is distributed evenly over its positives.
     """
@@ -190,24 +271,34 @@ def contrastive_loss(
 
 
 def late_interaction_loss(
-    words: Tensor, patches: Tensor, positives: Tensor, scale: Tensor, direction: LossDirection = "both"
+    words: Tensor,
+    patches: Tensor,
+    positives: Tensor,
+    scale: Tensor,
+    direction: LossDirection = "both",
 ) -> Tensor:
-    """FILIP's form of `contrastive_loss`: the score of a pair is a mean of maximum similarities.
+    """FILIP's form of `contrastive_loss`: the score of a pair is a mean of maximum
+    similarities.
 
-    A caption scores images by the mean over its words of the best patch, an image scores captions by the mean over its
-    patches of the best word.
+    A caption scores images by the mean over its words of the best patch, an image
+    scores captions by the mean over its patches of the best word.
 
     Args:
         words: L2-normalized features (B, n, E), 0 for padding.
         patches: L2-normalized features (B, P, E).
     """
-    similarity, own = torch.einsum("ane,bpe->abnp", words, patches), words.any(-1)  # [B, n]
-    by_words = (similarity.amax(3) * own[:, None]).sum(2) / own.sum(1, keepdim=True).clamp(min=1)
+    # [B, n]
+    similarity, own = torch.einsum("ane,bpe->abnp", words, patches), words.any(-1)
+    by_words = (similarity.amax(3) * own[:, None]).sum(2) / own.sum(
+        1, keepdim=True
+    ).clamp(min=1)
     by_patches = similarity.masked_fill(~own[:, None, :, None], -1).amax(2).mean(2)
     return _matching_loss(scale * by_words, scale * by_patches, positives, direction)
 
 
-def _matching_loss(by_text: Tensor, by_image: Tensor, positives: Tensor, direction: LossDirection) -> Tensor:
+def _matching_loss(
+    by_text: Tensor, by_image: Tensor, positives: Tensor, direction: LossDirection
+) -> Tensor:
     """Cross-entropy of logits [B texts, B images], as texts and as images have them."""
     target = positives.float()
     rows = target / target.sum(1, keepdim=True)
@@ -219,24 +310,28 @@ def _matching_loss(by_text: Tensor, by_image: Tensor, positives: Tensor, directi
     return (text_to_image + image_to_text) / 2
 
 
-def category_loss(image: Tensor, captions: Tensor, weights: Tensor, scale: Tensor) -> Tensor:
+def category_loss(
+    image: Tensor, captions: Tensor, weights: Tensor, scale: Tensor
+) -> Tensor:
     """Cross-entropy of an image over its positive caption and its negatives (L_cate).
 
     Args:
         image: (B, E), prompted and normalized.
         captions: (B, 1 + N, E), normalized; the positive comes first.
-        weights: category-matching weights (B, 1 + N): 1 + alpha for negatives of another category, 1 for the positive
-            and for negatives of the image's category, 0 for padding.
+        weights: category-matching weights (B, 1 + N): 1 + alpha for negatives of
+            another category, 1 for the positive and for negatives of the image's
+            category, 0 for padding.
 
-    Logits are s / tau + log w [ours: the paper shows w, but not where it enters]. So the gradient emphasises the
-    differences between subcategories.
+    Logits are s / tau + log w [ours: the paper shows w, but not where it enters]. So
+    the gradient emphasises the differences between subcategories.
     """
     scores = scale * torch.einsum("be,bne->bn", image, captions) + weights.log()
     return F.cross_entropy(scores, scores.new_zeros(len(scores), dtype=torch.long))
 
 
 def head_loss(predicted: Tensor, target: Tensor, real: Tensor) -> Tensor:
-    """Mean squared error of the predicted token weights (L_head [ours]) over real tokens.
+    """Mean squared error of the predicted token weights (L_head [ours]) over real
+    tokens.
 
     Args:
         predicted, target: (B, n).
@@ -246,5 +341,7 @@ def head_loss(predicted: Tensor, target: Tensor, real: Tensor) -> Tensor:
 
 
 def anchor_loss(adapted: Tensor, frozen: Tensor) -> Tensor:
-    """Mean of 1 - cosine between adapted and frozen features (L_anchor [ours]); both (B, E), L2-normalized."""
+    """Mean of 1 - cosine between adapted and frozen features (L_anchor [ours]); both
+    (B, E), L2-normalized.
+    """
     return (1 - (adapted * frozen).sum(-1)).mean()

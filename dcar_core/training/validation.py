@@ -1,6 +1,8 @@
-"""Encode a split as the service does: queries without their image, images without text. Recall on the result.
+"""Encode a split as the service does: queries without their image, images without text.
+Recall on the result.
 
-Recall is that of the vectors; with a second stage (`model.dcar.SecondStage`), `rerank` gives that of its order too.
+Recall is that of the vectors; with a second stage (`model.dcar.SecondStage`), `rerank`
+gives that of its order too.
 """
 
 from dataclasses import dataclass
@@ -25,7 +27,9 @@ BATCH, _IMAGES, _PAIRS = 128, 32, 256
 
 @dataclass(frozen=True)
 class FirstImages:
-    """The first images of each of N captions. rows: (N, k). cosines, second: (N, k), the scores of both stages."""
+    """The first images of each of N captions. rows: (N, k). cosines, second: (N, k),
+    the scores of both stages.
+    """
 
     rows: Rows
     cosines: Floats
@@ -39,40 +43,73 @@ class FirstImages:
 def evaluate(model: DCAR, split: PreparedSplit) -> Recall:
     """Return recall at 1, 5 and 10 in both directions, in percent."""
     model.eval()
-    return recall_at_k(encode_captions(model, split), encode_images(model, split), split.image_of)
+    return recall_at_k(
+        encode_captions(model, split), encode_images(model, split), split.image_of
+    )
 
 
 def rerank(model: DCAR, split: PreparedSplit, text: Floats, image: Floats) -> Ranks:
-    """Return the ranks with the first images of each caption sorted by the second stage.
+    """Return the ranks with the first images of each caption sorted by the second
+    stage.
 
     text, image: vectors of the captions (N, E) and of the images (I, E).
     """
-    first, ranks = first_images(model, split, text, image), compute_ranks(text, image, split.image_of)
-    return ranks.reordered(first.rows, first.scores(model.rerank_weight), split.image_of)
+    first, ranks = (
+        first_images(model, split, text, image),
+        compute_ranks(text, image, split.image_of),
+    )
+    return ranks.reordered(
+        first.rows, first.scores(model.rerank_weight), split.image_of
+    )
 
 
 @torch.inference_mode()
-def first_images(model: DCAR, split: PreparedSplit, text: Floats, image: Floats) -> FirstImages:
-    """Search by vectors, and score the first images by the second stage; arguments as in `rerank`."""
+def first_images(
+    model: DCAR, split: PreparedSplit, text: Floats, image: Floats
+) -> FirstImages:
+    """Search by vectors, and score the first images by the second stage; arguments as
+    in `rerank`.
+    """
     stage, backbone = SecondStage(model), model.backbone
     rows = first_targets(text, image, RERANKED)
-    cosines, second = np.einsum("ne,nke->nk", text, image[rows]), np.empty(rows.shape, np.float32)
+    cosines, second = (
+        np.einsum("ne,nke->nk", text, image[rows]),
+        np.empty(rows.shape, np.float32),
+    )
     texts = caption_parts(stage, split.tokens)
     shown = np.unique(rows)
     for chunk in np.array_split(shown, range(_IMAGES, len(shown), _IMAGES)):
-        images = stage.images(stage.image_rows(backbone.standardized(pixels_of_split(split)[chunk])))
+        images = stage.images(
+            stage.image_rows(backbone.standardized(pixels_of_split(split)[chunk]))
+        )
         captions, places = np.isin(rows, chunk).nonzero()
-        for pairs in np.array_split(np.arange(len(captions)), range(_PAIRS, len(captions), _PAIRS)):
-            of_image = torch.from_numpy(np.searchsorted(chunk, rows[captions[pairs], places[pairs]]))
-            scores = stage.scores(take(texts, torch.from_numpy(captions[pairs])), take(images, of_image))
+        for pairs in np.array_split(
+            np.arange(len(captions)), range(_PAIRS, len(captions), _PAIRS)
+        ):
+            of_image = torch.from_numpy(
+                np.searchsorted(chunk, rows[captions[pairs], places[pairs]])
+            )
+            scores = stage.scores(
+                take(texts, torch.from_numpy(captions[pairs])), take(images, of_image)
+            )
             second[captions[pairs], places[pairs]] = scores.float().cpu().numpy()
     return FirstImages(rows, cosines, second)
 
 
 def caption_parts(stage: SecondStage, tokens: Tensor) -> QueryParts:
     """Return the parts of captions (N, n), words in half precision."""
-    parts = [stage.texts(tokens[start : start + BATCH]) for start in range(0, len(tokens), BATCH)]
-    return QueryParts(*map(torch.cat, zip(*(part._replace(words=part.words.half()) for part in parts), strict=True)))
+    parts = [
+        stage.texts(tokens[start : start + BATCH])
+        for start in range(0, len(tokens), BATCH)
+    ]
+    return QueryParts(
+        *map(
+            torch.cat,
+            zip(
+                *(part._replace(words=part.words.half()) for part in parts), strict=True
+            ),
+        )
+    )
 
 
 def pixels_of_split(split: PreparedSplit) -> Pixels:
@@ -82,13 +119,19 @@ def pixels_of_split(split: PreparedSplit) -> Pixels:
 
 
 def mean_r1(recall: Recall) -> float:
-    """Return the mean of R@1 in both directions, the measure by which epochs and settings are chosen."""
+    """Return the mean of R@1 in both directions, the measure by which epochs and
+    settings are chosen.
+    """
     return (recall["t2i_r1"] + recall["i2t_r1"]) / 2
 
 
 def new_categories(training: Dataset, other: Dataset) -> Rows | None:
-    """Return the number of each image's category (I,) in the other split if training has none of them, else None."""
-    category_of = {sample.image: fold_name(sample.category) for sample in reversed(other.samples)}
+    """Return the number of each image's category (I,) in the other split if training
+    has none of them, else None.
+    """
+    category_of = {
+        sample.image: fold_name(sample.category) for sample in reversed(other.samples)
+    }
     names = [category_of[image] for image in other.images]
     known = {fold_name(sample.category) for sample in training.samples}
     if "" in names or len(set(names)) < 2 or known.intersection(names):
@@ -110,33 +153,50 @@ def encode_images(model: DCAR, split: PreparedSplit) -> Floats:
 
 @torch.no_grad()
 def tower_features(model: DCAR, split: PreparedSplit) -> tuple[Tensor, Tensor]:
-    """Return the features of captions (N, E) and images (I, E) before the adapters, without gradients."""
+    """Return the features of captions (N, E) and images (I, E) before the adapters,
+    without gradients.
+    """
     return _caption_features(model, split), _image_features(model, split)
 
 
 def _caption_features(model: DCAR, split: PreparedSplit) -> Tensor:
     if model.text_is_frozen and split.text_features is not None:
         return split.text_features
-    return torch.cat([model.query_features(split.tokens[i : i + BATCH]) for i in range(0, len(split.tokens), BATCH)])
+    return torch.cat(
+        [
+            model.query_features(split.tokens[i : i + BATCH])
+            for i in range(0, len(split.tokens), BATCH)
+        ]
+    )
 
 
 def _image_features(model: DCAR, split: PreparedSplit) -> Tensor:
     if split.pixels is None:
-        assert split.image_features is not None  # `prepare_split` makes one or the other
+        # `prepare_split` makes one or the other
+        assert split.image_features is not None
         return split.image_features
-    normalized = (model.backbone.standardized(split.pixels[i : i + BATCH]) for i in range(0, len(split.pixels), BATCH))
+    normalized = (
+        model.backbone.standardized(split.pixels[i : i + BATCH])
+        for i in range(0, len(split.pixels), BATCH)
+    )
     return torch.cat([model.image_features(pixels) for pixels in normalized])
 
 
-def choose_query_weights(model: DCAR, split: PreparedSplit) -> tuple[QueryWeights, Recall]:
-    """Choose between plain queries and predicted token weights by validation recall; plain queries win a tie.
+def choose_query_weights(
+    model: DCAR, split: PreparedSplit
+) -> tuple[QueryWeights, Recall]:
+    """Choose between plain queries and predicted token weights by validation recall;
+    plain queries win a tie.
 
     The model is set to the choice.
 
     Raises:
-        DivergedError: an encoded vector is not finite. The last step can cause this after a finite loss.
+        DivergedError: an encoded vector is not finite. The last step can cause this
+            after a finite loss.
     """
-    options: tuple[QueryWeights, ...] = ("none", "predicted") if model.head is not None else ("none",)
+    options: tuple[QueryWeights, ...] = (
+        ("none", "predicted") if model.head is not None else ("none",)
+    )
     model.eval()
     images = encode_images(model, split)
     recalls: dict[QueryWeights, Recall] = {}
@@ -144,7 +204,10 @@ def choose_query_weights(model: DCAR, split: PreparedSplit) -> tuple[QueryWeight
         model.query_weights = query
         captions = encode_captions(model, split)
         if not (np.isfinite(captions).all() and np.isfinite(images).all()):
-            raise DivergedError(f"{model.config.method} diverged: its vectors are not finite; use a lower --lr")
+            raise DivergedError(
+                f"{model.config.method} diverged: its vectors are not finite; use a"
+                " lower --lr"
+            )
         recalls[query] = recall_at_k(captions, images, split.image_of)
     best = max(options, key=lambda query: mean_r1(recalls[query]))
     model.query_weights = best

@@ -10,4 +10,5 @@ Pixels = NDArray[np.uint8]  # decoded images, (3, S, S) or (n, 3, S, S)
 TokenIds = NDArray[np.int64]  # (n, L)
 Rows = NDArray[np.int64]  # row numbers of an index
 Mask = NDArray[np.bool_]  # one truth value for each row
-Blocks = Callable[[], Iterator[Floats]]  # vectors in blocks (m, E); each call starts from the beginning
+# vectors in blocks (m, E); each call starts from the beginning
+Blocks = Callable[[], Iterator[Floats]]

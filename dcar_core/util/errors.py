@@ -1,4 +1,6 @@
-"""Every error that this project raises on purpose. A message says what happened and what to do."""
+"""Every error that this project raises on purpose. A message says what happened and
+what to do.
+"""
 
 import shlex
 import sys
@@ -8,11 +10,14 @@ from enum import StrEnum
 from importlib.util import find_spec
 from pathlib import Path
 
-_SHOWN, _SHOWN_FIELDS, _SHOWN_CHARS = 5, 40, 80  # names in a message, names of fields, characters of one
+# names in a message, names of fields, characters of one
+_SHOWN, _SHOWN_FIELDS, _SHOWN_CHARS = 5, 40, 80
 
 
 class DcarError(Exception):
-    """Base of the tree. `exit_code` is the status of a command that the error ends: docs/reference/exit-codes.md."""
+    """Base of the tree. `exit_code` is the status of a command that the error ends:
+    docs/reference/exit-codes.md.
+    """
 
     exit_code = 1
 
@@ -24,17 +29,22 @@ class DataError(DcarError):
 
 
 class ImageFault(StrEnum):
-    """Why an image cannot be read. Stored in vector shards and `failed.jsonl`, so the values are stable."""
+    """Why an image cannot be read. Stored in vector shards and `failed.jsonl`, so the
+    values are stable.
+    """
 
     MISSING = "missing"  # no such file, tar member or URL
-    UNREADABLE = "unreadable"  # the bytes cannot be read now; a later attempt may succeed
+    # the bytes cannot be read now; a later attempt may succeed
+    UNREADABLE = "unreadable"
     EMPTY = "empty"
     NOT_AN_IMAGE = "not_an_image"  # no known image format
     UNSUPPORTED = "unsupported"  # a known format that is not accepted
-    MISSING_DECODER = "missing_decoder"  # a known format whose optional decoder is not installed
+    # a known format whose optional decoder is not installed
+    MISSING_DECODER = "missing_decoder"
     TOO_LARGE = "too_large"
     BROKEN = "broken"  # truncated or damaged
-    HOSTILE = "hostile"  # a structure that would cost far more to decode than its size suggests
+    # a structure that would cost far more to decode than its size suggests
+    HOSTILE = "hostile"
 
 
 class ImageError(DataError):
@@ -59,7 +69,9 @@ class HubUnavailableError(ModelError):
 
 
 class RuntimeUnavailableError(ModelError):
-    """An encoder runtime is unavailable, or its cached export is unusable. The message is the reason."""
+    """An encoder runtime is unavailable, or its cached export is unusable. The message
+    is the reason.
+    """
 
 
 class CheckpointError(DcarError):
@@ -102,35 +114,51 @@ class MissingExtraError(DcarError):
     """An optional dependency is not installed."""
 
     def __init__(self, feature: str, extra: str) -> None:
-        super().__init__(f"{feature} needs an optional dependency: {install_command(extra)}")
+        super().__init__(
+            f"{feature} needs an optional dependency: {install_command(extra)}"
+        )
 
 
 def install_command(extra: str) -> str:
-    """Return the command that adds an extra to the environment of this process, from any directory.
+    """Return the command that adds an extra to the environment of this process, from
+    any directory.
 
-    pip takes the installed version of this package, in whatever way it came, and asks a registry for the rest alone.
+    pip takes the installed version of this package, in whatever way it came, and asks a
+    registry for the rest alone.
     """
     checkout = Path(__file__).parents[2]
     if Path(sys.prefix) == checkout / ".venv":
-        return f"make {'' if Path.cwd() == checkout else f'-C {shlex.quote(str(checkout))} '}install EXTRAS={extra}"
+        is_here = Path.cwd() == checkout
+        folder = "" if is_here else f"-C {shlex.quote(str(checkout))} "
+        return f"make {folder}install EXTRAS={extra}"
     python = shlex.quote(sys.executable)
-    pip = "" if find_spec("pip") else f"{python} -m ensurepip && "  # environments of uv have none
+    # environments of uv have none
+    pip = "" if find_spec("pip") else f"{python} -m ensurepip && "
     return f"{pip}{python} -m pip install 'dcar[{extra}]'"
 
 
 @contextmanager
 def requires_pytorch(feature: str) -> Iterator[None]:
-    """Raise MissingExtraError if the body imports PyTorch, timm or open_clip and it is not installed."""
+    """Raise MissingExtraError if the body imports PyTorch, timm or open_clip and it is
+    not installed.
+    """
     try:
         yield
     except ModuleNotFoundError as error:
-        if (error.name or "").partition(".")[0] not in ("torch", "torchvision", "timm", "open_clip"):
+        if (error.name or "").partition(".")[0] not in (
+            "torch",
+            "torchvision",
+            "timm",
+            "open_clip",
+        ):
             raise
         raise MissingExtraError(feature, "torch") from None
 
 
 def is_panic(error: BaseException) -> bool:
-    """Return whether a library in Rust panicked. Its exception is not an Exception, and cannot be imported."""
+    """Return whether a library in Rust panicked. Its exception is not an Exception, and
+    cannot be imported.
+    """
     return type(error).__name__ == "PanicException"
 
 
@@ -141,5 +169,7 @@ def shorten(names: Sequence[str], shown: int = _SHOWN) -> str:
 
 
 def list_fields(names: Iterable[str]) -> str:
-    """Return names of fields for a message, in alphabetical order; long lists and long names are cut."""
+    """Return names of fields for a message, in alphabetical order; long lists and long
+    names are cut.
+    """
     return shorten([name[:_SHOWN_CHARS] for name in sorted(names)], _SHOWN_FIELDS)

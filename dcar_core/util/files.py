@@ -1,8 +1,9 @@
 """Checksums, durable writes, and JSON of other programs.
 
-- A file that others may read appears complete or not at all: it is written under a temporary name, flushed to the disk
-  and renamed.
-- JSON can contain half of a surrogate pair, as truncated captions of a model often do. UTF-8 cannot: it becomes U+FFFD.
+- A file that others may read appears complete or not at all: it is written under a
+  temporary name, flushed to the disk and renamed.
+- JSON can contain half of a surrogate pair, as truncated captions of a model often do.
+  UTF-8 cannot: it becomes U+FFFD.
 - Imports only the standard library, so a decoding worker starts quickly.
 """
 
@@ -23,44 +24,64 @@ from typing import Any, BinaryIO
 from dcar_core.util.errors import DcarError
 
 # The disk is full, read-only or broken, or the user's quota is used up.
-DISK_ERRORS = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO})
+DISK_ERRORS = frozenset(
+    {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO}
+)
 
 _UMASK = os.umask(0o077)  # reading the umask requires setting it
 os.umask(_UMASK)
 
 _SURROGATE = re.compile("[\ud800-\udfff]")
 # Half of a pair, and what may look like one: an escaped backslash, and a whole pair.
-_HALF = re.compile(r"\\\\|\\u(?i:d[89ab][0-9a-f]{2})\\u(?i:d[c-f][0-9a-f]{2})|(?P<half>\\u(?i:d[89a-f][0-9a-f]{2}))")
+_HALF = re.compile(
+    r"\\\\|\\u(?i:d[89ab][0-9a-f]{2})\\u(?i:d[c-f][0-9a-f]{2})|(?P<half>\\u(?i:d[89a-f][0-9a-f]{2}))"
+)
 
 
 def default_cache_directory() -> Path:
-    """Return DCAR_RUNTIME_CACHE, which jobs, commands and the service share; else the user's cache directory."""
+    """Return DCAR_RUNTIME_CACHE, which jobs, commands and the service share; else the
+    user's cache directory.
+    """
     base = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")  # noqa: PTH111  where the user is unknown
     return Path(os.environ.get("DCAR_RUNTIME_CACHE") or f"{base}/dcar")
 
 
 def apply_umask(mode: int) -> int:
-    """Return the mode that `mkdir` or `open` would use; some libraries write only for this user."""
+    """Return the mode that `mkdir` or `open` would use; some libraries write only for
+    this user.
+    """
     return mode & ~_UMASK
 
 
 def require_writable(directory: Path) -> None:
-    """Raise DcarError if a directory cannot be written to or created. Nothing is created."""
-    existing = next(path for path in (directory, *directory.absolute().parents) if os.path.lexists(path))
+    """Raise DcarError if a directory cannot be written to or created. Nothing is
+    created.
+    """
+    existing = next(
+        path
+        for path in (directory, *directory.absolute().parents)
+        if os.path.lexists(path)
+    )
     if not existing.is_dir() or not os.access(existing, os.W_OK | os.X_OK):
         reason = "is not writable" if existing.is_dir() else "is not a directory"
-        raise DcarError(f"{directory} cannot be written: {existing} {reason}; give another")
+        raise DcarError(
+            f"{directory} cannot be written: {existing} {reason}; give another"
+        )
 
 
 def sha256_of(path: Path) -> str:
-    """Return the sha256 of a file as 64 hex digits. Raise OSError if the file cannot be read."""
+    """Return the sha256 of a file as 64 hex digits. Raise OSError if the file cannot be
+    read.
+    """
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def canonical_json(value: Any) -> bytes:
     """Return JSON in which equal values have equal bytes."""
-    return json.dumps(value, sort_keys=True, ensure_ascii=False, separators=(",", ":")).encode()
+    return json.dumps(
+        value, sort_keys=True, ensure_ascii=False, separators=(",", ":")
+    ).encode()
 
 
 def hash_json(value: Any) -> str:
@@ -88,7 +109,9 @@ def fsync_path(path: Path) -> None:
 
 
 def link_or_copy(source: Path, target: Path) -> None:
-    """Put a file that never changes into another place, as a hard link where the file system has them."""
+    """Put a file that never changes into another place, as a hard link where the file
+    system has them.
+    """
     try:
         os.link(source.resolve(), target)
     except OSError:  # no hard links here, or too many of this file
@@ -104,11 +127,13 @@ def fsync_tree(directory: Path) -> None:
 
 @contextlib.contextmanager
 def atomic_writer(path: Path, *, shared: bool = False) -> Iterator[BinaryIO]:
-    """Open a temporary file that replaces `path` at the end, atomically and durably; after an error nothing changes.
+    """Open a temporary file that replaces `path` at the end, atomically and durably;
+    after an error nothing changes.
 
     Args:
-        shared: several processes may write the file at once, so each uses another temporary name. A single writer,
-            such as a job with a lock, uses a fixed one: killed, it leaves one file at most.
+        shared: several processes may write the file at once, so each uses another
+            temporary name. A single writer, such as a job with a lock, uses a fixed
+            one: killed, it leaves one file at most.
     """
     temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex if shared else ''}.tmp")
     try:
@@ -120,7 +145,11 @@ def atomic_writer(path: Path, *, shared: bool = False) -> Iterator[BinaryIO]:
         fsync_path(path.parent)
     except BaseException as error:
         temporary.unlink(missing_ok=True)
-        if isinstance(error, OSError) and error.errno in DISK_ERRORS and error.filename is None:
+        if (
+            isinstance(error, OSError)
+            and error.errno in DISK_ERRORS
+            and error.filename is None
+        ):
             error.filename = str(path)  # a write that fails does not say where
         raise
 
@@ -133,20 +162,30 @@ def write_bytes(path: Path, data: bytes | memoryview, *, shared: bool = False) -
 
 def write_json(path: Path, value: Any) -> None:
     """Replace `path` with indented JSON, atomically."""
-    write_bytes(path, json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False).encode() + b"\n")
+    write_bytes(
+        path,
+        json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False).encode()
+        + b"\n",
+    )
 
 
 def write_json_lines(path: Path, values: Iterable[Any]) -> None:
     """Replace `path` with a line of JSON for each value, atomically."""
     with atomic_writer(path) as file:
-        file.writelines(json.dumps(value, ensure_ascii=False, allow_nan=False).encode() + b"\n" for value in values)
+        file.writelines(
+            json.dumps(value, ensure_ascii=False, allow_nan=False).encode() + b"\n"
+            for value in values
+        )
 
 
-def parse_json(text: str | bytes, make_object: Callable[[list[tuple[str, Any]]], Any] | None = None) -> Any:
+def parse_json(
+    text: str | bytes, make_object: Callable[[list[tuple[str, Any]]], Any] | None = None
+) -> Any:
     """Return the value of a JSON text.
 
     Args:
-        make_object: builds an object from its names and values, in order; names may repeat. The default is a dict.
+        make_object: builds an object from its names and values, in order; names may
+            repeat. The default is a dict.
 
     Raises:
         ValueError: invalid JSON, an encoding other than Unicode, or nested too deeply.

@@ -20,7 +20,8 @@ _LARGE = 1_000_000  # bytes of a download that is announced
 
 
 def fetch(repository: str, *names: str) -> Path | None:
-    """Return the first of these files that a repository has, from the cache or downloaded; None if it has none.
+    """Return the first of these files that a repository has, from the cache or
+    downloaded; None if it has none.
 
     Raises:
         HubUnavailableError: it is not cached, and the hub cannot be reached.
@@ -36,20 +37,24 @@ def fetch(repository: str, *names: str) -> Path | None:
         return None
     if not hub_is_reachable():
         raise HubUnavailableError(
-            f"{names[0]} of {repository} is not cached, and the model hub cannot be reached: connect this machine, "
-            f"name a mirror by HF_ENDPOINT, or give a model's directory, such as --model examples/emoji/base"
+            f"{names[0]} of {repository} is not cached, and the model hub cannot be"
+            " reached: connect this machine, name a mirror by HF_ENDPOINT, or give a"
+            " model's directory, such as --model examples/emoji/base"
         )
     for name in names:
         try:
             _announce(repository, name)
             return Path(hf_hub_download(repository, name))
         except Exception as error:  # of the HTTP library in use
-            if isinstance(error, EntryNotFoundError) and not isinstance(error, LocalEntryNotFoundError):
+            if isinstance(error, EntryNotFoundError) and not isinstance(
+                error, LocalEntryNotFoundError
+            ):
                 continue
             reason = " ".join(str(error.__cause__ or error).split())
             raise ModelError(
-                f"{name} of {repository} cannot be downloaded ({reason}): correct the name, set HF_TOKEN to a token "
-                f"that may read it, or run the same command again"
+                f"{name} of {repository} cannot be downloaded ({reason}): correct the"
+                " name, set HF_TOKEN to a token that may read it, or run the same"
+                " command again"
             ) from error
     return None
 
@@ -65,7 +70,9 @@ def _announce(repository: str, name: str) -> None:
 
 @contextmanager
 def cache_only() -> Iterator[None]:
-    """Let libraries find fetched files without asking the hub, which takes a minute where it is out of reach."""
+    """Let libraries find fetched files without asking the hub, which takes a minute
+    where it is out of reach.
+    """
     from huggingface_hub import constants
 
     before, constants.HF_HUB_OFFLINE = constants.HF_HUB_OFFLINE, True
@@ -76,12 +83,17 @@ def cache_only() -> Iterator[None]:
 
 
 def hub_is_reachable() -> bool:
-    """Return whether the model hub responds; its own client would try for half a minute."""
+    """Return whether the model hub responds; its own client would try for half a
+    minute.
+    """
     from huggingface_hub import constants
 
     try:
         if not constants.HF_HUB_OFFLINE:
-            urllib.request.urlopen(urllib.request.Request(constants.ENDPOINT, method="HEAD"), timeout=TIMEOUT_S).close()
+            urllib.request.urlopen(
+                urllib.request.Request(constants.ENDPOINT, method="HEAD"),
+                timeout=TIMEOUT_S,
+            ).close()
     except urllib.error.HTTPError as error:
         error.close()
     except (OSError, ValueError):

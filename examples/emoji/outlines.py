@@ -1,12 +1,16 @@
-"""Draw the styles that come from fonts, and colour outlined styles: both teach the base model about outlined emoji.
+"""Draw the styles that come from fonts, and colour outlined styles: both teach the base
+model about outlined emoji.
 
-    python examples/emoji/outlines.py --renders examples/emoji/build/renders --symbola Symbola_hint.ttf
+    python examples/emoji/outlines.py --renders examples/emoji/build/renders --symbola
+    Symbola_hint.ttf
 
-- noto-mono-400, noto-mono-700 (Noto Emoji, from npm) and symbola (from Debian's package fonts-symbola) are glyphs.
-- noto-filled, fluent-filled and symbola-filled are outlines whose enclosed areas have the colours of the same emoji in
-  a coloured style.
+- noto-mono-400, noto-mono-700 (Noto Emoji, from npm) and symbola (from Debian's package
+  fonts-symbola) are glyphs.
+- noto-filled, fluent-filled and symbola-filled are outlines whose enclosed areas have
+  the colours of the same emoji in a coloured style.
 
-Run it after render.mjs, which writes the coloured styles. It needs fonttools, brotli and scipy, and takes a minute.
+Run it after render.mjs, which writes the coloured styles. It needs fonttools, brotli
+and scipy, and takes a minute.
 """
 
 import argparse
@@ -31,14 +35,24 @@ FILLED = {
 
 
 def draw_glyphs(files: list[Path], folder: Path, emoji: list[str]) -> int:
-    """Draw the emoji of one code point that the font files have; return their number."""
+    """Draw the emoji of one code point that the font files have; return their
+    number.
+    """
     folder.mkdir(exist_ok=True)
     drawn = 0
     for file in files:
-        known, font = TTFont(file).getBestCmap(), ImageFont.truetype(str(file), FONT_SIZE)
+        known, font = (
+            TTFont(file).getBestCmap(),
+            ImageFont.truetype(str(file), FONT_SIZE),
+        )
         for name in emoji:
             target = folder / f"{name}.png"
-            if "-" in name or int(name, 16) < FIRST or int(name, 16) not in known or target.exists():
+            if (
+                "-" in name
+                or int(name, 16) < FIRST
+                or int(name, 16) not in known
+                or target.exists()
+            ):
                 continue
             image = draw_glyph(chr(int(name, 16)), font)
             if image is not None:
@@ -69,7 +83,8 @@ def draw_glyph(character: str, font: ImageFont.FreeTypeFont) -> Image.Image | No
 
 
 def colour(outline: np.ndarray, coloured: np.ndarray) -> np.ndarray | None:
-    """Fill each enclosed area of an outline with the median colour below it; None where little is enclosed.
+    """Fill each enclosed area of an outline with the median colour below it; None where
+    little is enclosed.
 
     Both are RGBA, (64, 64, 4).
     """
@@ -85,8 +100,11 @@ def colour(outline: np.ndarray, coloured: np.ndarray) -> np.ndarray | None:
         if number == outside or area.sum() < 6:
             continue
         below = coloured[area & opaque]
-        grown = ndimage.binary_dilation(area, iterations=2)  # below the outline's soft edge
-        fill[grown] = np.median((below if len(below) >= 4 else coloured[opaque])[:, :3], axis=0)
+        # below the outline's soft edge
+        grown = ndimage.binary_dilation(area, iterations=2)
+        fill[grown] = np.median(
+            (below if len(below) >= 4 else coloured[opaque])[:, :3], axis=0
+        )
         alpha[grown] = 1
         filled += area.sum()
     if filled < 40:
@@ -95,17 +113,28 @@ def colour(outline: np.ndarray, coloured: np.ndarray) -> np.ndarray | None:
     return np.concatenate([rgb, 255 * alpha], axis=2).round().astype(np.uint8)
 
 
-def colour_style(renders: Path, outlined: str, coloured: tuple[str, ...], out: str) -> int:
-    """Colour a style's images with those of the first coloured style that has the emoji; return their number."""
+def colour_style(
+    renders: Path, outlined: str, coloured: tuple[str, ...], out: str
+) -> int:
+    """Colour a style's images with those of the first coloured style that has the
+    emoji; return their number.
+    """
     (renders / out).mkdir(exist_ok=True)
     written = 0
     for file in sorted((renders / outlined).glob("*.png")):
         source = next(
-            (renders / style / file.name for style in coloured if (renders / style / file.name).exists()), None
+            (
+                renders / style / file.name
+                for style in coloured
+                if (renders / style / file.name).exists()
+            ),
+            None,
         )
         if source is None:
             continue
-        pixels = [np.asarray(Image.open(f).convert("RGBA"), float) for f in (file, source)]
+        pixels = [
+            np.asarray(Image.open(f).convert("RGBA"), float) for f in (file, source)
+        ]
         result = colour(*pixels)
         if result is not None:
             save(Image.fromarray(result, "RGBA"), renders / out / file.name)
@@ -115,14 +144,21 @@ def colour_style(renders: Path, outlined: str, coloured: tuple[str, ...], out: s
 
 def main() -> None:
     """Draw the fonts' glyphs, then colour outlines."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--renders", type=Path, required=True, help="output of render.mjs")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--renders", type=Path, required=True, help="output of render.mjs"
+    )
     parser.add_argument("--symbola", type=Path, required=True, help="the font's file")
     args = parser.parse_args()
     emoji = list(json.loads((args.renders / "emoji.json").read_text()))
     for weight in (400, 700):
         files = sorted(NOTO.glob(f"noto-emoji-*-{weight}-normal.woff2"))
-        print(f"noto-mono-{weight}", draw_glyphs(files, args.renders / f"noto-mono-{weight}", emoji))
+        print(
+            f"noto-mono-{weight}",
+            draw_glyphs(files, args.renders / f"noto-mono-{weight}", emoji),
+        )
     print("symbola", draw_glyphs([args.symbola], args.renders / "symbola", emoji))
     for out, (outlined, coloured) in FILLED.items():
         print(out, colour_style(args.renders, outlined, coloured, out))

@@ -1,18 +1,25 @@
 """Train the base CLIP of the emoji example on every style but the two domains.
 
-    python examples/emoji/train_base.py --renders examples/emoji/build/renders --out examples/emoji/build/base
+    python examples/emoji/train_base.py --renders examples/emoji/build/renders --out
+    examples/emoji/build/base
 
-- A batch has N emoji with one caption and two images each, in different styles. Half of it are groups of four that are
-  easily confused: one family with other genders and skin tones, or one subgroup.
-- Positives are the images of an emoji, captions that read the same, and tags that are true of another emoji.
-  A second contrastive term pulls the two styles of an emoji together, because the domains are unseen styles.
-- Each step also has phrases with a sentence encoder's ranking of emoji (phrases.py). The text tower learns to rank the
-  mean images of emoji as the encoder ranks their words, and to predict its vectors with a head that is not kept.
+- A batch has N emoji with one caption and two images each, in different styles. Half of
+  it are groups of four that are easily confused: one family with other genders and skin
+  tones, or one subgroup.
+- Positives are the images of an emoji, captions that read the same, and tags that are
+  true of another emoji. A second contrastive term pulls the two styles of an emoji
+  together, because the domains are unseen styles.
+- Each step also has phrases with a sentence encoder's ranking of emoji (phrases.py).
+  The text tower learns to rank the mean images of emoji as the encoder ranks their
+  words, and to predict its vectors with a head that is not kept.
 - A share of the captions and phrases has a typing error.
-- Images keep their alpha until the batch is made. Background, outline, colour and geometry are random each time.
-- Hidden matrices use Muon, which PyTorch has since 2.9, the rest AdamW; bf16 autocast. Half of the patches are dropped
-  (FLIP) until the last part. The saved weights are a moving average.
-- Validation emoji and queries on the unseen styles are evaluated for the log; nothing is chosen on test emoji.
+- Images keep their alpha until the batch is made. Background, outline, colour and
+  geometry are random each time.
+- Hidden matrices use Muon, which PyTorch has since 2.9, the rest AdamW; bf16 autocast.
+  Half of the patches are dropped (FLIP) until the last part. The saved weights are a
+  moving average.
+- Validation emoji and queries on the unseen styles are evaluated for the log; nothing
+  is chosen on test emoji.
 - A killed run resumes from its last checkpoint with the same command.
 """
 
@@ -37,7 +44,13 @@ MERGES = 8000  # of CLIP's 48,894
 CONTEXT = 32
 MODEL = {
     "embed_dim": 256,
-    "vision_cfg": {"image_size": SIDE, "layers": 6, "width": 192, "head_width": 64, "patch_size": 8},
+    "vision_cfg": {
+        "image_size": SIDE,
+        "layers": 6,
+        "width": 192,
+        "head_width": 64,
+        "patch_size": 8,
+    },
     "text_cfg": {
         "context_length": CONTEXT,
         "vocab_size": 512 + MERGES + 2,
@@ -53,17 +66,28 @@ AVERAGE = 0.997  # of the weights, per step
 
 
 def write_tokenizer(out: Path) -> open_clip.SimpleTokenizer:
-    """Write CLIP's vocabulary cut to its most frequent merges, which saves two thirds of the parameters."""
+    """Write CLIP's vocabulary cut to its most frequent merges, which saves two thirds
+    of the parameters.
+    """
     packed_lines = Path(open_clip.tokenizer.default_bpe()).read_bytes()
     lines = gzip.decompress(packed_lines).decode().split("\n")[: MERGES + 1]
-    with (out / "bpe.txt.gz").open("wb") as file, gzip.GzipFile(fileobj=file, mode="wb", mtime=0) as packed:
+    with (
+        (out / "bpe.txt.gz").open("wb") as file,
+        gzip.GzipFile(fileobj=file, mode="wb", mtime=0) as packed,
+    ):
         packed.write("\n".join(lines).encode())
-    return open_clip.SimpleTokenizer(bpe_path=str(out / "bpe.txt.gz"), context_length=CONTEXT)
+    return open_clip.SimpleTokenizer(
+        bpe_path=str(out / "bpe.txt.gz"), context_length=CONTEXT
+    )
 
 
 def build_model() -> open_clip.CLIP:
     """Return a model with random weights that drops half of the patches."""
-    text = {key: value for key, value in MODEL["text_cfg"].items() if key != "tokenizer_kwargs"}
+    text = {
+        key: value
+        for key, value in MODEL["text_cfg"].items()
+        if key != "tokenizer_kwargs"
+    }
     model = open_clip.CLIP(MODEL["embed_dim"], dict(MODEL["vision_cfg"]), text).train()
     model.visual.patch_dropout = open_clip.transformer.PatchDropout(0.5)
     return model
@@ -71,20 +95,32 @@ def build_model() -> open_clip.CLIP:
 
 def build_optimizers(model: open_clip.CLIP, lr: float) -> list[torch.optim.Optimizer]:
     """Return Muon for hidden matrices and AdamW for the rest."""
-    hidden = [p for name, p in model.named_parameters() if p.ndim == 2 and "resblocks" in name]
-    rest = [p for name, p in model.named_parameters() if not (p.ndim == 2 and "resblocks" in name)]
+    hidden = [
+        p for name, p in model.named_parameters() if p.ndim == 2 and "resblocks" in name
+    ]
+    rest = [
+        p
+        for name, p in model.named_parameters()
+        if not (p.ndim == 2 and "resblocks" in name)
+    ]
     return [
-        torch.optim.Muon(hidden, lr=lr, weight_decay=0.1, adjust_lr_fn="match_rms_adamw"),
+        torch.optim.Muon(
+            hidden, lr=lr, weight_decay=0.1, adjust_lr_fn="match_rms_adamw"
+        ),
         torch.optim.AdamW(rest, lr=lr / 2, weight_decay=0.01, betas=(0.9, 0.98)),
     ]
 
 
-def contrastive(images: Tensor, texts: Tensor, positives: Tensor, scale: Tensor) -> Tensor:
+def contrastive(
+    images: Tensor, texts: Tensor, positives: Tensor, scale: Tensor
+) -> Tensor:
     """Symmetric InfoNCE with several positives, bool (images, texts)."""
     logits = scale * images @ texts.T
     target = positives.float()
     rows = -(logits.log_softmax(1) * target / target.sum(1, keepdim=True)).sum(1).mean()
-    columns = -(logits.log_softmax(0) * target / target.sum(0, keepdim=True)).sum(0).mean()
+    columns = (
+        -(logits.log_softmax(0) * target / target.sum(0, keepdim=True)).sum(0).mean()
+    )
     return (rows + columns) / 2
 
 
@@ -102,23 +138,35 @@ class Trainer:
         self.tokenizer = write_tokenizer(args.out)
         if args.init:
             weights = load_file(args.init / "open_clip_model.safetensors")
-            self.model.load_state_dict({name: value.float() for name, value in weights.items()})
+            self.model.load_state_dict(
+                {name: value.float() for name, value in weights.items()}
+            )
         self.encode_texts = TextEncoder(self.model, self.tokenizer)
-        self.head = torch.nn.Linear(MODEL["text_cfg"]["width"], self.texts.vectors.shape[1])
+        self.head = torch.nn.Linear(
+            MODEL["text_cfg"]["width"], self.texts.vectors.shape[1]
+        )
         self.optimizers = build_optimizers(self.model, args.lr)
         self.optimizers[-1].add_param_group({"params": list(self.head.parameters())})
         self.peaks = [optimizer.param_groups[0]["lr"] for optimizer in self.optimizers]
         self.parameters = [*self.model.parameters(), *self.head.parameters()]
-        self.average = {name: value.detach().clone() for name, value in self.model.named_parameters()}
+        self.average = {
+            name: value.detach().clone()
+            for name, value in self.model.named_parameters()
+        }
         self.owners = torch.tensor([self.texts.places[name] for name, _ in rows])
-        self.means = torch.empty(0, MODEL["embed_dim"])  # of each emoji's images; see `start_means`
+        # of each emoji's images; see `start_means`
+        self.means = torch.empty(0, MODEL["embed_dim"])
 
     def take_step(self) -> list[float]:
         """Train on one batch; return the terms of its loss."""
         args = self.args
         if self.step >= args.steps * (1 - args.full):
             self.model.visual.patch_dropout.prob = 0.0
-        factor = min(1.0, (self.step + 1) / 200) * 0.5 * (1 + math.cos(math.pi * self.step / args.steps))
+        factor = (
+            min(1.0, (self.step + 1) / 200)
+            * 0.5
+            * (1 + math.cos(math.pi * self.step / args.steps))
+        )
         for optimizer, peak in zip(self.optimizers, self.peaks, strict=True):
             for group in optimizer.param_groups:
                 group["lr"] = peak * factor
@@ -137,29 +185,44 @@ class Trainer:
     def losses(self) -> Tensor:
         """Draw a batch; return the five terms of its loss.
 
-        They are: images and captions; the two images of an emoji; captions and the mean images of all emoji; phrases
-        and the mean images of base emoji; the encoder's vectors.
+        They are: images and captions; the two images of an emoji; captions and the mean
+        images of all emoji; phrases and the mean images of base emoji; the encoder's
+        vectors.
         """
         n = self.args.emoji
         names, first_rows, second_rows = self.sampler.draw(n)
         captions, typed, true = self.texts.captions(names)
         phrases, numbers = self.texts.draw_phrases(self.args.phrases)
         hidden, text = self.encode_texts([*typed, *phrases])
-        rgba = torch.from_numpy(self.images[np.array(first_rows + second_rows)]).float().div_(255)
-        pixels = augment(rgba, torch.tensor([self.sampler.may_flip[name] for name in names] * 2))
+        rgba = (
+            torch.from_numpy(self.images[np.array(first_rows + second_rows)])
+            .float()
+            .div_(255)
+        )
+        pixels = augment(
+            rgba, torch.tensor([self.sampler.may_flip[name] for name in names] * 2)
+        )
         with torch.autocast("cpu", torch.bfloat16):
             image = self.model.encode_image(pixels, normalize=True)
         image = image.float()
         places = torch.tensor([self.texts.places[name] for name in names])
-        positives = true[:, places].T | torch.tensor([[a == b for b in captions] for a in captions])
+        positives = true[:, places].T | torch.tensor(
+            [[a == b for b in captions] for a in captions]
+        )
         scale = self.model.logit_scale.exp().clamp(max=60)
         pairs = contrastive(image, text[:n], torch.cat([positives, positives]), scale)
         fixed = scale.detach()
-        styles = contrastive(image[:n], image[n:], torch.eye(n, dtype=torch.bool), fixed.clamp(max=20))
+        styles = contrastive(
+            image[:n], image[n:], torch.eye(n, dtype=torch.bool), fixed.clamp(max=20)
+        )
         with torch.no_grad():
-            self.means[places] = F.normalize(0.6 * self.means[places] + 0.2 * (image[:n] + image[n:]), dim=1)
+            self.means[places] = F.normalize(
+                0.6 * self.means[places] + 0.2 * (image[:n] + image[n:]), dim=1
+            )
         share = true.float() / true.sum(1, keepdim=True)
-        named = -((fixed * text[:n] @ self.means.T).log_softmax(1) * share).sum(1).mean()
+        named = (
+            -((fixed * text[:n] @ self.means.T).log_softmax(1) * share).sum(1).mean()
+        )
         ranking = torch.from_numpy(self.texts.scores[numbers] / TEMPERATURE).softmax(1)
         found = (fixed * text[n:] @ self.means[self.texts.base].T).log_softmax(1)
         rows = torch.from_numpy(self.texts.rows[numbers].astype(np.int64))
@@ -173,13 +236,21 @@ class Trainer:
         """Encode all images, for the mean image of each emoji."""
         self.model.eval()
         sums = torch.zeros(len(self.texts.places), MODEL["embed_dim"])
-        self.means = F.normalize(sums.index_add_(0, self.owners, encode_images(self.model, self.images)), dim=1)
+        self.means = F.normalize(
+            sums.index_add_(0, self.owners, encode_images(self.model, self.images)),
+            dim=1,
+        )
         self.model.train()
 
     @torch.no_grad()
     def save(self, validation: Validation) -> dict[str, list[float]]:
-        """Write the average as a model and the state as a checkpoint; return validation figures of the average."""
-        weights = {name: value.detach().clone() for name, value in self.model.named_parameters()}
+        """Write the average as a model and the state as a checkpoint; return validation
+        figures of the average.
+        """
+        weights = {
+            name: value.detach().clone()
+            for name, value in self.model.named_parameters()
+        }
         for name, value in self.model.named_parameters():
             value.copy_(self.average[name])
         self.model.eval()
@@ -189,9 +260,12 @@ class Trainer:
             value.copy_(weights[name])
         self.model.train()
         state = {
-            "model": self.model.state_dict(), "head": self.head.state_dict(), "average": self.average,
-            "step": self.step, "optimizers": [optimizer.state_dict() for optimizer in self.optimizers],
-        }  # fmt: skip
+            "model": self.model.state_dict(),
+            "head": self.head.state_dict(),
+            "average": self.average,
+            "step": self.step,
+            "optimizers": [optimizer.state_dict() for optimizer in self.optimizers],
+        }
         part = self.args.out / "resume.part"
         torch.save(state, part)
         part.replace(self.args.out / "resume.pt")
@@ -213,24 +287,53 @@ class Trainer:
 
 
 def save_model(model: open_clip.CLIP, out: Path) -> None:
-    """Write weights in half precision and the configuration from which open_clip rebuilds the model."""
-    weights = {name: value.detach().half().contiguous() for name, value in model.state_dict().items()}
-    save_file(weights, str(out / "open_clip_model.safetensors"), metadata={"format": "pt"})
-    preprocess = {"mean": MEAN, "std": STD, "interpolation": "bicubic", "resize_mode": "squash", "size": [SIDE, SIDE]}
+    """Write weights in half precision and the configuration from which open_clip
+    rebuilds the model.
+    """
+    weights = {
+        name: value.detach().half().contiguous()
+        for name, value in model.state_dict().items()
+    }
+    save_file(
+        weights, str(out / "open_clip_model.safetensors"), metadata={"format": "pt"}
+    )
+    preprocess = {
+        "mean": MEAN,
+        "std": STD,
+        "interpolation": "bicubic",
+        "resize_mode": "squash",
+        "size": [SIDE, SIDE],
+    }
     config = {"model_cfg": MODEL, "preprocess_cfg": preprocess}
     (out / "open_clip_config.json").write_text(json.dumps(config, indent=2) + "\n")
 
 
 def parse_arguments() -> argparse.Namespace:
     """Return the command line's arguments."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--renders", type=Path, required=True, help="output of render.mjs, outlines.py and phrases.py")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--renders",
+        type=Path,
+        required=True,
+        help="output of render.mjs, outlines.py and phrases.py",
+    )
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--steps", type=int, default=5200)
-    parser.add_argument("--full", type=float, default=0.1, help="share of the steps, at the end, with all patches")
-    parser.add_argument("--emoji", type=int, default=128, help="emoji in a batch; twice as many images")
+    parser.add_argument(
+        "--full",
+        type=float,
+        default=0.1,
+        help="share of the steps, at the end, with all patches",
+    )
+    parser.add_argument(
+        "--emoji", type=int, default=128, help="emoji in a batch; twice as many images"
+    )
     parser.add_argument("--phrases", type=int, default=160, help="phrases in a batch")
-    parser.add_argument("--init", type=Path, help="a model to begin with; default: random weights")
+    parser.add_argument(
+        "--init", type=Path, help="a model to begin with; default: random weights"
+    )
     parser.add_argument("--lr", type=float, default=2e-3)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--threads", type=int, help="default: one for each core")
@@ -241,7 +344,9 @@ def main() -> None:
     """Train, log and save."""
     args = parse_arguments()
     if not hasattr(torch.optim, "Muon"):
-        raise SystemExit(f"the optimizer Muon needs PyTorch 2.9 or newer, not {torch.__version__}")
+        raise SystemExit(
+            f"the optimizer Muon needs PyTorch 2.9 or newer, not {torch.__version__}"
+        )
     args.out.mkdir(parents=True, exist_ok=True)
     torch.manual_seed(args.seed)
     if args.threads:

@@ -1,1 +1,3 @@
-"""Encoding of a gallery: images to vector shards, resumable, on this machine or a Ray cluster."""
+"""Encoding of a gallery: images to vector shards, resumable, on this machine or a Ray
+cluster.
+"""

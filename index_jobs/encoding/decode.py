@@ -1,9 +1,12 @@
 """Decode images to pixels ahead of the encoder, in processes with limits.
 
-- The unit of work is a window: the images of one forward pass. Windows come back in order, and a bounded number of them
-  is in flight, so memory does not grow with the gallery.
-- Each thread reads files and has a decoding process: see `dcar_core.images.workers`. These end with the job.
-- A broken image adds a reason to the result and raises no exception, and so does one that ends its process.
+- The unit of work is a window: the images of one forward pass. Windows come back in
+  order, and a bounded number of them is in flight, so memory does not grow with the
+  gallery.
+- Each thread reads files and has a decoding process: see `dcar_core.images.workers`.
+  These end with the job.
+- A broken image adds a reason to the result and raises no exception, and so does one
+  that ends its process.
 """
 
 import threading
@@ -25,7 +28,8 @@ from index_jobs.gallery.locations import ImageLocation, read_images
 
 Value = TypeVar("Value")
 Result = TypeVar("Result")
-LIMITS = Limits(memory=24 * MAX_PIXELS, seconds=5, seconds_per_pixel=5e-7)  # of one image of a gallery
+# of one image of a gallery
+LIMITS = Limits(memory=24 * MAX_PIXELS, seconds=5, seconds_per_pixel=5e-7)
 _MAX_THREADS = 4  # threads keep up to this many cores busy
 _IMAGES_PER_WORKER = 100  # a process takes as long to start as to decode these
 _WINDOWS_AHEAD = 2  # windows in flight beyond those being decoded
@@ -40,7 +44,9 @@ class FailedImage(NamedTuple):
 
 
 class DecodedWindow(NamedTuple):
-    """The images of a window that can be read, as pixels, uint8 (m, 3, S, S), and as records, and the others."""
+    """The images of a window that can be read, as pixels, uint8 (m, 3, S, S), and as
+    records, and the others.
+    """
 
     pixels: Pixels
     images: Images
@@ -48,19 +54,26 @@ class DecodedWindow(NamedTuple):
 
 
 def worker_count(workers: int | None, images: int) -> int:
-    """Return the number of decoding processes; 0 decodes in threads of this process, without limits.
+    """Return the number of decoding processes; 0 decodes in threads of this process,
+    without limits.
 
     Args:
-        workers: the requested number. None chooses by the images and the cores, of which more than four keep one free.
+        workers: the requested number. None chooses by the images and the cores, of
+            which more than four keep one free.
     """
     if workers is not None:
         return workers
     cores = available_cores()
-    return min(cores if cores <= _MAX_THREADS else cores - 1, 1 + images // _IMAGES_PER_WORKER)
+    return min(
+        cores if cores <= _MAX_THREADS else cores - 1, 1 + images // _IMAGES_PER_WORKER
+    )
 
 
 def decode_windows(
-    root: str, windows: Iterable[Sequence[ImageLocation]], preprocess: Preprocess, workers: int
+    root: str,
+    windows: Iterable[Sequence[ImageLocation]],
+    preprocess: Preprocess,
+    workers: int,
 ) -> Generator[DecodedWindow, None, None]:
     """Decode the windows of a gallery in order, with `workers` from `worker_count`."""
     processes = [DecodeWorker() for _ in range(workers)]
@@ -73,9 +86,11 @@ def decode_windows(
     threads = ThreadPoolExecutor(parallel, "decode", take_worker)
     try:
         yield from map_ahead(
-            threads, lambda window: _decode_window(root, window, preprocess, mine.worker),
-            windows, _WINDOWS_AHEAD + parallel,
-        )  # fmt: skip
+            threads,
+            lambda window: _decode_window(root, window, preprocess, mine.worker),
+            windows,
+            _WINDOWS_AHEAD + parallel,
+        )
     finally:
         for process in processes:
             process.close()
@@ -83,9 +98,14 @@ def decode_windows(
 
 
 def map_ahead(
-    threads: ThreadPoolExecutor, function: Callable[[Value], Result], values: Iterable[Value], ahead: int
+    threads: ThreadPoolExecutor,
+    function: Callable[[Value], Result],
+    values: Iterable[Value],
+    ahead: int,
 ) -> Iterator[Result]:
-    """Yield the results of a function in the order of the values; at most so many more are under way."""
+    """Yield the results of a function in the order of the values; at most so many more
+    are under way.
+    """
     pending: deque[Future[Result]] = deque()
     for value in values:
         pending.append(threads.submit(function, value))
@@ -96,7 +116,10 @@ def map_ahead(
 
 
 def _decode_window(
-    root: str, locations: Sequence[ImageLocation], preprocess: Preprocess, worker: DecodeWorker | None
+    root: str,
+    locations: Sequence[ImageLocation],
+    preprocess: Preprocess,
+    worker: DecodeWorker | None,
 ) -> DecodedWindow:
     """Read and decode the images of a window."""
     stacked, records, failed = [], [], []
@@ -113,15 +136,22 @@ def _decode_window(
 
 
 def _decode_image(
-    row: int, data: bytes | Exception, preprocess: Preprocess, worker: DecodeWorker | None
+    row: int,
+    data: bytes | Exception,
+    preprocess: Preprocess,
+    worker: DecodeWorker | None,
 ) -> Decoded | FailedImage:
     if isinstance(data, FileNotFoundError):
         return FailedImage(row, "no such file", ImageFault.MISSING)
     if isinstance(data, ImageError):
         return FailedImage(row, str(data), data.fault)
     if isinstance(data, Exception):
-        reason = str(data) if isinstance(data, OSError) else f"{type(data).__name__}: {data}"
-        return FailedImage(row, getattr(data, "strerror", None) or reason, ImageFault.UNREADABLE)
+        reason = (
+            str(data) if isinstance(data, OSError) else f"{type(data).__name__}: {data}"
+        )
+        return FailedImage(
+            row, getattr(data, "strerror", None) or reason, ImageFault.UNREADABLE
+        )
     try:
         if worker is None:
             opened = OpenedImage(data)
@@ -130,5 +160,6 @@ def _decode_image(
         return decoded._replace(result=preprocess.finish(decoded.result))
     except ImageError as error:
         return FailedImage(row, str(error), error.fault)
-    except Exception as error:  # an unforeseen decoder error fails one image, not the job
+    except Exception as error:
+        # an unforeseen decoder error fails one image, not the job
         return FailedImage(row, f"{type(error).__name__}: {error}", ImageFault.BROKEN)

@@ -1,11 +1,15 @@
-"""Encode a gallery into vector shards: decode ahead, one forward pass per window, one shard per thousand rows.
+"""Encode a gallery into vector shards: decode ahead, one forward pass per window, one
+shard per thousand rows.
 
-- Windows are fixed parts of a shard, whichever images fail and however many devices compute. Every run therefore makes
-  the same forward passes, and the vectors of a resumed job are bit for bit those of an uninterrupted one.
-- Complete shards are skipped after their checksums have been verified. Images whose vectors another gallery has are
-  copied first, and in no window. Every run tries the failed images again.
-- Every GPU is used unless one is named, with two replicas of the model, so that one window is transferred while another
-  is computed. A CPU computes in the job's own thread.
+- Windows are fixed parts of a shard, whichever images fail and however many devices
+  compute. Every run therefore makes the same forward passes, and the vectors of a
+  resumed job are bit for bit those of an uninterrupted one.
+- Complete shards are skipped after their checksums have been verified. Images whose
+  vectors another gallery has are copied first, and in no window. Every run tries the
+  failed images again.
+- Every GPU is used unless one is named, with two replicas of the model, so that one
+  window is transferred while another is computed. A CPU computes in the job's own
+  thread.
 """
 
 import json
@@ -29,7 +33,13 @@ from dcar_core.util.console import progress_bar
 from dcar_core.util.errors import DataError
 from dcar_core.util.files import canonical_json, write_json_lines
 from dcar_core.util.machine import is_installed
-from index_jobs.encoding.decode import DecodedWindow, FailedImage, decode_windows, map_ahead, worker_count
+from index_jobs.encoding.decode import (
+    DecodedWindow,
+    FailedImage,
+    decode_windows,
+    map_ahead,
+    worker_count,
+)
 from index_jobs.encoding.shards import Images, ReusableVectors, ShardStore
 from index_jobs.gallery.locations import ImageLocation, is_url, join_location
 from index_jobs.gallery.scan import Gallery
@@ -39,22 +49,28 @@ from index_jobs.spec import BuildOptions
 
 logger = logging.getLogger(__name__)
 
-_LOCATION_COLUMNS = ["location", "offset", "size", "mtime_ns", "name"]  # the fields of `ImageLocation` after the row
+# the fields of `ImageLocation` after the row
+_LOCATION_COLUMNS = ["location", "offset", "size", "mtime_ns", "name"]
 
 
 class EncodedWindow(NamedTuple):
-    """The images of a window that can be read, their features, float32 (m, E), and the others."""
+    """The images of a window that can be read, their features, float32 (m, E), and the
+    others.
+    """
 
     images: Images
     features: Floats
     failed: tuple[FailedImage, ...]
 
 
-def load_replicas(checkpoint: Path, device: str, *, exact: bool = False, runtime: str = "torch") -> list[Encoder]:
+def load_replicas(
+    checkpoint: Path, device: str, *, exact: bool = False, runtime: str = "torch"
+) -> list[Encoder]:
     """Load an encoder for each device, twice for a GPU, all on one runtime.
 
     Args:
-        device: "auto" for every GPU or else the CPU; or device names with commas between them: cuda:0,cuda:1.
+        device: "auto" for every GPU or else the CPU; or device names with commas
+            between them: cuda:0,cuda:1.
         exact: preprocess images as open_clip does, bit for bit.
         runtime: the encoder's runtime, as `Encoder.load` takes it.
     """
@@ -68,21 +84,33 @@ def load_replicas(checkpoint: Path, device: str, *, exact: bool = False, runtime
     encoders = list[Encoder]()
     for name in names:
         encoder = Encoder.load(checkpoint, device=name, exact=exact, runtime=runtime)
-        if not exact:  # PyTorch, if it is installed, resizes on every runtime, so the pixels are the same
+        # PyTorch, if it is installed, resizes on every runtime, so the pixels are the
+        # same
+        if not exact:
             encoder.preprocess = encoder.preprocess.fast(torch=True)
         encoders.append(encoder)
         runtime = encoders[0].runtime.name  # "auto" has chosen
-    return encoders + [encoder for encoder, name in zip(encoders, names, strict=True) if name.startswith("cuda")]
+    return encoders + [
+        encoder
+        for encoder, name in zip(encoders, names, strict=True)
+        if name.startswith("cuda")
+    ]
 
 
 def encode_windows(
     windows: Iterator[DecodedWindow], replicas: Sequence[Encoder]
 ) -> Generator[EncodedWindow, None, None]:
-    """Yield each window with its features, in order; at most two windows per replica are under way."""
+    """Yield each window with its features, in order; at most two windows per replica
+    are under way.
+    """
 
     def encode(encoder: Encoder, window: DecodedWindow) -> EncodedWindow:
         has_images = len(window.pixels) > 0
-        features = encoder.image_features(window.pixels) if has_images else np.empty((0, encoder.dim), np.float32)
+        features = (
+            encoder.image_features(window.pixels)
+            if has_images
+            else np.empty((0, encoder.dim), np.float32)
+        )
         return EncodedWindow(window.images, features, window.failed)
 
     if len(replicas) == 1:
@@ -94,22 +122,35 @@ def encode_windows(
         mine.encoder = next(turns)
 
     with ThreadPoolExecutor(len(replicas), "forward", take_replica) as threads:
-        yield from map_ahead(threads, lambda window: encode(mine.encoder, window), windows, 2 * len(replicas) - 1)
+        yield from map_ahead(
+            threads,
+            lambda window: encode(mine.encoder, window),
+            windows,
+            2 * len(replicas) - 1,
+        )
 
 
 class EncodedGallery:
-    """A gallery in shards. It is complete once every shard in `todo` was given to `save`, and `finish` was called.
+    """A gallery in shards. It is complete once every shard in `todo` was given to
+    `save`, and `finish` was called.
 
-    images: those with a vector, in gallery order. failed: the others.
-    encoded, seconds: images and duration of this run. resumed: images of earlier runs. bar: the progress on stderr.
+    images: those with a vector, in gallery order. failed: the others. encoded, seconds:
+    images and duration of this run. resumed: images of earlier runs. bar: the progress
+    on stderr.
     """
 
     images: Images
     seconds: float
 
-    def __init__(self, gallery: Gallery, encoder: Encoder, work: Path, options: BuildOptions) -> None:
+    def __init__(
+        self, gallery: Gallery, encoder: Encoder, work: Path, options: BuildOptions
+    ) -> None:
         self.store = ShardStore(gallery, encoder, work, options)
-        self.gallery, self._options, self._adapt = gallery, options, encoder.state.adapt_images
+        self.gallery, self._options, self._adapt = (
+            gallery,
+            options,
+            encoder.state.adapt_images,
+        )
         self.shards = [self.store.load(number) for number in range(len(self.store))]
         reusable = ReusableVectors(self.store.other_folders())
         for number in self._unfinished() if len(reusable) else ():
@@ -120,29 +161,48 @@ class EncodedGallery:
         self.encoded = sum(len(self.shards[number].missing) for number in self.todo)
         self.resumed = len(gallery) - self.encoded
         if self.resumed:
-            logger.info("%d of %d images have vectors already", self.resumed, len(gallery))
+            logger.info(
+                "%d of %d images have vectors already", self.resumed, len(gallery)
+            )
         self.failed = list[FailedImage]()
         self._start = time.perf_counter()
-        self.bar = progress_bar(len(gallery), "encode", "img", is_shown=options.progress, initial=self.resumed)
+        self.bar = progress_bar(
+            len(gallery),
+            "encode",
+            "img",
+            is_shown=options.progress,
+            initial=self.resumed,
+        )
 
     def _unfinished(self) -> list[int]:
         return [number for number, shard in enumerate(self.shards) if shard.missing]
 
     def _locations(self, number: int) -> list[ImageLocation]:
         rows = self.shards[number].missing
-        columns = take_rows(self.gallery.table.select(_LOCATION_COLUMNS), np.array(rows, np.int64)).to_pylist()
+        columns = take_rows(
+            self.gallery.table.select(_LOCATION_COLUMNS), np.array(rows, np.int64)
+        ).to_pylist()
         for values in columns:
-            if is_url(url := join_location(self.gallery.root, values["location"])):  # galleries may use the same names
+            # galleries may use the same names
+            if is_url(url := join_location(self.gallery.root, values["location"])):
                 values["name"] = url
-        return [ImageLocation(*(row, *values.values())) for row, values in zip(rows, columns, strict=True)]
+        return [
+            ImageLocation(*(row, *values.values()))
+            for row, values in zip(rows, columns, strict=True)
+        ]
 
     def windows(self, number: int) -> list[list[ImageLocation]]:
         """Return the images of a shard that must be encoded, in windows."""
         locations, batch = self._locations(number), self._options.batch_size
-        return [locations[start : start + batch] for start in range(0, len(locations), batch)]
+        return [
+            locations[start : start + batch]
+            for start in range(0, len(locations), batch)
+        ]
 
     def save(self, number: int, windows: Iterable[EncodedWindow]) -> None:
-        """Add encoded windows to a shard. Raise DataError once too many images have failed."""
+        """Add encoded windows to a shard. Raise DataError once too many images have
+        failed.
+        """
         parts = list[tuple[Images, Floats]]()
         for window in windows:
             parts.append((window.images, window.features))
@@ -164,13 +224,21 @@ class EncodedGallery:
         self.store.path.mkdir(parents=True, exist_ok=True)
         path, names = self.store.path / FAILED, gallery.table["name"]
         self.write_failed(path)
-        examples = "; ".join(f"{names[failure.row].as_py()}: {failure.reason}" for failure in sorted(self.failed)[:3])
+        examples = "; ".join(
+            f"{names[failure.row].as_py()}: {failure.reason}"
+            for failure in sorted(self.failed)[:3]
+        )
         if limit < 1:
             fault = f"{count:,} of {total:,} failed, at most {limit:.1%} may"
-            fault, remedy = f"too few images of {gallery.location} can be read: {fault}", ", or raise --max-failed"
+            fault, remedy = (
+                f"too few images of {gallery.location} can be read: {fault}",
+                ", or raise --max-failed",
+            )
         else:
             fault, remedy = f"none of the {total:,} images to encode can be read", ""
-        raise DataError(f"{fault}. {examples}. {path} lists them; repair or remove them{remedy}")
+        raise DataError(
+            f"{fault}. {examples}. {path} lists them; repair or remove them{remedy}"
+        )
 
     def finish(self) -> "EncodedGallery":
         self.seconds = time.perf_counter() - self._start
@@ -188,12 +256,21 @@ class EncodedGallery:
         return rows
 
     def table(self) -> pa.Table:
-        """Return the gallery's table with the field `TAKEN`, and the columns of `SIZE_COLUMNS`, null if unknown."""
+        """Return the gallery's table with the field `TAKEN`, and the columns of
+        `SIZE_COLUMNS`, null if unknown.
+        """
         table = self.gallery.table
         if (dated := self.images[self.images["taken"] != b""]).size:
-            metadata, position = table["metadata"].to_pylist(), table.schema.get_field_index("metadata")
-            for row, taken in zip(dated["row"].tolist(), dated["taken"].astype(str).tolist(), strict=True):
-                metadata[row] = canonical_json({TAKEN: taken} | json.loads(metadata[row])).decode()
+            metadata, position = (
+                table["metadata"].to_pylist(),
+                table.schema.get_field_index("metadata"),
+            )
+            for row, taken in zip(
+                dated["row"].tolist(), dated["taken"].astype(str).tolist(), strict=True
+            ):
+                metadata[row] = canonical_json(
+                    {TAKEN: taken} | json.loads(metadata[row])
+                ).decode()
             table = table.set_column(position, table.schema.field(position), [metadata])
         sizes = np.zeros((table.num_rows, 2), np.int32)
         sizes[self.images["row"]] = self.images["size"]
@@ -206,16 +283,23 @@ class EncodedGallery:
         return (self._adapt(shard.vectors()) for shard in self.shards)
 
     def write_failed(self, path: Path) -> None:
-        """Write id, name, reason and fault of each image without a vector, in gallery order, as JSON lines."""
+        """Write id, name, reason and fault of each image without a vector, in gallery
+        order, as JSON lines.
+        """
         names = (
-            {name: self.gallery.table[name][failure.row].as_py() for name in ("id", "name")}
+            {
+                name: self.gallery.table[name][failure.row].as_py()
+                for name in ("id", "name")
+            }
             | {"reason": failure.reason, "fault": failure.fault}
             for failure in sorted(self.failed)
         )
         write_json_lines(path, names)
 
 
-def encode_gallery(gallery: Gallery, replicas: Sequence[Encoder], work: Path, options: BuildOptions) -> EncodedGallery:
+def encode_gallery(
+    gallery: Gallery, replicas: Sequence[Encoder], work: Path, options: BuildOptions
+) -> EncodedGallery:
     """Encode every image that has no vector yet.
 
     Args:
@@ -231,7 +315,17 @@ def encode_gallery(gallery: Gallery, replicas: Sequence[Encoder], work: Path, op
     windows = (window for number in encoded.todo for window in encoded.windows(number))
     workers = worker_count(options.workers, encoded.encoded)
     decoded = decode_windows(gallery.root, windows, replicas[0].preprocess, workers)
-    with encoded.bar, closing(decoded), closing(encode_windows(decoded, replicas)) as vectors:
+    with (
+        encoded.bar,
+        closing(decoded),
+        closing(encode_windows(decoded, replicas)) as vectors,
+    ):
         for number in encoded.todo:
-            encoded.save(number, islice(vectors, -(-len(encoded.shards[number].missing) // options.batch_size)))
+            encoded.save(
+                number,
+                islice(
+                    vectors,
+                    -(-len(encoded.shards[number].missing) // options.batch_size),
+                ),
+            )
     return encoded.finish()

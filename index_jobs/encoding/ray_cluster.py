@@ -1,9 +1,13 @@
-"""Encoding on the machines of a Ray cluster: workers encode shards, and this process writes them.
+"""Encoding on the machines of a Ray cluster: workers encode shards, and this process
+writes them.
 
-- Shards and their windows are those of one machine, so a job can continue with or without Ray.
-- Checkpoint, locations and vectors travel through Ray. Every machine needs the gallery under one path or URL.
+- Shards and their windows are those of one machine, so a job can continue with or
+  without Ray.
+- Checkpoint, locations and vectors travel through Ray. Every machine needs the gallery
+  under one path or URL.
 - Ray replaces a worker that dies, and repeats its shard.
-- All workers use one runtime, plain PyTorch unless one is named: the fastest runtime here may not run there.
+- All workers use one runtime, plain PyTorch unless one is named: the fastest runtime
+  here may not run there.
 """
 
 import logging
@@ -19,7 +23,12 @@ from dcar_core import Encoder
 from dcar_core.util.errors import DcarError, MissingExtraError
 from dcar_core.util.machine import available_cores
 from index_jobs.encoding.decode import decode_windows
-from index_jobs.encoding.encode import EncodedGallery, EncodedWindow, encode_windows, load_replicas
+from index_jobs.encoding.encode import (
+    EncodedGallery,
+    EncodedWindow,
+    encode_windows,
+    load_replicas,
+)
 from index_jobs.gallery.locations import ImageLocation
 from index_jobs.gallery.scan import Gallery
 from index_jobs.spec import BuildOptions
@@ -28,72 +37,133 @@ _CORES = 4  # of a worker without a GPU
 
 
 class ShardWorker:
-    """Loads the model once, then encodes shards. checkpoint: the contents of its files, by their names."""
+    """Loads the model once, then encodes shards. checkpoint: the contents of its files,
+    by their names.
+    """
 
-    def __init__(self, checkpoint: dict[str, bytes], root: str, device: str, exact: bool, runtime: str) -> None:
+    def __init__(
+        self,
+        checkpoint: dict[str, bytes],
+        root: str,
+        device: str,
+        exact: bool,
+        runtime: str,
+    ) -> None:
         with TemporaryDirectory() as folder:
             for name, data in checkpoint.items():
                 Path(folder, name).write_bytes(data)
-            self._models = load_replicas(Path(folder), device, exact=exact, runtime=runtime)
+            self._models = load_replicas(
+                Path(folder), device, exact=exact, runtime=runtime
+            )
         self._root = root
 
     def encode(self, windows: Sequence[Sequence[ImageLocation]]) -> list[EncodedWindow]:
-        decoded = decode_windows(self._root, windows, self._models[0].preprocess, min(_CORES, available_cores()))
-        with closing(decoded), closing(encode_windows(decoded, self._models)) as encoded:
+        decoded = decode_windows(
+            self._root,
+            windows,
+            self._models[0].preprocess,
+            min(_CORES, available_cores()),
+        )
+        with (
+            closing(decoded),
+            closing(encode_windows(decoded, self._models)) as encoded,
+        ):
             return list(encoded)
 
 
 def encode_on_ray(
-    gallery: Gallery, encoder: Encoder, checkpoint: Path, work: Path, options: BuildOptions
+    gallery: Gallery,
+    encoder: Encoder,
+    checkpoint: Path,
+    work: Path,
+    options: BuildOptions,
 ) -> EncodedGallery:
-    """Encode as `encode_gallery` does, on a Ray cluster. Its workers load the encoder from the checkpoint."""
+    """Encode as `encode_gallery` does, on a Ray cluster. Its workers load the encoder
+    from the checkpoint.
+    """
     encoded = EncodedGallery(gallery, encoder, work, options)
     if not encoded.todo:
         return encoded.finish()
     ray = _connect(options.ray)
-    files = {path.name: path.read_bytes() for path in checkpoint.iterdir() if path.is_file()}
+    files = {
+        path.name: path.read_bytes() for path in checkpoint.iterdir() if path.is_file()
+    }
     try:
-        task = ray.put(files), gallery.root, options.device, options.spec.exact, encoder.runtime.name
+        task = (
+            ray.put(files),
+            gallery.root,
+            options.device,
+            options.spec.exact,
+            encoder.runtime.name,
+        )
         with redirect_stdout(sys.stderr), encoded.bar:  # stdout is for the summary
             for number, windows in _encode_shards(ray, encoded, options, task):
                 encoded.save(number, windows)
     except ray.exceptions.RayError as error:
         cause = str(getattr(error, "cause", None) or error).strip().splitlines()[-1]
-        raise DcarError(f"encoding on Ray failed: {cause}; the same command continues where it stopped") from error
+        raise DcarError(
+            f"encoding on Ray failed: {cause}; the same command continues where it"
+            " stopped"
+        ) from error
     finally:
         ray.shutdown()
     return encoded.finish()
 
 
 def _connect(address: str | None) -> Any:
-    os.environ.update({"RAY_USAGE_STATS_ENABLED": "0", "RAY_BACKEND_LOG_LEVEL": "fatal"} | os.environ)
+    os.environ.update(
+        {"RAY_USAGE_STATS_ENABLED": "0", "RAY_BACKEND_LOG_LEVEL": "fatal"} | os.environ
+    )
     try:
         import ray
     except ImportError as error:
         raise MissingExtraError("encoding on Ray", "ray") from error
-    own: Any = {"include_dashboard": False, "_node_ip_address": "127.0.0.1"}  # no other machine can reach it
+    # no other machine can reach it
+    own: Any = {"include_dashboard": False, "_node_ip_address": "127.0.0.1"}
     try:
-        ray.init(address, log_to_driver=False, logging_level=logging.ERROR, **(own if address == "local" else {}))
+        ray.init(
+            address,
+            log_to_driver=False,
+            logging_level=logging.ERROR,
+            **(own if address == "local" else {}),
+        )
     except (ConnectionError, ValueError, RuntimeError) as error:
-        raise DcarError(f"no Ray cluster at {address!r}: {error}; start one with `ray start --head`") from error
+        raise DcarError(
+            f"no Ray cluster at {address!r}: {error}; start one with `ray start --head`"
+        ) from error
     return ray
 
 
-def _encode_shards(ray: Any, gallery: EncodedGallery, options: BuildOptions, task: Any) -> Iterator[tuple[int, Any]]:
-    """Yield the shards as workers complete them. task: the arguments of `ShardWorker`."""
+def _encode_shards(
+    ray: Any, gallery: EncodedGallery, options: BuildOptions, task: Any
+) -> Iterator[tuple[int, Any]]:
+    """Yield the shards as workers complete them. task: the arguments of
+    `ShardWorker`.
+    """
     room = ray.cluster_resources()
     gpus = int(room.get("GPU", 0)) if options.device in {"auto", "cuda"} else 0
     count = options.workers or gpus or max(1, int(room.get("CPU", 1)) // _CORES)
-    share = {"num_gpus": 1} if gpus else {"num_cpus": max(1, int(room.get("CPU", 1)) // count)}
-    kind = ray.remote(ShardWorker).options(max_restarts=-1, max_task_retries=-1, **share)
+    share = (
+        {"num_gpus": 1}
+        if gpus
+        else {"num_cpus": max(1, int(room.get("CPU", 1)) // count)}
+    )
+    kind = ray.remote(ShardWorker).options(
+        max_restarts=-1, max_task_retries=-1, **share
+    )
     workers = [kind.remote(*task) for _ in range(min(count, len(gallery.todo)))]
-    pending: dict[Any, tuple[Any, int | None]] = {worker.__ray_ready__.remote(): (worker, None) for worker in workers}
+    pending: dict[Any, tuple[Any, int | None]] = {
+        worker.__ray_ready__.remote(): (worker, None) for worker in workers
+    }
     todo, left = iter(gallery.todo), len(gallery.todo)
     while left:
         (done,), _ = ray.wait([*pending])
         (worker, number), windows = pending.pop(done), ray.get(done)
         if (following := next(todo, None)) is not None:
-            pending[worker.encode.remote(gallery.windows(following))] = worker, following
+            pending[worker.encode.remote(gallery.windows(following))] = (
+                worker,
+                following,
+            )
         if number is not None:
             left -= 1
             yield number, windows

@@ -1,1 +1,3 @@
-"""Vector engines, found by name, plug-ins included: vectors by row number in, the rows nearest to a query out."""
+"""Vector engines, found by name, plug-ins included: vectors by row number in, the rows
+nearest to a query out.
+"""

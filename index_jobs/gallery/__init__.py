@@ -1,1 +1,3 @@
-"""Galleries as tables: images in folders, tars, lists or URLs, their captions, metadata and bytes."""
+"""Galleries as tables: images in folders, tars, lists or URLs, their captions, metadata
+and bytes.
+"""

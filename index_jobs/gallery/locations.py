@@ -1,9 +1,12 @@
-"""Reading of a gallery's bytes: files of this machine, or the stores that an extra reads through fsspec.
+"""Reading of a gallery's bytes: files of this machine, or the stores that an extra
+reads through fsspec.
 
-- A location is a string: a URL if it names a protocol, otherwise a path. The other modules treat both alike.
-- The images of a window are requested together, so that a network's latency is paid once per window, and again if a
-  request fails for a reason that may pass.
-- fsspec is imported at the first URL, so a decoding worker of a local gallery starts quickly.
+- A location is a string: a URL if it names a protocol, otherwise a path. The other
+  modules treat both alike.
+- The images of a window are requested together, so that a network's latency is paid
+  once per window, and again if a request fails for a reason that may pass.
+- fsspec is imported at the first URL, so a decoding worker of a local gallery starts
+  quickly.
 """
 
 import errno
@@ -23,21 +26,31 @@ WHOLE_FILE = -1  # the offset of an image that is a file of its own
 _MAX_BYTES = 2**30  # of an image file, which is read whole
 _URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+(://|::)")
 _EXTRAS = {
-    "s3": "s3", "s3a": "s3", "gs": "gcs", "gcs": "gcs", "az": "azure", "abfs": "azure", "abfss": "azure",
-    "http": "http", "https": "http",
-}  # fmt: skip
+    "s3": "s3",
+    "s3a": "s3",
+    "gs": "gcs",
+    "gcs": "gcs",
+    "az": "azure",
+    "abfs": "azure",
+    "abfss": "azure",
+    "http": "http",
+    "https": "http",
+}
 REMOTE_SCHEMES = frozenset(_EXTRAS)
 LOCAL_SCHEMES = frozenset({"file", "local"})
 SCHEMES = LOCAL_SCHEMES | REMOTE_SCHEMES
 _PAUSES_S = (0.2, 1.0, 3.0)
-_PERMANENT = (FileNotFoundError, PermissionError, IsADirectoryError, ValueError)  # not worth a retry
+# not worth a retry
+_PERMANENT = (FileNotFoundError, PermissionError, IsADirectoryError, ValueError)
 
 
 @dataclass(frozen=True)
 class ImageLocation:
-    """The gallery row of an image, the location of its bytes, and a number that changes when they do.
+    """The gallery row of an image, the location of its bytes, and a number that changes
+    when they do.
 
-    name: the URL of the image, or its name in a gallery on this machine, which can then be moved.
+    name: the URL of the image, or its name in a gallery on this machine, which can then
+    be moved.
     """
 
     row: int
@@ -60,14 +73,20 @@ def is_url(location: str) -> bool:
 
 
 def join_location(root: str, location: str) -> str:
-    """Return a location below a root as a path or URL; an absolute path or a URL stands for itself."""
+    """Return a location below a root as a path or URL; an absolute path or a URL stands
+    for itself.
+    """
     if is_url(location) or not is_url(root):
         return location if is_url(location) else os.path.join(root, location)  # noqa: PTH118  called a million times
     return f"{root if root.endswith('://') else root.rstrip('/') + '/'}{location}"
 
 
 def parent_folder(location: str) -> str:
-    return location.rpartition("/")[0] + "/" if is_url(location) else str(Path(location).parent)
+    return (
+        location.rpartition("/")[0] + "/"
+        if is_url(location)
+        else str(Path(location).parent)
+    )
 
 
 def file_suffix(location: str) -> str:
@@ -79,13 +98,17 @@ def file_suffix(location: str) -> str:
 def file_system(url: str) -> tuple[Any, str]:
     """Return the file system of a URL in fsspec, and the path in it.
 
-    Raise DataError for other schemes and for chains of several: fsspec would read archives in it or ask other hosts.
+    Raise DataError for other schemes and for chains of several: fsspec would read
+    archives in it or ask other hosts.
     """
     import fsspec
 
     scheme = url.partition(":")[0]
     if scheme not in SCHEMES or "::" in url:
-        raise DataError(f"{url} cannot be read: the schemes of galleries are {', '.join(sorted(SCHEMES))}")
+        raise DataError(
+            f"{url} cannot be read: the schemes of galleries are"
+            f" {', '.join(sorted(SCHEMES))}"
+        )
     try:
         fs, path = fsspec.core.url_to_fs(url)
     except ImportError as error:
@@ -105,7 +128,9 @@ def open_location(location: str) -> BinaryIO:
 
 
 def file_state(location: str) -> tuple[int, int]:
-    """Return the size of a file in bytes, and a number that changes when it does; see `remote_version`."""
+    """Return the size of a file in bytes, and a number that changes when it does; see
+    `remote_version`.
+    """
     if not is_url(location):
         status = os.stat(location)  # noqa: PTH116  called for millions
         return status.st_size, status.st_mtime_ns
@@ -120,24 +145,41 @@ def _open_file(path: str) -> BinaryIO:
         if os.path.exists(path) and not os.path.isfile(path):  # noqa: PTH110, PTH113  called a million times
             raise OSError(errno.EINVAL, "neither a file nor a link to one", path)
         return open(path, "rb")  # noqa: PTH123
-    except ValueError as error:  # NUL, or a character that the file system's encoding lacks
+    except ValueError as error:
+        # NUL, or a character that the file system's encoding lacks
         raise OSError(f"not a path: {error}") from None
 
 
 def remote_version(info: Mapping[str, Any]) -> int:
-    """Return a number that changes when a remote file does; 0 if its store does not say."""
-    for key in ("ETag", "etag", "md5Hash", "LastModified", "last_modified", "mtime", "updated", "created"):
+    """Return a number that changes when a remote file does; 0 if its store does not
+    say.
+    """
+    for key in (
+        "ETag",
+        "etag",
+        "md5Hash",
+        "LastModified",
+        "last_modified",
+        "mtime",
+        "updated",
+        "created",
+    ):
         if info.get(key):
             return int.from_bytes(hashlib.sha256(str(info[key]).encode()).digest()[:7])
     return 0
 
 
-def open_image(root: str, location: str, offset: int, size: int) -> tuple[BinaryIO, int]:
-    """Open an image at its first byte, and return its number of bytes. One at a URL is fetched whole, without retries.
+def open_image(
+    root: str, location: str, offset: int, size: int
+) -> tuple[BinaryIO, int]:
+    """Open an image at its first byte, and return its number of bytes. One at a URL is
+    fetched whole, without retries.
 
     Args:
-        location: a file, or the tar that holds the image, below the root, absolute or a URL.
-        offset, size: the span in the tar, in bytes; offset is WHOLE_FILE for a file of its own.
+        location: a file, or the tar that holds the image, below the root, absolute or a
+            URL.
+        offset, size: the span in the tar, in bytes; offset is WHOLE_FILE for a file of
+            its own.
 
     Raises:
         OSError: the file cannot be read, or the tar ends before the span does.
@@ -148,13 +190,16 @@ def open_image(root: str, location: str, offset: int, size: int) -> tuple[Binary
     (data,) = read_images(root, spans, pauses=())
     if isinstance(data, bytes):
         return io.BytesIO(data), len(data)
-    raise data if isinstance(data, OSError) else OSError(str(data) or type(data).__name__) from data
+    raise (
+        data if isinstance(data, OSError) else OSError(str(data) or type(data).__name__)
+    ) from data
 
 
 def read_images(
     root: str, locations: Sequence[ImageLocation], pauses: Sequence[float] = _PAUSES_S
 ) -> list[bytes | Exception]:
-    """Return the bytes of images, or their errors: an ImageError for a file of more than a gibibyte.
+    """Return the bytes of images, or their errors: an ImageError for a file of more
+    than a gibibyte.
 
     Args:
         pauses: seconds before each retry of a URL.
@@ -162,7 +207,8 @@ def read_images(
     results: dict[int, bytes | Exception] = {}
     remote: dict[int, str] = {}
     for i, location in enumerate(locations):
-        path = join_location(root, location.location).removeprefix("file://")  # as a path, so that a device is refused
+        # as a path, so that a device is refused
+        path = join_location(root, location.location).removeprefix("file://")
         if is_url(path) and location.size <= _MAX_BYTES:
             remote[i] = path
         else:
@@ -172,13 +218,21 @@ def read_images(
             break
         time.sleep(pause)
         results |= _fetch(remote, locations)
-        remote = {i: url for i, url in remote.items() if isinstance(results[i], Exception)}
-        remote = {i: url for i, url in remote.items() if not isinstance(results[i], _PERMANENT)}
+        remote = {
+            i: url for i, url in remote.items() if isinstance(results[i], Exception)
+        }
+        remote = {
+            i: url
+            for i, url in remote.items()
+            if not isinstance(results[i], _PERMANENT)
+        }
     return [results[i] for i in range(len(locations))]
 
 
 def _read_file(path: str, location: ImageLocation) -> bytes | Exception:
-    too_large = ImageError(f"a file of more than {_MAX_BYTES >> 30} GiB", ImageFault.TOO_LARGE)
+    too_large = ImageError(
+        f"a file of more than {_MAX_BYTES >> 30} GiB", ImageFault.TOO_LARGE
+    )
     if location.size > _MAX_BYTES:
         return too_large
     try:
@@ -201,7 +255,9 @@ def _open_span(path: str, location: ImageLocation) -> tuple[BinaryIO, int]:
     return file, location.size
 
 
-def _fetch(urls: Mapping[int, str], locations: Sequence[ImageLocation]) -> dict[int, bytes | Exception]:
+def _fetch(
+    urls: Mapping[int, str], locations: Sequence[ImageLocation]
+) -> dict[int, bytes | Exception]:
     """Fetch URLs, all spans of one file system at once."""
     results: dict[int, bytes | Exception] = {}
     groups: dict[int, tuple[Any, list[tuple[int, str]]]] = {}
@@ -215,19 +271,27 @@ def _fetch(urls: Mapping[int, str], locations: Sequence[ImageLocation]) -> dict[
     for fs, members in groups.values():
         spans = [locations[i] for i, _ in members]
         starts = [None if span.offset == WHOLE_FILE else span.offset for span in spans]
-        ends = [None if span.offset == WHOLE_FILE else span.offset + span.size for span in spans]
+        ends = [
+            None if span.offset == WHOLE_FILE else span.offset + span.size
+            for span in spans
+        ]
         try:
-            data = fs.cat_ranges([path for _, path in members], starts, ends, on_error="return")
+            data = fs.cat_ranges(
+                [path for _, path in members], starts, ends, on_error="return"
+            )
         except Exception as error:  # each store raises errors of its own
             data = [error] * len(members)
         for (i, path), span, value in zip(members, spans, data, strict=True):
-            results[i] = value if isinstance(value, Exception) else cut_span(value, span, path)
+            results[i] = (
+                value if isinstance(value, Exception) else cut_span(value, span, path)
+            )
     return results
 
 
 def cut_span(data: bytes, span: ImageLocation, path: str) -> bytes | Exception:
     if span.offset == WHOLE_FILE or len(data) == span.size:
         return bytes(data)
-    if len(data) >= span.offset + span.size:  # a server without ranges sends the whole file
+    # a server without ranges sends the whole file
+    if len(data) >= span.offset + span.size:
         return bytes(data[span.offset : span.offset + span.size])
     return ValueError(f"{path} ends inside this image")

@@ -23,7 +23,9 @@ _CONCEPTS, _LOCK = "concepts.json", ".concepts.lock"
 
 @dataclass(frozen=True)
 class Concept:
-    """A taught name. kind: what it is, in words, or "". ids: its examples. not_ids: similar items that are none."""
+    """A taught name. kind: what it is, in words, or "". ids: its examples. not_ids:
+    similar items that are none.
+    """
 
     name: str
     kind: str
@@ -39,7 +41,8 @@ def read_concepts(index: Path) -> list[Concept]:
 def put_concept(index: Path, concept: Concept) -> None:
     """Store a concept, in place of one of its name.
 
-    Raise DataError if there are too many, an error of `Storage`, or OSError if the disk is full.
+    Raise DataError if there are too many, an error of `Storage`, or OSError if the disk
+    is full.
     """
 
     def put(known: dict[str, Concept]) -> None:
@@ -68,7 +71,9 @@ def _change(index: Path, change: Callable[[dict[str, Concept]], T]) -> T:
             before = storage.read(_CONCEPTS)
             known = {concept.name: concept for concept in _parse(before, storage.name)}
             outcome = change(known)
-            data = json.dumps([asdict(known[name]) for name in sorted(known)], ensure_ascii=False).encode()
+            data = json.dumps(
+                [asdict(known[name]) for name in sorted(known)], ensure_ascii=False
+            ).encode()
             with suppress(LockedError):  # another machine was first
                 swap(index, _CONCEPTS, before, data)
                 return outcome
@@ -77,6 +82,11 @@ def _change(index: Path, change: Callable[[dict[str, Concept]], T]) -> T:
 def _parse(data: bytes | None, storage: str) -> list[Concept]:
     try:
         found = json.loads(data or b"[]")
-        return [Concept(own["name"], own["kind"], tuple(own["ids"]), tuple(own["not_ids"])) for own in found]
+        return [
+            Concept(own["name"], own["kind"], tuple(own["ids"]), tuple(own["not_ids"]))
+            for own in found
+        ]
     except (ValueError, TypeError, KeyError) as error:
-        raise ArtifactError(f"{_CONCEPTS} of {storage} is damaged; remove it, and teach the names again") from error
+        raise ArtifactError(
+            f"{_CONCEPTS} of {storage} is damaged; remove it, and teach the names again"
+        ) from error

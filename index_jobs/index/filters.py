@@ -1,12 +1,16 @@
 """Filters on items' fields, evaluated to a mask of rows.
 
-filter     {field: condition, ...}                  all must hold; a field is id, caption, category or a metadata field
-           {"$or": [filter, ...]}                   one of them must hold
-condition  value | [value, ...]                     equal to it, or to one of them; null: the item has no such field
-           {"in": [...], "gt" "gte" "lt" "lte": value, "contains": text, "not": condition}    all must hold
+filter     {field: condition, ...}      all must hold; a field is id, caption, category
+                                        or a metadata field
+           {"$or": [filter, ...]}       one of them must hold
+condition  value | [value, ...]         equal to it, or to one of them; null: the item
+                                        has no such field
+           {"in": [...], "gt" "gte" "lt" "lte": value, "contains": text,
+            "not": condition}           all must hold
 
-An item without the field meets no condition except `null` and `not`. An empty caption or category counts as missing. A
-field that holds a list meets a condition if one of its members does.
+An item without the field meets no condition except `null` and `not`. An empty caption
+or category counts as missing. A field that holds a list meets a condition if one of its
+members does.
 """
 
 import json
@@ -27,11 +31,18 @@ from index_jobs.row_filter import EMPTY_IS_MISSING, RowFilter
 _RANGES = {"gt": "greater", "gte": "greater_equal", "lt": "less", "lte": "less_equal"}
 _OR = "$or"
 _MAX_CONDITIONS = 64  # each one reads every item, and cannot be interrupted
-_MAX_SUBSTRING = 256  # characters of "contains"; the automaton of a longer one may not fit the memory that it may use
+# characters of "contains"; the automaton of a longer one may not fit the memory that it
+# may use
+_MAX_SUBSTRING = 256
 _OPERATORS = '"in", "not", "contains", "gt", "gte", "lt", "lte"'
 _INT64 = range(-(2**63), 2**63)
 _MAX_FLOAT = int(sys.float_info.max)
-_TYPE_NAMES = {"bool": "true or false", "int64": "whole numbers", "double": "numbers", "string": "texts"}
+_TYPE_NAMES = {
+    "bool": "true or false",
+    "int64": "whole numbers",
+    "double": "numbers",
+    "string": "texts",
+}
 
 
 class FilterError(DataError):
@@ -44,13 +55,17 @@ class FilterError(DataError):
 
 
 def match_rows(index: IndexVersion, filter: Mapping[str, Any]) -> Mask:
-    """Return the live items that meet every condition, bool (rows,). Raise FilterError for a wrong or long filter."""
+    """Return the live items that meet every condition, bool (rows,). Raise FilterError
+    for a wrong or long filter.
+    """
     _require_few(filter)
     return _match_all(index, filter)
 
 
 def filter_rows(index: IndexVersion, filter: Mapping[str, Any]) -> RowFilter:
-    """Return the live items that meet every condition, whose mask is made when it is first read; see `match_rows`."""
+    """Return the live items that meet every condition, whose mask is made when it is
+    first read; see `match_rows`.
+    """
     _require_few(filter)
     if not index.computed.keys().isdisjoint(condition_fields(filter)):
         return RowFilter.of_mask(_match_all(index, filter))
@@ -61,13 +76,17 @@ def filter_rows(index: IndexVersion, filter: Mapping[str, Any]) -> RowFilter:
 
 
 def match_column(column: pa.ChunkedArray, condition: Any, field: str) -> Mask:
-    """Return the rows of a column that meet a condition, bool (rows,). Raise FilterError if it does not fit."""
+    """Return the rows of a column that meet a condition, bool (rows,). Raise
+    FilterError if it does not fit.
+    """
     if isinstance(condition, list):
         return _match_values(column, condition, field)
     if not isinstance(condition, dict):
         return _match_values(column, [condition], field)
     if not condition:
-        raise FilterError(field, f"is empty; give a value, a list of values, or one of {_OPERATORS}")
+        raise FilterError(
+            field, f"is empty; give a value, a list of values, or one of {_OPERATORS}"
+        )
     mask, ranges = np.ones(len(column), np.bool_), dict[str, Any]()
     for name, operand in condition.items():
         if name == "not":
@@ -81,14 +100,19 @@ def match_column(column: pa.ChunkedArray, condition: Any, field: str) -> Mask:
         elif name == "in":
             raise FilterError(field, '"in" takes a list of values')
         else:
-            raise FilterError(field, f"unknown operator {name[:40]!r}; use {_OPERATORS}")
+            raise FilterError(
+                field, f"unknown operator {name[:40]!r}; use {_OPERATORS}"
+            )
     return mask & _match_ranges(column, ranges, field) if ranges else mask
 
 
 def _require_few(filter: Mapping[str, Any]) -> None:
     for number, field in enumerate(condition_fields(filter)):
         if number == _MAX_CONDITIONS:
-            raise FilterError(field, f"at most {_MAX_CONDITIONS} conditions in all; a list of values is one")
+            raise FilterError(
+                field,
+                f"at most {_MAX_CONDITIONS} conditions in all; a list of values is one",
+            )
 
 
 def condition_fields(filter: Mapping[str, Any]) -> Iterator[str]:
@@ -96,15 +120,23 @@ def condition_fields(filter: Mapping[str, Any]) -> Iterator[str]:
     for field, condition in filter.items():
         if field == _OR:
             for part in condition if isinstance(condition, list) else ():
-                yield from condition_fields(part) if isinstance(part, dict) and part else (_OR,)
+                yield from (
+                    condition_fields(part)
+                    if isinstance(part, dict) and part
+                    else (_OR,)
+                )
         elif isinstance(condition, dict):
             for name, operand in condition.items():
-                yield from condition_fields({field: operand}) if name == "not" else (field,)
+                yield from (
+                    condition_fields({field: operand}) if name == "not" else (field,)
+                )
         else:
             yield field
 
 
-def _match_all(index: IndexVersion, filter: Mapping[str, Any], rows: Rows | None = None) -> Mask:
+def _match_all(
+    index: IndexVersion, filter: Mapping[str, Any], rows: Rows | None = None
+) -> Mask:
     """Return which rows meet every condition; of all rows, or of some, ascending."""
     mask = index.live.copy() if rows is None else index.live[rows]
     for field, condition in filter.items():
@@ -112,25 +144,39 @@ def _match_all(index: IndexVersion, filter: Mapping[str, Any], rows: Rows | None
             parts = condition if isinstance(condition, list) else []
             if not parts or not all(isinstance(part, dict) for part in parts):
                 raise FilterError(_OR, "takes a list of filters; one of them must hold")
-            mask &= np.logical_or.reduce([_match_all(index, part, rows) for part in parts])
+            mask &= np.logical_or.reduce(
+                [_match_all(index, part, rows) for part in parts]
+            )
             continue
         if field not in index.fields:
-            raise FilterError(field, f"no item has this field; there are: {list_fields(index.fields)}")
+            raise FilterError(
+                field, f"no item has this field; there are: {list_fields(index.fields)}"
+            )
         mask &= match_column(index.column(field, rows), condition, field)
     return mask
 
 
 def _match_values(column: pa.ChunkedArray, values: list[Any], field: str) -> Mask:
     member_type = _member_type(column)
-    targets = [_checked_value(value, member_type, field) for value in values if value is not None]
+    targets = [
+        _checked_value(value, member_type, field)
+        for value in values
+        if value is not None
+    ]
     if member_type == pa.int64():
-        targets = [int(value) for value in targets if _INT64.start <= value < _INT64.stop and value == int(value)]
+        targets = [
+            int(value)
+            for value in targets
+            if _INT64.start <= value < _INT64.stop and value == int(value)
+        ]
     mask = np.zeros(len(column), np.bool_)
     if None in values:
         mask = _to_mask(column.is_null()) | ~_is_present(column, field)
     if targets:
         members, parents = _members(column)
-        is_match = _to_mask(pc.is_in(members, value_set=pa.array(targets, members.type)))
+        is_match = _to_mask(
+            pc.is_in(members, value_set=pa.array(targets, members.type))
+        )
         mask |= _any_member(is_match, parents, len(column))
     return mask
 
@@ -139,9 +185,14 @@ def _match_substring(column: pa.ChunkedArray, text: Any, field: str) -> Mask:
     if not isinstance(text, str) or _member_type(column) != pa.string():
         raise FilterError(field, '"contains" takes a text, and a field of texts')
     if len(text) > _MAX_SUBSTRING:
-        raise FilterError(field, f'"contains" takes at most {_MAX_SUBSTRING} characters, not {len(text)}')
+        raise FilterError(
+            field,
+            f'"contains" takes at most {_MAX_SUBSTRING} characters, not {len(text)}',
+        )
     members, parents = _members(column)
-    is_match = _to_mask(pc.match_substring(members, replace_surrogates(text), ignore_case=True))
+    is_match = _to_mask(
+        pc.match_substring(members, replace_surrogates(text), ignore_case=True)
+    )
     return _any_member(is_match & _is_present(members, field), parents, len(column))
 
 
@@ -152,16 +203,29 @@ def _match_ranges(column: pa.ChunkedArray, ranges: dict[str, Any], field: str) -
     mask = _is_present(members, field)
     for name, bound in ranges.items():
         if member_type == pa.bool_() or isinstance(bound, bool | None):
-            raise FilterError(field, f"{name!r} takes a number or a text, and a field of numbers or texts")
+            raise FilterError(
+                field,
+                f"{name!r} takes a number or a text, and a field of numbers or texts",
+            )
         bound = _checked_value(bound, member_type, field)
-        compared = members.cast(pa.float64(), safe=False) if isinstance(bound, float) else members
-        mask &= _to_mask(pc.call_function(_RANGES[name], [compared, pa.scalar(bound, compared.type)]))
+        compared = (
+            members.cast(pa.float64(), safe=False)
+            if isinstance(bound, float)
+            else members
+        )
+        mask &= _to_mask(
+            pc.call_function(_RANGES[name], [compared, pa.scalar(bound, compared.type)])
+        )
     return _any_member(mask, parents, len(column))
 
 
 def _is_present(members: pa.ChunkedArray, field: str) -> Mask:
     """Return False where an empty text means a missing value."""
-    return _to_mask(pc.not_equal(members, "")) if field in EMPTY_IS_MISSING else np.ones(len(members), np.bool_)
+    return (
+        _to_mask(pc.not_equal(members, ""))
+        if field in EMPTY_IS_MISSING
+        else np.ones(len(members), np.bool_)
+    )
 
 
 def _checked_value(value: Any, member_type: pa.DataType, field: str) -> Any:
@@ -172,7 +236,10 @@ def _checked_value(value: Any, member_type: pa.DataType, field: str) -> Any:
     else:
         fits = isinstance(value, int | float) and not isinstance(value, bool)
     if not fits:
-        raise FilterError(field, f"values are {_TYPE_NAMES[str(member_type)]}, not {json.dumps(value)[:40]}")
+        raise FilterError(
+            field,
+            f"values are {_TYPE_NAMES[str(member_type)]}, not {json.dumps(value)[:40]}",
+        )
     if isinstance(value, int) and (member_type == pa.float64() or value not in _INT64):
         return float(max(-_MAX_FLOAT, min(value, _MAX_FLOAT)))
     return replace_surrogates(value) if isinstance(value, str) else value

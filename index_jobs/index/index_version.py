@@ -1,11 +1,13 @@
 """One opened version of an index: search, items and vectors.
 
-- A version never changes after publication, so readers need no lock. A removed version stays usable while it is open,
-  on systems that keep open files, as Linux and macOS do.
-- A version has parts: what was built, and later additions. Removed items are a list of rows, so an update shares all
-  other files with the previous version.
-- Rows are numbered through all parts. A removed row keeps its number and is never found, by a search or by its id.
-- Opening checks that every file has its full length; `stores.verify` also compares its hash.
+- A version never changes after publication, so readers need no lock. A removed version
+  stays usable while it is open, on systems that keep open files, as Linux and macOS do.
+- A version has parts: what was built, and later additions. Removed items are a list of
+  rows, so an update shares all other files with the previous version.
+- Rows are numbered through all parts. A removed row keeps its number and is never
+  found, by a search or by its id.
+- Opening checks that every file has its full length; `stores.verify` also compares its
+  hash.
 """
 
 import errno
@@ -27,13 +29,37 @@ import numpy as np
 import pyarrow as pa
 
 from dcar_core.util.arrays import Floats, Mask, Rows
-from dcar_core.util.errors import ArtifactError, DataError, StoreUnavailableError, list_fields
+from dcar_core.util.errors import (
+    ArtifactError,
+    DataError,
+    StoreUnavailableError,
+    list_fields,
+)
 from dcar_core.util.files import atomic_writer
-from index_jobs.engines.protocol import ScoredRows, VectorIndex, load_engine, merge_top_k
-from index_jobs.gallery.locations import LOCAL_SCHEMES, REMOTE_SCHEMES, WHOLE_FILE, is_url, join_location, open_image
+from index_jobs.engines.protocol import (
+    ScoredRows,
+    VectorIndex,
+    load_engine,
+    merge_top_k,
+)
+from index_jobs.gallery.locations import (
+    LOCAL_SCHEMES,
+    REMOTE_SCHEMES,
+    WHOLE_FILE,
+    is_url,
+    join_location,
+    open_image,
+)
 from index_jobs.index.items import Items, common_type, take_rows, typed_array
 from index_jobs.index.lexical import LexicalIndex, spread_rows
-from index_jobs.index.manifest import CHANGED, CHECKPOINT, ITEMS, LEXICAL, REMOVED, Manifest
+from index_jobs.index.manifest import (
+    CHANGED,
+    CHECKPOINT,
+    ITEMS,
+    LEXICAL,
+    REMOVED,
+    Manifest,
+)
 from index_jobs.index.stores import location_of
 from index_jobs.row_filter import NO_ROWS, RowFilter
 
@@ -45,7 +71,8 @@ _CACHED_ITEMS = 4096  # some 2 MB of objects
 class Item:
     """One image of the gallery. Missing texts are "".
 
-    fields: the metadata as JSON, in the mapped file. width, height: of the upright image in pixels, if they are known.
+    fields: the metadata as JSON, in the mapped file. width, height: of the upright
+    image in pixels, if they are known.
     """
 
     id: str
@@ -74,26 +101,45 @@ class Item:
 
 @dataclass(frozen=True, slots=True)
 class ImageAccess:
-    """Limits on reading a gallery, which may change after indexing: nothing outside its root unless allowed.
+    """Limits on reading a gallery, which may change after indexing: nothing outside its
+    root unless allowed.
 
-    roots: further directories. hosts: hosts, or buckets, that rows with a URL may name. max_bytes: of an image file.
+    roots: further directories. hosts: hosts, or buckets, that rows with a URL may name.
+    max_bytes: of an image file.
     """
 
     roots: tuple[Path, ...] = ()
     hosts: frozenset[str] = frozenset()
     max_bytes: int = 64 * 2**20
 
-    def resolve(self, root: str, location: str, offset: int, size: int, roots: Sequence[str] = ()) -> str:
-        """Return the location to read an image from, with links resolved. The first arguments are as for `open_image`.
+    def resolve(
+        self,
+        root: str,
+        location: str,
+        offset: int,
+        size: int,
+        roots: Sequence[str] = (),
+    ) -> str:
+        """Return the location to read an image from, with links resolved. The first
+        arguments are as for `open_image`.
 
-        roots: further folders or URLs of the index. Raise OSError if it may not be read, or the file is too large.
+        roots: further folders or URLs of the index. Raise OSError if it may not be
+        read, or the file is too large.
         """
         if is_url(location):
             url, folder = urlsplit(location), location.rpartition("/")[0] + "/"
-            if ".." not in location.split("/") and any(folder.startswith(root.rstrip("/") + "/") for root in roots):
+            if ".." not in location.split("/") and any(
+                folder.startswith(root.rstrip("/") + "/") for root in roots
+            ):
                 return location
-            if url.scheme not in REMOTE_SCHEMES or "::" in location or url.hostname not in self.hosts:
-                raise PermissionError(errno.EACCES, "its host is not in DCAR_IMAGE_HOSTS", location)
+            if (
+                url.scheme not in REMOTE_SCHEMES
+                or "::" in location
+                or url.hostname not in self.hosts
+            ):
+                raise PermissionError(
+                    errno.EACCES, "its host is not in DCAR_IMAGE_HOSTS", location
+                )
             return location
         if urlsplit(root).scheme in LOCAL_SCHEMES:
             root = urlsplit(root).path
@@ -104,8 +150,13 @@ class ImageAccess:
             return location
         resolved = Path(os.path.realpath(joined))
         bases = [Path(base) for base in (root, *roots) if base and not is_url(base)]
-        if not any(resolved.is_relative_to(os.path.realpath(base)) for base in (*bases, *self.roots)):
-            raise PermissionError(errno.EACCES, "outside of the gallery and DCAR_IMAGE_ROOTS", location)
+        if not any(
+            resolved.is_relative_to(os.path.realpath(base))
+            for base in (*bases, *self.roots)
+        ):
+            raise PermissionError(
+                errno.EACCES, "outside of the gallery and DCAR_IMAGE_ROOTS", location
+            )
         if (resolved.stat().st_size if offset == WHOLE_FILE else size) > self.max_bytes:
             raise OSError(errno.EFBIG, "the image file is too large", location)
         return str(resolved)
@@ -114,7 +165,8 @@ class ImageAccess:
 class Part(NamedTuple):
     """What was built, or an addition.
 
-    rows: their numbers in the version. root: the base of relative image locations. roots: the folders of absolute ones.
+    rows: their numbers in the version. root: the base of relative image locations.
+    roots: the folders of absolute ones.
     """
 
     rows: range
@@ -127,23 +179,39 @@ class Part(NamedTuple):
 class IndexVersion:
     """One opened version. Many threads may share it.
 
-    index: the directory. rows: their number, removed ones included. removed: rows whose item was removed. changed: rows
-    whose fields differ from those that the engine stored with the vectors; both ascend. image_access: limits on the
-    images that are read; None for no limit.
+    index: the directory. rows: their number, removed ones included. removed: rows whose
+    item was removed. changed: rows whose fields differ from those that the engine
+    stored with the vectors; both ascend. image_access: limits on the images that are
+    read; None for no limit.
     """
 
     def __init__(
-        self, index: Path, manifest: Manifest, parts: Sequence[Part], removed: Rows = NO_ROWS, changed: Rows = NO_ROWS,
+        self,
+        index: Path,
+        manifest: Manifest,
+        parts: Sequence[Part],
+        removed: Rows = NO_ROWS,
+        changed: Rows = NO_ROWS,
         image_access: ImageAccess | None = None,
-    ) -> None:  # fmt: skip
-        self.index, self.manifest, self.parts, self.image_access = index, manifest, parts, image_access
+    ) -> None:
+        self.index, self.manifest, self.parts, self.image_access = (
+            index,
+            manifest,
+            parts,
+            image_access,
+        )
         self.removed, self.changed, self._items = removed, changed, dict[int, Item]()
-        self.computed: Mapping[str, Callable[[], pa.ChunkedArray]] = {}  # fields of lists of texts that no item stores
+        # fields of lists of texts that no item stores
+        self.computed: Mapping[str, Callable[[], pa.ChunkedArray]] = {}
         self.rows = parts[-1].rows.stop if parts else 0
 
     @classmethod
-    def open(cls, index: Path, manifest: Manifest, image_access: ImageAccess | None = None) -> "IndexVersion":
-        """Open a version of an index directory. Raise ArtifactError if a file is missing, too short or unreadable."""
+    def open(
+        cls, index: Path, manifest: Manifest, image_access: ImageAccess | None = None
+    ) -> "IndexVersion":
+        """Open a version of an index directory. Raise ArtifactError if a file is
+        missing, too short or unreadable.
+        """
         check_files(index, manifest)
         try:
             engine = load_engine(manifest.spec.engine)
@@ -151,19 +219,31 @@ class IndexVersion:
             raise ArtifactError(f"{index} cannot be opened: {error}") from None
         own = str(index.absolute())  # of images that were put
         places = [("", manifest.root or own, manifest.roots)]
-        places += [(f"{addition.folder}/", own, addition.roots) for addition in manifest.additions]
+        places += [
+            (f"{addition.folder}/", own, addition.roots)
+            for addition in manifest.additions
+        ]
         parts, start = list[Part](), 0
         for prefix, root, roots in places:
             vectors = engine.open(manifest.paths(index, prefix), manifest.spec.kind)
             items = Items(manifest.path(index, f"{prefix}{ITEMS}"))
-            parts.append(Part(range(start, start + len(items)), vectors, items, root, roots))
+            parts.append(
+                Part(range(start, start + len(items)), vectors, items, root, roots)
+            )
             start += len(items)
-        fits = all((part.vectors.count, part.vectors.dim) == (len(part.rows), manifest.dim) for part in parts)
+        fits = all(
+            (part.vectors.count, part.vectors.dim) == (len(part.rows), manifest.dim)
+            for part in parts
+        )
         if start != manifest.rows or not fits:
             name = f"version {manifest.version} of {location_of(index)}"
-            raise ArtifactError(f"the files of {name} do not fit together; roll back, or rebuild the index")
+            raise ArtifactError(
+                f"the files of {name} do not fit together; roll back, or rebuild the"
+                " index"
+            )
         removed, changed = (
-            read_rows(manifest.path(index, name)) if name in manifest.files else NO_ROWS for name in (REMOVED, CHANGED)
+            read_rows(manifest.path(index, name)) if name in manifest.files else NO_ROWS
+            for name in (REMOVED, CHANGED)
         )
         return cls(index, manifest, parts, removed, changed, image_access)
 
@@ -183,14 +263,21 @@ class IndexVersion:
     @cached_property
     def lexical(self) -> LexicalIndex:
         """The words of the items. Raise ArtifactError if the index cannot be read."""
-        lexical = LexicalIndex(self.folder / LEXICAL, f"{LEXICAL} of version {self.manifest.version} of {self.index}")
+        lexical = LexicalIndex(
+            self.folder / LEXICAL,
+            f"{LEXICAL} of version {self.manifest.version} of {self.index}",
+        )
         if len(lexical) != self.rows:
-            raise ArtifactError(f"{lexical.name} has {len(lexical):,} rows, but the index {self.rows:,}")
+            raise ArtifactError(
+                f"{lexical.name} has {len(lexical):,} rows, but the index {self.rows:,}"
+            )
         return lexical
 
     @cached_property
     def sample_vectors(self) -> Floats:
-        """Vectors (m, E) of evenly spread items, which show how widely cosines vary; empty if the index keeps none."""
+        """Vectors (m, E) of evenly spread items, which show how widely cosines vary;
+        empty if the index keeps none.
+        """
         try:
             return self.vectors(self._nth_live(spread_rows(self.manifest.count)))
         except StoreUnavailableError:
@@ -200,7 +287,9 @@ class IndexVersion:
 
     def _nth_live(self, positions: Rows) -> Rows:
         """Return the rows at these positions among the live ones."""
-        return positions + np.searchsorted(self.removed - np.arange(len(self.removed)), positions, "right")
+        return positions + np.searchsorted(
+            self.removed - np.arange(len(self.removed)), positions, "right"
+        )
 
     def _is_removed(self, row: int) -> bool:
         position = int(np.searchsorted(self.removed, row))
@@ -208,7 +297,9 @@ class IndexVersion:
 
     @cached_property
     def folder(self) -> Path:
-        """Links to the files by their names, for libraries that open a folder. It lives as long as this object."""
+        """Links to the files by their names, for libraries that open a folder. It lives
+        as long as this object.
+        """
         folder = Path(tempfile.mkdtemp(prefix=f"dcar-{self.manifest.version}-"))
         weakref.finalize(self, shutil.rmtree, folder, ignore_errors=True)
         link_files(self.manifest.paths(self.index), folder)
@@ -219,27 +310,46 @@ class IndexVersion:
         """The model that encoded the vectors, for `Encoder.load`; in `folder`."""
         return (self.folder if self.manifest.version else self.index) / CHECKPOINT
 
-    def search(self, vectors: Floats, k: int, rows: RowFilter | None = None, *, is_narrow: bool = False) -> ScoredRows:
-        """Return the k best rows for each normalized query (n, E), as `VectorIndex.search` does.
+    def search(
+        self,
+        vectors: Floats,
+        k: int,
+        rows: RowFilter | None = None,
+        *,
+        is_narrow: bool = False,
+    ) -> ScoredRows:
+        """Return the k best rows for each normalized query (n, E), as
+        `VectorIndex.search` does.
 
-        rows: live rows that may be found; None for all. Raise ArtifactError for vectors of another length.
+        rows: live rows that may be found; None for all. Raise ArtifactError for vectors
+        of another length.
         """
         if vectors.ndim != 2 or vectors.shape[1] != self.manifest.dim:
-            raise ArtifactError(f"the index has vectors of {self.manifest.dim}, but the queries are {vectors.shape}")
+            raise ArtifactError(
+                f"the index has vectors of {self.manifest.dim}, but the queries are"
+                f" {vectors.shape}"
+            )
         if rows is None and len(self.removed):
             rows = self.live_rows
         if len(self.parts) == 1:
             return self.parts[0].vectors.search(vectors, k, rows, is_narrow=is_narrow)
-        scores, nearest = [np.empty((len(vectors), 0), np.float32)], [np.empty((len(vectors), 0), np.int64)]
+        scores, nearest = (
+            [np.empty((len(vectors), 0), np.float32)],
+            [np.empty((len(vectors), 0), np.int64)],
+        )
         for part in self.parts:
             chosen = None if rows is None else rows.part(part.rows)
-            part_scores, positions = part.vectors.search(vectors, k, chosen, is_narrow=is_narrow)
+            part_scores, positions = part.vectors.search(
+                vectors, k, chosen, is_narrow=is_narrow
+            )
             scores.append(part_scores)
             nearest.append(np.where(positions >= 0, positions + part.rows.start, -1))
         return merge_top_k(scores, nearest, k)
 
     def vectors(self, rows: Rows) -> Floats:
-        """Return the vectors of rows, as `VectorIndex.vectors`. Raise IndexError if one does not exist."""
+        """Return the vectors of rows, as `VectorIndex.vectors`. Raise IndexError if one
+        does not exist.
+        """
         for row in rows[(rows < 0) | (rows >= self.rows)][:1]:
             self.locate(int(row))  # raises
         vectors = np.empty((len(rows), self.manifest.dim), np.float32)
@@ -250,7 +360,9 @@ class IndexVersion:
         return vectors
 
     def locate(self, row: int) -> tuple[Part, int]:
-        """Return the part of a row, and its number there. Raise IndexError if the row is unknown or removed."""
+        """Return the part of a row, and its number there. Raise IndexError if the row
+        is unknown or removed.
+        """
         if self._is_removed(row):
             raise IndexError(f"row {row} was removed")
         for part in self.parts:
@@ -259,10 +371,14 @@ class IndexVersion:
         raise IndexError(f"row {row} is not in 0..{self.rows - 1}")
 
     def row_of(self, item_id: str) -> int | None:
-        """Return the live row of an id, or None; newer parts first, since an item may have been replaced."""
+        """Return the live row of an id, or None; newer parts first, since an item may
+        have been replaced.
+        """
         for part in reversed(self.parts):
             position = part.items.row_of(item_id)
-            if position is not None and not self._is_removed(row := position + part.rows.start):
+            if position is not None and not self._is_removed(
+                row := position + part.rows.start
+            ):
                 return row
         return None
 
@@ -286,27 +402,51 @@ class IndexVersion:
 
     @property
     def fields(self) -> dict[str, str]:
-        """Arrow types of the fields that `column` accepts: those that are stored, and computed ones."""
-        return self.stored_fields | dict.fromkeys(self.computed, str(pa.list_(pa.string())))
+        """Arrow types of the fields that `column` accepts: those that are stored, and
+        computed ones.
+        """
+        return self.stored_fields | dict.fromkeys(
+            self.computed, str(pa.list_(pa.string()))
+        )
 
     def column(self, name: str, rows: Rows | None = None) -> pa.ChunkedArray:
-        """Return one field of every row, or of some, ascending; null where an item lacks it. Raise DataError."""
+        """Return one field of every row, or of some, ascending; null where an item
+        lacks it. Raise DataError.
+        """
         if name in self.computed:
             column = self.computed[name]()
             return column if rows is None else column.take(pa.array(rows))
         if name not in self._types:
-            raise DataError(f"no item has the field {name!r}; there are: {list_fields(self.fields)}")
+            raise DataError(
+                f"no item has the field {name!r}; there are: {list_fields(self.fields)}"
+            )
         target, chunks = self._types[name], list[pa.Array]()
         for span, _, items, *_ in self.parts:
-            table = pa.table({name: items.column(name) if name in items.fields else pa.nulls(len(items), target)})
+            table = pa.table(
+                {
+                    name: (
+                        items.column(name)
+                        if name in items.fields
+                        else pa.nulls(len(items), target)
+                    )
+                }
+            )
             if rows is not None:
-                table = take_rows(table, rows[(rows >= span.start) & (rows < span.stop)] - span.start)
+                table = take_rows(
+                    table, rows[(rows >= span.start) & (rows < span.stop)] - span.start
+                )
             column = table[name]
-            chunks += column.chunks if column.type == target else [typed_array(column.to_pylist(), target)]
+            chunks += (
+                column.chunks
+                if column.type == target
+                else [typed_array(column.to_pylist(), target)]
+            )
         return pa.chunked_array(chunks, target)
 
     def item(self, row: int) -> Item:
-        """Return one item; recent ones are cached. Raise IndexError if the row is unknown or removed."""
+        """Return one item; recent ones are cached. Raise IndexError if the row is
+        unknown or removed.
+        """
         if (cached := self._items.get(row)) is not None:
             return cached
         part, position = self.locate(row)
@@ -321,54 +461,75 @@ class IndexVersion:
     def image_location(self, row: int) -> tuple[str, int]:
         """Return the file of a row's image, and the offset in it."""
         part, position = self.locate(row)
-        location, offset = (part.items.columns[name][position].as_py() for name in ("location", "offset"))
+        location, offset = (
+            part.items.columns[name][position].as_py()
+            for name in ("location", "offset")
+        )
         return join_location(part.root, location), offset
 
     def image_bytes(self, row: int) -> bytes:
-        """Return the file of the row's image. Raise IndexError for no row, ArtifactError if it cannot be read."""
+        """Return the file of the row's image. Raise IndexError for no row,
+        ArtifactError if it cannot be read.
+        """
         try:
             file, size = open_image(*self._location_parts(row))
             with file:
                 return file.read(size)
         except OSError as error:
             raise ArtifactError(
-                f"the image of item {self.item(row).id!r} cannot be read from the gallery "
-                f"{self.manifest.spec.gallery}: {error.strerror or error}"
+                f"the image of item {self.item(row).id!r} cannot be read from the"
+                f" gallery {self.manifest.spec.gallery}: {error.strerror or error}"
             ) from error
 
     def _location_parts(self, row: int) -> tuple[str, str, int, int]:
-        """Return root, location, offset and size of the row's image; OSError if it may not be read."""
+        """Return root, location, offset and size of the row's image; OSError if it may
+        not be read.
+        """
         part, position = self.locate(row)
         columns = part.items.columns
-        location, offset, size = (columns[name][position].as_py() for name in ("location", "offset", "size"))
+        location, offset, size = (
+            columns[name][position].as_py() for name in ("location", "offset", "size")
+        )
         if self.image_access is not None:
-            location = self.image_access.resolve(part.root, location, offset, size, part.roots)
+            location = self.image_access.resolve(
+                part.root, location, offset, size, part.roots
+            )
         return part.root, location, offset, size
 
     def image_key(self, row: int) -> str:
-        """Return 32 hexadecimal digits that change with the location, size and time of the row's image file.
+        """Return 32 hexadecimal digits that change with the location, size and time of
+        the row's image file.
 
-        The image of a row with a URL counts as new with each version of the index. Errors are those of `image_bytes`.
+        The image of a row with a URL counts as new with each version of the index.
+        Errors are those of `image_bytes`.
         """
         try:
             root, location, offset, size = self._location_parts(row)
-            joined, state = join_location(root, location), f"version {self.manifest.version}"
+            joined, state = (
+                join_location(root, location),
+                f"version {self.manifest.version}",
+            )
             if not is_url(joined):
                 status = Path(joined).stat()
                 state = f"{status.st_mtime_ns}-{status.st_size}"
         except OSError as error:
-            raise ArtifactError(f"the image of row {row} cannot be read: {error.strerror or error}") from error
+            raise ArtifactError(
+                f"the image of row {row} cannot be read: {error.strerror or error}"
+            ) from error
         key = repr((root, location, offset, size, state))
         return hashlib.blake2b(key.encode(errors="replace"), digest_size=16).hexdigest()
 
     def require(self, fingerprint: str) -> None:
-        """Raise ArtifactError, which names the command to run, for an encoder that did not encode this index."""
+        """Raise ArtifactError, which names the command to run, for an encoder that did
+        not encode this index.
+        """
         if fingerprint != self.manifest.spec.fingerprint:
             index, spec = location_of(self.index), self.manifest.spec
             raise ArtifactError(
-                f"version {self.manifest.version} of {index} was built by encoder {spec.fingerprint[:12]}, not by "
-                f"{fingerprint[:12]}; run: python -m index_jobs.rebuild --gallery {spec.gallery} --checkpoint "
-                f"CHECKPOINT_OF_THIS_ENCODER --out {index}"
+                f"version {self.manifest.version} of {index} was built by encoder"
+                f" {spec.fingerprint[:12]}, not by {fingerprint[:12]}; run: python -m"
+                f" index_jobs.rebuild --gallery {spec.gallery} --checkpoint"
+                f" CHECKPOINT_OF_THIS_ENCODER --out {index}"
             )
 
 
@@ -385,9 +546,14 @@ def check_files(index: Path, manifest: Manifest) -> None:
         path = index / info.key
         size = path.stat().st_size if path.is_file() else None
         if size != info.size:
-            state = "is missing" if size is None else f"has {size:,} bytes, not {info.size:,}"
+            state = (
+                "is missing"
+                if size is None
+                else f"has {size:,} bytes, not {info.size:,}"
+            )
             raise ArtifactError(
-                f"{path} {state}: {name} of version {manifest.version}; roll back, or rebuild the index"
+                f"{path} {state}: {name} of version {manifest.version}; roll back, or"
+                " rebuild the index"
             )
 
 
@@ -401,4 +567,6 @@ def read_rows(path: Path) -> Rows:
     try:
         return np.asarray(np.load(path, allow_pickle=False), np.int64)
     except (OSError, ValueError) as error:
-        raise ArtifactError(f"{path} cannot be read: {error}; roll back, or rebuild the index") from error
+        raise ArtifactError(
+            f"{path} cannot be read: {error}; roll back, or rebuild the index"
+        ) from error

@@ -1,11 +1,15 @@
-"""The queue of accepted changes of an index's items: a database with their progress and outcomes.
+"""The queue of accepted changes of an index's items: a database with their progress and
+outcomes.
 
 INDEX/jobs.sqlite       the jobs; one is accepted once its row is committed
-INDEX/images/<sha256>   pictures that were put, on the disk before their job is committed
+INDEX/images/<sha256>   pictures that were put, on the disk before their job is
+                        committed
 INDEX/.jobs.lock        held by the process that applies jobs
 
-- Jobs are applied in the order of their acceptance, by `index_jobs.jobs.update`. They survive a crash until they end.
-- Several processes of one machine may use a database at once. It is opened for each call: a collection may be dropped.
+- Jobs are applied in the order of their acceptance, by `index_jobs.jobs.update`. They
+  survive a crash until they end.
+- Several processes of one machine may use a database at once. It is opened for each
+  call: a collection may be dropped.
 - Nothing that a caller sends becomes a path.
 """
 
@@ -35,7 +39,8 @@ logger = logging.getLogger(__name__)
 
 JOBS, IMAGES = "jobs.sqlite", "images"
 BATCH_ITEMS = 2000
-MAX_STARTS_TOGETHER = 3  # of a job whose process has died more often, it is applied by itself
+# of a job whose process has died more often, it is applied by itself
+MAX_STARTS_TOGETHER = 3
 _BUSY_S = 30.0
 _SWEEP_S = 3600.0
 _KEEP_S = 7 * 24 * 3600.0  # how long the end of a job is remembered
@@ -44,11 +49,13 @@ _SCHEMA = """
 PRAGMA journal_mode = WAL;
 PRAGMA synchronous = FULL;
 CREATE TABLE IF NOT EXISTS jobs (
-    number INTEGER PRIMARY KEY AUTOINCREMENT, id TEXT NOT NULL UNIQUE, kind TEXT NOT NULL, summary TEXT NOT NULL,
+    number INTEGER PRIMARY KEY AUTOINCREMENT, id TEXT NOT NULL UNIQUE,
+    kind TEXT NOT NULL, summary TEXT NOT NULL,
     body TEXT, outcome TEXT, ended REAL
 );
 CREATE TABLE IF NOT EXISTS progress (
-    job INTEGER PRIMARY KEY, starts INTEGER NOT NULL, done INTEGER NOT NULL, total INTEGER NOT NULL
+    job INTEGER PRIMARY KEY, starts INTEGER NOT NULL,
+    done INTEGER NOT NULL, total INTEGER NOT NULL
 );
 CREATE INDEX IF NOT EXISTS jobs_ended ON jobs (ended);
 """
@@ -60,10 +67,11 @@ JobKind = Literal["put", "patch", "delete"]
 class Job:
     """A job that waits.
 
-    items: of a put, objects with `id`, `caption`, `category`, `metadata` and `image`, a name below INDEX; of others,
-    objects with `id`. filter: selects the items of a patch or a delete instead. fields: of a patch, to be merged; None
-    removes one. starts: earlier attempts, during which the process has died. by: the field that the `id` of each object
-    is a value of, in a patch whose objects have `fields` of their own.
+    items: of a put, objects with `id`, `caption`, `category`, `metadata` and `image`, a
+    name below INDEX; of others, objects with `id`. filter: selects the items of a patch
+    or a delete instead. fields: of a patch, to be merged; None removes one. starts:
+    earlier attempts, during which the process has died. by: the field that the `id` of
+    each object is a value of, in a patch whose objects have `fields` of their own.
     """
 
     number: int
@@ -76,7 +84,9 @@ class Job:
 
 
 class JobQueue:
-    """The jobs of one index. All methods raise OSError if the disk is full or the index is gone."""
+    """The jobs of one index. All methods raise OSError if the disk is full or the index
+    is gone.
+    """
 
     def __init__(self, index: Path) -> None:
         self.index, self.images, self._path = index, index / IMAGES, index / JOBS
@@ -85,13 +95,19 @@ class JobQueue:
     def database(self) -> Iterator[sqlite3.Connection]:
         """Open the database for one change of it."""
         try:
-            with closing(sqlite3.connect(self._path, timeout=_BUSY_S, isolation_level="IMMEDIATE")) as database:
+            with closing(
+                sqlite3.connect(
+                    self._path, timeout=_BUSY_S, isolation_level="IMMEDIATE"
+                )
+            ) as database:
                 database.executescript(_SCHEMA)
                 yield database
                 database.commit()
         except sqlite3.Error as error:
             if not self.index.is_dir():
-                raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), str(self.index)) from error
+                raise FileNotFoundError(
+                    errno.ENOENT, os.strerror(errno.ENOENT), str(self.index)
+                ) from error
             code = errno.ENOSPC if "full" in str(error) else errno.EIO
             raise OSError(code, str(error), str(self._path)) from error
 
@@ -113,13 +129,24 @@ class JobQueue:
     ) -> str:
         """Store a job durably and return its id.
 
-        items, filter, fields, by: as in `Job`, without `image`. images: of a put, the image file of each item. notes:
-        what the status of the job shows as well.
+        items, filter, fields, by: as in `Job`, without `image`. images: of a put, the
+        image file of each item. notes: what the status of the job shows as well.
         """
-        job, names = secrets.token_hex(16), [hashlib.sha256(data).hexdigest() for data in images]
+        job, names = (
+            secrets.token_hex(16),
+            [hashlib.sha256(data).hexdigest() for data in images],
+        )
         if images:
-            items = [{**item, "image": f"{IMAGES}/{name}"} for item, name in zip(items, names, strict=True)]
-        summary = {"kind": kind, "items": len(items), "accepted": _now(), **(notes or {})}
+            items = [
+                {**item, "image": f"{IMAGES}/{name}"}
+                for item, name in zip(items, names, strict=True)
+            ]
+        summary = {
+            "kind": kind,
+            "items": len(items),
+            "accepted": _now(),
+            **(notes or {}),
+        }
         body = {"items": [*items], "filter": filter, "fields": fields or {}, "by": by}
         with self.database() as database:
             database.execute("BEGIN IMMEDIATE")  # against a sweep
@@ -128,29 +155,40 @@ class JobQueue:
                 if not (self.images / name).exists():
                     write_bytes(self.images / name, data, shared=True)
             values = job, kind, json.dumps(summary), json.dumps(body)
-            database.execute("INSERT INTO jobs (id, kind, summary, body) VALUES (?, ?, ?, ?)", values)
+            database.execute(
+                "INSERT INTO jobs (id, kind, summary, body) VALUES (?, ?, ?, ?)", values
+            )
         return job
 
     def waiting(self) -> int:
         """Return the number of jobs that have not ended."""
-        return sum(count for (count,) in self._read("SELECT count(*) FROM jobs WHERE ended IS NULL"))
+        return sum(
+            count
+            for (count,) in self._read("SELECT count(*) FROM jobs WHERE ended IS NULL")
+        )
 
     def next_batch(self) -> list[Job]:
         """Return the first waiting jobs of one kind, which are applied together.
 
-        A job with a filter or another field than `id` is by itself, since it depends on the jobs before it; no two put
-        the same item.
+        A job with a filter or another field than `id` is by itself, since it depends on
+        the jobs before it; no two put the same item.
         """
         batch, ids = list[Job](), set[str]()
-        query = "SELECT number, kind, body, coalesce(starts, 0) FROM jobs LEFT JOIN progress ON job = number"
+        query = (
+            "SELECT number, kind, body, coalesce(starts, 0) FROM jobs LEFT JOIN"
+            " progress ON job = number"
+        )
         query += " WHERE ended IS NULL ORDER BY number"
         for number, kind, body, starts in self._read(query):
             job = Job(number, kind, **json.loads(body), starts=starts)
             new = {item["id"] for item in job.items}
             is_alone = any(
-                other.filter or other.by != "id" or other.starts >= MAX_STARTS_TOGETHER for other in [*batch, job]
+                other.filter or other.by != "id" or other.starts >= MAX_STARTS_TOGETHER
+                for other in [*batch, job]
             )
-            is_other = batch and (kind != batch[0].kind or (kind == "put" and not ids.isdisjoint(new)))
+            is_other = batch and (
+                kind != batch[0].kind or (kind == "put" and not ids.isdisjoint(new))
+            )
             if batch and (is_alone or is_other or len(ids) + len(new) > BATCH_ITEMS):
                 break
             batch.append(job)
@@ -158,7 +196,9 @@ class JobQueue:
         return batch
 
     def status(self, job: str) -> dict[str, Any] | None:
-        """Return `id`, `kind`, `items`, `accepted`, `status` and more of a job; None for an unknown one."""
+        """Return `id`, `kind`, `items`, `accepted`, `status` and more of a job; None
+        for an unknown one.
+        """
         return next(iter(self._statuses("id = ?", job)), None)
 
     def newest(self, limit: int) -> list[dict[str, Any]]:
@@ -166,13 +206,25 @@ class JobQueue:
         return self._statuses("true ORDER BY number DESC LIMIT ?", limit)
 
     def _statuses(self, condition: str, value: object) -> list[dict[str, Any]]:
-        query = "SELECT id, summary, outcome, done, total FROM jobs LEFT JOIN progress ON job = number WHERE "
+        query = (
+            "SELECT id, summary, outcome, done, total FROM jobs LEFT JOIN progress ON"
+            " job = number WHERE "
+        )
         statuses = list[dict[str, Any]]()
         for job, summary, outcome, done, total in self._read(query + condition, value):
             state: dict[str, Any] = {"status": "waiting"}
             if total is not None:
-                state = {"status": "running", "progress": {"done": done, "total": total}}
-            statuses.append({"id": job, **json.loads(summary), **(json.loads(outcome) if outcome else state)})
+                state = {
+                    "status": "running",
+                    "progress": {"done": done, "total": total},
+                }
+            statuses.append(
+                {
+                    "id": job,
+                    **json.loads(summary),
+                    **(json.loads(outcome) if outcome else state),
+                }
+            )
         return statuses
 
     def show_progress(self, jobs: Sequence[Job], done: int = 0) -> None:
@@ -180,59 +232,103 @@ class JobQueue:
         total = sum(len(job.items) for job in jobs)
         rows = [(job.number, job.starts + 1, done, total) for job in jobs]
         with self.database() as database:
-            database.executemany("INSERT OR REPLACE INTO progress VALUES (?, ?, ?, ?)", rows)
+            database.executemany(
+                "INSERT OR REPLACE INTO progress VALUES (?, ?, ?, ?)", rows
+            )
 
     def put_back(self, jobs: Sequence[Job]) -> None:
         """Record that jobs wait, since what failed was not their fault."""
         with self.database() as database:
-            database.executemany("DELETE FROM progress WHERE job = ?", [(job.number,) for job in jobs])
+            database.executemany(
+                "DELETE FROM progress WHERE job = ?", [(job.number,) for job in jobs]
+            )
 
     def end(self, jobs: Sequence[Job], outcomes: Sequence[Mapping[str, Any]]) -> None:
         """Record how jobs ended, all at once."""
-        now, texts = time.time(), [json.dumps({"ended": _now(), **outcome}) for outcome in outcomes]
+        now, texts = (
+            time.time(),
+            [json.dumps({"ended": _now(), **outcome}) for outcome in outcomes],
+        )
         ends = [(text, now, job.number) for job, text in zip(jobs, texts, strict=True)]
         with self.database() as database:
-            database.executemany("UPDATE jobs SET outcome = ?, ended = ?, body = NULL WHERE number = ?", ends)
-            database.executemany("DELETE FROM progress WHERE job = ?", [(job.number,) for job in jobs])
+            database.executemany(
+                "UPDATE jobs SET outcome = ?, ended = ?, body = NULL WHERE number = ?",
+                ends,
+            )
+            database.executemany(
+                "DELETE FROM progress WHERE job = ?", [(job.number,) for job in jobs]
+            )
             database.execute("DELETE FROM jobs WHERE ended < ?", (now - _KEEP_S,))
 
     @contextmanager
     def lock(self, wait_s: float = 0) -> Iterator[None]:
-        """Admit one process that applies jobs. Raise LockedError if another one does, for so long."""
-        gone = FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), str(self.index))
+        """Admit one process that applies jobs. Raise LockedError if another one does,
+        for so long.
+        """
+        gone = FileNotFoundError(
+            errno.ENOENT, os.strerror(errno.ENOENT), str(self.index)
+        )
         if not self.index.is_dir():  # the lock would make it
             raise gone
-        file, message = self.index / ".jobs.lock", f"another process applies the jobs of {self.index}; wait for its end"
+        file, message = (
+            self.index / ".jobs.lock",
+            f"another process applies the jobs of {self.index}; wait for its end",
+        )
         with hold_lock(file, message, wait_s):
-            if [path.name for path in self.index.iterdir()] == [file.name]:  # it was dropped, and the lock has made it
+            # it was dropped, and the lock has made it
+            if [path.name for path in self.index.iterdir()] == [file.name]:
                 shutil.rmtree(self.index)
                 raise gone
             yield
 
     def sweep(self, *, older_s: float = _SWEEP_S) -> None:
-        """Remove pictures that no version shows and no waiting job puts; within `lock`, at most once in `older_s`."""
+        """Remove pictures that no version shows and no waiting job puts; within `lock`,
+        at most once in `older_s`.
+        """
         mark, now = self.images / ".swept", time.time()
-        if not self.images.is_dir() or (mark.exists() and now - mark.stat().st_mtime < older_s):
+        if not self.images.is_dir() or (
+            mark.exists() and now - mark.stat().st_mtime < older_s
+        ):
             return
         mark.touch()
         try:
             kept = self._shown_images()
-        except ArtifactError as error:  # a version that cannot be read now may show any picture
+        except ArtifactError as error:
+            # a version that cannot be read now may show any picture
             logger.warning("unused images are kept: %s", error)
             return
         with self.database() as database:
             database.execute("BEGIN IMMEDIATE")
-            query = "SELECT json_extract(value, '$.image') FROM jobs, json_each(body, '$.items')"
-            kept |= {image for (image,) in self._read(f"{query} WHERE ended IS NULL AND kind = 'put'")}
+            query = (
+                "SELECT json_extract(value, '$.image') FROM jobs, json_each(body,"
+                " '$.items')"
+            )
+            kept |= {
+                image
+                for (image,) in self._read(
+                    f"{query} WHERE ended IS NULL AND kind = 'put'"
+                )
+            }
             for path in self.images.iterdir():
-                if f"{IMAGES}/{path.name}" not in kept and path != mark and now - path.stat().st_mtime >= older_s:
+                if (
+                    f"{IMAGES}/{path.name}" not in kept
+                    and path != mark
+                    and now - path.stat().st_mtime >= older_s
+                ):
                     path.unlink()
 
     def _shown_images(self) -> set[str]:
         shown = set[str]()
-        for opened in (open_version(self.index, number) for number in version_numbers(self.index)):
+        for opened in (
+            open_version(self.index, number) for number in version_numbers(self.index)
+        ):
             locations = opened.live_table("location")["location"]
-            shown.update(match["name"] for match in pc.drop_null(pc.extract_regex(locations, _IMAGE)).to_pylist())
+            shown.update(
+                match["name"]
+                for match in pc.drop_null(
+                    pc.extract_regex(locations, _IMAGE)
+                ).to_pylist()
+            )
         return shown
 
 

@@ -1,7 +1,10 @@
-"""Stores of an index: a directory, or the URL of an object store with a mirror in the cache.
+"""Stores of an index: a directory, or the URL of an object store with a mirror in the
+cache.
 
-INDEX/CURRENT             the version that is served, and the sha256 of its manifest; see `Current`
-INDEX/versions/<n>.json   the manifest of a version, created once; it names files by their hashes
+INDEX/CURRENT             the version that is served, and the sha256 of its manifest;
+                          see `Current`
+INDEX/versions/<n>.json   the manifest of a version, created once; it names files by
+                          their hashes
 INDEX/blobs/<sha256>      the contents of files, written once, which versions share
 
 Imports nothing heavy, so that command lines and settings are checked at once.
@@ -28,14 +31,18 @@ from dcar_core.util.errors import (
 from dcar_core.util.files import atomic_writer, default_cache_directory, write_bytes
 from index_jobs.index.manifest import BLOBS, VERSIONS, FileInfo, Manifest
 
-GRACE_S = 24 * 3600  # an unnamed blob of a store may belong to a version that is being published
+# an unnamed blob of a store may belong to a version that is being published
+GRACE_S = 24 * 3600
 _BLOCK = 2**20  # bytes of a file that are read at a time
 _URL_FILE = "store.url"  # in the mirror of an object store
-_URL = re.compile(r"(s3a?|gs|az|abfss?):/{1,2}(.+)", re.IGNORECASE)  # pathlib makes one slash of two
+# pathlib makes one slash of two
+_URL = re.compile(r"(s3a?|gs|az|abfss?):/{1,2}(.+)", re.IGNORECASE)
 _OTHER_URL = re.compile(r"[a-z][a-z0-9+.-]+:(/|$)", re.IGNORECASE)
 PART_BYTES = 8 * 2**20  # of a blob of a store
 _MAX_PARTS = 5_000  # of an upload; stores allow 10,000
-_UPLOADS = 4  # parts of a blob that are sent at a time; each may take as long as a silent store is waited for
+# parts of a blob that are sent at a time; each may take as long as a silent store is
+# waited for
+_UPLOADS = 4
 CLIENT: Any = {
     "connect_timeout": "5s",
     "read_timeout": "60s",  # of a silent store
@@ -55,8 +62,8 @@ class Stored(NamedTuple):
 class Storage(Protocol):
     """A place of an index, with a name for messages.
 
-    Methods raise ArtifactError for what is missing or damaged, StoreUnavailableError if a store does not respond, and
-    LockedError if another publisher was first.
+    Methods raise ArtifactError for what is missing or damaged, StoreUnavailableError if
+    a store does not respond, and LockedError if another publisher was first.
     """
 
     name: str
@@ -70,21 +77,33 @@ class Storage(Protocol):
     def delete(self, keys: Collection[str]) -> None: ...
 
     def get(self, info: FileInfo) -> Iterator[bytes]:
-        """Yield a blob in parts. Raise ArtifactError, at the end, if it differs from its hash."""
+        """Yield a blob in parts. Raise ArtifactError, at the end, if it differs from
+        its hash.
+        """
         digest = hashlib.sha256()
         for part in self.parts(info):
             digest.update(part)
             yield part
         if digest.hexdigest() != info.sha256:
             where = f"{self.name}/{info.key}"
-            raise ArtifactError(f"{where} is corrupted: its checksum differs; roll back, or delete it and build again")
+            raise ArtifactError(
+                f"{where} is corrupted: its checksum differs; roll back, or delete it"
+                " and build again"
+            )
 
     def versions(self) -> list[int]:
         """Return the numbers of all versions, ascending."""
-        return sorted(int(name[:-5]) for name in self.entries(VERSIONS) if re.fullmatch(r"\d{1,18}\.json", name))
+        return sorted(
+            int(name[:-5])
+            for name in self.entries(VERSIONS)
+            if re.fullmatch(r"\d{1,18}\.json", name)
+        )
 
     def lost_race(self) -> LockedError:
-        return LockedError(f"another job has published to {self.name} meanwhile; run the same command again")
+        return LockedError(
+            f"another job has published to {self.name} meanwhile; run the same command"
+            " again"
+        )
 
 
 class Directory(Storage):
@@ -99,7 +118,9 @@ class Directory(Storage):
         except (FileNotFoundError, NotADirectoryError):
             return None
         except OSError as error:
-            raise ArtifactError(f"{self.path / key} cannot be read: {error.strerror}") from error
+            raise ArtifactError(
+                f"{self.path / key} cannot be read: {error.strerror}"
+            ) from error
 
     def create(self, key: str, data: bytes) -> None:
         if (self.path / key).exists():
@@ -113,7 +134,9 @@ class Directory(Storage):
         write_bytes(self.path / key, data)
 
     def follow(self, key: str, data: bytes | None) -> None:
-        """Write or delete a file, unless it is as in the store. data: its content there; None if it has none."""
+        """Write or delete a file, unless it is as in the store. data: its content
+        there; None if it has none.
+        """
         if data is None:
             self.delete([key])
         elif data != self.read(key):
@@ -136,11 +159,15 @@ class Directory(Storage):
                     yield part
         except OSError as error:
             where = self.path / info.key
-            raise ArtifactError(f"{where} cannot be read: {error.strerror}; roll back, or build again") from error
+            raise ArtifactError(
+                f"{where} cannot be read: {error.strerror}; roll back, or build again"
+            ) from error
 
     def entries(self, folder: str) -> dict[str, Stored]:
         path = self.path / folder
-        files = [file for file in path.iterdir() if file.is_file()] if path.is_dir() else []
+        files = (
+            [file for file in path.iterdir() if file.is_file()] if path.is_dir() else []
+        )
         return {file.name: Stored(file.stat().st_size) for file in files}
 
     def delete(self, keys: Collection[str]) -> None:
@@ -149,14 +176,18 @@ class Directory(Storage):
 
 
 class ObjectStore(Storage):
-    """An index at a URL, through obstore. Writers share no lock: a file is swapped if it is unchanged (If-Match)."""
+    """An index at a URL, through obstore. Writers share no lock: a file is swapped if
+    it is unchanged (If-Match).
+    """
 
     def __init__(self, url: str) -> None:
         from obstore.store import from_url
 
         self.name = url
         with self._report():
-            self.objects: Any = from_url(url, client_options=CLIENT, retry_config=RETRIES)
+            self.objects: Any = from_url(
+                url, client_options=CLIENT, retry_config=RETRIES
+            )
 
     def read(self, key: str) -> bytes | None:
         return self._find(key)[0]
@@ -174,7 +205,9 @@ class ObjectStore(Storage):
         size = max(PART_BYTES, info.size // _MAX_PARTS)
         content = parts if info.size > size else b"".join(parts)
         with self._report():
-            self.objects.put(info.key, content, chunk_size=size, max_concurrency=_UPLOADS)
+            self.objects.put(
+                info.key, content, chunk_size=size, max_concurrency=_UPLOADS
+            )
 
     def parts(self, info: FileInfo) -> Iterator[bytes]:
         with self._report():
@@ -182,8 +215,15 @@ class ObjectStore(Storage):
 
     def entries(self, folder: str) -> dict[str, Stored]:
         with self._report():
-            metas = [meta for chunk in self.objects.list(f"{folder}/") for meta in chunk]
-        return {Path(meta["path"]).name: Stored(meta["size"], meta["last_modified"].timestamp()) for meta in metas}
+            metas = [
+                meta for chunk in self.objects.list(f"{folder}/") for meta in chunk
+            ]
+        return {
+            Path(meta["path"]).name: Stored(
+                meta["size"], meta["last_modified"].timestamp()
+            )
+            for meta in metas
+        }
 
     def delete(self, keys: Collection[str]) -> None:
         with self._report():
@@ -195,7 +235,9 @@ class ObjectStore(Storage):
             try:
                 item = self.objects.get(key)
                 state = {name: item.meta.get(name) for name in ("e_tag", "version")}
-                return bytes(item.bytes()), {name: value for name, value in state.items() if value}
+                return bytes(item.bytes()), {
+                    name: value for name, value in state.items() if value
+                }
             except FileNotFoundError as error:
                 if "NoSuchBucket" in str(error):
                     raise
@@ -209,7 +251,8 @@ class ObjectStore(Storage):
             try:
                 self.objects.put(key, data, mode=mode)
             except BaseError as error:
-                with suppress(BaseError, FileNotFoundError):  # an attempt before may have been written, unheard
+                # an attempt before may have been written, unheard
+                with suppress(BaseError, FileNotFoundError):
                     if bytes(self.objects.get(key).bytes()) == data:
                         return
                 if isinstance(error, (AlreadyExistsError, PreconditionError)):
@@ -218,26 +261,35 @@ class ObjectStore(Storage):
 
     @contextmanager
     def _report(self) -> Iterator[None]:
-        """Raise ArtifactError, one line for people, in place of an error of the store."""
+        """Raise ArtifactError, one line for people, in place of an error of the
+        store.
+        """
         from obstore.exceptions import BaseError
 
         try:
             yield
         except FileNotFoundError as error:
-            raise ArtifactError(f"{self.name} lacks an object: {_first_line(error)}") from error
+            raise ArtifactError(
+                f"{self.name} lacks an object: {_first_line(error)}"
+            ) from error
         except BaseError as error:
-            raise StoreUnavailableError(f"{self.name} is not available: {_first_line(error)}") from error
+            raise StoreUnavailableError(
+                f"{self.name} is not available: {_first_line(error)}"
+            ) from error
 
 
 def _first_line(error: Exception) -> str:
     """Return the response of a store without the times of its attempts, which vary."""
-    line = str(error).partition("\n")[0].rpartition(" - ")[2].partition(": <?xml")[0][:300]
+    line = (
+        str(error).partition("\n")[0].rpartition(" - ")[2].partition(": <?xml")[0][:300]
+    )
     code = re.search(r"<Code>(\w+)</Code>", str(error))
     return f"{line} ({code[1]})" if code else line
 
 
 def index_path(location: str | Path) -> Path:
-    """Return the directory of an index: a path as it is, or the mirror of a URL, which is created.
+    """Return the directory of an index: a path as it is, or the mirror of a URL, which
+    is created.
 
     Raise DataError if the URL names no index, and MissingExtraError without obstore.
     """
@@ -247,9 +299,14 @@ def index_path(location: str | Path) -> Path:
     scheme, key = (match[1].lower(), match[2]) if match else ("", "")
     parts = key.split("/")
     if ":" in parts[0] or re.search("[?#]", key):
-        raise DataError("the URL of an index has neither credentials, which come from the environment, nor ? or #")
+        raise DataError(
+            "the URL of an index has neither credentials, which come from the"
+            " environment, nor ? or #"
+        )
     if any(part in ("", ".", "..") for part in parts):
-        raise DataError(f"{location} is not the URL of an index, such as s3://bucket/index")
+        raise DataError(
+            f"{location} is not the URL of an index, such as s3://bucket/index"
+        )
     try:
         import obstore  # noqa: F401
     except ImportError as error:
@@ -271,7 +328,9 @@ def location_of(index: Path) -> str:
 
 
 def index_name(index: Path) -> str:
-    """Return the name of an index, the same on every machine that publishes it: its URL, or its absolute path."""
+    """Return the name of an index, the same on every machine that publishes it: its
+    URL, or its absolute path.
+    """
     return location_of(index.absolute())
 
 
@@ -281,7 +340,9 @@ def store_of(index: Path) -> ObjectStore | None:
 
 
 def swap(index: Path, key: str, before: bytes | None, data: bytes) -> None:
-    """Replace a file of an index, first in its store. Raise LockedError if it is not as before."""
+    """Replace a file of an index, first in its store. Raise LockedError if it is not as
+    before.
+    """
     store, local = store_of(index), Directory(index)
     (store or local).swap(key, before, data)
     if store is not None:
@@ -293,8 +354,12 @@ def _open(mirror: Path) -> ObjectStore:
     return ObjectStore(location_of(mirror))
 
 
-def copy_blobs(source: Storage, target: Storage, infos: Iterable[FileInfo], named: Collection[str]) -> None:
-    """Put the blobs that a storage lacks, or may collect before a manifest names them. named: hashes that stay."""
+def copy_blobs(
+    source: Storage, target: Storage, infos: Iterable[FileInfo], named: Collection[str]
+) -> None:
+    """Put the blobs that a storage lacks, or may collect before a manifest names them.
+    named: hashes that stay.
+    """
     stored, safe = target.entries(BLOBS), time.time() - GRACE_S / 2
     for info in dict.fromkeys(infos):
         blob = stored.get(info.sha256, Stored(-1))
@@ -303,11 +368,15 @@ def copy_blobs(source: Storage, target: Storage, infos: Iterable[FileInfo], name
 
 
 def verify(storage: Storage, manifest: Manifest, known: set[FileInfo]) -> None:
-    """Read the files of a version that are not known to be whole. Raise ArtifactError for one that is not."""
+    """Read the files of a version that are not known to be whole. Raise ArtifactError
+    for one that is not.
+    """
     for name, info in manifest.files.items():
         try:
             for _ in () if info in known else storage.get(info):
                 pass
         except ArtifactError as error:
-            raise type(error)(f"{name} of version {manifest.version}: {error}") from error
+            raise type(error)(
+                f"{name} of version {manifest.version}: {error}"
+            ) from error
         known.add(info)

@@ -1,10 +1,14 @@
-"""Latency and recall of searches with filters, in Qdrant and in a FAISS file, printed as a Markdown table.
+"""Latency and recall of searches with filters, in Qdrant and in a FAISS file, printed
+as a Markdown table.
 
     python plugins/dcar-qdrant/benchmark.py http://HOST:6333        a server
-    python plugins/dcar-qdrant/benchmark.py core                    Qdrant's own core in this process: the extra test
+    python plugins/dcar-qdrant/benchmark.py core
+        Qdrant's own core in this process: the extra test
 
-- The collection is created, filled and tuned by the engine, as `dcar index build` does, and dropped at the end.
-- Filters are conditions for Qdrant and a mask for FAISS, whose time does not include making the mask.
+- The collection is created, filled and tuned by the engine, as `dcar index build` does,
+  and dropped at the end.
+- Filters are conditions for Qdrant and a mask for FAISS, whose time does not include
+  making the mask.
 - `benchmarks/clusters.py` describes the vectors.
 """
 
@@ -48,7 +52,12 @@ def use_core(folder: Path) -> str:
 def exact(vectors: Floats, queries: Floats, mask: Mask) -> Rows:
     """Return the nearest allowed rows, int64 (q, 10) or fewer."""
     rows = np.flatnonzero(mask)
-    nearest = faiss.knn(queries, vectors[rows], min(NEIGHBOURS, len(rows)), metric=faiss.METRIC_INNER_PRODUCT)[1]
+    nearest = faiss.knn(
+        queries,
+        vectors[rows],
+        min(NEIGHBOURS, len(rows)),
+        metric=faiss.METRIC_INNER_PRODUCT,
+    )[1]
     return rows[nearest]
 
 
@@ -60,11 +69,15 @@ def measure(search: Callable[[Floats], Any], queries: Floats, truth: Rows) -> st
         _, rows = search(query)
         times.append(1000 * (time.perf_counter() - start))
         hits += len(np.intersect1d(rows[0], neighbours))
-    return "{:.2f} / {:.2f} / {:.3f}".format(*np.percentile(times, [50, 99]), hits / truth.size)
+    return "{:.2f} / {:.2f} / {:.3f}".format(
+        *np.percentile(times, [50, 99]), hits / truth.size
+    )
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("location", help="URL of a server, with settings, or core")
     parser.add_argument("--count", type=int, default=100_000)
     parser.add_argument("--dim", type=int, default=512)
@@ -75,36 +88,64 @@ def main() -> None:
     clusters = Clusters(arguments.count, arguments.dim)
     vectors, queries = clusters.draw(arguments.count, 0), clusters.draw(1000, 1)
     number = np.random.default_rng(0).permutation(len(vectors))
-    fields = pa.table({
-        "id": [str(row) for row in range(len(vectors))],
-        **dict.fromkeys(("caption", "category"), [""] * len(vectors)),
-        "kind": [f"k{row % CATEGORIES}" for row in number], "brand": [f"b{row % BRANDS}" for row in number],
-    })  # fmt: skip
+    fields = pa.table(
+        {
+            "id": [str(row) for row in range(len(vectors))],
+            **dict.fromkeys(("caption", "category"), [""] * len(vectors)),
+            "kind": [f"k{row % CATEGORIES}" for row in number],
+            "brand": [f"b{row % BRANDS}" for row in number],
+        }
+    )
     masks = {"kind": number % CATEGORIES == 1, "brand": number % BRANDS == 1}
     timed = queries[1::2][:TIMED]
-    print("p50 ms / p99 ms / recall@10\n\n| | build | no filter | 12.5 % allowed | 0.5 % allowed |")
+    print(
+        "p50 ms / p99 ms / recall@10\n\n| | build | no filter | 12.5 % allowed | 0.5 %"
+        " allowed |"
+    )
     print("| --- | ---: | --- | --- | --- |")
     with tempfile.TemporaryDirectory() as temporary:
         (core := Path(temporary) / "core").mkdir()
         url = use_core(core) if arguments.location == "core" else arguments.location
-        engines: dict[str, Engine] = {"qdrant": qdrant_engine.QdrantEngine(url), "faiss": load_engine("faiss")}
+        engines: dict[str, Engine] = {
+            "qdrant": qdrant_engine.QdrantEngine(url),
+            "faiss": load_engine("faiss"),
+        }
         for name, engine in engines.items():
             (folder := Path(temporary) / name).mkdir(parents=True)
             new = NewIndex(
-                name=name, folder=folder, version=1, blocks=lambda: iter([vectors]), fields=fields,
-                count=len(vectors), dim=vectors.shape[1],
+                name=name,
+                folder=folder,
+                version=1,
+                blocks=lambda: iter([vectors]),
+                fields=fields,
+                count=len(vectors),
+                dim=vectors.shape[1],
                 queries=HeldOutQueries(queries, "given"),
-            )  # fmt: skip
+            )
             created = engine.create(IndexSpec(kind="hnsw"), new)
             index = engine.open({path.name: path for path in folder.iterdir()})
             faiss.omp_set_num_threads(1)
-            cells = [measure(partial(index.search, k=NEIGHBOURS), timed, exact(vectors, timed, number >= 0))]
+            cells = [
+                measure(
+                    partial(index.search, k=NEIGHBOURS),
+                    timed,
+                    exact(vectors, timed, number >= 0),
+                )
+            ]
             for field, mask in masks.items():
                 rows = RowFilter(lambda mask=mask: mask, {field: f"{field[0]}1"})  # type: ignore[misc]
                 truth = exact(vectors, timed, mask)
-                cells.append(measure(partial(index.search, k=NEIGHBOURS, rows=rows), timed, truth))
+                cells.append(
+                    measure(
+                        partial(index.search, k=NEIGHBOURS, rows=rows), timed, truth
+                    )
+                )
             label = f"{name}, {created.measured['parameters']}"
-            print(f"| {label} | {created.measured['build_seconds']} s | {' | '.join(cells)} |", flush=True)
+            print(
+                f"| {label} | {created.measured['build_seconds']} s |"
+                f" {' | '.join(cells)} |",
+                flush=True,
+            )
             engine.sync(name, 1, {})  # drops the collection, which no version names
 
 

@@ -24,17 +24,29 @@ from tests.support.service import ODD_ID, ServiceClient, opened
 
 @pytest.fixture(scope="session")
 def gallery(tiny_gallery: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The tiny gallery with given ids, the file names; one is as awkward in a URL as can be."""
-    root = Path(shutil.copytree(tiny_gallery, tmp_path_factory.mktemp("app") / "gallery"))
-    rows = [json.loads(line) for line in (root / "metadata.jsonl").read_text().splitlines()]
+    """The tiny gallery with given ids, the file names; one is as awkward in a URL as
+    can be.
+    """
+    root = Path(
+        shutil.copytree(tiny_gallery, tmp_path_factory.mktemp("app") / "gallery")
+    )
+    rows = [
+        json.loads(line) for line in (root / "metadata.jsonl").read_text().splitlines()
+    ]
     for row in rows:
-        row["id"] = ODD_ID if row["file_name"] == "cross/black.png" else row["file_name"]
-    (root / "metadata.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+        row["id"] = (
+            ODD_ID if row["file_name"] == "cross/black.png" else row["file_name"]
+        )
+    (root / "metadata.jsonl").write_text(
+        "".join(json.dumps(row) + "\n" for row in rows)
+    )
     return root
 
 
 def _built(gallery: Path, checkpoint: Path, name: str, **options: Any) -> Path:
-    rebuild(gallery, checkpoint, gallery.parent / name, workers=0, progress=False, **options)
+    rebuild(
+        gallery, checkpoint, gallery.parent / name, workers=0, progress=False, **options
+    )
     return gallery.parent / name
 
 
@@ -74,7 +86,9 @@ def index(built_index: Path, tmp_path: Path) -> Path:
 
 @pytest.fixture(scope="module")
 async def started(built_index: Path) -> AsyncIterator[ServiceClient]:
-    """The application, started once for the tests of a module that change nothing in it."""
+    """The application, started once for the tests of a module that change nothing in
+    it.
+    """
     async with opened(built_index, max_upload_bytes=20_000) as client:
         yield client
 
@@ -95,12 +109,16 @@ def redis_server() -> Iterator[RedisServer]:
 
 @pytest.fixture
 def in_process(monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """Apply jobs in a thread of this process, which saves seconds of imports; return the exit statuses."""
+    """Apply jobs in a thread of this process, which saves seconds of imports; return
+    the exit statuses.
+    """
     codes = list[int]()
 
     async def run_apply(_: WriteWorker, collection: Collection) -> tuple[int, str]:
         try:
-            await asyncio.to_thread(apply_waiting, collection.path, device="cpu", runtime="torch")
+            await asyncio.to_thread(
+                apply_waiting, collection.path, device="cpu", runtime="torch"
+            )
         except DcarError as error:
             codes.append(error.exit_code)
             return error.exit_code, f"error: {error}\n"

@@ -1,4 +1,6 @@
-"""Batches of queries, and turns of callers at batches, threads and decoding processes."""
+"""Batches of queries, and turns of callers at batches, threads and decoding
+processes.
+"""
 
 import asyncio
 import random
@@ -19,7 +21,14 @@ from app.api.responses import to_problem
 from app.core.callers import current_caller, request_id
 from app.core.metrics import Metrics
 from app.core.settings import Settings
-from app.core.turns import Batcher, ClosedError, Decoders, FairQueue, FairThreads, FairTurns
+from app.core.turns import (
+    Batcher,
+    ClosedError,
+    Decoders,
+    FairQueue,
+    FairThreads,
+    FairTurns,
+)
 from app.search.served_version import ServedVersion
 from app.service.retriever import QueryEncoder
 from dcar_core.images import ALL_FORMATS, MAX_PIXELS
@@ -35,7 +44,9 @@ class Panic(BaseException):
 
 
 class Recorder:
-    """The function of a group: records its batches, can be held back, and fails on some payloads."""
+    """The function of a group: records its batches, can be held back, and fails on some
+    payloads.
+    """
 
     def __init__(self) -> None:
         self.batches: list[list[Any]] = []
@@ -51,7 +62,10 @@ class Recorder:
             raise DataError("bad")
         if "panic" in payloads:
             raise Panic
-        return np.array([[np.nan if payload == "nan" else len(payload), 1] for payload in payloads], np.float32)
+        return np.array(
+            [[np.nan if payload == "nan" else len(payload), 1] for payload in payloads],
+            np.float32,
+        )
 
 
 class Bench(Recorder):
@@ -73,7 +87,9 @@ class Bench(Recorder):
             await asyncio.sleep(0.001)
         return task
 
-    async def submit(self, *payloads: str, run: Recorder | None = None) -> list[asyncio.Task[Floats]]:
+    async def submit(
+        self, *payloads: str, run: Recorder | None = None
+    ) -> list[asyncio.Task[Floats]]:
         tasks = [asyncio.create_task(self.one(payload, run)) for payload in payloads]
         await asyncio.sleep(0)
         return tasks
@@ -99,16 +115,36 @@ async def test_queries_of_a_group_that_arrive_during_a_forward_pass_form_the_nex
     made = bench(max_batch=3)
     images, first, tasks = Recorder(), await made.held(), []
     images.batches = made.batches
-    for run, payload in [(None, "a"), (images, "i1"), (None, "bb"), (images, "i2"), (None, "ccc"), (None, "dddd")]:
+    for run, payload in [
+        (None, "a"),
+        (images, "i1"),
+        (None, "bb"),
+        (images, "i2"),
+        (None, "ccc"),
+        (None, "dddd"),
+    ]:
         tasks += await made.submit(payload, run=run)
     made.gate.set()
-    assert [int(v[0]) for v in await asyncio.gather(first, *tasks)] == [5, 1, 2, 2, 2, 3, 4]
+    assert [int(v[0]) for v in await asyncio.gather(first, *tasks)] == [
+        5,
+        1,
+        2,
+        2,
+        2,
+        3,
+        4,
+    ]
     assert made.batches == [["first"], ["a", "bb", "ccc"], ["i1", "i2"], ["dddd"]]
     assert made.threads == images.threads
 
 
-@pytest.mark.parametrize(("poison", "error"), [("bad", DataError), ("nan", DataError), ("panic", RuntimeError)])
-async def test_a_bad_query_fails_alone(bench: Callable[..., Bench], poison: str, error: type[Exception]) -> None:
+@pytest.mark.parametrize(
+    ("poison", "error"),
+    [("bad", DataError), ("nan", DataError), ("panic", RuntimeError)],
+)
+async def test_a_bad_query_fails_alone(
+    bench: Callable[..., Bench], poison: str, error: type[Exception]
+) -> None:
     made = bench()
     first = await made.held()
     rest = await made.submit("a", "bb", poison, "dddd", "eeeee")
@@ -134,7 +170,12 @@ async def test_an_invalid_output_fails_its_caller_and_a_failure_of_the_batcher_n
         assert (await made.one("after"))[0] == 5
         await asyncio.sleep(0)
     assert (await asyncio.wait_for(made.one("later"), 5))[0] == 5
-    assert metrics.registry.get_sample_value("dcar_task_failures_total", {"task": "batcher"}) == 1
+    assert (
+        metrics.registry.get_sample_value(
+            "dcar_task_failures_total", {"task": "batcher"}
+        )
+        == 1
+    )
 
 
 async def test_an_idle_batcher_starts_at_once(bench: Callable[..., Bench]) -> None:
@@ -142,7 +183,9 @@ async def test_an_idle_batcher_starts_at_once(bench: Callable[..., Bench]) -> No
         await bench(max_wait_s=60).one("alone")
 
 
-async def test_a_busy_batcher_waits_for_the_callers_of_the_last_batch(bench: Callable[..., Bench]) -> None:
+async def test_a_busy_batcher_waits_for_the_callers_of_the_last_batch(
+    bench: Callable[..., Bench],
+) -> None:
     """From the end of its pass, which took longer than the wait."""
     made = bench(max_wait_s=0.5)
     first, waiting = await made.held(), await made.submit("a")
@@ -153,8 +196,15 @@ async def test_a_busy_batcher_waits_for_the_callers_of_the_last_batch(bench: Cal
     assert made.batches == [["first"], ["a", "again"]]
 
 
-async def test_waits_in_vain_become_rare_until_one_pays(bench: Callable[..., Bench]) -> None:
-    batcher, ends, sizes, waits = bench(max_wait_s=0.2).batcher, threading.Semaphore(0), list[int](), list[bool]()
+async def test_waits_in_vain_become_rare_until_one_pays(
+    bench: Callable[..., Bench],
+) -> None:
+    batcher, ends, sizes, waits = (
+        bench(max_wait_s=0.2).batcher,
+        threading.Semaphore(0),
+        list[int](),
+        list[bool](),
+    )
 
     def run(payloads: list[str]) -> Floats:
         sizes.append(len(payloads))
@@ -166,7 +216,8 @@ async def test_waits_in_vain_become_rare_until_one_pays(bench: Callable[..., Ben
             await asyncio.sleep(0.001)
 
     running: asyncio.Future[Any] = batcher.submit(run, "first")
-    for number in range(1, 9):  # a query waits while another one runs, whose caller returns once
+    # a query waits while another one runs, whose caller returns once
+    for number in range(1, 9):
         await begun(number)
         waiting, began = batcher.submit(run, "next"), time.monotonic()
         ends.release()
@@ -181,7 +232,9 @@ async def test_waits_in_vain_become_rare_until_one_pays(bench: Callable[..., Ben
     assert sizes == [1, 1, 1, 1, 1, 1, 1, 2, 1]
 
 
-async def test_close_finishes_what_is_accepted_and_still_wanted(bench: Callable[..., Bench]) -> None:
+async def test_close_finishes_what_is_accepted_and_still_wanted(
+    bench: Callable[..., Bench],
+) -> None:
     made = bench(max_batch=1)
     first, (*rest, gone) = await made.held(), await made.submit("a", "bb", "gone")
     closing = asyncio.create_task(made.batcher.close())
@@ -192,11 +245,17 @@ async def test_close_finishes_what_is_accepted_and_still_wanted(bench: Callable[
     assert to_problem(late.value).status == 503
     made.gate.set()
     await closing
-    assert [int(vector[0]) for vector in await asyncio.gather(first, *rest)] == [5, 1, 2]
+    assert [int(vector[0]) for vector in await asyncio.gather(first, *rest)] == [
+        5,
+        1,
+        2,
+    ]
     assert made.batches == [["first"], ["a"], ["bb"]]
 
 
-async def test_callers_take_turns_whatever_one_of_them_sends(bench: Callable[..., Bench]) -> None:
+async def test_callers_take_turns_whatever_one_of_them_sends(
+    bench: Callable[..., Bench],
+) -> None:
     made, images = bench(max_batch=4), Recorder()
     waiting = [await made.held()]
 
@@ -217,7 +276,9 @@ async def test_callers_take_turns_whatever_one_of_them_sends(bench: Callable[...
 
 @pytest.mark.parametrize("seed", range(2))
 async def test_nobody_ever_gets_the_vector_of_another_text(seed: int) -> None:
-    """Through cache, shared computations and batches, with deadlines, cancellations and batches that fail."""
+    """Through cache, shared computations and batches, with deadlines, cancellations and
+    batches that fail.
+    """
     rng = random.Random(seed)
 
     def encode(texts: list[tuple[None, str]]) -> Floats:
@@ -227,14 +288,23 @@ async def test_nobody_ever_gets_the_vector_of_another_text(seed: int) -> None:
         return np.array([vector_of(text) for _, text in texts])
 
     def vector_of(text: str) -> Floats:
-        vector = np.random.default_rng(zlib.crc32(text.encode())).normal(size=8).astype(np.float32)
+        vector = (
+            np.random.default_rng(zlib.crc32(text.encode()))
+            .normal(size=8)
+            .astype(np.float32)
+        )
         return vector / np.linalg.norm(vector)
 
-    settings = Settings(index=Path("unused"), cache_size=5, batch_size=4, batch_wait_ms=1)
+    settings = Settings(
+        index=Path("unused"), cache_size=5, batch_size=4, batch_wait_ms=1
+    )
     encoder = QueryEncoder(settings, Metrics())
     runtime = SimpleNamespace(encode_texts=encode)
     served = cast(
-        ServedVersion, SimpleNamespace(encoder=SimpleNamespace(fingerprint="f", dim=8, runtime=runtime, state=None))
+        ServedVersion,
+        SimpleNamespace(
+            encoder=SimpleNamespace(fingerprint="f", dim=8, runtime=runtime, state=None)
+        ),
     )
     outcomes = Counter[str]()
 
@@ -250,13 +320,18 @@ async def test_nobody_ever_gets_the_vector_of_another_text(seed: int) -> None:
             outcomes["answered"] += 1
 
     encoder.batcher.start()
-    tasks = [asyncio.create_task(ask(rng.choice(["bad", *"abcdefghijklmnop"]))) for _ in range(400)]
+    tasks = [
+        asyncio.create_task(ask(rng.choice(["bad", *"abcdefghijklmnop"])))
+        for _ in range(400)
+    ]
     for task in rng.sample(tasks, 60):
         asyncio.get_running_loop().call_later(rng.random() / 2, task.cancel)
     ended = await asyncio.gather(*tasks, return_exceptions=True)
     await encoder.close()
     assert not [error for error in ended if isinstance(error, Exception)]
-    assert len([error for error in ended if error is not None]) <= 60, "one that is cancelled takes nobody along"
+    assert len([error for error in ended if error is not None]) <= 60, (
+        "one that is cancelled takes nobody along"
+    )
     assert outcomes["answered"] > 100
     assert outcomes["TimeoutError"]
     assert outcomes["DataError"]
@@ -283,7 +358,13 @@ async def test_the_caller_and_then_the_request_that_had_least_is_next() -> None:
     put("b", "1")
     put("b", "1")
     put("a", "3")
-    assert [take(1) for _ in range(5)] == ["b1", "a1", "b1", "a3", "a1"], "new ones begin with what others have had"
+    assert [take(1) for _ in range(5)] == [
+        "b1",
+        "a1",
+        "b1",
+        "a3",
+        "a1",
+    ], "new ones begin with what others have had"
     for place in ("b1", "b1", "a1", "a1", "c1"):
         put(*place)
     for turn in (queue.waiting[2], queue.waiting[4]):
@@ -309,7 +390,9 @@ async def test_turns_of_a_caller_are_limited_and_pass_over_one_that_gives_up() -
             finally:
                 running.remove(caller)
 
-    tasks = [asyncio.create_task(work(caller)) for caller in ["many"] * 9 + ["one", "two"]]
+    tasks = [
+        asyncio.create_task(work(caller)) for caller in ["many"] * 9 + ["one", "two"]
+    ]
     await asyncio.sleep(0)
     for task in tasks[:5]:  # two of them have begun
         task.cancel()
@@ -357,7 +440,12 @@ def send(decoders: Decoders, caller: str, tenths: int) -> asyncio.Task[None]:
 
     async def run() -> None:
         current_caller.set(caller)
-        await decoders.run(conversions.sleep, encoded(Image.new("L", (tenths, 1))), MAX_PIXELS, ALL_FORMATS)
+        await decoders.run(
+            conversions.sleep,
+            encoded(Image.new("L", (tenths, 1))),
+            MAX_PIXELS,
+            ALL_FORMATS,
+        )
 
     return asyncio.create_task(run())
 
@@ -371,10 +459,14 @@ async def test_one_caller_leaves_workers_to_the_others(decoders: Decoders) -> No
         task.cancel()
 
 
-async def test_large_images_take_turns(decoders: Decoders, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_large_images_take_turns(
+    decoders: Decoders, monkeypatch: pytest.MonkeyPatch
+) -> None:
     running, counts, run = list[object](), list[int](), DecodeWorker.run
 
-    def noted(self: DecodeWorker, convert: Convert, data: bytes, limits: Limits) -> object:
+    def noted(
+        self: DecodeWorker, convert: Convert, data: bytes, limits: Limits
+    ) -> object:
         is_large = limits.expected is None
         running.extend([self] * is_large)
         counts.append(len(running))
@@ -385,5 +477,7 @@ async def test_large_images_take_turns(decoders: Decoders, monkeypatch: pytest.M
 
     monkeypatch.setattr(DecodeWorker, "run", noted)
     monkeypatch.setattr("app.core.turns.MEMORY", 1)
-    await asyncio.gather(*(send(decoders, caller, 2) for caller in ("one", "one", "one", "two", "three")))
+    await asyncio.gather(
+        *(send(decoders, caller, 2) for caller in ("one", "one", "one", "two", "three"))
+    )
     assert (max(counts), len(counts)) == (2, 10)

@@ -31,11 +31,16 @@ def dcar(*arguments: object) -> Result:
 
 
 def test_a_file_that_the_system_refuses_is_one_line(
-    tiny_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    tiny_data: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     (tmp_path / "file").touch()
     out = str(tmp_path / "file" / "below")
-    monkeypatch.setattr(sys, "argv", ["dcar", "data", "negatives", str(tiny_data), "--out", out])
+    monkeypatch.setattr(
+        sys, "argv", ["dcar", "data", "negatives", str(tiny_data), "--out", out]
+    )
     with pytest.raises(SystemExit) as ended:
         main()
     assert ended.value.code == 1
@@ -50,16 +55,38 @@ def test_a_file_that_the_system_refuses_is_one_line(
         ("index add i --gallery g --workers -1", 2, "--workers"),
         ("train --data d --out o --loss text", 2, "image-to-text"),
         ("evaluate --data d --out o --seeds 0", 2, "greater than or equal to 1"),
-        ("train --data d --out o --model missing --method dcarr", 1, "no method is named 'dcarr'"),
-        ("evaluate --data d --out o --model missing --methods clip,dcarr", 1, "no method is named 'dcarr'"),
+        (
+            "train --data d --out o --model missing --method dcarr",
+            1,
+            "no method is named 'dcarr'",
+        ),
+        (
+            "evaluate --data d --out o --model missing --methods clip,dcarr",
+            1,
+            "no method is named 'dcarr'",
+        ),
         ("search gone.jpg --index {index}", 1, "gone.jpg: No such file"),
         ("search cat --image gone.jpg --index {index}", 1, "gone.jpg: No such file"),
-        ("train --data d --model missing --out {file}/out", 1, "{file} is not a directory; give another"),
-        ("evaluate --data d --model missing --out {file}/out", 1, "{file} is not a directory; give another"),
-        ("zero-shot --model missing --out {file}/out", 1, "{file} is not a directory; give another"),
+        (
+            "train --data d --model missing --out {file}/out",
+            1,
+            "{file} is not a directory; give another",
+        ),
+        (
+            "evaluate --data d --model missing --out {file}/out",
+            1,
+            "{file} is not a directory; give another",
+        ),
+        (
+            "zero-shot --model missing --out {file}/out",
+            1,
+            "{file} is not a directory; give another",
+        ),
     ],
 )
-def test_a_mistake_is_told_before_anything_is_loaded(command: str, status: int, said: str, tmp_path: Path) -> None:
+def test_a_mistake_is_told_before_anything_is_loaded(
+    command: str, status: int, said: str, tmp_path: Path
+) -> None:
     (tmp_path / "file").touch()
     places = {"index": tmp_path, "file": tmp_path / "file"}
     done = dcar(*command.format(**places).split())
@@ -67,7 +94,9 @@ def test_a_mistake_is_told_before_anything_is_loaded(command: str, status: int, 
     assert said.format(**places) in " ".join(done.output.split()) + str(done.exception)
 
 
-def test_image_without_a_suffix_is_searched_by_content(built_index: Path, tiny_gallery: Path, tmp_path: Path) -> None:
+def test_image_without_a_suffix_is_searched_by_content(
+    built_index: Path, tiny_gallery: Path, tmp_path: Path
+) -> None:
     picture, note = tmp_path / "photo", tmp_path / "note.txt"
     picture.write_bytes((tiny_gallery / "circle" / "red.png").read_bytes())
     note.write_text("red circle")
@@ -75,33 +104,77 @@ def test_image_without_a_suffix_is_searched_by_content(built_index: Path, tiny_g
     (result,) = json.loads(dcar("search", picture, *options).stdout)["results"]
     assert (result["caption"], result["score"] > 0.999) == ("a red circle", True)
     hybrid = dcar("search", picture, *options, "--hybrid")
-    assert str(hybrid.exception) == "hybrid: needs a text query, whose words it looks up"
+    assert (
+        str(hybrid.exception) == "hybrid: needs a text query, whose words it looks up"
+    )
     refused = dcar("search", note, *options)
     assert isinstance(refused.exception, ImageError)
     assert str(refused.exception).startswith(f"{note}: ")
-    assert dcar("search", "a red circle " * 400, *options).exit_code == 0, "too long for the name of a file"
+    assert dcar("search", "a red circle " * 400, *options).exit_code == 0, (
+        "too long for the name of a file"
+    )
 
 
-def test_a_search_prints_titles_with_their_files(tiny_checkpoint: Path, tmp_path: Path) -> None:
+def test_a_search_prints_titles_with_their_files(
+    tiny_checkpoint: Path, tmp_path: Path
+) -> None:
     for name in ("a", "b"):
         draw("red", "circle").save(write_file(tmp_path / f"photos/{name}.png", b""))
-    write_jsonl(tmp_path / "photos/metadata.jsonl", {"file_name": "a.png", "caption": "", "title": "Red dot"})
-    rebuild(tmp_path / "photos", tiny_checkpoint, tmp_path / "index", workers=0, progress=False)
+    write_jsonl(
+        tmp_path / "photos/metadata.jsonl",
+        {"file_name": "a.png", "caption": "", "title": "Red dot"},
+    )
+    rebuild(
+        tmp_path / "photos",
+        tiny_checkpoint,
+        tmp_path / "index",
+        workers=0,
+        progress=False,
+    )
     lines = dcar("search", "red", "--index", tmp_path / "index").stdout.splitlines()
-    assert sorted(line.split("  ")[-1].strip() for line in lines) == ["Red dot (a.png)", "b (b.png)"]
-    nothing = dcar("search", "red", "--index", tmp_path / "index", "--filter", '{"title": "Blue"}')
+    assert sorted(line.split("  ")[-1].strip() for line in lines) == [
+        "Red dot (a.png)",
+        "b (b.png)",
+    ]
+    nothing = dcar(
+        "search", "red", "--index", tmp_path / "index", "--filter", '{"title": "Blue"}'
+    )
     assert "no item fulfils the filter" in nothing.stderr
 
 
-def test_a_finished_training_is_repeated_only_with_restart(tiny_model: Path, tiny_data: Path, tmp_path: Path) -> None:
-    """With a learning rate of 0 nothing is learned, so the untouched model is as good."""
+def test_a_finished_training_is_repeated_only_with_restart(
+    tiny_model: Path, tiny_data: Path, tmp_path: Path
+) -> None:
+    """With a learning rate of 0 nothing is learned, so the untouched model is as
+    good.
+    """
     data, out = shutil.copytree(tiny_data, tmp_path / "data"), tmp_path / "out"
-    command = ("train", "--data", data, "--model", tiny_model, "--out", out, "--epochs", 1, "--lr", 0)
+    command = (
+        "train",
+        "--data",
+        data,
+        "--model",
+        tiny_model,
+        "--out",
+        out,
+        "--epochs",
+        1,
+        "--lr",
+        0,
+    )
     first = dcar(*command)
     assert first.exit_code == 3, first.output
-    for said in ("adapted (query-prompts)", "Was it worth it? No", "Caveat: 6 validation pairs"):
+    for said in (
+        "adapted (query-prompts)",
+        "Was it worth it? No",
+        "Caveat: 6 validation pairs",
+    ):
         assert said in first.stdout
-    assert re.search(r"among 6 validation images .*\nAmong all 18 images for training and validation,", first.stdout)
+    assert re.search(
+        r"among 6 validation images .*\nAmong all 18 images for training and"
+        r" validation,",
+        first.stdout,
+    )
     written = (out / "trainables.safetensors").stat().st_mtime_ns
 
     def refusal(*options: object) -> str:
@@ -113,14 +186,20 @@ def test_a_finished_training_is_repeated_only_with_restart(tiny_model: Path, tin
     for same in ([], ["--method", "query-prompts"]):
         again = dcar(*command, *same)
         head, _, verdict = again.stdout.partition("\n")
-        assert re.fullmatch(rf"{out}: already trained: epoch 1, .*; --restart trains again", head)
+        assert re.fullmatch(
+            rf"{out}: already trained: epoch 1, .*; --restart trains again", head
+        )
         assert (again.exit_code, verdict) == (3, first.stdout.partition("\n")[2])
     remedy = "choose another --out, or replace it with --restart"
-    assert refusal("--lr", "1e-3", "--seed", 1) == (
-        f"{out} holds a checkpoint that was trained with another lr, seed; {remedy}"
+    assert (
+        refusal("--lr", "1e-3", "--seed", 1)
+        == f"{out} holds a checkpoint that was trained with another lr, seed; {remedy}"
     )
     assert "another method;" in refusal("--method", "clip-adapter")
-    write_json(out / "config.json", json.loads((out / "config.json").read_text()) | {"training": {}})
+    write_json(
+        out / "config.json",
+        json.loads((out / "config.json").read_text()) | {"training": {}},
+    )
     assert "another " in refusal()
     assert "already" not in dcar(*command, "--restart").stdout
     assert (out / "trainables.safetensors").stat().st_mtime_ns > written
@@ -130,61 +209,123 @@ def test_a_finished_training_is_repeated_only_with_restart(tiny_model: Path, tin
     assert "another training data" in refusal()
     (out / STATE_FILE).write_text("of an unfinished run")
     untouched = dcar(*command, "--method", "clip")
-    assert untouched.exit_code == 0, untouched.output  # nothing to learn, so nothing to judge
-    assert (out / STATE_FILE).is_file(), "clip discarded the unfinished run of another method"
+    # nothing to learn, so nothing to judge
+    assert untouched.exit_code == 0, untouched.output
+    assert (out / STATE_FILE).is_file(), (
+        "clip discarded the unfinished run of another method"
+    )
 
 
-def test_diverged_training_refuses_no_lower_rate(tiny_model: Path, tiny_data: Path, tmp_path: Path) -> None:
-    command = ("train", "--data", tiny_data, "--model", tiny_model, "--method", "prolip", "--epochs", 3)
+def test_diverged_training_refuses_no_lower_rate(
+    tiny_model: Path, tiny_data: Path, tmp_path: Path
+) -> None:
+    command = (
+        "train",
+        "--data",
+        tiny_data,
+        "--model",
+        tiny_model,
+        "--method",
+        "prolip",
+        "--epochs",
+        3,
+    )
     done = dcar(*command, "--out", tmp_path, "--lr", "1e30")
-    assert str(done.exception) == "prolip diverged: the loss is inf in epoch 2; use a lower --lr"
+    assert (
+        str(done.exception)
+        == "prolip diverged: the loss is inf in epoch 2; use a lower --lr"
+    )
     done = dcar(*command, "--out", tmp_path, "--lr", "1e-4")
     assert done.exit_code in (0, 3), done.output
 
 
 @pytest.mark.parametrize("command", ["train", "zero-shot"])
-def test_the_config_of_a_model_is_not_replaced(command: str, tiny_model: Path, tiny_data: Path, tmp_path: Path) -> None:
-    """Model directories of the hub have a config.json of their own beside open_clip's."""
+def test_the_config_of_a_model_is_not_replaced(
+    command: str, tiny_model: Path, tiny_data: Path, tmp_path: Path
+) -> None:
+    """Model directories of the hub have a config.json of their own beside
+    open_clip's.
+    """
     model = Path(shutil.copytree(tiny_model, tmp_path / "model"))
     (model / "config.json").write_text('{"model_type": "clip"}')
     data = ["--data", tiny_data, "--epochs", 1] if command == "train" else []
     done = dcar(command, *data, "--model", model, "--out", model)
-    assert str(done.exception).endswith("is not of a checkpoint and would be replaced; name another --out")
+    assert str(done.exception).endswith(
+        "is not of a checkpoint and would be replaced; name another --out"
+    )
     assert (model / "config.json").read_text() == '{"model_type": "clip"}'
 
 
-def test_training_takes_the_method_that_the_towers_can_run(tiny_data: Path, tmp_path: Path) -> None:
+def test_training_takes_the_method_that_the_towers_can_run(
+    tiny_data: Path, tmp_path: Path
+) -> None:
     """A ResNet takes prompts in the text tower alone."""
     config = tiny_config("RN50", tmp_path)
     config["text_cfg"]["vocab_size"] = 49408  # of CLIP's tokenizer
     write_json(tmp_path / "resnet" / MODEL_CONFIG, {"model_cfg": config})
-    save_file(open_clip.CLIP(**config).state_dict(), str(tmp_path / "resnet" / WEIGHTS_FILE))
-    options = ("--data", tiny_data, "--model", tmp_path / "resnet", "--epochs", 1, "--lr", 0)
-    assert "adapted (dcar+-text)" in dcar("train", *options, "--out", tmp_path / "text").stdout
-    mixed = dcar("evaluate", *options, "--out", tmp_path / "mixed", "--methods", "clip,coop,maple")
+    save_file(
+        open_clip.CLIP(**config).state_dict(), str(tmp_path / "resnet" / WEIGHTS_FILE)
+    )
+    options = (
+        "--data",
+        tiny_data,
+        "--model",
+        tmp_path / "resnet",
+        "--epochs",
+        1,
+        "--lr",
+        0,
+    )
+    assert (
+        "adapted (dcar+-text)"
+        in dcar("train", *options, "--out", tmp_path / "text").stdout
+    )
+    mixed = dcar(
+        "evaluate",
+        *options,
+        "--out",
+        tmp_path / "mixed",
+        "--methods",
+        "clip,coop,maple",
+    )
     assert str(mixed.exception).endswith("use coop, dcar-text or dcar+-text")
     assert not (tmp_path / "mixed").exists(), "before the first training"
     done = dcar("evaluate", *options, "--out", tmp_path / "results", "--seeds", 1)
     assert done.exit_code == 0, done.output
-    assert "comparing clip, coop, clip-adapter, dcar-text, dcar+-text: methods for a model of level tex" in done.stderr
+    assert (
+        "comparing clip, coop, clip-adapter, dcar-text, dcar+-text: methods for a model"
+        " of level tex" in done.stderr
+    )
     assert "dcar+-text" in done.stdout
 
 
-def test_serving_collects_garbage_but_not_what_is_imported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_serving_collects_garbage_but_not_what_is_imported(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     seen: list[tuple[bool, bool]] = []
     gc.unfreeze()
-    monkeypatch.setattr("app.server.serve", lambda _: seen.append((gc.isenabled(), gc.get_freeze_count() > 100_000)))
+    monkeypatch.setattr(
+        "app.server.serve",
+        lambda _: seen.append((gc.isenabled(), gc.get_freeze_count() > 100_000)),
+    )
     serve_index(index=tmp_path)
     gc.unfreeze()
     assert seen == [(True, True)]
 
 
-def test_flags_take_precedence_over_the_environment(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_flags_take_precedence_over_the_environment(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
     monkeypatch.setenv("DCAR_PORT", "9000")
     monkeypatch.setenv("DCAR_MAX_K", "17")
     monkeypatch.setenv("DCAR_REDIS_URL", "")
     settings = load_settings(index=tmp_path, port=9001, host=None)
-    assert (settings.port, settings.max_k, settings.host, settings.redis_url) == (9001, 17, "127.0.0.1", None)
+    assert (settings.port, settings.max_k, settings.host, settings.redis_url) == (
+        9001,
+        17,
+        "127.0.0.1",
+        None,
+    )
 
 
 @pytest.mark.parametrize(
@@ -205,20 +346,32 @@ def test_a_mistyped_or_removed_variable_ends_the_start_with_the_name_that_was_me
         load_settings(index=tmp_path)
 
 
-def test_variables_of_other_programs_are_ignored(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    for name in ("FEATURES", "CAPTION_API_KEY", "DOMAIN", "SERVICE_HOST", "PORT_8000_TCP_ADDR"):
+def test_variables_of_other_programs_are_ignored(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    for name in (
+        "FEATURES",
+        "CAPTION_API_KEY",
+        "DOMAIN",
+        "SERVICE_HOST",
+        "PORT_8000_TCP_ADDR",
+    ):
         monkeypatch.setenv(f"DCAR_{name}", "x")
     load_settings(index=tmp_path)
 
 
-def test_secrets_are_read_from_files(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_secrets_are_read_from_files(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
     file = write_file(tmp_path / "key", b"a-long-secret\n")
     monkeypatch.setenv("DCAR_ADMIN_KEY_FILE", str(file))
     settings = load_settings(index=tmp_path)
     assert settings.admin_key is not None
     assert settings.admin_key.get_secret_value() == "a-long-secret"
     monkeypatch.setenv("DCAR_ADMIN_KEY", "another-secret")
-    with pytest.raises(DcarError, match="DCAR_ADMIN_KEY_FILE: DCAR_ADMIN_KEY is set as well"):
+    with pytest.raises(
+        DcarError, match="DCAR_ADMIN_KEY_FILE: DCAR_ADMIN_KEY is set as well"
+    ):
         load_settings(index=tmp_path)
 
 
@@ -228,11 +381,27 @@ WRONG = [
     ("ADMIN_KEY", ["tiny&"], "at least 8"),
     ("FEEDBACK_TEXTS", ["true"], "needs DCAR_FEEDBACK"),
     ("API_KEYS", ["x", " , ", "shop:abcdef"], ""),
-    ("COLLECTIONS", ["a=b", '["index"]', '{"a": 5}', '{".hidden": "x"}', '{"a/b": "x"}'], ""),
-    ("CORS_ORIGINS", ["shop", "https://shop.example/path", "https://*.shop.example"], "https://shop.example"),
-    ("IMAGE_HOSTS", ["https://a.example", "a.example/pictures", "b.example, a.example:8080"], "pictures.example.org"),
+    (
+        "COLLECTIONS",
+        ["a=b", '["index"]', '{"a": 5}', '{".hidden": "x"}', '{"a/b": "x"}'],
+        "",
+    ),
+    (
+        "CORS_ORIGINS",
+        ["shop", "https://shop.example/path", "https://*.shop.example"],
+        "https://shop.example",
+    ),
+    (
+        "IMAGE_HOSTS",
+        ["https://a.example", "a.example/pictures", "b.example, a.example:8080"],
+        "pictures.example.org",
+    ),
     ("IMAGE_FORMATS", ["jpg", ","], ""),
-    ("RATE_LIMIT", ["fast", "20/second, 600/minute", "0/second", "-1/second", "20"], "20/second"),
+    (
+        "RATE_LIMIT",
+        ["fast", "20/second, 600/minute", "0/second", "-1/second", "20"],
+        "20/second",
+    ),
     ("WRITES", ["true"], "needs DCAR_ADMIN_KEY, or a key in DCAR_API_KEYS"),
     ("REDIS_URL", ["http://localhost"], "redis://"),
 ]
@@ -240,7 +409,11 @@ WRONG = [
 
 @pytest.mark.parametrize(("name", "values", "message"), WRONG)
 def test_a_wrong_value_is_refused_by_the_name_of_its_setting(
-    name: str, values: list[str], message: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+    name: str,
+    values: list[str],
+    message: str,
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
 ) -> None:
     for value in values:
         monkeypatch.setenv(f"DCAR_{name}", value)
@@ -256,10 +429,14 @@ def test_an_index_is_needed_and_has_a_name_of_its_own(tmp_path: Path) -> None:
         load_settings(index=tmp_path, collections={tmp_path.name: tmp_path})
 
 
-def test_values_are_read_as_requests_send_them_and_secrets_are_not_shown(tmp_path: Path) -> None:
+def test_values_are_read_as_requests_send_them_and_secrets_are_not_shown(
+    tmp_path: Path,
+) -> None:
     secrets = {"admin_key": "a-long-secret", "redis_url": "redis://:pass@localhost"}
     origins = "https://shop.example, https://other.example"
-    settings = load_settings(index=tmp_path, cors_origins=origins, image_hosts="Pictures.Example", **secrets)
+    settings = load_settings(
+        index=tmp_path, cors_origins=origins, image_hosts="Pictures.Example", **secrets
+    )
     assert settings.cors_origins == ("https://shop.example", "https://other.example")
     assert settings.image_hosts == ("pictures.example",)
     assert "a-long-secret" not in repr(settings)

@@ -19,11 +19,28 @@ from tests.support.commands import Command
 from tests.support.feedback_log import write_log
 from tests.support.images import png
 from tests.support.responses import assert_problem, scrape
-from tests.support.service import ADMIN, ADMIN_ONLY, ALICE, BOB, KEYS, WORDS, bearer, opened
+from tests.support.service import (
+    ADMIN,
+    ADMIN_ONLY,
+    ALICE,
+    BOB,
+    KEYS,
+    WORDS,
+    bearer,
+    opened,
+)
 
 
-def event(query_id: str, item: str, action: str = "click", **fields: Any) -> dict[str, Any]:
-    return {"query_id": query_id, "client_id": "c1", "action_name": action, "object_id": item, **fields}
+def event(
+    query_id: str, item: str, action: str = "click", **fields: Any
+) -> dict[str, Any]:
+    return {
+        "query_id": query_id,
+        "client_id": "c1",
+        "action_name": action,
+        "object_id": item,
+        **fields,
+    }
 
 
 async def searched(client: httpx.AsyncClient, **options: Any) -> tuple[str, list[str]]:
@@ -32,7 +49,9 @@ async def searched(client: httpx.AsyncClient, **options: Any) -> tuple[str, list
     return body["query_id"], [result["id"] for result in body["results"]]
 
 
-async def send(client: httpx.AsyncClient, *events: dict[str, Any], **options: Any) -> dict[str, Any]:
+async def send(
+    client: httpx.AsyncClient, *events: dict[str, Any], **options: Any
+) -> dict[str, Any]:
     response = await client.post("/feedback", json={"events": events}, **options)
     assert response.status_code == 200, response.text
     body: dict[str, Any] = response.json()
@@ -42,7 +61,9 @@ async def send(client: httpx.AsyncClient, *events: dict[str, Any], **options: An
 def stored(folder: Path) -> tuple[dict[str, QueryRow], list[EventRow]]:
     """The searches of a log by their ids, and the events."""
     rows = [*read_log(folder)]
-    return {query.query_id: query for query, _ in rows if query}, [event for _, events in rows for event in events]
+    return {query.query_id: query for query, _ in rows if query}, [
+        event for _, events in rows for event in events
+    ]
 
 
 def database(folder: Path) -> sqlite3.Connection:
@@ -67,10 +88,23 @@ async def test_nothing_is_written_while_it_is_off(index: Path) -> None:
 async def test_searches_are_named_and_stored_with_their_events(index: Path) -> None:
     async with opened(index, feedback=True, feedback_texts=True) as client:
         query_id, items = await searched(client)
-        image = await client.post("/search/image", files={"file": ("a.png", png("red"))}, data={"query": "red"})
-        batch = await client.post("/search/batch", json={"queries": [WORDS, {"query": "blue", "k": 2, "offset": 2}]})
+        image = await client.post(
+            "/search/image",
+            files={"file": ("a.png", png("red"))},
+            data={"query": "red"},
+        )
+        batch = await client.post(
+            "/search/batch",
+            json={"queries": [WORDS, {"query": "blue", "k": 2, "offset": 2}]},
+        )
         similar = await client.get("/items/circle%2Fred.png/similar")
-        ids = [query_id, *(body["query_id"] for body in (image.json(), *batch.json()["answers"], similar.json()))]
+        ids = [
+            query_id,
+            *(
+                body["query_id"]
+                for body in (image.json(), *batch.json()["answers"], similar.json())
+            ),
+        ]
         assert len(set(ids)) == 5
         assert await send(
             client,
@@ -80,7 +114,11 @@ async def test_searches_are_named_and_stored_with_their_events(index: Path) -> N
             event(ids[3], batch.json()["answers"][1]["results"][0]["id"], "purchase"),
         ) == {"accepted": 4, "ignored": []}
         text = json.dumps({"events": [event(query_id, items[2], "save")]})
-        beacon = await client.post("/feedback", content=text, headers={"Content-Type": "text/plain;charset=UTF-8"})
+        beacon = await client.post(
+            "/feedback",
+            content=text,
+            headers={"Content-Type": "text/plain;charset=UTF-8"},
+        )
         assert beacon.json() == {"accepted": 1, "ignored": []}
     queries, events = stored(index / "feedback")
     rows = [queries[query_id] for query_id in ids]
@@ -88,69 +126,120 @@ async def test_searches_are_named_and_stored_with_their_events(index: Path) -> N
     assert (rows[0].hits, rows[3].offset, rows[0].version) == (items, 2, 1)
     assert {row.collection for row in rows} == {"index"}
     ratings = {row.action: row.rating for row in events}
-    assert ratings == {"impression": None, "click": None, "judge": 3, "purchase": None, "save": None}
+    assert ratings == {
+        "impression": None,
+        "click": None,
+        "judge": 3,
+        "purchase": None,
+        "save": None,
+    }
 
 
 GOOD = event("a" * 32, "b")
 JUDGED = GOOD | {"action_name": "judge"}
 BAD: list[tuple[Any, int, str]] = [
-    ([], 422, "body"), ({}, 422, "events"), ({"events": []}, 422, "events"), ({"events": [GOOD, 1]}, 422, "events.1"),
-    ({"events": [GOOD] * 501}, 422, "events"), ({"events": [GOOD], "more": 1}, 422, "more"), (" " * 2**18, 413, "body"),
-    *(({"events": [JUDGED | rating]}, 422, "events.0.rating") for rating in ({}, {"rating": 4}, {"rating": 2.5})),
+    ([], 422, "body"),
+    ({}, 422, "events"),
+    ({"events": []}, 422, "events"),
+    ({"events": [GOOD, 1]}, 422, "events.1"),
+    ({"events": [GOOD] * 501}, 422, "events"),
+    ({"events": [GOOD], "more": 1}, 422, "more"),
+    (" " * 2**18, 413, "body"),
+    *(
+        ({"events": [JUDGED | rating]}, 422, "events.0.rating")
+        for rating in ({}, {"rating": 4}, {"rating": 2.5})
+    ),
     *(
         ({"events": [GOOD, GOOD | {field: value}]}, 422, f"events.1.{field}")
         for field, values in {
-            "query_id": ("", "x" * 101, 1), "client_id": ("x" * 101, "a b", "é", "a\n", None), "rating": (0,),
-            "action_name": ("delete", ["click"]), "object_id": ("", "x" * 1025),
+            "query_id": ("", "x" * 101, 1),
+            "client_id": ("x" * 101, "a b", "é", "a\n", None),
+            "rating": (0,),
+            "action_name": ("delete", ["click"]),
+            "object_id": ("", "x" * 1025),
         }.items()
         for value in values
     ),
-]  # fmt: skip
+]
 
 
-async def test_bad_events_name_the_field_and_are_not_stored(index: Path, tmp_path: Path) -> None:
+async def test_bad_events_name_the_field_and_are_not_stored(
+    index: Path, tmp_path: Path
+) -> None:
     async with opened(index, feedback=tmp_path) as client:
         for body, status, field in BAD:
             assert_problem(await client.post("/feedback", json=body), status, field)
-        for content, kind, status, field in (("{}", "html", 415, "Content-Type"), ("{", "plain", 400, "body")):
-            wrong = await client.post("/feedback", content=content, headers={"Content-Type": f"text/{kind}"})
+        for content, kind, status, field in (
+            ("{}", "html", 415, "Content-Type"),
+            ("{", "plain", 400, "body"),
+        ):
+            wrong = await client.post(
+                "/feedback", content=content, headers={"Content-Type": f"text/{kind}"}
+            )
             assert_problem(wrong, status, field)
     assert stored(tmp_path) == ({}, [])
 
 
-async def test_only_events_for_shown_items_of_own_searches_change_something(index: Path, tmp_path: Path) -> None:
+async def test_only_events_for_shown_items_of_own_searches_change_something(
+    index: Path, tmp_path: Path
+) -> None:
     alice, bob = ({"headers": bearer(key)} for key in (ALICE, BOB))
     async with opened(index, feedback=tmp_path, **KEYS) as client:
         query_id, items = await searched(client, **alice)
-        click, judged = event(query_id, items[0]), event(query_id, items[0], "judge", rating=3)
+        click, judged = (
+            event(query_id, items[0]),
+            event(query_id, items[0], "judge", rating=3),
+        )
         assert_problem(await client.post("/feedback", json={"events": [click]}), 401)
-        forged = [f"{query_id[:at]}{'1' if query_id[at] != '1' else '2'}{query_id[at + 1 :]}" for at in (0, 12, 39)]
-        wrong = [event(each, items[0]) for each in (*forged, "x", "é" * 40, query_id[:16])]
+        forged = [
+            f"{query_id[:at]}{'1' if query_id[at] != '1' else '2'}{query_id[at + 1 :]}"
+            for at in (0, 12, 39)
+        ]
+        wrong = [
+            event(each, items[0]) for each in (*forged, "x", "é" * 40, query_id[:16])
+        ]
         answer = await send(client, click, *wrong, event(query_id, "nothing"), **alice)
         assert answer["accepted"] == 1
         fields = [f"events.{number}.query_id" for number in range(1, 7)]
-        assert [each["field"] for each in answer["ignored"]] == [*fields, "events.7.object_id"]
+        assert [each["field"] for each in answer["ignored"]] == [
+            *fields,
+            "events.7.object_id",
+        ]
         assert (await send(client, click, **bob))["accepted"] == 0
-        assert (await send(client, click, judged, judged, **alice))["accepted"] == 1, "the others are known"
-        assert (await send(client, judged | {"rating": 0}, **alice))["accepted"] == 1, "another opinion"
+        assert (await send(client, click, judged, judged, **alice))["accepted"] == 1, (
+            "the others are known"
+        )
+        assert (await send(client, judged | {"rating": 0}, **alice))["accepted"] == 1, (
+            "another opinion"
+        )
     assert [row.rating for row in stored(tmp_path)[1] if row.action == "judge"] == [0]
     next(tmp_path.glob("*.sqlite")).rename(tmp_path / "elsewhere.sqlite")
-    async with opened(index, feedback=tmp_path, **KEYS) as client:  # on another host, for a day
+    # on another host, for a day
+    async with opened(index, feedback=tmp_path, **KEYS) as client:
         late = event(query_id, items[1], client_id="late")
         assert (await send(client, late, **bob))["accepted"] == 0
         assert (await send(client, late, **alice))["accepted"] == 1
         later = time.time() + 24 * 3600 + 5
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr("app.feedback.log.time.time", lambda: later)
-            assert (await send(client, late | {"object_id": items[2]}, **alice))["accepted"] == 0
+            assert (await send(client, late | {"object_id": items[2]}, **alice))[
+                "accepted"
+            ] == 0
     queries, events = stored(tmp_path)
-    assert [(queries[row.query_id].hits, row.item) for row in events if row.client == "late"] == [(items, items[1])]
-    assert [query.text for query in queries.values()] == [""], "texts are not stored by default"
+    assert [
+        (queries[row.query_id].hits, row.item) for row in events if row.client == "late"
+    ] == [(items, items[1])]
+    assert [query.text for query in queries.values()] == [""], (
+        "texts are not stored by default"
+    )
     assert not (index / "feedback").exists()
 
 
-async def test_a_flood_takes_bounded_memory_and_a_failing_disk_costs_events_and_no_search(
-    index: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+async def test_flood_takes_bounded_memory_and_failing_disk_costs_events_alone(
+    index: Path,
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr("app.feedback.log.MAX_QUERIES", 3)
     monkeypatch.setattr("app.feedback.log.FLUSH_S", 60.0)
@@ -158,7 +247,10 @@ async def test_a_flood_takes_bounded_memory_and_a_failing_disk_costs_events_and_
 
         async def lost() -> list[float]:
             metrics = await scrape(client)
-            return [metrics.get(("dcar_feedback_lost_total", (("kind", kind),)), 0) for kind in ("queries", "events")]
+            return [
+                metrics.get(("dcar_feedback_lost_total", (("kind", kind),)), 0)
+                for kind in ("queries", "events")
+            ]
 
         searches = [await searched(client) for _ in range(4)]
         assert await lost() == [1, 0]
@@ -170,14 +262,24 @@ async def test_a_flood_takes_bounded_memory_and_a_failing_disk_costs_events_and_
         assert_problem(refused, 503)
         assert refused.headers["retry-after"]
         assert await lost() == [4, 4]
-        assert sum("feedback is lost" in record.message for record in caplog.records) == 1
+        assert (
+            sum("feedback is lost" in record.message for record in caplog.records) == 1
+        )
         await searched(client)
-        assert (await send(client, *clicks))["accepted"] == 4, "also for searches that were lost"
+        assert (await send(client, *clicks))["accepted"] == 4, (
+            "also for searches that were lost"
+        )
     assert [len(rows) for rows in stored(tmp_path)] == [1, 4]
 
 
-def test_setting_is_a_switch_or_a_writable_directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    for value, folder in {"true": Path("index/feedback"), "0": None, "log/x": Path("log/x")}.items():
+def test_setting_is_a_switch_or_a_writable_directory(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for value, folder in {
+        "true": Path("index/feedback"),
+        "0": None,
+        "log/x": Path("log/x"),
+    }.items():
         monkeypatch.setenv("DCAR_FEEDBACK", value)
         assert load_settings(index=Path("index")).feedback_folder == folder
     (tmp_path / "file").write_text("")
@@ -194,8 +296,9 @@ from app.feedback.log import EventRow, Store
 store = Store(Path(sys.argv[1]))
 for number in range(100_000):
     name = f"{sys.argv[2]}-{number}"
+    rows = [EventRow(name, 0, f"c{client}", "click", "a", None) for client in range(3)]
     try:
-        store.add([], [EventRow(name, 0, f"c{client}", "click", "a", None) for client in range(3)])
+        store.add([], rows)
     except sqlite3.Error:
         print("full", flush=True)
         break
@@ -204,9 +307,13 @@ for number in range(100_000):
 
 
 @pytest.mark.parametrize("file_size", [None, 200_000])
-def test_killed_processes_and_a_full_disk_lose_no_acknowledged_event(tmp_path: Path, file_size: int | None) -> None:
+def test_killed_processes_and_a_full_disk_lose_no_acknowledged_event(
+    tmp_path: Path, file_size: int | None
+) -> None:
     Store(tmp_path).close()
-    processes = [Command("-c", WRITER, tmp_path, name, file_size=file_size) for name in "ab"]
+    processes = [
+        Command("-c", WRITER, tmp_path, name, file_size=file_size) for name in "ab"
+    ]
     acknowledged = list[str]()
     for process in processes:
         acknowledged += [process.stdout.readline() for _ in range(20)]
@@ -218,7 +325,9 @@ def test_killed_processes_and_a_full_disk_lose_no_acknowledged_event(tmp_path: P
     assert len(names) >= 20
     rows = [events for _, events in read_log(tmp_path)]
     assert names <= {events[0].query_id for events in rows}
-    assert {len(events) for events in rows} == {3}, "rows of a request are stored together"
+    assert {len(events) for events in rows} == {3}, (
+        "rows of a request are stored together"
+    )
 
 
 NOW = int(time.time())
@@ -234,7 +343,9 @@ def click(search: QueryRow, client: str = "c1") -> EventRow:
 
 
 def test_old_rows_and_those_beyond_the_size_are_removed(tmp_path: Path) -> None:
-    searches = [query(number, days=40 - number, hits=tuple("ab" * 300)) for number in range(40)]
+    searches = [
+        query(number, days=40 - number, hits=tuple("ab" * 300)) for number in range(40)
+    ]
     write_log(tmp_path, searches, map(click, searches))
     assert prune(tmp_path, 30, 2**20) == 20
     assert [len(rows) for rows in stored(tmp_path)] == [30, 30]
@@ -243,7 +354,9 @@ def test_old_rows_and_those_beyond_the_size_are_removed(tmp_path: Path) -> None:
         gone = prune(tmp_path, 90, 40_000)
         assert gone > 0
         removed += gone
-    assert [*stored(tmp_path)[0]] == [row.query_id for row in searches[10 + removed // 2 :]], "the newest are kept"
+    assert [*stored(tmp_path)[0]] == [
+        row.query_id for row in searches[10 + removed // 2 :]
+    ], "the newest are kept"
     file = file.rename(tmp_path / "elsewhere.sqlite")
     Store(tmp_path).close()
     assert prune(tmp_path, 1, 2**20) == 0, "another host may be writing it"
@@ -253,7 +366,9 @@ def test_old_rows_and_those_beyond_the_size_are_removed(tmp_path: Path) -> None:
 
 def test_a_client_is_forgotten_with_its_searches_in_all_files(tmp_path: Path) -> None:
     one, two, three = searches = [query(number) for number in range(3)]
-    write_log(tmp_path, searches, [click(one, "gone"), click(two, "gone"), click(three)])
+    write_log(
+        tmp_path, searches, [click(one, "gone"), click(two, "gone"), click(three)]
+    )
     next(tmp_path.glob("*.sqlite")).rename(tmp_path / "elsewhere.sqlite")
     write_log(tmp_path, [], [click(two)])
     running = Store(tmp_path)
@@ -264,5 +379,7 @@ def test_a_client_is_forgotten_with_its_searches_in_all_files(tmp_path: Path) ->
     running.add([], [click(three, "later")])
     running.close()
     assert {each.client for each in stored(tmp_path)[1]} == {"c1", "later"}
-    files = b"".join(path.read_bytes() for path in tmp_path.rglob("*") if path.is_file())
+    files = b"".join(
+        path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()
+    )
     assert b"gone" not in files

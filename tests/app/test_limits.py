@@ -1,4 +1,6 @@
-"""Limits on concurrent work, its duration and the size of bodies, and responses under overload."""
+"""Limits on concurrent work, its duration and the size of bodies, and responses under
+overload.
+"""
 
 import asyncio
 import base64
@@ -23,13 +25,18 @@ from tests.support.images import png
 from tests.support.service import WORDS, before_encoding, hold, opened, restore, until
 
 
-async def test_search_past_its_deadline_is_refused_and_skipped(built_index: Path) -> None:
+async def test_search_past_its_deadline_is_refused_and_skipped(
+    built_index: Path,
+) -> None:
     async with opened(built_index, deadline_ms=300) as client:
         encoder = client.app.state.collections[None].current.encoder
         gate, seen = hold(encoder)
         first = asyncio.create_task(client.post("/search/text", json={"query": "q0"}))
         await until(lambda: bool(seen))
-        others = client.post("/search/text", json={"query": "q1"}), client.post("/v1/embeddings", json={"input": "q2"})
+        others = (
+            client.post("/search/text", json={"query": "q1"}),
+            client.post("/v1/embeddings", json={"input": "q2"}),
+        )
         late = await asyncio.gather(first, *others)
         assert [response.status_code for response in late] == [503] * 3
         assert all(response.headers["retry-after"] == "1" for response in late)
@@ -42,16 +49,28 @@ async def test_search_past_its_deadline_is_refused_and_skipped(built_index: Path
         assert 'dcar_pending{what="searches"} 0.0' in text
 
 
-async def test_many_closed_loops_of_one_caller_are_refused_nothing(built_index: Path) -> None:
+async def test_many_closed_loops_of_one_caller_are_refused_nothing(
+    built_index: Path,
+) -> None:
     """256 texts at a time, of a model that answers some 600 a second."""
     async with opened(built_index, cache_size=0) as client:
-        before_encoding(client.app.state.collections[None].current.encoder, lambda texts: time.sleep(0.05))
+        before_encoding(
+            client.app.state.collections[None].current.encoder,
+            lambda texts: time.sleep(0.05),
+        )
 
         async def ask(loop: int) -> list[int]:
             queries = [{"query": f"loop {loop}, query {number}"} for number in range(3)]
-            return [(await client.post("/search/text", json=query)).status_code for query in queries]
+            return [
+                (await client.post("/search/text", json=query)).status_code
+                for query in queries
+            ]
 
-        assert {status for each in await asyncio.gather(*map(ask, range(256))) for status in each} == {200}
+        assert {
+            status
+            for each in await asyncio.gather(*map(ask, range(256)))
+            for status in each
+        } == {200}
 
 
 async def test_searches_beyond_max_pending_are_refused_and_their_uploads_not_read(
@@ -59,7 +78,10 @@ async def test_searches_beyond_max_pending_are_refused_and_their_uploads_not_rea
 ) -> None:
     async with opened(built_index, max_pending=2) as client:
         gate, seen = hold(client.app.state.collections[None].current.encoder)
-        tasks = [asyncio.create_task(client.post("/search/text", json={"query": f"q{i}"})) for i in range(10)]
+        tasks = [
+            asyncio.create_task(client.post("/search/text", json={"query": f"q{i}"}))
+            for i in range(10)
+        ]
         await until(lambda: bool(seen) and sum(task.done() for task in tasks) == 8)
         with monkeypatch.context() as patch:
             patch.setattr("app.api.requests.read_image_query", None)
@@ -67,23 +89,51 @@ async def test_searches_beyond_max_pending_are_refused_and_their_uploads_not_rea
         refused.append(await client.post("/v1/embeddings", json={"input": "red"}))
         gate.set()
         responses = await asyncio.gather(*tasks)
-        assert sorted(response.status_code for response in responses) == [200] * 2 + [503] * 8
+        assert (
+            sorted(response.status_code for response in responses)
+            == [200] * 2 + [503] * 8
+        )
         refused += [response for response in responses if response.status_code == 503]
-        assert {(response.status_code, response.headers["retry-after"]) for response in refused} == {(503, "1")}
+        assert {
+            (response.status_code, response.headers["retry-after"])
+            for response in refused
+        } == {(503, "1")}
         assert (await client.post("/search/image", files={"file": png()})).is_success
-        for count, status in ((2, 200), (3, 503), (2, 200)):  # each search of a batch counts
+        # each search of a batch counts
+        for count, status in ((2, 200), (3, 503), (2, 200)):
             batch = {"queries": [{"query": f"q{i}"} for i in range(count)]}
-            assert (await client.post("/search/batch", json=batch)).status_code == status
+            assert (
+                await client.post("/search/batch", json=batch)
+            ).status_code == status
 
 
 LIMIT = 2**20 + 2 * UNCOUNTED_BYTES
 LARGE: list[tuple[dict[str, Any], int, str]] = [
-    ({"image": base64.b64encode(bytes(2**20)).decode()}, 422, "queries.0: image: not an image"),
+    (
+        {"image": base64.b64encode(bytes(2**20)).decode()},
+        422,
+        "queries.0: image: not an image",
+    ),
     ({"query": "x", "filter": {"a": "x" * 2**20}}, 422, "filter: takes at most 64 KiB"),
-    ({"query": "x", "filter": {"a": ["x" * 1000] * 1000}}, 422, "filter: takes at most 64 KiB"),
-    ({"query": "x", "filter": json.loads("[" * 190 + '"",' * 40_000 + '""' + "]" * 190)}, 422, "queries.0.filter"),
+    (
+        {"query": "x", "filter": {"a": ["x" * 1000] * 1000}},
+        422,
+        "filter: takes at most 64 KiB",
+    ),
+    (
+        {
+            "query": "x",
+            "filter": json.loads("[" * 190 + '"",' * 40_000 + '""' + "]" * 190),
+        },
+        422,
+        "queries.0.filter",
+    ),
     ({"query": "x", "filter": {"a": [0] * 60_000}}, 413, "at most 50,000 values"),
-    ({"query": "x", "filter": {f"{key:030}": 1 for key in range(60_000)}}, 413, "at most 50,000 values"),
+    (
+        {"query": "x", "filter": {f"{key:030}": 1 for key in range(60_000)}},
+        413,
+        "at most 50,000 values",
+    ),
 ]
 
 
@@ -91,10 +141,15 @@ async def test_a_large_body_holds_images_and_little_else(built_index: Path) -> N
     async with opened(built_index) as client:
         for query, status, says in LARGE:
             response = await client.post("/search/batch", json={"queries": [query]})
-            assert (response.status_code, says in response.json()["detail"]) == (status, True), response.text
+            assert (response.status_code, says in response.json()["detail"]) == (
+                status,
+                True,
+            ), response.text
 
 
-async def test_caches_of_a_version_are_bounded_in_bytes(built_index: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_caches_of_a_version_are_bounded_in_bytes(
+    built_index: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr("app.search.served_version.MAX_MASK_BYTES", 2 * 24)
     monkeypatch.setattr("app.search.results.MAX_PAGE_BYTES", 100)
     async with opened(built_index) as client:
@@ -108,7 +163,7 @@ async def test_caches_of_a_version_are_bounded_in_bytes(built_index: Path, monke
         assert sum(map(len, served.masks)) < 10_000
 
 
-async def test_large_image_is_read_in_a_thread_and_held_within_the_budget_of_long_responses(
+async def test_large_image_is_read_in_a_thread_within_the_budget_of_long_responses(
     built_index: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     threads, data = set[str](), b"\xff\xd8\xff" + bytes(300_000)
@@ -121,7 +176,10 @@ async def test_large_image_is_read_in_a_thread_and_held_within_the_budget_of_lon
     async with opened(built_index) as client:
         path = "/items/circle%2Fred.png/image"
         response = await client.get(path)
-        assert (response.content, response.headers["content-type"]) == (data, "image/jpeg")
+        assert (response.content, response.headers["content-type"]) == (
+            data,
+            "image/jpeg",
+        )
         client.app.state.bodies.held += 2**30
         assert (await client.get(path)).status_code == 503
         client.app.state.bodies.held -= 2**30
@@ -129,7 +187,9 @@ async def test_large_image_is_read_in_a_thread_and_held_within_the_budget_of_lon
 
 
 @pytest.mark.slow
-async def test_slow_gallery_does_not_delay_searches(built_index: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_slow_gallery_does_not_delay_searches(
+    built_index: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     gate = threading.Event()
 
     def slow(*_: object) -> bytes:
@@ -138,7 +198,10 @@ async def test_slow_gallery_does_not_delay_searches(built_index: Path, monkeypat
 
     monkeypatch.setattr(IndexVersion, "image_bytes", slow)
     async with opened(built_index, deadline_ms=1500, max_pending=20) as client:
-        images = [asyncio.create_task(client.get("/items/circle%2Fred.png/image")) for _ in range(30)]
+        images = [
+            asyncio.create_task(client.get("/items/circle%2Fred.png/image"))
+            for _ in range(30)
+        ]
         try:
             await asyncio.sleep(0.1)
             body = {"query": "red", "k": 3, "filter": {"category": "circle"}}
@@ -153,7 +216,7 @@ async def test_slow_gallery_does_not_delay_searches(built_index: Path, monkeypat
             gate.set()
 
 
-async def test_filters_delay_no_other_search_and_those_of_a_batch_give_way_to_one_of_another_request(
+async def test_filters_delay_no_other_search_and_those_of_a_batch_give_way(
     built_index: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     gate, order, match_rows = threading.Event(), list[str](), filters.match_rows
@@ -170,13 +233,21 @@ async def test_filters_delay_no_other_search_and_those_of_a_batch_give_way_to_on
         cached = {"query": "red", "filter": {"color": "red"}}
         assert (await client.post("/search/text", json=cached)).is_success
         monkeypatch.setattr(filters, "match_rows", match)
-        queries = [of_caption("batch", color={"not": f"{number}"}) for number in range(8)]
-        batch = asyncio.create_task(client.post("/search/batch", json={"queries": queries}))
+        queries = [
+            of_caption("batch", color={"not": f"{number}"}) for number in range(8)
+        ]
+        batch = asyncio.create_task(
+            client.post("/search/batch", json={"queries": queries})
+        )
         await until(lambda: bool(order))
         await asyncio.sleep(0.2)  # all queries of the batch have been encoded
-        other = asyncio.create_task(client.post("/search/text", json=of_caption("single")))
+        other = asyncio.create_task(
+            client.post("/search/text", json=of_caption("single"))
+        )
         for query in (WORDS, cached):
-            assert (await asyncio.wait_for(client.post("/search/text", json=query), 30)).is_success
+            assert (
+                await asyncio.wait_for(client.post("/search/text", json=query), 30)
+            ).is_success
         await asyncio.sleep(0.2)
         assert not any(task.done() for task in (batch, other))
         gate.set()
@@ -186,11 +257,19 @@ async def test_filters_delay_no_other_search_and_those_of_a_batch_give_way_to_on
 
 
 class Served:
-    """An application that reads bodies, and works for a while, behind the limits on them. refusals: their reasons."""
+    """An application that reads bodies, and works for a while, behind the limits on
+    them. refusals: their reasons.
+    """
 
-    def __init__(self, *, in_flight: int = 2**30, upload_s: float = 30, works_s: float = 0) -> None:
+    def __init__(
+        self, *, in_flight: int = 2**30, upload_s: float = 30, works_s: float = 0
+    ) -> None:
         self.refusals, self.works_s = list[str | None](), works_s
-        self.limit = BodyLimit(Settings(index=Path(), max_in_flight_bytes=in_flight, upload_timeout_s=upload_s))
+        self.limit = BodyLimit(
+            Settings(
+                index=Path(), max_in_flight_bytes=in_flight, upload_timeout_s=upload_s
+            )
+        )
 
     async def work(self, scope: Scope, receive: Receive, send: Send) -> None:
         while (await receive())["more_body"]:
@@ -200,13 +279,18 @@ class Served:
 
     async def run(self, scope: Scope, receive: Receive, send: Send) -> None:
         try:
-            await self.limit.run(self.work, Policy("read", body=lambda _: LIMIT), scope, receive, send)
+            await self.limit.run(
+                self.work, Policy("read", body=lambda _: LIMIT), scope, receive, send
+            )
         except Problem as problem:
             self.refusals.append(problem.refused)
             await problem.response(scope)(scope, receive, send)
 
     async def __call__(
-        self, *parts: bytes, headers: dict[str, str] | None = None, hangs: asyncio.Event | None = None
+        self,
+        *parts: bytes,
+        headers: dict[str, str] | None = None,
+        hangs: asyncio.Event | None = None,
     ) -> httpx.Response:
         """Send a body in parts. hangs: the end of the body comes when it is set."""
 
@@ -216,20 +300,28 @@ class Served:
             if hangs is not None:
                 await hangs.wait()
 
-        async with httpx.AsyncClient(transport=httpx.ASGITransport(self.run), base_url="http://any") as client:
+        async with httpx.AsyncClient(
+            transport=httpx.ASGITransport(self.run), base_url="http://any"
+        ) as client:
             return await client.post("/", content=content(), headers=headers)
 
 
 @pytest.mark.parametrize("is_announced", [True, False], ids=["announced", "in chunks"])
-async def test_a_body_is_refused_at_the_first_byte_over_its_limit(is_announced: bool) -> None:
+async def test_a_body_is_refused_at_the_first_byte_over_its_limit(
+    is_announced: bool,
+) -> None:
     """An announced one unread."""
     for over in (0, 1):
         served = Served()
         headers = {"Content-Length": str(LIMIT + over)} if is_announced else None
         parts = [b"x"] if is_announced else [bytes(LIMIT - 5), bytes(5 + over)]
         answer = await served(*parts, headers=headers)
-        assert (answer.status_code, served.refusals.count("body_size")) == ((413, 1) if over else (200, 0))
-    assert answer.json()["errors"] == [{"field": "body", "message": "at most 1,152 KiB"}]
+        assert (answer.status_code, served.refusals.count("body_size")) == (
+            (413, 1) if over else (200, 0)
+        )
+    assert answer.json()["errors"] == [
+        {"field": "body", "message": "at most 1,152 KiB"}
+    ]
 
 
 async def test_a_body_beyond_the_budget_is_refused() -> None:
@@ -246,14 +338,19 @@ async def test_a_body_beyond_the_budget_is_refused() -> None:
     assert served.refusals.count("uploads") == 0
     refused = await (await begin(LIMIT - 1))
     assert (refused.status_code, refused.headers["retry-after"]) == (503, "1")
-    assert refused.json()["detail"] == "Too many large requests are in progress. Try again in 1 s."
+    assert (
+        refused.json()["detail"]
+        == "Too many large requests are in progress. Try again in 1 s."
+    )
     assert served.refusals.count("uploads") == 1
     done.set()
     assert [(await each).status_code for each in (first, *free)] == 11 * [200]
     assert (await served(bytes(LIMIT))).is_success
 
 
-async def test_an_unfinished_body_is_refused_in_time_and_a_finished_one_is_not() -> None:
+async def test_an_unfinished_body_is_refused_in_time_and_a_finished_one_is_not() -> (
+    None
+):
     served = Served(upload_s=0.1, works_s=0.2)
     assert (await served(b"x")).is_success
     refused = await served(b"x", hangs=asyncio.Event())

@@ -1,4 +1,6 @@
-"""Ranking on vectors made for it: ties, folding, wide searches, groups, facets and sorts of many rows."""
+"""Ranking on vectors made for it: ties, folding, wide searches, groups, facets and
+sorts of many rows.
+"""
 
 import itertools
 import math
@@ -26,10 +28,20 @@ PLAIN = Plan()
 
 
 class IndexStub:
-    """The parts of an index version that ranking uses, over a FAISS index of some kind."""
+    """The parts of an index version that ranking uses, over a FAISS index of some
+    kind.
+    """
 
-    def __init__(self, vectors: np.ndarray, kind: str = "Flat", lexical: LexicalIndex | None = None, **columns: Any):
-        index: Any = faiss.index_factory(vectors.shape[1], kind, faiss.METRIC_INNER_PRODUCT)
+    def __init__(
+        self,
+        vectors: np.ndarray,
+        kind: str = "Flat",
+        lexical: LexicalIndex | None = None,
+        **columns: Any,
+    ):
+        index: Any = faiss.index_factory(
+            vectors.shape[1], kind, faiss.METRIC_INNER_PRODUCT
+        )
         index.train(vectors)
         index.add(vectors)
         if kind.startswith("IVF"):
@@ -43,10 +55,14 @@ class IndexStub:
         self.live = np.ones(self.rows, np.bool_)
         self.live.flags.writeable = False
         self.live_rows = RowFilter.of_mask(self.live)
-        self.manifest: Any = SimpleNamespace(removed=0, kind=kind, additions=[], spec=IndexSpec(), cutoff={})
+        self.manifest: Any = SimpleNamespace(
+            removed=0, kind=kind, additions=[], spec=IndexSpec(), cutoff={}
+        )
         half = self.rows // 2
         self._columns = {
-            name: pa.chunked_array([values[:half], values[half:]], pa.array(values).type)
+            name: pa.chunked_array(
+                [values[:half], values[half:]], pa.array(values).type
+            )
             for name, values in columns.items()
         }
         self.sample_vectors = vectors[:50]
@@ -55,7 +71,9 @@ class IndexStub:
         if name not in self._columns:
             raise DataError(f"no item has the field {name!r}")
         column = self._columns[name]
-        return column if rows is None else take_rows(pa.table({name: column}), rows)[name]
+        return (
+            column if rows is None else take_rows(pa.table({name: column}), rows)[name]
+        )
 
 
 def served_of(opened: Any) -> Any:
@@ -68,19 +86,31 @@ def unit(rng: np.random.Generator, *shape: int) -> np.ndarray:
     return vectors
 
 
-@pytest.mark.filterwarnings("ignore:invalid value encountered in matmul")  # a flag of BLAS; the values are compared
+# a flag of BLAS; the values are compared
+@pytest.mark.filterwarnings("ignore:invalid value encountered in matmul")
 @pytest.mark.parametrize("seed", range(20))
 def test_folding_equals_folding_row_by_row(seed: int) -> None:
-    """Vectors of small integers: sums are exact in any order, and many similarities are equal."""
+    """Vectors of small integers: sums are exact in any order, and many similarities are
+    equal.
+    """
     rng = np.random.default_rng(seed)
     rows = int(rng.choice([1, 5, 120, 700]))
     vectors = rng.integers(-2, 3, (rows, int(rng.integers(2, 7)))).astype(np.float32)
     opened: Any = SimpleNamespace(vectors=lambda rows: vectors[rows])
     order, fold = rng.permutation(rows).tolist(), float(rng.integers(1, 14))
     expected = [*fold_row_by_row(vectors, order, fold).items()]
-    for count in {1, 2, len(expected) // 2 + 1, len(expected), len(expected) + 1, 2 * rows}:
+    for count in {
+        1,
+        2,
+        len(expected) // 2 + 1,
+        len(expected),
+        len(expected) + 1,
+        2 * rows,
+    }:
         hits = fold_rows(opened, in_order(order), fold, count)
-        assert [*zip(hits.rows.tolist(), map(list, hits.folded), strict=True)] == expected[:count], count
+        assert [
+            *zip(hits.rows.tolist(), map(list, hits.folded), strict=True)
+        ] == expected[:count], count
     assert fold_rows(opened, in_order([]), fold, 3).folded == []
 
 
@@ -88,22 +118,36 @@ def in_order(rows: list[int]) -> Hits:
     return Hits(np.array(rows, np.int64), *np.zeros((3, len(rows)), np.float32))
 
 
-def ranked(opened: Any, vector: np.ndarray, plan: Plan, count: int, allowed: RowFilter | None = None) -> list[int]:
+def ranked(
+    opened: Any,
+    vector: np.ndarray,
+    plan: Plan,
+    count: int,
+    allowed: RowFilter | None = None,
+) -> list[int]:
     rows: list[int] = best_rows(opened, plan, vector, count, allowed).rows.tolist()
     return rows
 
 
 class Exact:
-    """Exact search. The order and choice among equal scores depend on k, as in FAISS."""
+    """Exact search. The order and choice among equal scores depend on k, as in
+    FAISS.
+    """
 
     def __init__(self, vectors: np.ndarray) -> None:
         self.all, self.rows, self.asked = vectors, len(vectors), 0
 
     def search(
-        self, vector: np.ndarray, k: int, allowed: Any = None, *, is_narrow: bool = False
+        self,
+        vector: np.ndarray,
+        k: int,
+        allowed: Any = None,
+        *,
+        is_narrow: bool = False,
     ) -> tuple[np.ndarray, np.ndarray]:
         self.asked = k
-        scores = (self.all * vector).sum(1)  # row by row: equal vectors get equal scores
+        # row by row: equal vectors get equal scores
+        scores = (self.all * vector).sum(1)
         shuffled = np.random.default_rng(k).permutation(self.rows)
         rows = shuffled[np.argsort(-scores[shuffled], kind="stable")][:k]
         return scores[rows][None], rows[None]
@@ -126,7 +170,9 @@ PLANS = [PLAIN, Plan(excluded=(0, 1, 2, 50)), Plan(fold=0.9), Plan(min_score=0.0
 
 
 @pytest.mark.parametrize("plan", PLANS, ids=["plain", "excluded", "fold", "min_score"])
-def test_a_longer_list_begins_with_the_shorter_one(copies: tuple[Any, np.ndarray], plan: Plan) -> None:
+def test_a_longer_list_begins_with_the_shorter_one(
+    copies: tuple[Any, np.ndarray], plan: Plan
+) -> None:
     """Pages then have every item once, however many scores are equal."""
     opened, vector = copies
     rows = ranked(opened, vector, plan, 300)
@@ -138,7 +184,8 @@ def test_a_longer_list_begins_with_the_shorter_one(copies: tuple[Any, np.ndarray
 
 def test_only_tied_scores_widen_the_search(copies: tuple[Any, np.ndarray]) -> None:
     opened, vector = copies
-    for count, widest in ((10, 88), (150, 151)):  # 11, 22, 44: the sixty copies of one image
+    # 11, 22, 44: the sixty copies of one image
+    for count, widest in ((10, 88), (150, 151)):
         ranked(opened, vector, PLAIN, count)
         assert opened.asked == widest
 
@@ -147,11 +194,17 @@ def test_common_words_are_ranked_among_the_nearest_rows(tmp_path: Any) -> None:
     rng = np.random.default_rng(0)
     words = rng.choice(["smile", "ghost", "cake"], 2000, p=[0.5, 0.3, 0.2])
     write_lexical(tmp_path / "lexical", words.tolist())
-    lexical, vectors, vector = LexicalIndex(tmp_path / "lexical"), unit(rng, 2000, 24), unit(rng, 24)
+    lexical, vectors, vector = (
+        LexicalIndex(tmp_path / "lexical"),
+        unit(rng, 2000, 24),
+        unit(rng, 24),
+    )
     opened: Any = IndexStub(vectors, lexical=lexical)
     plan = Plan(text="smile", words_weight=0.7)
     cosines, texts = vectors @ vector, lexical.score("smile", np.arange(2000))
-    scores = cosines + np.float32(text_bonus(opened.sample_vectors, vector, 0.7)) * texts
+    scores = (
+        cosines + np.float32(text_bonus(opened.sample_vectors, vector, 0.7)) * texts
+    )
     for mask in (np.ones(2000, np.bool_), rng.random(2000) < 0.7):
         allowed = None if mask.all() else RowFilter.of_mask(mask)
         best = ranked(opened, vector, plan, 60, allowed)
@@ -165,24 +218,36 @@ def test_common_words_are_ranked_among_the_nearest_rows(tmp_path: Any) -> None:
 @pytest.mark.parametrize("kind", ["Flat", "IVF8,Flat", "HNSW16,SQfp16"])
 def test_groups_equal_those_of_all_rows_on_every_page(kind: str) -> None:
     rng, count = np.random.default_rng(0), 600
-    values = [f"p{number}" if number else None for number in (rng.zipf(1.5, count) % 90).tolist()]
+    values = [
+        f"p{number}" if number else None
+        for number in (rng.zipf(1.5, count) % 90).tolist()
+    ]
     vectors = unit(rng, count, 16)
     columns: dict[str, Any] = {"product": values, "huge": ["huge"] * 570 + values[:30]}
     served = served_of(IndexStub(vectors, kind, **columns))
     half = RowFilter.of_mask(rng.random(count) < 0.5)
     for name, allowed in itertools.product(columns, (None, half)):
         groups = group_field(served, name)
-        expected = first_of_each(ranked(served.index, vectors[0], PLAIN, count, allowed), columns[name])
+        expected = first_of_each(
+            ranked(served.index, vectors[0], PLAIN, count, allowed), columns[name]
+        )
         for size in (1, 5, 24, len(expected), len(expected) + 5):
-            found = best_of_groups(served.index, Plan(end=size - 1, allowed=allowed), vectors[0], groups)
+            found = best_of_groups(
+                served.index, Plan(end=size - 1, allowed=allowed), vectors[0], groups
+            )
             assert found.rows.tolist() == expected[:size]
 
 
 @pytest.mark.parametrize("names", [["a"], ["a", "b", None]], ids=["all", "half"])
-def test_search_for_other_products_is_as_narrow_as_without_items(names: list[str | None]) -> None:
+def test_search_for_other_products_is_as_narrow_as_without_items(
+    names: list[str | None],
+) -> None:
     """A group of the items to resemble may be most of the gallery."""
     rng, count, widths = np.random.default_rng(0), 3000, list[int]()
-    vectors, values = unit(rng, count, 16), rng.choice(np.array(names, object), count).tolist()
+    vectors, values = (
+        unit(rng, count, 16),
+        rng.choice(np.array(names, object), count).tolist(),
+    )
     values[7] = "a"
     opened: Any = IndexStub(vectors, product=values)
     search = opened.search
@@ -220,7 +285,11 @@ def test_facets_of_graphs_are_approximate_in_additions_too() -> None:
         assert is_exact == ("HNSW24" not in kinds), kinds
 
 
-@pytest.mark.parametrize(("sort", "expected"), [("price", [3, 0, 4, 1, 2]), ("-price", [0, 4, 3, 1, 2])])
+@pytest.mark.parametrize(
+    ("sort", "expected"), [("price", [3, 0, 4, 1, 2]), ("-price", [0, 4, 3, 1, 2])]
+)
 def test_numbers_that_are_none_are_sorted_last(sort: str, expected: list[int]) -> None:
-    served = served_of(IndexStub(np.ones((5, 2), np.float32), price=[2.0, math.nan, None, -1.0, 2.0]))
+    served = served_of(
+        IndexStub(np.ones((5, 2), np.float32), price=[2.0, math.nan, None, -1.0, 2.0])
+    )
     assert list_rows(served, None, sort, "").tolist() == expected

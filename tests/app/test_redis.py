@@ -1,4 +1,6 @@
-"""A real Redis, in which processes count together and share vectors: kinds of URLs, failures, and nonsense."""
+"""A real Redis, in which processes count together and share vectors: kinds of URLs,
+failures, and nonsense.
+"""
 
 import asyncio
 import signal
@@ -48,14 +50,21 @@ async def test_faulty_redis_fails_no_search_at_little_cost(
         try:
             async with asyncio.timeout(5):
                 for _ in range(6):
-                    assert (await client.post("/search/text", json={"query": "red"})).status_code == 200
+                    assert (
+                        await client.post("/search/text", json={"query": "red"})
+                    ).status_code == 200
         finally:
             if server is not None:
                 server.send_signal(signal.SIGCONT)
 
 
-@pytest.mark.parametrize("reply", [b"*1\r\n" * 20_000, b"%1\r\n*1\r\n+a\r\n+b\r\n", b"$x\r\n", b"html\r\n", b""])
-async def test_an_invalid_or_no_reply_fails_no_count(reply: bytes, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    "reply",
+    [b"*1\r\n" * 20_000, b"%1\r\n*1\r\n+a\r\n+b\r\n", b"$x\r\n", b"html\r\n", b""],
+)
+async def test_an_invalid_or_no_reply_fails_no_count(
+    reply: bytes, monkeypatch: pytest.MonkeyPatch
+) -> None:
     async def talk(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         with suppress(ConnectionError):
             while await reader.readline():
@@ -65,14 +74,21 @@ async def test_an_invalid_or_no_reply_fails_no_count(reply: bytes, monkeypatch: 
         writer.close()
 
     monkeypatch.setattr("app.core.redis.TIMEOUT_S", 0.1)
-    async with await asyncio.start_server(talk, "127.0.0.1", 0) as server, asyncio.timeout(20):
-        rates = RateLimiter("2/minute", f"redis://127.0.0.1:{server.sockets[0].getsockname()[1]}/0")
+    async with (
+        await asyncio.start_server(talk, "127.0.0.1", 0) as server,
+        asyncio.timeout(20),
+    ):
+        rates = RateLimiter(
+            "2/minute", f"redis://127.0.0.1:{server.sockets[0].getsockname()[1]}/0"
+        )
         assert [await rates.charge("alice") for _ in range(3)] == [0, 0, 0]
         await rates.close()
 
 
 async def test_a_password_a_database_and_a_socket_are_used(tmp_path: Path) -> None:
-    with RedisServer("--requirepass", "pass/word", "--unixsocket", str(tmp_path / "redis.sock")) as server:
+    with RedisServer(
+        "--requirepass", "pass/word", "--unixsocket", str(tmp_path / "redis.sock")
+    ) as server:
         await assert_shared(f"redis://:pass%2Fword@127.0.0.1:{server.port}/3")
         await assert_shared(f"unix://:pass%2Fword@{tmp_path}/redis.sock")
 
@@ -80,11 +96,14 @@ async def test_a_password_a_database_and_a_socket_are_used(tmp_path: Path) -> No
 @pytest.mark.parametrize(
     "url",
     [
-        "http://:secretword@localhost", "redis://:secretword@localhost:many", "redis://:half/secretword@localhost",
-        "redis://:secretword@localhost?socket_timeout=soon", "redis://:secretword@localhost?colour=red",
+        "http://:secretword@localhost",
+        "redis://:secretword@localhost:many",
+        "redis://:half/secretword@localhost",
+        "redis://:secretword@localhost?socket_timeout=soon",
+        "redis://:secretword@localhost?colour=red",
         "rediss://:secretword@localhost?ssl_cert_reqs=maybe",
     ],
-)  # fmt: skip
+)
 def test_an_invalid_url_is_refused_without_showing_its_password(url: str) -> None:
     with pytest.raises(ValueError, match=r"must be redis://.* %2F") as caught:
         connect(url)
@@ -92,17 +111,26 @@ def test_an_invalid_url_is_refused_without_showing_its_password(url: str) -> Non
     assert "secretword" not in str(caught.value)
 
 
-async def test_services_share_vectors_by_hashes_and_answer_alike(built_index: Path, redis_server: RedisServer) -> None:
+async def test_services_share_vectors_by_hashes_and_answer_alike(
+    built_index: Path, redis_server: RedisServer
+) -> None:
     client, pages = redis.Redis.from_url(redis_server.url), list[list[dict[str, Any]]]()
     image = (built_index.parent / "gallery/circle/red.png").read_bytes()
     for stored in (0, 2):
         async with opened(built_index, redis_url=redis_server.url) as http:
             assert client.dbsize() == stored
             answers = [await http.post("/search/text", json=QUERY)]
-            answers.append(await http.post("/search/image", files={"file": ("x.png", image)}))
+            answers.append(
+                await http.post("/search/image", files={"file": ("x.png", image)})
+            )
             pages.append([answer.json() for answer in answers])
-    assert [[page["cached"] for page in each] for each in pages] == [[False, False], [True, True]]
-    assert [page["results"] for page in pages[0]] == [page["results"] for page in pages[1]]
+    assert [[page["cached"] for page in each] for each in pages] == [
+        [False, False],
+        [True, True],
+    ]
+    assert [page["results"] for page in pages[0]] == [
+        page["results"] for page in pages[1]
+    ]
     for key in client.scan_iter():
         assert b"secret" not in key
         assert 0 < client.ttl(key) <= 7 * 24 * 3600
@@ -130,6 +158,10 @@ async def test_failed_redis_rests_for_a_while_and_vectors_are_of_a_model(
         await cache.close()
         reader = RedisCache(server.url, 60)
         np.testing.assert_array_equal(await reader.get("model", "red", 32), VECTOR)
-        for fingerprint, query, dim in (("another", "red", 32), ("model", "blue", 32), ("model", "red", 31)):
+        for fingerprint, query, dim in (
+            ("another", "red", 32),
+            ("model", "blue", 32),
+            ("model", "red", 31),
+        ):
             assert await reader.get(fingerprint, query, dim) is None
         await reader.close()

@@ -1,4 +1,6 @@
-"""The service around the search: starts, swaps of versions, admin, pages, unexpected errors and failing tasks."""
+"""The service around the search: starts, swaps of versions, admin, pages, unexpected
+errors and failing tasks.
+"""
 
 import asyncio
 import gc
@@ -27,7 +29,15 @@ from tests.support.images import png
 from tests.support.parts import needs
 from tests.support.processes import free_port
 from tests.support.responses import assert_problem, scrape
-from tests.support.service import ADMIN_ONLY, SERVE, ServiceClient, before_encoding, opened, restore, until_ready
+from tests.support.service import (
+    ADMIN_ONLY,
+    SERVE,
+    ServiceClient,
+    before_encoding,
+    opened,
+    restore,
+    until_ready,
+)
 from tests.support.versions import file_of, point, publish_copy
 from tests.support.writes import ADMINS
 
@@ -50,7 +60,9 @@ async def test_broken_version_keeps_the_old_one_served_until_it_is_repaired(
         assert refused.status_code == 503
         assert "trainables.safetensors" in refused.json()["detail"]
         assert int(refused.headers["retry-after"]) > 0
-        assert (await client.post("/search/text", json={"query": "x"})).json()["index_version"] == 1
+        assert (await client.post("/search/text", json={"query": "x"})).json()[
+            "index_version"
+        ] == 1
         newer_weights.write_bytes(whole)
         await until_ready(client, status="ready", index_version=2)
         for version in (b"junk\n", b"7" * 5000, Current(7, "0" * 64).to_bytes()):
@@ -60,7 +72,9 @@ async def test_broken_version_keeps_the_old_one_served_until_it_is_repaired(
             point(index, 2)
             await until_ready(client, status="ready")
         assert ready["reason"].startswith("index has no version 7")
-        (index / WAITING).write_text(reason := "21 of the 24 images are gone; mount what is missing")
+        (index / WAITING).write_text(
+            reason := "21 of the 24 images are gone; mount what is missing"
+        )
         assert (await until_ready(client, status="degraded"))["reason"] == reason
         assert (await client.get("/ui/catalogue")).json()["model_note"].endswith(reason)
         (index / WAITING).unlink()
@@ -68,26 +82,46 @@ async def test_broken_version_keeps_the_old_one_served_until_it_is_repaired(
     assert not [record for record in caplog.records if record.exc_info]
 
 
-async def test_rebuilt_index_with_the_same_number_is_served(index: Path, gallery: Path, other_checkpoint: Path) -> None:
+async def test_rebuilt_index_with_the_same_number_is_served(
+    index: Path, gallery: Path, other_checkpoint: Path
+) -> None:
     async with opened(index, poll_s=0, **ADMIN_ONLY) as client:
         before = (await client.post("/search/text", json={"query": "red"})).json()
-        assert not (await client.post("/admin/reload", headers=ADMINS)).json()["changed"]
+        assert not (await client.post("/admin/reload", headers=ADMINS)).json()[
+            "changed"
+        ]
         manifest = index / "versions/1.json"
         manifest.rename(index / "aside")
-        assert not (await client.post("/admin/reload", headers=ADMINS)).json()["changed"]
-        assert (await client.get("/readyz")).json()["status"] == "ready", "the served version is intact"
+        assert not (await client.post("/admin/reload", headers=ADMINS)).json()[
+            "changed"
+        ]
+        assert (await client.get("/readyz")).json()["status"] == "ready", (
+            "the served version is intact"
+        )
         shutil.rmtree(index)
-        await asyncio.to_thread(rebuild, gallery, other_checkpoint, index, workers=0, progress=False)
+        await asyncio.to_thread(
+            rebuild, gallery, other_checkpoint, index, workers=0, progress=False
+        )
         reloaded = (await client.post("/admin/reload", headers=ADMINS)).json()
         ReloadResponse.model_validate(reloaded, strict=True)
-        assert reloaded == {"index_version": 1, "versions": {index.name: 1}, "changed": True}
+        assert reloaded == {
+            "index_version": 1,
+            "versions": {index.name: 1},
+            "changed": True,
+        }
         after = (await client.post("/search/text", json={"query": "red"})).json()
         assert after["index_version"] == before["index_version"] == 1
-        assert [r["score"] for r in after["results"]] != [r["score"] for r in before["results"]]
-        assert not (await client.post("/admin/reload", headers=ADMINS)).json()["changed"]
+        assert [r["score"] for r in after["results"]] != [
+            r["score"] for r in before["results"]
+        ]
+        assert not (await client.post("/admin/reload", headers=ADMINS)).json()[
+            "changed"
+        ]
 
 
-async def test_missing_broken_and_outside_images_are_404(tmp_path: Path, gallery: Path, tiny_checkpoint: Path) -> None:
+async def test_missing_broken_and_outside_images_are_404(
+    tmp_path: Path, gallery: Path, tiny_checkpoint: Path
+) -> None:
     changing = Path(shutil.copytree(gallery, tmp_path / "gallery"))
     rebuild(changing, tiny_checkpoint, tmp_path / "other", workers=0, progress=False)
     (changing / "circle/red.png").unlink()
@@ -98,13 +132,19 @@ async def test_missing_broken_and_outside_images_are_404(tmp_path: Path, gallery
     (changing / "circle/green.png").symlink_to(tmp_path / "secret.png")
 
     async with opened(tmp_path / "other") as client:
-        paths = [f"{color}.png/image{size}" for color in ("red", "blue", "green") for size in ("", "?size=192")]
+        paths = [
+            f"{color}.png/image{size}"
+            for color in ("red", "blue", "green")
+            for size in ("", "?size=192")
+        ]
         for path in (*paths, "black.png/image?size=192"):
             response = await client.get(f"/items/circle%2F{path}")
             assert response.status_code == 404, path
             assert str(changing) not in response.text
     async with opened(tmp_path / "other", image_roots=(tmp_path,)) as client:
-        assert (await client.get("/items/circle%2Fgreen.png/image")).content == png(), "unless that folder is allowed"
+        assert (await client.get("/items/circle%2Fgreen.png/image")).content == png(), (
+            "unless that folder is allowed"
+        )
 
 
 async def test_unexpected_errors_reveal_no_internals(
@@ -120,27 +160,40 @@ async def test_unexpected_errors_reveal_no_internals(
         restore(encoder)
         monkeypatch.setattr("app.search.query.filter_rows", fail)
         filtered = {"query": "x", "filter": {"color": "red"}}
-        failed_later = await client.post("/search/text", json=filtered, headers={"x-request-id": "failing"})
+        failed_later = await client.post(
+            "/search/text", json=filtered, headers={"x-request-id": "failing"}
+        )
         for response in (failed, failed_later):
             assert "secret" not in assert_problem(response, 500)["detail"]
         assert failed_later.headers["x-request-id"] == "failing"
         assert "unexpected error in POST /search/text" in caplog.text
-        assert (await client.post("/search/text", json={"query": "x"})).status_code == 200
+        assert (
+            await client.post("/search/text", json={"query": "x"})
+        ).status_code == 200
 
 
-async def test_pages_load_nothing_from_other_sites_and_admin_routes_need_a_key(started: ServiceClient) -> None:
+async def test_pages_load_nothing_from_other_sites_and_admin_routes_need_a_key(
+    started: ServiceClient,
+) -> None:
     for path in ("/", "/docs"):
         page = await started.get(path)
         assert page.headers["content-type"].startswith("text/html")
         assert not re.search("https?:", page.text)
         assert "script-src 'self';" in page.headers["content-security-policy"]
-        assert (await started.get(path, headers={"If-None-Match": page.headers["etag"]})).status_code == 304
+        assert (
+            await started.get(path, headers={"If-None-Match": page.headers["etag"]})
+        ).status_code == 304
         for name in [part.split('"')[0] for part in page.text.split('"ui/')[1:]]:
             assert (await started.get(f"/ui/{name}")).status_code == 200, name
-    assert "DCAR_ADMIN_KEY" in assert_problem(await started.post("/admin/reload"), 403)["detail"]
+    assert (
+        "DCAR_ADMIN_KEY"
+        in assert_problem(await started.post("/admin/reload"), 403)["detail"]
+    )
 
 
-async def test_a_failing_task_is_counted_and_restarted_until_it_returns(monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_a_failing_task_is_counted_and_restarted_until_it_returns(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     monkeypatch.setattr("app.core.turns.RESTART_S", 0.01)
     metrics, errors, runs = Metrics(), list[BaseException](), 0
 
@@ -148,11 +201,17 @@ async def test_a_failing_task_is_counted_and_restarted_until_it_returns(monkeypa
         nonlocal runs
         runs += 1
         if runs < 3:
-            raise (ValueError if runs == 1 else BaseException)(runs)  # a panic in Rust is no Exception
+            # a panic in Rust is no Exception
+            raise (ValueError if runs == 1 else BaseException)(runs)
 
     await supervise("test task", run, metrics, on_failure=errors.append)
     assert [str(error) for error in errors] == ["1", "2"]
-    assert metrics.registry.get_sample_value("dcar_task_failures_total", {"task": "test task"}) == 2
+    assert (
+        metrics.registry.get_sample_value(
+            "dcar_task_failures_total", {"task": "test task"}
+        )
+        == 2
+    )
 
 
 async def test_a_failure_of_the_poller_degrades_readiness_until_it_works_again(
@@ -184,15 +243,27 @@ async def test_served_file_that_is_cut_off_is_reported_once_until_it_is_whole(
         aside = items.rename(index / "aside")  # still mapped
         items.write_bytes(aside.read_bytes()[:-1])
         reason = (await until_ready(client, status="degraded"))["reason"]
-        assert reason.endswith(": items.arrow of version 1; roll back, or rebuild the index")
+        assert reason.endswith(
+            ": items.arrow of version 1; roll back, or rebuild the index"
+        )
         assert str(index.parent) not in reason
-        assert (await client.get("/collections")).json()["collections"][0]["reason"] == reason
-        assert (await client.post("/search/text", json={"query": "red"})).json()["results"]
+        assert (await client.get("/collections")).json()["collections"][0][
+            "reason"
+        ] == reason
+        assert (await client.post("/search/text", json={"query": "red"})).json()[
+            "results"
+        ]
         aside.replace(items)
         await until_ready(client, status="ready", reason=None)
         metrics = await scrape(client)
-    assert metrics["dcar_file_check_interval_seconds", (("collection", "index"),)] == 0.1
-    assert started < metrics["dcar_file_check_timestamp_seconds", (("collection", "index"),)] < time.time()
+    assert (
+        metrics["dcar_file_check_interval_seconds", (("collection", "index"),)] == 0.1
+    )
+    assert (
+        started
+        < metrics["dcar_file_check_timestamp_seconds", (("collection", "index"),)]
+        < time.time()
+    )
     assert caplog.text.count("is damaged") == 1
 
 
@@ -202,11 +273,24 @@ async def test_swaps_under_load_drop_no_request_and_free_what_they_replace(
 ) -> None:
     checkpoints = {1: tiny_checkpoint, 2: other_checkpoint, 3: tiny_checkpoint}
     for version in (2, 3):
-        rebuild(gallery, checkpoints[version], index, workers=0, progress=False, force=True, keep=3)
+        rebuild(
+            gallery,
+            checkpoints[version],
+            index,
+            workers=0,
+            progress=False,
+            force=True,
+            keep=3,
+        )
     rollback(index, 1)
     sizes = itertools.cycle(range(40, 90))
     words = (f"a red square {number}" for number in itertools.count())  # never cached
-    seen, expected, asked, done = list[tuple[int, weakref.ref[Any]]](), dict[Path, Any](), 0, False
+    seen, expected, asked, done = (
+        list[tuple[int, weakref.ref[Any]]](),
+        dict[Path, Any](),
+        0,
+        False,
+    )
 
     async with opened(index, poll_s=0, deadline_ms=60_000, **ADMIN_ONLY) as client:
 
@@ -215,16 +299,27 @@ async def test_swaps_under_load_drop_no_request_and_free_what_they_replace(
             search = "/search/text"
             while not done:
                 sent = [
-                    lambda: client.post(search, json={"query": "a red square", "k": 24}),
+                    lambda: client.post(
+                        search, json={"query": "a red square", "k": 24}
+                    ),
                     lambda: client.post(search, json={"query": next(words)}),
-                    lambda: client.post(search, json={"query": next(words), "explain": True, "k": 2}),
-                    lambda: client.post("/search/image", files={"file": png(size=(next(sizes), 40))}),
+                    lambda: client.post(
+                        search, json={"query": next(words), "explain": True, "k": 2}
+                    ),
+                    lambda: client.post(
+                        "/search/image", files={"file": png(size=(next(sizes), 40))}
+                    ),
                     lambda: client.get("/items/circle%2Fred.png/similar"),
                 ]
                 response = await sent[number]()
                 assert response.status_code == 200, response.text
-                checkpoint, results = checkpoints[response.json()["index_version"]], response.json()["results"]
-                assert number or results == expected.setdefault(checkpoint, results), "results of one version"
+                checkpoint, results = (
+                    checkpoints[response.json()["index_version"]],
+                    response.json()["results"],
+                )
+                assert number or results == expected.setdefault(checkpoint, results), (
+                    "results of one version"
+                )
                 asked += 1
                 await asyncio.sleep(0.01)  # leave the interpreter to the loading thread
 
@@ -233,7 +328,10 @@ async def test_swaps_under_load_drop_no_request_and_free_what_they_replace(
             reloaded = (await client.post("/admin/reload", headers=ADMINS)).json()
             assert (reloaded["index_version"], reloaded["changed"]) == (version, True)
             live = client.app.state.collections[None].current
-            seen.extend((version, weakref.ref(part)) for part in (live.encoder, live.encoder.model, live.index))
+            seen.extend(
+                (version, weakref.ref(part))
+                for part in (live.encoder, live.encoder.model, live.index)
+            )
 
         load = [asyncio.create_task(ask(number)) for number in (0, 0, 0, 0, 1, 2, 3, 4)]
         for version in [2, 1, 3, 1] * 3:
@@ -242,26 +340,38 @@ async def test_swaps_under_load_drop_no_request_and_free_what_they_replace(
         await asyncio.gather(*load)
         assert asked > 12
         assert len(expected) == 2
-        assert (await client.post("/search/text", json={"query": next(words)})).is_success  # of the replaced version
+        # of the replaced version
+        assert (
+            await client.post("/search/text", json={"query": next(words)})
+        ).is_success
         await swap(2)  # no search follows that would free memory
         for _ in range(50):  # threads of replaced versions may take a moment to end
-            gc.unfreeze()  # what earlier modules left, and is garbage by now, may hold others
+            # what earlier modules left, and is garbage by now, may hold others
+            gc.unfreeze()
             gc.collect()
-            alive = {(version, type(part).__name__) for version, each in seen if (part := each()) is not None}
+            alive = {
+                (version, type(part).__name__)
+                for version, each in seen
+                if (part := each()) is not None
+            }
             if len(alive) == 3:
                 break
             await asyncio.sleep(0.1)
         assert alive == {(2, name) for name in ("DCAR", "Encoder", "IndexVersion")}
 
 
-def test_start_fails_without_an_index_or_on_a_taken_port(tmp_path: Path, built_index: Path) -> None:
+def test_start_fails_without_an_index_or_on_a_taken_port(
+    tmp_path: Path, built_index: Path
+) -> None:
     with pytest.raises(DcarError, match="dcar index build"):
         serve(Settings(index=tmp_path))
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
         taken.listen()
         port = taken.getsockname()[1]
-        with pytest.raises(DcarError, match=f"port {port} of 127.0.0.1: Address already in use") as caught:
+        with pytest.raises(
+            DcarError, match=f"port {port} of 127.0.0.1: Address already in use"
+        ) as caught:
             serve(Settings(index=built_index, port=port))
     assert "\n" not in str(caught.value)
     with pytest.raises(DcarError, match=r"192\.0\.2\.1"):
@@ -270,9 +380,15 @@ def test_start_fails_without_an_index_or_on_a_taken_port(tmp_path: Path, built_i
 
 @pytest.mark.slow
 @pytest.mark.parametrize("workers", ["1", pytest.param("2", marks=needs("time"))])
-def test_server_with_a_broken_index_exits_with_the_reason(workers: str, index: Path) -> None:
+def test_server_with_a_broken_index_exits_with_the_reason(
+    workers: str, index: Path
+) -> None:
     file_of(index, "checkpoint/trainables.safetensors").unlink()
-    environment = {"DCAR_INDEX": str(index), "DCAR_PORT": str(free_port()), "DCAR_DEVICE": "cpu"}
+    environment = {
+        "DCAR_INDEX": str(index),
+        "DCAR_PORT": str(free_port()),
+        "DCAR_DEVICE": "cpu",
+    }
     process = Command("-c", SERVE, environment=environment | {"DCAR_WORKERS": workers})
     _, log = process.communicate(timeout=60)
     assert process.returncode == 1

@@ -1,4 +1,6 @@
-"""The service starts without the model in PyTorch, and loads it when a query needs it."""
+"""The service starts without the model in PyTorch, and loads it when a query needs
+it.
+"""
 
 import asyncio
 import base64
@@ -38,15 +40,26 @@ DEEP = PLAIN | {"rerank": True, "explain": True}
 async def ask(http: httpx.AsyncClient, body: dict[str, Any]) -> dict[str, Any]:
     response = await http.post("/search/text", json=body)
     assert response.status_code == 200, response.text
-    return {name: value for name, value in response.json().items() if name not in ("took_ms", "cached")}
+    return {
+        name: value
+        for name, value in response.json().items()
+        if name not in ("took_ms", "cached")
+    }
 
 
 @pytest.mark.slow
 @needs("time")
-async def test_a_later_start_loads_no_model_and_has_the_same_results(reranking_index: Path, tmp_path: Path) -> None:
+async def test_a_later_start_loads_no_model_and_has_the_same_results(
+    reranking_index: Path, tmp_path: Path
+) -> None:
     """Though the version that it started with is deleted."""
     index = Path(shutil.copytree(reranking_index, tmp_path / "reranking"))
-    settings: dict[str, Any] = {"runtime": "openvino", "runtime_cache": tmp_path / "cache", "poll_s": 0, **ADMIN_ONLY}
+    settings: dict[str, Any] = {
+        "runtime": "openvino",
+        "runtime_cache": tmp_path / "cache",
+        "poll_s": 0,
+        **ADMIN_ONLY,
+    }
     async with opened(index, **settings) as http:
         first = await ask(http, PLAIN), await ask(http, DEEP)
     others = {item_id for body in first for item_id in ids(body)}
@@ -61,46 +74,88 @@ async def test_a_later_start_loads_no_model_and_has_the_same_results(reranking_i
             assert (await http.post("/admin/reload", headers=ADMINS)).json()["changed"]
         assert 1 not in version_numbers(index)
         deep = await ask(http, DEEP)
-        assert deep["results"] == first[1]["results"], "the model is that of the served version"
+        assert deep["results"] == first[1]["results"], (
+            "the model is that of the served version"
+        )
         assert http.encoder.backbone is not None
 
 
 @pytest.mark.slow
 def test_dcar_search_runs_without_pytorch(built_index: Path) -> None:
-    program = "import sys, app.cli\ntry: app.cli.main()\nfinally: print('torch' in sys.modules, file=sys.stderr)"
+    program = (
+        "import sys, app.cli\ntry: app.cli.main()\nfinally: print('torch' in"
+        " sys.modules, file=sys.stderr)"
+    )
     command = ["search", "a red square", "--index", str(built_index), "--json"]
-    expected = Index.open(built_index, device="cpu", runtime="torch").search("a red square")
-    done = subprocess.run([sys.executable, "-c", program, *command], capture_output=True, text=True, check=True)
+    expected = Index.open(built_index, device="cpu", runtime="torch").search(
+        "a red square"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", program, *command],
+        capture_output=True,
+        text=True,
+        check=True,
+    )
     assert done.stderr.split()[-1] == "False"
-    assert ids(json.loads(done.stdout)) == [result["id"] for result in expected["results"]]
+    assert ids(json.loads(done.stdout)) == [
+        result["id"] for result in expected["results"]
+    ]
 
 
 @pytest.mark.slow
 def test_a_published_version_is_served_and_changed_without_pytorch(
     gallery: Path, reranking_checkpoint: Path, tmp_path: Path
 ) -> None:
-    rebuild(gallery, reranking_checkpoint, tmp_path / "index", runtime="openvino", workers=0, progress=False)
+    rebuild(
+        gallery,
+        reranking_checkpoint,
+        tmp_path / "index",
+        runtime="openvino",
+        workers=0,
+        progress=False,
+    )
     texts, photo = ["a red square", "naïve 😿"], base64.b64encode(png("red")).decode()
     encoder = Encoder.load(reranking_checkpoint, device="cpu")
-    expected = np.concatenate([encoder.encode_text(texts), encoder.encode_images([png("red")])])
+    expected = np.concatenate(
+        [encoder.encode_text(texts), encoder.encode_images([png("red")])]
+    )
 
-    settings = {"DCAR_RUNTIME_CACHE": str(tmp_path / "cache"), "DCAR_RUNTIME": "auto", **without_pytorch(tmp_path)}
+    settings = {
+        "DCAR_RUNTIME_CACHE": str(tmp_path / "cache"),
+        "DCAR_RUNTIME": "auto",
+        **without_pytorch(tmp_path),
+    }
     settings |= {"DCAR_WRITES": "true", "DCAR_ADMIN_KEY": ADMIN}
-    with serving_by(sys.executable, "serve", "--index", tmp_path / "index", **settings) as http:
+    with serving_by(
+        sys.executable, "serve", "--index", tmp_path / "index", **settings
+    ) as http:
         given = {"input": [*texts, {"image": photo}]}
-        found = [each["embedding"] for each in http.post("/v1/embeddings", json=given).json()["data"]]
+        found = [
+            each["embedding"]
+            for each in http.post("/v1/embeddings", json=given).json()["data"]
+        ]
         assert (np.array(found) * expected).sum(1).min() > 0.999
-        results = http.post("/search/text", json=PLAIN | {"explain": True}).json()["results"]
+        results = http.post("/search/text", json=PLAIN | {"explain": True}).json()[
+            "results"
+        ]
         assert len(results) == 5
         assert all(result["explanation"]["relevance"] for result in results)
         answer = http.post("/search/image", files={"file": png("red")})
         assert answer.json()["results"][0]["category"] == "square"
-        detail = assert_problem(http.post("/search/text", json=PLAIN | {"rerank": True}), 409)["detail"]
+        detail = assert_problem(
+            http.post("/search/text", json=PLAIN | {"rerank": True}), 409
+        )["detail"]
         assert "runs without PyTorch" in detail
-        job = http.put("/items", json={"items": [item("new")]}, headers=ADMINS).headers["location"]
-        while (ended := http.get(job, headers=ADMINS).json())["status"] not in ("done", "failed"):
+        job = http.put("/items", json={"items": [item("new")]}, headers=ADMINS).headers[
+            "location"
+        ]
+        while (ended := http.get(job, headers=ADMINS).json())["status"] not in (
+            "done",
+            "failed",
+        ):
             time.sleep(0.1)
         assert ended["status"] == "done", ended
-        assert f"checkpoint/{PORTABLE}/{WEIGHTS_FILE}" in open_current(tmp_path / "index").manifest.files, (
-            "the next version carries it as well"
-        )
+        assert (
+            f"checkpoint/{PORTABLE}/{WEIGHTS_FILE}"
+            in open_current(tmp_path / "index").manifest.files
+        ), "the next version carries it as well"

@@ -29,7 +29,10 @@ class Service:
 
     def pids(self) -> set[int]:
         """Return the ids of the workers that run and have counted."""
-        pids = {int(path.stem.split("_")[-1]) for path in self._folder.glob("*/counter_*.db")}
+        pids = {
+            int(path.stem.split("_")[-1])
+            for path in self._folder.glob("*/counter_*.db")
+        }
         return {pid for pid in pids if is_alive(pid)}
 
     def get(self, path: str) -> httpx.Response:
@@ -54,7 +57,9 @@ def wait(condition: Callable[[], bool], seconds: float = 60) -> None:
 
 
 @pytest.fixture(scope="module")
-def service(built_index: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Service]:
+def service(
+    built_index: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[Service]:
     root = tmp_path_factory.mktemp("workers")
     index = Path(shutil.copytree(built_index, root / "index"))
     script = f"import tempfile; tempfile.tempdir = {str(root)!r}; {SERVE}"
@@ -68,7 +73,10 @@ def service(built_index: Path, tmp_path_factory: pytest.TempPathFactory) -> Iter
 def test_workers_share_the_requests_and_add_up_their_metrics(service: Service) -> None:
     def counted() -> dict[str, float]:
         name = "dcar_request_seconds_count"
-        return {route: service.sample(name, route=route, status="200") for route in ("/search/text", "/collections")}
+        return {
+            route: service.sample(name, route=route, status="200")
+            for route in ("/search/text", "/collections")
+        }
 
     before = counted()
     for _ in range(40):
@@ -77,22 +85,32 @@ def test_workers_share_the_requests_and_add_up_their_metrics(service: Service) -
     assert service.sample("dcar_index_items") == 24
     with searching(service.url) as statuses:
         wait(lambda: len(statuses) > 100)
-    times = [Path(f"/proc/{pid}/stat").read_text().split()[13] for pid in service.pids()]
+    times = [
+        Path(f"/proc/{pid}/stat").read_text().split()[13] for pid in service.pids()
+    ]
     assert min(map(int, times)) > 0, "each has computed"
     assert set(statuses) == {200}
 
 
-def test_writes_are_applied_once_and_published_under_load_without_a_failed_request(service: Service) -> None:
+def test_writes_are_applied_once_and_published_under_load_without_a_failed_request(
+    service: Service,
+) -> None:
     def patch(number: int) -> str:
         body = {"ids": ["circle/red.png"], "metadata": {f"f{number}": number}}
-        answer = httpx.patch(service.url + "/items", json=body, headers=bearer(ADMIN), timeout=20)
+        answer = httpx.patch(
+            service.url + "/items", json=body, headers=bearer(ADMIN), timeout=20
+        )
         assert answer.status_code == 202
         return str(answer.json()["id"])
 
     before = service.get("/readyz").json()["index_version"]
     with searching(service.url) as statuses:
         jobs = [patch(number) for number in range(6)]
-        wait(lambda: all(service.get(f"/jobs/{job}").json()["status"] == "done" for job in jobs))
+        wait(
+            lambda: all(
+                service.get(f"/jobs/{job}").json()["status"] == "done" for job in jobs
+            )
+        )
         last = max(service.get(f"/jobs/{job}").json()["index_version"] for job in jobs)
         wait(lambda: service.get("/readyz").json()["index_version"] == last)
         seen = len(statuses)
@@ -102,7 +120,10 @@ def test_writes_are_applied_once_and_published_under_load_without_a_failed_reque
     expected = {f"f{number}": number for number in range(6)}
 
     def is_seen() -> bool:
-        return expected.items() <= service.get("/items/circle%2Fred.png").json()["metadata"].items()
+        return (
+            expected.items()
+            <= service.get("/items/circle%2Fred.png").json()["metadata"].items()
+        )
 
     wait(lambda: all(is_seen() for _ in range(8)))
 
@@ -114,8 +135,13 @@ def test_a_killed_worker_is_replaced_and_the_others_go_on(service: Service) -> N
     os.kill(victim, signal.SIGKILL)
     wait(lambda: not is_alive(victim))
     with searching(service.url) as statuses:
-        wait(lambda: len(service.pids()) == 2 and victim not in service.pids(), 25)  # a silent one has 30 s to answer
+        # a silent one has 30 s to answer
+        wait(lambda: len(service.pids()) == 2 and victim not in service.pids(), 25)
         wait(lambda: len(statuses) > 50)
     assert other in service.pids()
-    assert set(statuses) == {200}, "no connection waits for the killed one, or for one that cannot search yet"
-    assert service.sample("dcar_request_seconds_count") > served, "what it counted stays"
+    assert set(statuses) == {200}, (
+        "no connection waits for the killed one, or for one that cannot search yet"
+    )
+    assert service.sample("dcar_request_seconds_count") > served, (
+        "what it counted stays"
+    )

@@ -45,5 +45,15 @@ def pairs(training: Dataset, tiny_data: Path) -> tuple[Dataset, Dataset]:
 @pytest.fixture
 def described_twice(training: Dataset) -> Dataset:
     """Return images with several captions of different lengths, interleaved."""
-    again = [replace(s, caption=f"{s.caption} on a white page, seen from the front") for s in training.samples[3::-1]]
-    return replace(training, samples=[*training.samples[:6], *again, replace(training.samples[2], caption="one")])
+    again = [
+        replace(s, caption=f"{s.caption} on a white page, seen from the front")
+        for s in training.samples[3::-1]
+    ]
+    return replace(
+        training,
+        samples=[
+            *training.samples[:6],
+            *again,
+            replace(training.samples[2], caption="one"),
+        ],
+    )

@@ -1,4 +1,6 @@
-"""CLIP's own family without PyTorch: the vectors, hashes and refusals of the model that open_clip loads."""
+"""CLIP's own family without PyTorch: the vectors, hashes and refusals of the model that
+open_clip loads.
+"""
 
 import json
 import os
@@ -25,7 +27,7 @@ from dcar_core.model.config import (
     ModelConfig,
     PromptConfig,
     ReweightConfig,
-)  # fmt: skip
+)
 from dcar_core.util.errors import CheckpointError, ModelError
 from dcar_core.util.machine import WEIGHTS_FILE, missing_bf16
 from tests.support.parts import needs
@@ -36,9 +38,20 @@ from tests.support.random_clip import checkpoint_on, write_model
 pytestmark = needs("openvino")
 
 ADAPTERS = AdapterConfig(text=True, image=True, blocks=6)
-DEEP = ModelConfig(prompt=PromptConfig(length=3, depth=2), adapter=ADAPTERS, reweight=ReweightConfig(query="predicted"))
+DEEP = ModelConfig(
+    prompt=PromptConfig(length=3, depth=2),
+    adapter=ADAPTERS,
+    reweight=ReweightConfig(query="predicted"),
+)
 IMAGES = ModelConfig(prompt=PromptConfig(text=False))
-TEXTS = ["a red square", "", "crying cat 😿, it's a naïve long caption that goes on and on beyond the context of 32"]
+TEXTS = [
+    "a red square",
+    "",
+    (
+        "crying cat 😿, it's a naïve long caption that goes on and on beyond the"
+        " context of 32"
+    ),
+]
 PIXELS = np.random.default_rng(0).integers(0, 256, (3, 3, 32, 32), np.uint8)
 
 
@@ -47,28 +60,51 @@ PIXELS = np.random.default_rng(0).integers(0, 256, (3, 3, 32, 32), np.uint8)
     [({}, DEEP), ({"quick_gelu": True}, DEEP), ({}, IMAGES), ({}, UNTOUCHED)],
     ids=["deep", "quick", "images", "plain"],
 )
-def test_vectors_and_hashes_equal_those_of_pytorch(settings: Any, config: ModelConfig, tmp_path: Path) -> None:
-    checkpoint = checkpoint_on(write_model(tmp_path / "base", **settings), config, tmp_path / "checkpoint")
+def test_vectors_and_hashes_equal_those_of_pytorch(
+    settings: Any, config: ModelConfig, tmp_path: Path
+) -> None:
+    checkpoint = checkpoint_on(
+        write_model(tmp_path / "base", **settings), config, tmp_path / "checkpoint"
+    )
     whole = Encoder.load(checkpoint, device="cpu", runtime="torch")
     for name in ["openvino", *(["openvino-bf16"] if missing_bf16() is None else [])]:
         quick = Encoder.load(checkpoint, device="cpu", runtime=name)
         assert quick.backbone is None
-        assert (quick.fingerprint, quick.image_key) == (whole.fingerprint, whole.image_key)
+        assert (quick.fingerprint, quick.image_key) == (
+            whole.fingerprint,
+            whole.image_key,
+        )
         least = 0.99999 if name == "openvino" else 0.999
-        assert (quick.encode_text(TEXTS) * whole.encode_text(TEXTS)).sum(1).min() > least
-        assert (quick.encode_pixels(PIXELS) * whole.encode_pixels(PIXELS)).sum(1).min() > least
+        assert (quick.encode_text(TEXTS) * whole.encode_text(TEXTS)).sum(
+            1
+        ).min() > least
+        assert (quick.encode_pixels(PIXELS) * whole.encode_pixels(PIXELS)).sum(
+            1
+        ).min() > least
     assert quick.model.backbone.content_hash() == whole.model.backbone.content_hash()
 
 
-def test_half_precision_in_the_file_has_the_hash_of_float32(tiny_model: Path, tmp_path: Path) -> None:
+def test_half_precision_in_the_file_has_the_hash_of_float32(
+    tiny_model: Path, tmp_path: Path
+) -> None:
     model = Path(shutil.copytree(tiny_model, tmp_path / "half"))
     weights = load_file(model / WEIGHTS_FILE)
-    save_file({name: value.astype(np.float16) for name, value in weights.items()}, model / WEIGHTS_FILE)
+    save_file(
+        {name: value.astype(np.float16) for name, value in weights.items()},
+        model / WEIGHTS_FILE,
+    )
     clip = read_clip_files(BackboneSource(str(model)))
     assert clip is not None
-    assert clip.content_hash() == load_backbone(BackboneSource(str(model))).content_hash()
-    whole, quick = (Encoder.load(model, device="cpu", runtime=name) for name in ("torch", "openvino"))
-    np.testing.assert_allclose(quick.encode_text(TEXTS), whole.encode_text(TEXTS), atol=1e-5)
+    assert (
+        clip.content_hash() == load_backbone(BackboneSource(str(model))).content_hash()
+    )
+    whole, quick = (
+        Encoder.load(model, device="cpu", runtime=name)
+        for name in ("torch", "openvino")
+    )
+    np.testing.assert_allclose(
+        quick.encode_text(TEXTS), whole.encode_text(TEXTS), atol=1e-5
+    )
 
 
 def test_bundled_models_encode_without_pytorch(tmp_path: Path) -> None:
@@ -81,28 +117,43 @@ def test_bundled_models_encode_without_pytorch(tmp_path: Path) -> None:
     (tmp_path / "copy" / CONFIG).write_text(json.dumps(content))
     places = [source / "base", source / "twemoji" / "checkpoint", tmp_path / "copy"]
     expected = [Encoder.load(place, device="cpu", runtime="torch") for place in places]
-    code = "import sys; from dcar_core import Encoder\nfor place in sys.argv[1:]: " + (
-        "encoder = Encoder.load(place); print(encoder.fingerprint, *encoder.encode_text(['crying cat'])[0])"
+    code = (
+        "import sys; from dcar_core import Encoder\nfor place in sys.argv[1:]: "
+        + "encoder = Encoder.load(place); print(encoder.fingerprint,"
+        " *encoder.encode_text(['crying cat'])[0])"
     )
     done = subprocess.run(
-        [sys.executable, "-c", code, *map(str, places)], capture_output=True, text=True, check=True, cwd=ROOT,
+        [sys.executable, "-c", code, *map(str, places)],
+        capture_output=True,
+        text=True,
+        check=True,
+        cwd=ROOT,
         env=os.environ | without_pytorch(tmp_path),
-    )  # fmt: skip
+    )
     for line, encoder in zip(done.stdout.splitlines(), expected, strict=True):
         fingerprint, *vector = line.split()
         assert fingerprint == encoder.fingerprint
-        assert np.array(vector, np.float32) @ encoder.encode_text(["crying cat"])[0] > 0.9999
+        assert (
+            np.array(vector, np.float32) @ encoder.encode_text(["crying cat"])[0]
+            > 0.9999
+        )
 
 
 @pytest.mark.parametrize(
     ("part", "values"),
     [
-        ("vision_cfg", {"pool_type": "avg"}), ("vision_cfg", {"layers": 10**9}), ("vision_cfg", {"head_width": 0}),
-        ("text_cfg", {"no_causal_mask": True}), ("text_cfg", {"heads": 3}), ("text_cfg", {"context_length": 16}),
+        ("vision_cfg", {"pool_type": "avg"}),
+        ("vision_cfg", {"layers": 10**9}),
+        ("vision_cfg", {"head_width": 0}),
+        ("text_cfg", {"no_causal_mask": True}),
+        ("text_cfg", {"heads": 3}),
+        ("text_cfg", {"context_length": 16}),
         ("text_cfg", {"tokenizer_kwargs": {"bpe_path": "../bpe.txt.gz"}}),
     ],
-)  # fmt: skip
-def test_other_families_are_open_clip_s(part: str, values: dict[str, Any], tiny_model: Path, tmp_path: Path) -> None:
+)
+def test_other_families_are_open_clip_s(
+    part: str, values: dict[str, Any], tiny_model: Path, tmp_path: Path
+) -> None:
     model = Path(shutil.copytree(tiny_model, tmp_path / "model"))
     config = json.loads((model / MODEL_CONFIG).read_text())
     config["model_cfg"][part] |= values
@@ -110,7 +161,9 @@ def test_other_families_are_open_clip_s(part: str, values: dict[str, Any], tiny_
     assert read_clip_files(BackboneSource(str(model))) is None
 
 
-def test_damaged_files_are_refused(tiny_model: Path, tiny_checkpoint: Path, tmp_path: Path) -> None:
+def test_damaged_files_are_refused(
+    tiny_model: Path, tiny_checkpoint: Path, tmp_path: Path
+) -> None:
     copy_checkpoint(tiny_checkpoint, tmp_path / "checkpoint")
     portable = Path(shutil.copytree(tiny_model, tmp_path / "checkpoint" / PORTABLE))
     content = bytearray((portable / WEIGHTS_FILE).read_bytes())

@@ -1,4 +1,6 @@
-"""A start without PyTorch gives the model's vectors, and is used only for what it was made of."""
+"""A start without PyTorch gives the model's vectors, and is used only for what it was
+made of.
+"""
 
 import hashlib
 import json
@@ -14,23 +16,42 @@ from dcar_core import Encoder
 from dcar_core.encoder import exports
 from dcar_core.model.backbone import BackboneSource, load_backbone
 from dcar_core.model.checkpoint import copy_checkpoint, save_checkpoint
-from dcar_core.model.config import AdapterConfig, ModelConfig, PromptConfig, ReweightConfig
+from dcar_core.model.config import (
+    AdapterConfig,
+    ModelConfig,
+    PromptConfig,
+    ReweightConfig,
+)
 from dcar_core.model.dcar import DCAR
 from tests.support.parts import needs
 from tests.support.random_clip import checkpoint_on
 
 pytestmark = needs("openvino")
 
-TEXTS = ["a red square", "", "crying cat 😿, it's a naïve long caption that goes on and on beyond the context of 32"]
+TEXTS = [
+    "a red square",
+    "",
+    (
+        "crying cat 😿, it's a naïve long caption that goes on and on beyond the"
+        " context of 32"
+    ),
+]
 PIXELS = np.random.default_rng(0).integers(0, 256, (3, 3, 32, 32), np.uint8)
 
 
 @pytest.fixture(scope="module")
 def checkpoint(exported_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """With all that a query can have: deep prompts, adapters, predicted token weights."""
+    """With all that a query can have: deep prompts, adapters, predicted token
+    weights.
+    """
     path = tmp_path_factory.mktemp("cached") / "checkpoint"
-    adapters, predicted = AdapterConfig(text=True, image=True), ReweightConfig(query="predicted")
-    config = ModelConfig(prompt=PromptConfig(length=3, depth=2), adapter=adapters, reweight=predicted)
+    adapters, predicted = (
+        AdapterConfig(text=True, image=True),
+        ReweightConfig(query="predicted"),
+    )
+    config = ModelConfig(
+        prompt=PromptConfig(length=3, depth=2), adapter=adapters, reweight=predicted
+    )
     return checkpoint_on(exported_model, config, path)
 
 
@@ -65,14 +86,22 @@ def test_cached_adapter_gives_the_models_vectors(checkpoint: Path, cache: Path) 
     whole, quick = Encoder.load(checkpoint, device="cpu"), load(checkpoint, cache)
     assert quick.fingerprint == whole.fingerprint
     assert quick.preprocess == replace(whole.preprocess, resizer="pillow")
-    np.testing.assert_allclose(quick.encode_text(TEXTS), whole.encode_text(TEXTS), atol=1e-5)
-    np.testing.assert_allclose(quick.encode_pixels(PIXELS), whole.encode_pixels(PIXELS), atol=1e-5)
+    np.testing.assert_allclose(
+        quick.encode_text(TEXTS), whole.encode_text(TEXTS), atol=1e-5
+    )
+    np.testing.assert_allclose(
+        quick.encode_pixels(PIXELS), whole.encode_pixels(PIXELS), atol=1e-5
+    )
     assert is_from_cache(quick), "encoding needs no model"
-    assert load(checkpoint, cache).runtime is quick.runtime, "encoders share an open export"
+    assert load(checkpoint, cache).runtime is quick.runtime, (
+        "encoders share an open export"
+    )
     tokens = quick.model.backbone.tokenize(TEXTS, quick.model.prompt_tokens)
     assert not is_from_cache(quick), "the model is loaded on first use"
     with torch.inference_mode():
-        np.testing.assert_array_equal(quick.model.encode_query(tokens), whole.model.encode_query(tokens))
+        np.testing.assert_array_equal(
+            quick.model.encode_query(tokens), whole.model.encode_query(tokens)
+        )
 
 
 @pytest.mark.slow
@@ -86,7 +115,10 @@ def test_runtimes_and_copies_of_a_checkpoint_share_an_entry(
     quick.add_checkpoint_path(checkpoint)  # of another index, which outlives this one
     shutil.rmtree(tmp_path / "copy")
     assert isinstance(quick.model, DCAR)
-    save_checkpoint(DCAR(load_backbone(BackboneSource(str(exported_model))), ModelConfig()), tmp_path / "other")
+    save_checkpoint(
+        DCAR(load_backbone(BackboneSource(str(exported_model))), ModelConfig()),
+        tmp_path / "other",
+    )
     assert not is_from_cache(load(tmp_path / "other", cache))
 
 
@@ -98,7 +130,8 @@ def test_entry_is_not_used_after_any_change(
     entry = entry_of(cache)
     if is_damaged:
         content = bytearray(entry.read_bytes())
-        content[40 + int.from_bytes(content[32:40], "little")] ^= 1  # the lowest bit of the first number
+        # the lowest bit of the first number
+        content[40 + int.from_bytes(content[32:40], "little")] ^= 1
         entry.write_bytes(content)
     else:
         monkeypatch.setattr(exports, "FORMAT", -1)

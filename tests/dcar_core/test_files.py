@@ -12,7 +12,9 @@ import pytest
 from dcar_core.util.files import atomic_writer, canonical_json, fsync_path, write_json
 
 
-def test_whole_content_is_on_disk_before_the_file_has_its_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_whole_content_is_on_disk_before_the_file_has_its_name(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     synced: list[tuple[str, bytes]] = []
 
     def record(descriptor: int) -> None:
@@ -27,7 +29,9 @@ def test_whole_content_is_on_disk_before_the_file_has_its_name(tmp_path: Path, m
     assert synced[2:] == [(".file..tmp", b"1\n"), (tmp_path.name, b"")]
 
 
-def test_a_failed_write_leaves_the_old_file_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_failed_write_leaves_the_old_file_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     path = tmp_path / "file"
     path.write_bytes(b"old")
 
@@ -60,14 +64,18 @@ def test_a_failed_write_leaves_the_old_file_alone(tmp_path: Path, monkeypatch: p
     assert len([*Path("/proc/self/fd").iterdir()]) == before, "descriptors are closed"
     assert path.read_bytes() == b"old"
     monkeypatch.undo()
-    monkeypatch.setattr(os, "open", fail(errno.EMFILE))  # of the folder, after the file has its name
+    # of the folder, after the file has its name
+    monkeypatch.setattr(os, "open", fail(errno.EMFILE))
     with pytest.raises(OSError, match="Too many open files"), atomic_writer(path):
         pass
 
 
 def test_writers_that_share_a_file_have_names_of_their_own(tmp_path: Path) -> None:
     path = tmp_path / "file"
-    with atomic_writer(path, shared=True) as one, atomic_writer(path, shared=True) as other:
+    with (
+        atomic_writer(path, shared=True) as one,
+        atomic_writer(path, shared=True) as other,
+    ):
         assert len({one.name, other.name}) == 2
         one.write(b"one")
         other.write(b"other")
@@ -78,7 +86,9 @@ def test_writers_that_share_a_file_have_names_of_their_own(tmp_path: Path) -> No
 
 def test_json_is_written_readably_and_hashed_canonically(tmp_path: Path) -> None:
     write_json(tmp_path / "file", {"b": "é", "a": [1]})
-    assert (tmp_path / "file").read_text(encoding="utf-8") == '{\n  "b": "é",\n  "a": [\n    1\n  ]\n}\n'
+    assert (tmp_path / "file").read_text(
+        encoding="utf-8"
+    ) == '{\n  "b": "é",\n  "a": [\n    1\n  ]\n}\n'
     with pytest.raises(ValueError, match="not JSON compliant"):
         write_json(tmp_path / "file", math.nan)
     assert canonical_json({"b": "é", "a": [1, 2]}) == '{"a":[1,2],"b":"é"}'.encode()

@@ -1,4 +1,6 @@
-"""Models from the hub: the real client and open_clip in front of a server on loopback."""
+"""Models from the hub: the real client and open_clip in front of a server on
+loopback.
+"""
 
 import hashlib
 import http.server
@@ -32,7 +34,9 @@ from tests.support.paths import ROOT
 from tests.support.processes import answering, without_pytorch
 
 COMMIT = "a" * 40
-FILE = re.compile(r"/(?P<repository>[^/]+/[^/]+)/resolve/(?P<revision>[^/]+)/(?P<file>.+)")
+FILE = re.compile(
+    r"/(?P<repository>[^/]+/[^/]+)/resolve/(?P<revision>[^/]+)/(?P<file>.+)"
+)
 
 MAIN = """
 import importlib
@@ -50,7 +54,11 @@ class Hub(http.server.ThreadingHTTPServer):
 
     def __init__(self, files: Mapping[str, bytes]) -> None:
         super().__init__(("127.0.0.1", 0), Handler)
-        self.files, self.url, self.token = files, f"http://127.0.0.1:{self.server_port}", ""
+        self.files, self.url, self.token = (
+            files,
+            f"http://127.0.0.1:{self.server_port}",
+            "",
+        )
         self.asked: list[str] = []
 
 
@@ -67,8 +75,17 @@ class Handler(http.server.BaseHTTPRequestHandler):
             return self.answer(404, {"X-Error-Code": "RepoNotFound"})
         content = hub.files.get(f"{match['repository']}/{match['file']}")
         if content is None:
-            return self.answer(404, {"X-Error-Code": "EntryNotFound", "X-Repo-Commit": COMMIT})
-        return self.answer(200, {"X-Repo-Commit": COMMIT, "ETag": f'"{hashlib.sha256(content).hexdigest()}"'}, content)
+            return self.answer(
+                404, {"X-Error-Code": "EntryNotFound", "X-Repo-Commit": COMMIT}
+            )
+        return self.answer(
+            200,
+            {
+                "X-Repo-Commit": COMMIT,
+                "ETag": f'"{hashlib.sha256(content).hexdigest()}"',
+            },
+            content,
+        )
 
     do_HEAD = do_GET  # noqa: N815
 
@@ -95,7 +112,11 @@ def hub_serving(files: Mapping[str, bytes]) -> Iterator[Hub]:
 def server(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Hub]:
     """A hub with one file, which this process downloads from, and an empty cache."""
     with hub_serving({f"org/tiny/{WEIGHTS_FILE}": b"weights"}) as served:
-        for name, value in (("HF_ENDPOINT", served.url), ("HF_HOME", str(tmp_path / "home")), ("HF_HUB_OFFLINE", "0")):
+        for name, value in (
+            ("HF_ENDPOINT", served.url),
+            ("HF_HOME", str(tmp_path / "home")),
+            ("HF_HUB_OFFLINE", "0"),
+        ):
             monkeypatch.setenv(name, value)
         importlib.reload(constants)
         yield served
@@ -103,10 +124,14 @@ def server(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Hub]:
     importlib.reload(constants)
 
 
-def test_a_file_is_downloaded_once_and_a_refusal_says_what_to_do(server: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_file_is_downloaded_once_and_a_refusal_says_what_to_do(
+    server: Hub, monkeypatch: pytest.MonkeyPatch
+) -> None:
     server.token = "hf_right"
     for repository in ("org/tiny", "org/none"):
-        with pytest.raises(ModelError, match=r"cannot be downloaded \(.*\): .* set HF_TOKEN to a token"):
+        with pytest.raises(
+            ModelError, match=r"cannot be downloaded \(.*\): .* set HF_TOKEN to a token"
+        ):
             fetch(repository, WEIGHTS_FILE)
     monkeypatch.setenv("HF_TOKEN", "hf_right")
     counts = list[int]()
@@ -124,10 +149,18 @@ def test_a_file_is_downloaded_once_and_a_refusal_says_what_to_do(server: Hub, mo
         fetch("org/tiny", "merges.txt")
 
 
-def test_a_command_downloads_a_model_and_starts_offline_with_it(tiny_model: Path, tmp_path: Path) -> None:
-    files = {f"org/tiny/{file.name}": file.read_bytes() for file in tiny_model.iterdir()}
+def test_a_command_downloads_a_model_and_starts_offline_with_it(
+    tiny_model: Path, tmp_path: Path
+) -> None:
+    files = {
+        f"org/tiny/{file.name}": file.read_bytes() for file in tiny_model.iterdir()
+    }
     with hub_serving(files) as server:
-        environment = {"HF_ENDPOINT": server.url, "HF_HOME": str(tmp_path / "home"), "HF_HUB_OFFLINE": "0"}
+        environment = {
+            "HF_ENDPOINT": server.url,
+            "HF_HOME": str(tmp_path / "home"),
+            "HF_HUB_OFFLINE": "0",
+        }
         command = ["-c", MAIN, "zero-shot", "--model", "hf-hub:org/tiny", "--out"]
         done = run(*command, tmp_path / "first", environment=environment)
         assert done.returncode == 0, done.stderr
@@ -136,33 +169,71 @@ def test_a_command_downloads_a_model_and_starts_offline_with_it(tiny_model: Path
     elsewhere = environment | {"HF_HOME": str(tmp_path / "empty")}
     failed = run(*command, tmp_path / "third", environment=elsewhere)
     assert failed.returncode == 4
-    assert failed.stderr == (
-        f"error: {MODEL_CONFIG} of org/tiny is not cached, and the model hub cannot be reached: connect this machine, "
-        "name a mirror by HF_ENDPOINT, or give a model's directory, such as --model examples/emoji/base\n"
+    assert (
+        failed.stderr
+        == f"error: {MODEL_CONFIG} of org/tiny is not cached, and the model hub cannot"
+        " be reached: connect this machine, name a mirror by HF_ENDPOINT, or give a"
+        " model's directory, such as --model examples/emoji/base\n"
     )
 
 
 @needs("openvino")
-def test_quickstart_fetches_a_model_and_indexes_without_torch(tiny_model: Path, photos: Path, tmp_path: Path) -> None:
-    """It says first what it downloads. PyTorch finds the same backbone, and the same vectors."""
+def test_quickstart_fetches_a_model_and_indexes_without_torch(
+    tiny_model: Path, photos: Path, tmp_path: Path
+) -> None:
+    """It says first what it downloads. PyTorch finds the same backbone, and the same
+    vectors.
+    """
     repository = "laion/CLIP-ViT-B-32-laion2B-s34B-b79K"
-    files = {f"{repository}/{file.name}": file.read_bytes() for file in tiny_model.iterdir()}
-    main = f"from app.cli import serving\nserving.serve_index = lambda **settings: None\n{MAIN}"
+    files = {
+        f"{repository}/{file.name}": file.read_bytes() for file in tiny_model.iterdir()
+    }
+    main = (
+        "from app.cli import serving\nserving.serve_index = lambda **settings:"
+        f" None\n{MAIN}"
+    )
     with hub_serving(files) as server:
-        environment = {"HF_ENDPOINT": server.url, "HF_HOME": str(tmp_path / "home"), "HF_HUB_OFFLINE": "0"}
+        environment = {
+            "HF_ENDPOINT": server.url,
+            "HF_HOME": str(tmp_path / "home"),
+            "HF_HUB_OFFLINE": "0",
+        }
         environment |= without_pytorch(tmp_path)
         environment["PYTHONPATH"] += f"{os.pathsep}{ROOT}"
-        command = [sys.executable, "-c", main, "quickstart", str(photos), "--data", str(tmp_path / "data")]
+        command = [
+            sys.executable,
+            "-c",
+            main,
+            "quickstart",
+            str(photos),
+            "--data",
+            str(tmp_path / "data"),
+        ]
         command += ["--runtime", "openvino"]
-        done = subprocess.run(command, capture_output=True, text=True, env=os.environ | environment, check=False)
+        done = subprocess.run(
+            command,
+            capture_output=True,
+            text=True,
+            env=os.environ | environment,
+            check=False,
+        )
     assert done.returncode == 0, done.stderr
-    assert f"downloading {WEIGHTS_FILE} of {repository}, 14 MB" in done.stdout + done.stderr
+    assert (
+        f"downloading {WEIGHTS_FILE} of {repository}, 14 MB"
+        in done.stdout + done.stderr
+    )
     (index,) = (tmp_path / "data" / "quickstart").glob("*/*")
     opened = Index.open(index, device="cpu", runtime="torch")
     published = open_current(index)
     described = read_config(published.checkpoint)["backbone"]
-    assert (described["model"], described["pretrained"]) == (DEFAULT.name, DEFAULT.pretrained)
-    assert described["sha256"] == load_backbone(BackboneSource(str(tiny_model))).content_hash()
+    assert (described["model"], described["pretrained"]) == (
+        DEFAULT.name,
+        DEFAULT.pretrained,
+    )
+    assert (
+        described["sha256"]
+        == load_backbone(BackboneSource(str(tiny_model))).content_hash()
+    )
     results = opened.search(image=photos / "owl" / "1.png", k=1)["results"]
     assert results[0]["score"] > 0.999
 
@@ -172,8 +243,12 @@ def test_a_tag_is_fetched_from_the_repository_that_open_clip_names(
 ) -> None:
     config = json.loads((tiny_model / MODEL_CONFIG).read_text())["model_cfg"]
     monkeypatch.setitem(open_clip.factory._MODEL_CONFIGS, "Tiny", config)
-    monkeypatch.setitem(open_clip.pretrained._PRETRAINED, "Tiny", {"tag": {"hf_hub": "org/tiny/"}})
-    server.files = {f"org/tiny/{WEIGHTS_FILE}": (tiny_model / WEIGHTS_FILE).read_bytes()}
+    monkeypatch.setitem(
+        open_clip.pretrained._PRETRAINED, "Tiny", {"tag": {"hf_hub": "org/tiny/"}}
+    )
+    server.files = {
+        f"org/tiny/{WEIGHTS_FILE}": (tiny_model / WEIGHTS_FILE).read_bytes()
+    }
     loaded = load_backbone(BackboneSource("Tiny", "tag"))
     local = load_backbone(BackboneSource("Tiny", str(tiny_model / WEIGHTS_FILE)))
     assert loaded.content_hash() == local.content_hash()

@@ -1,4 +1,6 @@
-"""The loss terms and token weights against hand calculations, and one step in parts and in mixed precision."""
+"""The loss terms and token weights against hand calculations, and one step in parts and
+in mixed precision.
+"""
 
 import json
 from dataclasses import replace
@@ -14,7 +16,13 @@ from torch import Tensor
 
 from dcar_core.data import Dataset
 from dcar_core.model.backbone import RANDOM, Backbone, BackboneSource, load_backbone
-from dcar_core.model.config import MODEL_CONFIG, Amp, LossConfig, ReweightConfig, TrainWeights
+from dcar_core.model.config import (
+    MODEL_CONFIG,
+    Amp,
+    LossConfig,
+    ReweightConfig,
+    TrainWeights,
+)
 from dcar_core.model.dcar import DCAR, seeded_model
 from dcar_core.model.methods import METHODS, consistency_loss, find_method
 from dcar_core.model.token_weights import blend, pair_weights
@@ -37,7 +45,9 @@ from tests.support.training import batch_loss, model_and_data, move_weights
 
 
 def features(n: int, seed: int) -> torch.Tensor:
-    return F.normalize(torch.randn(n, 8, generator=torch.Generator().manual_seed(seed)), dim=-1)
+    return F.normalize(
+        torch.randn(n, 8, generator=torch.Generator().manual_seed(seed)), dim=-1
+    )
 
 
 SCALE = torch.tensor(20.0)
@@ -45,14 +55,20 @@ SCALE = torch.tensor(20.0)
 
 @pytest.mark.parametrize("positives", ["own", "asymmetric"])
 def test_contrastive_loss_equals_a_hand_calculation(positives: str) -> None:
-    """Caption 0 may also match image 1, caption 1 only its own: rows and columns have different targets."""
+    """Caption 0 may also match image 1, caption 1 only its own: rows and columns have
+    different targets.
+    """
     text, image, own = features(3, 0), features(3, 1), torch.eye(3, dtype=torch.bool)
     own[0, 1] = positives == "asymmetric"
     logits = SCALE * text @ image.T
     to_image = F.cross_entropy(logits, own / own.sum(1, keepdim=True))
     to_text = F.cross_entropy(logits.T, own.T / own.T.sum(1, keepdim=True))
-    torch.testing.assert_close(contrastive_loss(text, image, own, SCALE), (to_image + to_text) / 2)
-    torch.testing.assert_close(contrastive_loss(text, image, own, SCALE, "image-to-text"), to_text)
+    torch.testing.assert_close(
+        contrastive_loss(text, image, own, SCALE), (to_image + to_text) / 2
+    )
+    torch.testing.assert_close(
+        contrastive_loss(text, image, own, SCALE, "image-to-text"), to_text
+    )
 
 
 def test_category_loss_equals_a_hand_calculation_and_ignores_padding() -> None:
@@ -61,7 +77,9 @@ def test_category_loss_equals_a_hand_calculation_and_ignores_padding() -> None:
     weights = torch.tensor([[1.0, 1.0, 1.5]])
     scores = 10 * captions[0] @ image[0]
     odds = torch.tensor([1.0, 1.0, 1.5]) * scores.exp()
-    torch.testing.assert_close(category_loss(image, captions, weights, scale), -(odds[0] / odds.sum()).log())
+    torch.testing.assert_close(
+        category_loss(image, captions, weights, scale), -(odds[0] / odds.sum()).log()
+    )
     padded = torch.cat([captions, torch.zeros(1, 1, 8)], 1)
     torch.testing.assert_close(
         category_loss(image, padded, torch.tensor([[1.0, 1.0, 1.5, 0.0]]), scale),
@@ -70,18 +88,32 @@ def test_category_loss_equals_a_hand_calculation_and_ignores_padding() -> None:
 
 
 def test_late_interaction_is_the_mean_of_the_best_similarities() -> None:
-    """One pair after the other; the second caption has two words, and padding, the third none."""
+    """One pair after the other; the second caption has two words, and padding, the
+    third none.
+    """
     words, patches = features(12, 0).reshape(3, 4, 8), features(15, 1).reshape(3, 5, 8)
-    words[1, 2:], words[2], scale, own = 0, 0, torch.tensor(10.0), torch.eye(3, dtype=torch.bool)
+    words[1, 2:], words[2], scale, own = (
+        0,
+        0,
+        torch.tensor(10.0),
+        torch.eye(3, dtype=torch.bool),
+    )
     by_words, by_patches = torch.zeros(3, 3), torch.full((3, 3), -1.0)
     for i, count in ((0, 4), (1, 2)):
         for j in range(3):
             cosines = words[i, :count] @ patches[j].T
-            by_words[i, j], by_patches[i, j] = cosines.max(1).values.mean(), cosines.max(0).values.mean()
+            by_words[i, j], by_patches[i, j] = (
+                cosines.max(1).values.mean(),
+                cosines.max(0).values.mean(),
+            )
     to_image = F.cross_entropy(10 * by_words, torch.arange(3))
     to_text = F.cross_entropy(10 * by_patches.T, torch.arange(3))
-    torch.testing.assert_close(late_interaction_loss(words, patches, own, scale), (to_image + to_text) / 2)
-    torch.testing.assert_close(late_interaction_loss(words, patches, own, scale, "image-to-text"), to_text)
+    torch.testing.assert_close(
+        late_interaction_loss(words, patches, own, scale), (to_image + to_text) / 2
+    )
+    torch.testing.assert_close(
+        late_interaction_loss(words, patches, own, scale, "image-to-text"), to_text
+    )
 
 
 def test_anchor_and_head_loss_equal_a_hand_calculation() -> None:
@@ -94,24 +126,35 @@ def test_anchor_and_head_loss_equal_a_hand_calculation() -> None:
 
 def test_pair_weights_and_their_blend_equal_a_hand_calculation() -> None:
     words = torch.tensor([[[1.0, 0.0], [1.0, 0.0], [0.0, 1.0], [1.0, 0.0]]])
-    raw = pair_weights(words, image=torch.tensor([[0.0, 2.0]]), blank=torch.tensor([1.0, 1.0]))
+    raw = pair_weights(
+        words, image=torch.tensor([[0.0, 2.0]]), blank=torch.tensor([1.0, 1.0])
+    )
     half = 2**-0.5
     torch.testing.assert_close(raw, torch.tensor([[half, half, 1 - half, half]]))
     real = torch.tensor([[False, True, True, False]])  # SOS, two words, EOT
     weights = blend(raw, real, ReweightConfig(strength=0.5, low=0.8, high=1.2))
     assert weights[0, 0] == weights[0, 3] == 1
-    torch.testing.assert_close(weights[0, 1:3], torch.tensor([1.2, 0.8]))  # 1.207 and 0.793, clipped
+    # 1.207 and 0.793, clipped
+    torch.testing.assert_close(weights[0, 1:3], torch.tensor([1.2, 0.8]))
     gentle = blend(raw, real, ReweightConfig(strength=0.1))[0, 1:3]
-    torch.testing.assert_close(gentle, 1 + 0.1 * torch.tensor([2 * half - 1, 1 - 2 * half]))
-    assert blend(torch.zeros(1, 4), real, ReweightConfig()).isfinite().all()  # a white image
+    torch.testing.assert_close(
+        gentle, 1 + 0.1 * torch.tensor([2 * half - 1, 1 - 2 * half])
+    )
+    # a white image
+    assert blend(torch.zeros(1, 4), real, ReweightConfig()).isfinite().all()
     words = torch.tensor([[[1.0, 0.0], [0.0, 1.0]]])
-    patches, white = torch.tensor([[[3.0, 4.0], [0.0, -1.0]]]), torch.tensor([[1.0, 0.0], [5.0, 12.0]])
+    patches, white = (
+        torch.tensor([[[3.0, 4.0], [0.0, -1.0]]]),
+        torch.tensor([[1.0, 0.0], [5.0, 12.0]]),
+    )
     best = pair_weights(words, patches, white)  # by the most similar patch
     torch.testing.assert_close(best, torch.tensor([[1 - 0.6, 12 / 13 - 0.8]]))
 
 
 def gradients(model: DCAR) -> dict[str, Tensor]:
-    found = {name: p.grad.clone() for name, p in model.trainables() if p.grad is not None}
+    found = {
+        name: p.grad.clone() for name, p in model.trainables() if p.grad is not None
+    }
     model.zero_grad(set_to_none=True)
     return found
 
@@ -129,11 +172,16 @@ def uneven(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Backbo
 
 @pytest.mark.parametrize("name", [name for name in METHODS if name != "clip"])
 @pytest.mark.slow
-def test_a_batch_in_parts_has_the_gradients_of_the_whole(name: str, uneven: Backbone, described_twice: Dataset) -> None:
+def test_a_batch_in_parts_has_the_gradients_of_the_whole(
+    name: str, uneven: Backbone, described_twice: Dataset
+) -> None:
     """Some images have several captions; of twenty parts some are empty."""
     model, data = model_and_data(uneven, described_twice, name)
     found = check_parts(model, data, np.random.default_rng(0).permutation(len(data)))
-    learned = {part for part, _ in model.trainables() if not part.startswith("query_prompts.")}  # trained afterwards
+    # trained afterwards
+    learned = {
+        part for part, _ in model.trainables() if not part.startswith("query_prompts.")
+    }
     assert learned == found.keys()
 
 
@@ -147,18 +195,34 @@ def check_parts(model: DCAR, data: PreparedSplit, rows: Rows) -> dict[str, Tenso
         assert expected.keys() == found.keys()
         assert value == pytest.approx(float(whole.detach()), rel=1e-5), parts
         for key in expected:
-            torch.testing.assert_close(found[key], expected[key], rtol=1e-3, atol=1e-5, msg=f"{key}, {parts} parts")
+            torch.testing.assert_close(
+                found[key],
+                expected[key],
+                rtol=1e-3,
+                atol=1e-5,
+                msg=f"{key}, {parts} parts",
+            )
     return expected
 
 
 @pytest.mark.parametrize("weights", ["none", "pair"])
-def test_loss_equals_the_pairs_one_by_one(weights: TrainWeights, backbone: Backbone, described_twice: Dataset) -> None:
-    """Compute the loss with every caption and image encoded alone, from its four weighted terms."""
+def test_loss_equals_the_pairs_one_by_one(
+    weights: TrainWeights, backbone: Backbone, described_twice: Dataset
+) -> None:
+    """Compute the loss with every caption and image encoded alone, from its four
+    weighted terms.
+    """
     terms = LossConfig(category=0.3, head=0.7, anchor=0.2, alpha=0.4)
-    config = replace(find_method("dcar+").config, reweight=ReweightConfig(train=weights), loss=terms)
+    config = replace(
+        find_method("dcar+").config, reweight=ReweightConfig(train=weights), loss=terms
+    )
     torch.manual_seed(0)
     model, data = move_weights(DCAR(backbone, config), described_twice)
-    used, adapter, candidates = data.pair_weights, model.category_adapter(), data.candidate_weights
+    used, adapter, candidates = (
+        data.pair_weights,
+        model.category_adapter(),
+        data.candidate_weights,
+    )
     assert (used is None) == (weights == "none")
     assert adapter is not None
     assert candidates is not None
@@ -166,49 +230,105 @@ def test_loss_equals_the_pairs_one_by_one(weights: TrainWeights, backbone: Backb
     for i, sample in enumerate(described_twice.samples):
         picture = backbone.preprocess(described_twice.read(sample.image))[None]
         pixels = torch.from_numpy(backbone.preprocess.standardize(picture))
-        texts.append(model.encode_text(data.tokens[i : i + 1], None if used is None else used[i : i + 1]))
+        texts.append(
+            model.encode_text(
+                data.tokens[i : i + 1], None if used is None else used[i : i + 1]
+            )
+        )
         images.append(model.encode_image(pixels))
         frozen_images.append(F.normalize(backbone.encode_image(pixels), dim=-1))
-        frozen_texts.append(F.normalize(backbone.encode_text(backbone.tokenize([sample.caption])), dim=-1))
-        read = F.normalize(backbone.encode_text(backbone.tokenize([sample.caption, *sample.negatives])), dim=-1)
-        captions.append(F.pad(adapter(read), (0, 0, 0, candidates.shape[1] - len(read))))
+        frozen_texts.append(
+            F.normalize(
+                backbone.encode_text(backbone.tokenize([sample.caption])), dim=-1
+            )
+        )
+        read = F.normalize(
+            backbone.encode_text(
+                backbone.tokenize([sample.caption, *sample.negatives])
+            ),
+            dim=-1,
+        )
+        captions.append(
+            F.pad(adapter(read), (0, 0, 0, candidates.shape[1] - len(read)))
+        )
     text, image = torch.cat(texts), torch.cat(images)
     positives = torch.from_numpy(data.positives(np.arange(len(data))))
     wanted = contrastive_loss(text, image, positives, backbone.scale)
-    wanted = wanted + 0.3 * category_loss(image, torch.stack(captions), candidates, backbone.scale)
+    wanted = wanted + 0.3 * category_loss(
+        image, torch.stack(captions), candidates, backbone.scale
+    )
     predicted = model.predicted_weights(data.tokens)
     if predicted is not None and used is not None:
-        wanted = wanted + 0.7 * head_loss(predicted, used, backbone.layout.caption_mask(data.tokens))
-    held = anchor_loss(image, torch.cat(frozen_images)) + anchor_loss(text, torch.cat(frozen_texts))
-    torch.testing.assert_close(batch_loss(model, data, np.arange(len(data))), wanted + 0.2 * held, rtol=1e-4, atol=1e-4)
+        wanted = wanted + 0.7 * head_loss(
+            predicted, used, backbone.layout.caption_mask(data.tokens)
+        )
+    held = anchor_loss(image, torch.cat(frozen_images)) + anchor_loss(
+        text, torch.cat(frozen_texts)
+    )
+    torch.testing.assert_close(
+        batch_loss(model, data, np.arange(len(data))),
+        wanted + 0.2 * held,
+        rtol=1e-4,
+        atol=1e-4,
+    )
 
 
 @pytest.mark.parametrize("name", ["filip", "promptsrc", "prolip"])
-def test_loss_of_a_method_has_its_terms(name: str, backbone: Backbone, described_twice: Dataset) -> None:
-    config, samples = find_method(name).config.with_loss_direction("image-to-text"), described_twice.samples
+def test_loss_of_a_method_has_its_terms(
+    name: str, backbone: Backbone, described_twice: Dataset
+) -> None:
+    config, samples = (
+        find_method(name).config.with_loss_direction("image-to-text"),
+        described_twice.samples,
+    )
     model, data = move_weights(seeded_model(backbone, config, 0), described_twice)
     pixels = backbone.standardized(
-        np.stack([backbone.preprocess(described_twice.read(each.image)) for each in samples])
+        np.stack(
+            [backbone.preprocess(described_twice.read(each.image)) for each in samples]
+        )
     )
-    tokens, positives = data.tokens, torch.from_numpy(data.positives(np.arange(len(data))))
+    tokens, positives = (
+        data.tokens,
+        torch.from_numpy(data.positives(np.arange(len(data)))),
+    )
     text, image = model.encode_text(tokens), model.encode_image(pixels)
     wanted = contrastive_loss(text, image, positives, backbone.scale, "image-to-text")
     if name == "filip":
-        words = model.encode_text(tokens, rows=True)[:, 1:] * backbone.layout.caption_mask(tokens)[..., None]
+        words = (
+            model.encode_text(tokens, rows=True)[:, 1:]
+            * backbone.layout.caption_mask(tokens)[..., None]
+        )
         patches = model.encode_image(pixels, rows=True)[:, 1:]
-        wanted = (wanted + late_interaction_loss(words, patches, positives, backbone.scale, "image-to-text")) / 2
+        wanted = (
+            wanted
+            + late_interaction_loss(
+                words, patches, positives, backbone.scale, "image-to-text"
+            )
+        ) / 2
     elif name == "promptsrc":
-        read = backbone.encode_text(backbone.tokenize([each.caption for each in samples]))
-        frozen_text, frozen_image = (F.normalize(rows, dim=-1) for rows in (read, backbone.encode_image(pixels)))
-        wanted = wanted + consistency_loss(text, image, frozen_text, frozen_image, backbone.scale)
+        read = backbone.encode_text(
+            backbone.tokenize([each.caption for each in samples])
+        )
+        frozen_text, frozen_image = (
+            F.normalize(rows, dim=-1) for rows in (read, backbone.encode_image(pixels))
+        )
+        wanted = wanted + consistency_loss(
+            text, image, frozen_text, frozen_image, backbone.scale
+        )
     else:
         assert model.changes is not None
-        wanted = wanted + sum(high.square().sum() for high in model.changes.high.values())
-    torch.testing.assert_close(batch_loss(model, data, np.arange(len(data))), wanted, rtol=1e-4, atol=1e-4)
+        wanted = wanted + sum(
+            high.square().sum() for high in model.changes.high.values()
+        )
+    torch.testing.assert_close(
+        batch_loss(model, data, np.arange(len(data))), wanted, rtol=1e-4, atol=1e-4
+    )
 
 
 @pytest.mark.parametrize("amp", ["bfloat16", "float16"])
-def test_mixed_precision_is_close_to_full(amp: Amp, backbone: Backbone, training: Dataset) -> None:
+def test_mixed_precision_is_close_to_full(
+    amp: Amp, backbone: Backbone, training: Dataset
+) -> None:
     model, data = model_and_data(backbone, training, "dcar")
     rows = np.arange(len(data))
     full = accumulate_gradients(model, data, rows)
@@ -221,7 +341,9 @@ def test_mixed_precision_is_close_to_full(amp: Amp, backbone: Backbone, training
     assert mixed != full  # it really was another precision
     assert mixed == pytest.approx(full, rel=0.02)
     for key, gradient in gradients(model).items():
-        similar = torch.cosine_similarity((gradient / scale).flatten(), expected[key].flatten(), dim=0)
+        similar = torch.cosine_similarity(
+            (gradient / scale).flatten(), expected[key].flatten(), dim=0
+        )
         assert similar > 0.9, key
 
 
@@ -231,14 +353,25 @@ def test_losses_are_full_precision_in_a_mixed_pass(
     names, seen = ("category_loss", "head_loss", "anchor_loss", "contrastive_loss"), []
 
     def spy(name: str, whole: Any, *given: Any) -> Tensor:
-        dtypes = {each.dtype for each in given if isinstance(each, Tensor) and each.is_floating_point()}
+        dtypes = {
+            each.dtype
+            for each in given
+            if isinstance(each, Tensor) and each.is_floating_point()
+        }
         seen.append((name, torch.is_autocast_enabled("cpu"), dtypes))
         return whole(*given)
 
     for name in names:
-        monkeypatch.setattr(objective, name, partial(spy, name, getattr(objective, name)))
+        monkeypatch.setattr(
+            objective, name, partial(spy, name, getattr(objective, name))
+        )
     model, data = model_and_data(backbone, training, "dcar+")
-    accumulate_gradients(model, data, np.arange(len(data)), precision=MixedPrecision("bfloat16", torch.device("cpu")))
+    accumulate_gradients(
+        model,
+        data,
+        np.arange(len(data)),
+        precision=MixedPrecision("bfloat16", torch.device("cpu")),
+    )
     assert {name for name, *_ in seen} == {*names}
     assert all(precision == [False, {torch.float32}] for _, *precision in seen)
 
@@ -246,7 +379,9 @@ def test_losses_are_full_precision_in_a_mixed_pass(
 def test_automatic_precision_takes_no_emulated_bfloat16(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """PyTorch calls bfloat16 supported on any GPU that can emulate it, at a fraction of float16's speed."""
+    """PyTorch calls bfloat16 supported on any GPU that can emulate it, at a fraction of
+    float16's speed.
+    """
     monkeypatch.setattr(machine, "CPUINFO", tmp_path / "cpuinfo")
     (tmp_path / "cpuinfo").write_text("flags : avx512_bf16 avx2\n")
     MixedPrecision("bfloat16", torch.device("cpu"))
@@ -257,8 +392,17 @@ def test_automatic_precision_takes_no_emulated_bfloat16(
     for _ in range(2):
         MixedPrecision("bfloat16", torch.device("cpu"))
     (warning,) = caplog.messages
-    assert warning.startswith("--amp bfloat16 is many times slower than --amp off here: this processor has no bf16")
-    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation=True: including_emulation)
+    assert warning.startswith(
+        "--amp bfloat16 is many times slower than --amp off here: this processor has no"
+        " bf16"
+    )
+    monkeypatch.setattr(
+        torch.cuda,
+        "is_bf16_supported",
+        lambda including_emulation=True: including_emulation,
+    )
     assert resolve_amp("auto", torch.device("cuda")) == "float16"
-    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation=True: True)
+    monkeypatch.setattr(
+        torch.cuda, "is_bf16_supported", lambda including_emulation=True: True
+    )
     assert resolve_amp("auto", torch.device("cuda")) == "bfloat16"

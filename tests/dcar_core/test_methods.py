@@ -1,4 +1,6 @@
-"""Methods: LoRA, ProLIP and FLYP, which change the backbone's own weights, PromptSRC, and all of them."""
+"""Methods: LoRA, ProLIP and FLYP, which change the backbone's own weights, PromptSRC,
+and all of them.
+"""
 
 import json
 from pathlib import Path
@@ -13,7 +15,13 @@ from dcar_core.model.backbone import Backbone, BackboneSource, load_backbone
 from dcar_core.model.checkpoint import copy_checkpoint, load_checkpoint, save_checkpoint
 from dcar_core.model.config import MODEL_CONFIG, plain_config
 from dcar_core.model.dcar import DCAR, seeded_model
-from dcar_core.model.methods import METHODS, Method, consistency_loss, find_method, interpolate
+from dcar_core.model.methods import (
+    METHODS,
+    Method,
+    consistency_loss,
+    find_method,
+    interpolate,
+)
 from dcar_core.model.weight_changes import merge
 from dcar_core.util.errors import DcarError, ModelError
 from tests.support.parts import needs
@@ -36,34 +44,52 @@ def changed_model(backbone: Backbone, name: str) -> DCAR:
 
 
 @pytest.mark.parametrize(
-    ("name", "text_is_frozen"), [("lora", False), ("prolip", True), ("flyp", False), ("filip", False)]
+    ("name", "text_is_frozen"),
+    [("lora", False), ("prolip", True), ("flyp", False), ("filip", False)],
 )
 @torch.no_grad()
 def test_a_checkpoint_holds_the_merged_model_and_the_shared_backbone_stays(
     name: str, text_is_frozen: bool, backbone: Backbone, pixels: Tensor, tmp_path: Path
 ) -> None:
-    before, tokens = backbone.content_hash(), backbone.tokenize(["a red square", "a blue cross"])
-    frozen = [F.normalize(each, dim=-1) for each in (backbone.encode_image(pixels), backbone.encode_text(tokens))]
+    before, tokens = (
+        backbone.content_hash(),
+        backbone.tokenize(["a red square", "a blue cross"]),
+    )
+    frozen = [
+        F.normalize(each, dim=-1)
+        for each in (backbone.encode_image(pixels), backbone.encode_text(tokens))
+    ]
     start = seeded_model(backbone, find_method(name).config, 0)
-    torch.testing.assert_close([start.encode_image(pixels), start.encode_text(tokens)], frozen)
+    torch.testing.assert_close(
+        [start.encode_image(pixels), start.encode_text(tokens)], frozen
+    )
     assert start.changes is not None
-    assert merge(backbone, start.changes, tmp_path).content_hash() == before, "a change of zero is the same"
+    assert merge(backbone, start.changes, tmp_path).content_hash() == before, (
+        "a change of zero is the same"
+    )
     model = changed_model(backbone, name)
     assert (model.text_is_frozen, model.image_is_frozen) == (text_is_frozen, False)
     assert not torch.allclose(model.encode_image(pixels), frozen[0], atol=1e-3)
     saved, published = tmp_path / "saved", tmp_path / "published"
     save_checkpoint(model, saved)
     copy_checkpoint(saved, published)
-    save_checkpoint(changed_model(backbone, "prolip"), saved)  # another training leaves the copy's merged model alone
+    # another training leaves the copy's merged model alone
+    save_checkpoint(changed_model(backbone, "prolip"), saved)
     loaded, _ = load_checkpoint(published)
-    assert (loaded.config.method, loaded.changes, loaded.text_is_frozen) == (name, None, True)
+    assert (loaded.config.method, loaded.changes, loaded.text_is_frozen) == (
+        name,
+        None,
+        True,
+    )
     torch.testing.assert_close(loaded.encode_image(pixels), model.encode_image(pixels))
     torch.testing.assert_close(loaded.encode_text(tokens), model.encode_text(tokens))
     assert backbone.content_hash() == before
 
 
 @needs("hf")
-def test_a_merged_model_has_the_configuration_of_its_text_encoder(tmp_path: Path) -> None:
+def test_a_merged_model_has_the_configuration_of_its_text_encoder(
+    tmp_path: Path,
+) -> None:
     directory = write_tiny_model("xlm-roberta-base-ViT-B-32", tmp_path / "model")
     config = json.loads((directory / MODEL_CONFIG).read_text())["model_cfg"]
     encoder = config["text_cfg"]["hf_model_name"]
@@ -76,7 +102,9 @@ def test_a_merged_model_has_the_configuration_of_its_text_encoder(tmp_path: Path
     assert merged.content_hash() == original.content_hash()
 
 
-def test_validation_chooses_between_frozen_and_trained_weights(backbone: Backbone) -> None:
+def test_validation_chooses_between_frozen_and_trained_weights(
+    backbone: Backbone,
+) -> None:
     model = changed_model(backbone, "flyp")
     assert model.changes is not None
     name = "visual/proj"
@@ -87,17 +115,30 @@ def test_validation_chooses_between_frozen_and_trained_weights(backbone: Backbon
 
 
 def test_consistency_with_the_frozen_encoders() -> None:
-    text, image, other = F.normalize(torch.randn(3, 4, 8, generator=torch.Generator().manual_seed(0)), dim=-1)
+    text, image, other = F.normalize(
+        torch.randn(3, 4, 8, generator=torch.Generator().manual_seed(0)), dim=-1
+    )
     scale = torch.tensor(10.0)
-    assert float(consistency_loss(text, image, text, image, scale)) == pytest.approx(0, abs=1e-6)
-    adapted, frozen = ((scale * each @ text.T).softmax(1).double() for each in (other, image))
-    divergence = (frozen * (frozen / adapted).log()).mean()  # over the captions too, so it hardly counts
-    images = (other - image).abs().mean()
-    assert float(consistency_loss(text, other, text, image, scale)) == pytest.approx(float(10 * images + divergence))
-    captions = (other - text).abs().mean()
-    adapted, frozen = ((scale * image @ each.T).softmax(1).double() for each in (other, text))
+    assert float(consistency_loss(text, image, text, image, scale)) == pytest.approx(
+        0, abs=1e-6
+    )
+    adapted, frozen = (
+        (scale * each @ text.T).softmax(1).double() for each in (other, image)
+    )
+    # over the captions too, so it hardly counts
     divergence = (frozen * (frozen / adapted).log()).mean()
-    assert float(consistency_loss(other, image, text, image, scale)) == pytest.approx(float(25 * captions + divergence))
+    images = (other - image).abs().mean()
+    assert float(consistency_loss(text, other, text, image, scale)) == pytest.approx(
+        float(10 * images + divergence)
+    )
+    captions = (other - text).abs().mean()
+    adapted, frozen = (
+        (scale * image @ each.T).softmax(1).double() for each in (other, text)
+    )
+    divergence = (frozen * (frozen / adapted).log()).mean()
+    assert float(consistency_loss(other, image, text, image, scale)) == pytest.approx(
+        float(25 * captions + divergence)
+    )
 
 
 class Shifted(nn.Module):
@@ -120,18 +161,36 @@ def test_encoders_of_a_plugin_are_in_its_checkpoint_but_no_runtime_serves_them(
 ) -> None:
     tokens = backbone.tokenize(["a red square", "a blue cross"])
     with monkeypatch.context() as installed:
-        installed.setitem(METHODS, "shifted", Method(config=plain_config("shifted"), encoders=Shifted))
+        installed.setitem(
+            METHODS, "shifted", Method(config=plain_config("shifted"), encoders=Shifted)
+        )
         model = seeded_model(backbone, find_method("shifted").config, 0)
-        assert ([name for name, _ in model.trainables()], model.text_is_frozen, model.image_is_frozen) == (
-            ["encoders.shift"], False, False,
-        )  # fmt: skip
+        assert (
+            [name for name, _ in model.trainables()],
+            model.text_is_frozen,
+            model.image_is_frozen,
+        ) == (
+            ["encoders.shift"],
+            False,
+            False,
+        )
         save_checkpoint(model, tmp_path)
         loaded, _ = load_checkpoint(tmp_path)
-        expected = F.normalize(backbone.encode_text(tokens) + dict(model.trainables())["encoders.shift"], dim=-1)
-        torch.testing.assert_close([model.encode_text(tokens), loaded.encode_text(tokens)], [expected] * 2)
-        torch.testing.assert_close(loaded.encode_image(pixels), model.encode_image(pixels))
+        expected = F.normalize(
+            backbone.encode_text(tokens) + dict(model.trainables())["encoders.shift"],
+            dim=-1,
+        )
+        torch.testing.assert_close(
+            [model.encode_text(tokens), loaded.encode_text(tokens)], [expected] * 2
+        )
+        torch.testing.assert_close(
+            loaded.encode_image(pixels), model.encode_image(pixels)
+        )
         for runtime in ("torch", "openvino"):
-            with pytest.raises(ModelError, match="shifted can be compared by `dcar evaluate`, but not served"):
+            with pytest.raises(
+                ModelError,
+                match="shifted can be compared by `dcar evaluate`, but not served",
+            ):
                 Encoder.load(tmp_path, runtime=runtime)
     with pytest.raises(DcarError, match="no method is named 'shifted'"):
         load_checkpoint(tmp_path)

@@ -15,15 +15,24 @@ from tests.support.parts import BROWSER, DRIVER
 from tests.support.service import KEYS
 
 FLAGS = (
-    "--headless=new", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run",
-    "--disable-background-networking", "--disable-component-update", "--disable-sync", "--disable-dev-shm-usage",
+    "--headless=new",
+    "--no-sandbox",
+    "--disable-gpu",
+    "--disable-quic",
+    "--no-first-run",
+    "--disable-background-networking",
+    "--disable-component-update",
+    "--disable-sync",
+    "--disable-dev-shm-usage",
     "--window-size=1100,900",
-)  # fmt: skip
+)
 PHONE = {"width": 390, "height": 844, "deviceScaleFactor": 2, "mobile": True}
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Leave the tests of this folder out of the quick round: each starts a browser, a server or commands."""
+    """Leave the tests of this folder out of the quick round: each starts a browser, a
+    server or commands.
+    """
     for item in items:
         if Path(__file__).parent in item.path.parents:
             item.add_marker(pytest.mark.slow)
@@ -31,9 +40,14 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 @pytest.fixture(scope="session")
 def indexes(
-    tiny_data: Path, tiny_checkpoint: Path, other_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory
+    tiny_data: Path,
+    tiny_checkpoint: Path,
+    other_checkpoint: Path,
+    tmp_path_factory: pytest.TempPathFactory,
 ) -> dict[str, Path]:
-    """Indexes by name: one with a cut-off, other galleries and models, and one with a group field."""
+    """Indexes by name: one with a cut-off, other galleries and models, and one with a
+    group field.
+    """
     path = tmp_path_factory.mktemp("page")
 
     def build(name: str, gallery: Path, checkpoint: Path, **options: Any) -> Path:
@@ -57,25 +71,43 @@ def site(indexes: dict[str, Path]) -> Iterator[str]:
 
 @pytest.fixture(scope="session")
 def many(indexes: dict[str, Path]) -> Iterator[str]:
-    """A service with every collection, whose page looks no words up; shapes is the default one."""
+    """A service with every collection, whose page looks no words up; shapes is the
+    default one.
+    """
     others = {name: index for name, index in indexes.items() if name != "shapes"}
     with served(indexes["shapes"], collections=others, page_hybrid=False) as address:
         yield address
 
 
 @pytest.fixture(scope="session")
-def large_index(tiny_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def large_index(
+    tiny_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Path:
     """An index of more images than one page of the gallery shows, each with a price."""
     gallery = tmp_path_factory.mktemp("large") / "gallery"
     gallery.mkdir()
     rows = []
     for number in range(COUNT):
-        name, shape = f"{number:03}.png", ("square", "circle", "triangle", "cross")[number % 4]
-        draw(("red", "green", "blue", "orange", "purple")[number % 5], shape).save(gallery / name)
+        name, shape = (
+            f"{number:03}.png",
+            ("square", "circle", "triangle", "cross")[number % 4],
+        )
+        draw(("red", "green", "blue", "orange", "purple")[number % 5], shape).save(
+            gallery / name
+        )
         price = (number * 37) % COUNT
-        rows.append({"file_name": name, "caption": f"image {number}", "category": shape, "price": price})
+        rows.append(
+            {
+                "file_name": name,
+                "caption": f"image {number}",
+                "category": shape,
+                "price": price,
+            }
+        )
     write_jsonl(gallery / "metadata.jsonl", *rows)
-    rebuild(gallery, tiny_checkpoint, gallery.parent / "index", workers=0, progress=False)
+    rebuild(
+        gallery, tiny_checkpoint, gallery.parent / "index", workers=0, progress=False
+    )
     return gallery.parent / "index"
 
 

@@ -1,4 +1,6 @@
-"""Recommended models and other families go the whole way: train, checkpoint, index, serve, search, explain, restart."""
+"""Recommended models and other families go the whole way: train, checkpoint, index,
+serve, search, explain, restart.
+"""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -23,14 +25,28 @@ from tests.support.service import ServiceClient, opened
 from tests.support.tiny_models import small_timm_models, write_tiny_model
 
 RECOMMENDED_TOWERS = [row.towers or row.name for row in RECOMMENDED]
-OTHERS = ("ViTamin-S", "coca_ViT-B-32", "xlm-roberta-base-ViT-B-32", "RN50", "convnext_base")  # other kinds of towers
+# other kinds of towers
+OTHERS = (
+    "ViTamin-S",
+    "coca_ViT-B-32",
+    "xlm-roberta-base-ViT-B-32",
+    "RN50",
+    "convnext_base",
+)
 # Most of the long ones have the kinds of towers and vocabularies of another one.
 NEEDS = {
-    "ViT-B-32-quickgelu": "time", "ViT-L-14": "time", "ViT-L-16-SigLIP-256": "time", "ViT-B-16-SigLIP2": "time",
-    "ViT-SO400M-16-SigLIP2-256": "time", "ViT-B-16-SigLIP": "time", "MobileCLIP2-S2": "time",
-    "ViT-B-32-SigLIP2-256": "time", "PE-Core-L-14-336": "time", "ViT-H-14-worldwide-quickgelu": "time",
+    "ViT-B-32-quickgelu": "time",
+    "ViT-L-14": "time",
+    "ViT-L-16-SigLIP-256": "time",
+    "ViT-B-16-SigLIP2": "time",
+    "ViT-SO400M-16-SigLIP2-256": "time",
+    "ViT-B-16-SigLIP": "time",
+    "MobileCLIP2-S2": "time",
+    "ViT-B-32-SigLIP2-256": "time",
+    "PE-Core-L-14-336": "time",
+    "ViT-H-14-worldwide-quickgelu": "time",
     "xlm-roberta-base-ViT-B-32": "hf",
-}  # fmt: skip
+}
 QUERY = {"query": "a red square", "k": 2}
 
 
@@ -41,12 +57,23 @@ def _small_models() -> Iterator[None]:
 
 
 def trained(name: str, data: Path, path: Path) -> Path:
-    """A checkpoint of the shrunk model after two steps, by the method that has every part its towers take."""
-    backbone = load_backbone(BackboneSource(str(write_tiny_model(name, path / "model"))))
-    model = seeded_model(
-        backbone, find_method("dcar+" if backbone.level == "full" else default_method(backbone)).config, 0
+    """A checkpoint of the shrunk model after two steps, by the method that has every
+    part its towers take.
+    """
+    backbone = load_backbone(
+        BackboneSource(str(write_tiny_model(name, path / "model")))
     )
-    training, validation = Annotations(data).load("train")[0], Annotations(data).load("val")[0]
+    model = seeded_model(
+        backbone,
+        find_method(
+            "dcar+" if backbone.level == "full" else default_method(backbone)
+        ).config,
+        0,
+    )
+    training, validation = (
+        Annotations(data).load("train")[0],
+        Annotations(data).load("val")[0],
+    )
     found = train(model, training, validation, TrainConfig(epochs=1, batch_size=6))
     assert len(found.history) == 1
     save_checkpoint(model, path / "checkpoint")
@@ -60,7 +87,10 @@ async def scores_of(http: ServiceClient) -> list[float]:
     assert all(result["explanation"]["words"] for result in deep["results"])
     bodies = [await client.text(**QUERY), await client.image(png(), k=2)]
     explained = sorted(result["score"] for result in deep["results"])
-    return [*explained, *(result["score"] for body in bodies for result in body["results"])]
+    return [
+        *explained,
+        *(result["score"] for body in bodies for result in body["results"]),
+    ]
 
 
 @pytest.mark.parametrize(
@@ -70,13 +100,21 @@ async def scores_of(http: ServiceClient) -> list[float]:
         for name in (*RECOMMENDED_TOWERS, *OTHERS)
     ],
 )
-async def test_a_family_goes_the_whole_way(name: str, tiny_data: Path, tmp_path: Path) -> None:
-    with_export = PARTS["openvino"].is_present and name in (*RECOMMENDED_TOWERS, "xlm-roberta-base-ViT-B-32")
+async def test_a_family_goes_the_whole_way(
+    name: str, tiny_data: Path, tmp_path: Path
+) -> None:
+    with_export = PARTS["openvino"].is_present and name in (
+        *RECOMMENDED_TOWERS,
+        "xlm-roberta-base-ViT-B-32",
+    )
     checkpoint = trained(name, tiny_data, tmp_path)
     index = tmp_path / "index"
     rebuild(tiny_data / "circle", checkpoint, index, workers=0, progress=False)
     runtimes = ["torch", *["openvino"] * with_export]
-    settings: dict[str, Any] = {"runtime_cache": tmp_path / "cache", "deadline_ms": 100_000}
+    settings: dict[str, Any] = {
+        "runtime_cache": tmp_path / "cache",
+        "deadline_ms": 100_000,
+    }
     scores = []
     for runtime in runtimes:
         async with opened(index, runtime=runtime, **settings) as http:
@@ -85,7 +123,9 @@ async def test_a_family_goes_the_whole_way(name: str, tiny_data: Path, tmp_path:
     if with_export:
         async with opened(index, runtime=runtimes[-1], **settings) as http:
             await Client(http).text(**QUERY)
-            assert http.encoder.backbone is None, "a later start on an export needs no model"
+            assert http.encoder.backbone is None, (
+                "a later start on an export needs no model"
+            )
             scores.append(await scores_of(http))
     for each in scores[1:]:
         np.testing.assert_allclose(each, scores[0], atol=2e-3)

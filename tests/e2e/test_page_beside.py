@@ -14,7 +14,12 @@ def choose(page: Page, select: str, name: str) -> None:
 
 
 def others(page: Page, count: int) -> list[Any]:
-    until(lambda: len(page.all("#others .card")) == count and not page.all("#results[aria-busy]"))
+    until(
+        lambda: (
+            len(page.all("#others .card")) == count
+            and not page.all("#results[aria-busy]")
+        )
+    )
     return page.all("#others .card")
 
 
@@ -23,7 +28,12 @@ def test_collection_can_be_chosen(page: Page, site: str, many: str) -> None:
     assert not page.has("#where"), "there is only one collection"
     page.open(many)
     page.appears("#where")
-    assert page.texts("#collection option") == ["shapes", "circles", "another", "products"]
+    assert page.texts("#collection option") == [
+        "shapes",
+        "circles",
+        "another",
+        "products",
+    ]
     page.type("#query", "red")
     page.settled(24)
     choose(page, "collection", "circles")
@@ -43,12 +53,15 @@ def test_collection_can_be_chosen(page: Page, site: str, many: str) -> None:
     assert page.value("#collection") == "circles"
     page.open(f"{many}/#q=red&in=gone")
     page.says("#error", "no gallery “gone”")
-    page.open(f"{many}/#picture=1&q=red&in=circles", 6)  # as after a reload, which loses the image
+    # as after a reload, which loses the image
+    page.open(f"{many}/#picture=1&q=red&in=circles", 6)
     assert not page.has("#error")
     assert "picture" not in page.url
 
 
-def test_two_models_over_one_gallery_are_compared(page: Page, site: str, many: str) -> None:
+def test_two_models_over_one_gallery_are_compared(
+    page: Page, site: str, many: str
+) -> None:
     page.open(f"{site}/#q=red", 24)
     assert not page.has("#versus"), "there is no other collection"
     page.open(f"{many}/#q=a+red+circle", 24)
@@ -58,15 +71,32 @@ def test_two_models_over_one_gallery_are_compared(page: Page, site: str, many: s
     others(page, 12)
     page.settled(12)
     assert "beside=another" in page.url
-    assert [page.text("#results-name"), page.text("#other-name")] == ["shapes", "another"]
+    assert [page.text("#results-name"), page.text("#other-name")] == [
+        "shapes",
+        "another",
+    ]
     assert page.text("#status").startswith("The best 12 of 24 images")
-    ids = [searched(f"{many}{path}", query="a red circle", k=12) for path in ("", "/collections/another")]
+    ids = [
+        searched(f"{many}{path}", query="a red circle", k=12)
+        for path in ("", "/collections/another")
+    ]
     marks = []
     for place, (mine, yours) in (("#results", ids), ("#others", ids[::-1])):
-        assert [card.get_attribute("data-id") for card in page.all(f"{place} .card")] == mine
-        gains = [yours.index(each) - rank if each in yours else None for rank, each in enumerate(mine)]
+        assert [
+            card.get_attribute("data-id") for card in page.all(f"{place} .card")
+        ] == mine
+        gains = [
+            yours.index(each) - rank if each in yours else None
+            for rank, each in enumerate(mine)
+        ]
         marks += [
-            "only here" if gain is None else "=" if gain == 0 else f"{'↑' if gain > 0 else '↓'} {abs(gain)}"
+            (
+                "only here"
+                if gain is None
+                else "="
+                if gain == 0
+                else f"{'↑' if gain > 0 else '↓'} {abs(gain)}"
+            )
             for gain in gains
         ]
     assert page.texts("#results .place") + page.texts("#others .place") == marks
@@ -94,10 +124,15 @@ def test_two_galleries_are_compared(page: Page, many: str) -> None:
     assert page.one("#selected-less").is_enabled()
     page.click("#others .select", 1)  # the selection is of one gallery
     assert page.text("#selected-count") == "1 selected"
-    assert [len(page.all(f"{place} .selected")) for place in ("#results", "#others")] == [0, 1]
+    assert [
+        len(page.all(f"{place} .selected")) for place in ("#results", "#others")
+    ] == [0, 1]
     less = page.one("#selected-less")
     assert not less.is_enabled()
-    assert less.get_attribute("title") == "These images are not in “shapes”, which is searched"
+    assert (
+        less.get_attribute("title")
+        == "These images are not in “shapes”, which is searched"
+    )
     page.detail(of="#others")
     assert not page.has("#less")
     page.close()
@@ -106,7 +141,9 @@ def test_two_galleries_are_compared(page: Page, many: str) -> None:
     page.settled(5)
     assert page.url.endswith(f"#in=circles&beside=shapes&item={chosen}")
     assert not page.has("#error")
-    assert ["422" in message for message in page.errors()] == [True], "the gallery beside has no such item"
+    assert ["422" in message for message in page.errors()] == [True], (
+        "the gallery beside has no such item"
+    )
 
     page.open(f"{many}/#q=red&beside=gone")
     page.says("#error", "no gallery “gone”")

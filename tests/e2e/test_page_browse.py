@@ -1,4 +1,6 @@
-"""The gallery without words: scrolling, sorting, filters with their counts, one image for each product."""
+"""The gallery without words: scrolling, sorting, filters with their counts, one image
+for each product.
+"""
 
 import json
 
@@ -11,7 +13,8 @@ from tests.support.page import COUNT, Page, searched, until
 pytestmark = pytest.mark.browser
 
 SEARCHES = """
-    return performance.getEntriesByType('resource').map(({name}) => new URL(name).pathname)
+    return performance.getEntriesByType('resource')
+        .map(({name}) => new URL(name).pathname)
         .filter((path) => path.startsWith('/search/'));
 """
 
@@ -25,7 +28,9 @@ def facet(page: Page, field: str) -> dict[str, str]:
         const section = [...document.querySelectorAll('#facets section')]
             .find((each) => each.querySelector('h3').textContent === arguments[0]);
         return [...section?.querySelectorAll('li button') ?? []]
-            .map((each) => [each.querySelector('span').textContent, each.querySelector('small').textContent]);
+            .map((each) => [
+                each.querySelector('span').textContent,
+                each.querySelector('small').textContent]);
     """
     return dict(page.js(script, field))
 
@@ -36,10 +41,16 @@ def counted(page: Page, field: str, **values: str) -> None:
 
 
 def choose(page: Page, name: str) -> None:
-    next(each for each in page.all("#facets li button") if each.text.split("\n")[0] == name).click()
+    next(
+        each
+        for each in page.all("#facets li button")
+        if each.text.split("\n")[0] == name
+    ).click()
 
 
-def test_gallery_grows_while_it_is_scrolled_and_back_returns_to_the_place(both: Page, large: str) -> None:
+def test_gallery_grows_while_it_is_scrolled_and_back_returns_to_the_place(
+    both: Page, large: str
+) -> None:
     page = both
 
     def is_at_its_place() -> bool:
@@ -51,7 +62,9 @@ def test_gallery_grows_while_it_is_scrolled_and_back_returns_to_the_place(both: 
     while (before := count(page)) < COUNT:
         page.scroll(10**6)
         until(lambda before=before: count(page) > before)
-    assert page.texts("#results .caption") == [f"image {number}" for number in range(COUNT)]
+    assert page.texts("#results .caption") == [
+        f"image {number}" for number in range(COUNT)
+    ]
     page.scroll(900)
     until(lambda: page.js("return history.state?.top") == 900)
     page.type("#query", "red")
@@ -72,23 +85,31 @@ def test_images_are_sorted_by_a_field(page: Page, large: str) -> None:
     page.open(f"{large}/#words=1")
     sort("-price")
     first = [COUNT - 1, COUNT - 2, COUNT - 3]
-    until(lambda: [prices[each] for each in page.texts("#results .caption")[:3]] == first)
+    until(
+        lambda: [prices[each] for each in page.texts("#results .caption")[:3]] == first
+    )
     page.type("#query", "circle")
     page.says("#status", "33 images that fit, sorted")
     while count(page) < 33:
         page.scroll(10**6)
     circles = [f"image {number}" for number in range(1, COUNT, 4)]
     shown = page.texts("#results .caption")
-    assert shown == sorted(circles, key=lambda caption: -prices[caption]), "all circles, and nothing else"
+    assert shown == sorted(circles, key=lambda caption: -prices[caption]), (
+        "all circles, and nothing else"
+    )
     page.open(f"{large}/#q=zebra&words=1&sort=-price")
     page.says("#nothing", "Nothing fits “zebra” well")
     sort("")
     page.says("#status", "The best")
 
 
-def test_numbers_are_filtered_from_a_least_to_a_greatest_one(page: Page, large: str) -> None:
+def test_numbers_are_filtered_from_a_least_to_a_greatest_one(
+    page: Page, large: str
+) -> None:
     def enter(place: int, number: str) -> None:
-        page.all(".between input")[place].send_keys(Keys.CONTROL + "a" + Keys.NULL + Keys.DELETE, number, Keys.TAB)
+        page.all(".between input")[place].send_keys(
+            Keys.CONTROL + "a" + Keys.NULL + Keys.DELETE, number, Keys.TAB
+        )
 
     def bounds(name: str = "value") -> list[str | None]:
         return [each.get_attribute(name) for each in page.all(".between input")]
@@ -112,7 +133,9 @@ def test_numbers_are_filtered_from_a_least_to_a_greatest_one(page: Page, large: 
 def test_facets_count_and_filter(both: Page, site: str, large: str) -> None:
     page, shapes = both, ("circle", "cross", "square", "triangle")
     query = {"filter": json.dumps({"category": "circle", "color": "blue"})}
-    blue_circles = [item["id"] for item in httpx.get(f"{site}/items", params=query).json()["items"]]
+    blue_circles = [
+        item["id"] for item in httpx.get(f"{site}/items", params=query).json()["items"]
+    ]
     page.open(site, 24)
     if is_phone := not page.has("#facets"):
         page.click("#filters summary")
@@ -137,7 +160,8 @@ def test_facets_count_and_filter(both: Page, site: str, large: str) -> None:
     page.shows(blue_circles)
     assert page.texts("#facets [aria-pressed=true] span") == ["circle", "blue"]
 
-    page.open(f"{large}/#q=circle&words=1&category=square")  # one request counts, once the filters are open
+    # one request counts, once the filters are open
+    page.open(f"{large}/#q=circle&words=1&category=square")
     page.says("#status", "The best")
     if is_phone:
         page.later("setTimeout(arguments[0], 400)")
@@ -155,7 +179,9 @@ def test_facets_count_and_filter(both: Page, site: str, large: str) -> None:
     page.settled(6)
 
 
-def test_products_and_near_duplicates_are_shown_once_and_open_the_others(page: Page, many: str) -> None:
+def test_products_and_near_duplicates_are_shown_once_and_open_the_others(
+    page: Page, many: str
+) -> None:
     url = f"{many}/collections/products"
     page.open(f"{many}/#in=products", 6)
     assert page.text("#status") == "6 images, one for each color"
@@ -168,11 +194,20 @@ def test_products_and_near_duplicates_are_shown_once_and_open_the_others(page: P
     assert page.text("#folded h3") == "Same color"
     page.counts(3, "#folded button")
 
-    results = httpx.post(f"{many}/search/text", json={"query": "red", "k": 24, "fold": 0.95}).json()["results"]
-    folded = {place: result["folded"] for place, result in enumerate(results) if "folded" in result}
+    results = httpx.post(
+        f"{many}/search/text", json={"query": "red", "k": 24, "fold": 0.95}
+    ).json()["results"]
+    folded = {
+        place: result["folded"]
+        for place, result in enumerate(results)
+        if "folded" in result
+    }
     page.open(f"{many}/#q=red&fold=1", len(results))
     assert len(results) < 24
-    marks = [f"{len(folded[place])} more" if place in folded else "" for place in range(len(results))]
+    marks = [
+        f"{len(folded[place])} more" if place in folded else ""
+        for place in range(len(results))
+    ]
     assert page.texts("#results .near") == marks
     place, near = next(iter(folded.items()))
     page.detail(place)

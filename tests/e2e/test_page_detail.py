@@ -1,4 +1,6 @@
-"""The detail view, selected images and names, the keyboard and fingers, and photos of other shapes than squares."""
+"""The detail view, selected images and names, the keyboard and fingers, and photos of
+other shapes than squares.
+"""
 
 import shutil
 from collections.abc import Iterator
@@ -19,42 +21,70 @@ from tests.support.writes import WRITES
 pytestmark = pytest.mark.browser
 
 SWIPE = """
-    const touch = (x) => new Touch({identifier: 1, target: arguments[0], clientX: x, clientY: 100});
-    arguments[0].dispatchEvent(new TouchEvent('touchstart', {bubbles: true, touches: [touch(300)]}));
-    arguments[0].dispatchEvent(new TouchEvent('touchend', {bubbles: true, changedTouches: [touch(100)]}));
+    const target = arguments[0];
+    const touch = (x) => new Touch({identifier: 1, target, clientX: x, clientY: 100});
+    const send = (name, options) =>
+        target.dispatchEvent(new TouchEvent(name, {bubbles: true, ...options}));
+    send('touchstart', {touches: [touch(300)]});
+    send('touchend', {changedTouches: [touch(100)]});
 """
-SIZES = {"landscape": (120, 80), "portrait": (80, 120), "wide": (200, 50), "tall": (50, 200), "line": (90, 1)}
+SIZES = {
+    "landscape": (120, 80),
+    "portrait": (80, 120),
+    "wide": (200, 50),
+    "tall": (50, 200),
+    "line": (90, 1),
+}
 BOXES = """
-    const box = (node) => (({x, y, width, height}) => ({x, y, width, height}))(node.getBoundingClientRect());
+    const sides = ({x, y, width, height}) => ({x, y, width, height});
+    const box = (node) => sides(node.getBoundingClientRect());
     return [...document.querySelectorAll('#results .card')].map((card) => {
         const image = card.querySelector('img');
-        return {title: card.querySelector('.caption').textContent, natural: image.naturalWidth / image.naturalHeight,
-                image: box(image), map: box(card.querySelector('.map')), frame: box(card.querySelector('.frame'))};
+        return {title: card.querySelector('.caption').textContent,
+                natural: image.naturalWidth / image.naturalHeight,
+                image: box(image), map: box(card.querySelector('.map')),
+                frame: box(card.querySelector('.frame'))};
     });
 """
 
 
 @pytest.fixture(scope="module")
-def photos(tiny_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    """A service of photos in two folders with the same names, one of them on its side in its file, and of a list."""
+def photos(
+    tiny_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[str]:
+    """A service of photos in two folders with the same names, one of them on its side
+    in its file, and of a list.
+    """
     gallery = tmp_path_factory.mktemp("photos") / "gallery"
     for folder, color, year in (("north", "red", 2023), ("south", "blue", 2024)):
         (gallery / folder).mkdir(parents=True)
         for name, size in SIZES.items():
             picture = draw(color, "cross", 200).resize(size)
-            picture.save(gallery / folder / f"{name}.png", exif=exif_of(f"{year}:07:01 10:20:30"))
+            picture.save(
+                gallery / folder / f"{name}.png", exif=exif_of(f"{year}:07:01 10:20:30")
+            )
     upright = Image.Exif()
     upright[0x0112] = 6  # turn right to see it upright
-    draw("green", "triangle", 200).resize((60, 120)).save(gallery / "north" / "turned_photo.jpg", exif=upright)
+    draw("green", "triangle", 200).resize((60, 120)).save(
+        gallery / "north" / "turned_photo.jpg", exif=upright
+    )
     listed = gallery.parent / "list.csv"
-    listed.write_text("path,price\ngallery/north/wide.png,1\ngallery/south/tall.png,2\n")
+    listed.write_text(
+        "path,price\ngallery/north/wide.png,1\ngallery/south/tall.png,2\n"
+    )
     for name, source in (("index", gallery), ("listed", listed)):
-        rebuild(source, tiny_checkpoint, gallery.parent / name, workers=0, progress=False)
-    with served(gallery.parent / "index", collections={"listed": gallery.parent / "listed"}) as address:
+        rebuild(
+            source, tiny_checkpoint, gallery.parent / name, workers=0, progress=False
+        )
+    with served(
+        gallery.parent / "index", collections={"listed": gallery.parent / "listed"}
+    ) as address:
         yield address
 
 
-def test_detail_view_shows_one_image_and_everything_known_about_it(both: Page, site: str) -> None:
+def test_detail_view_shows_one_image_and_everything_known_about_it(
+    both: Page, site: str
+) -> None:
     page = both
     page.open(f"{site}/#q=a+red+circle", 24)
     shown = page.ids()
@@ -67,9 +97,13 @@ def test_detail_view_shows_one_image_and_everything_known_about_it(both: Page, s
     assert f"items/{shown[0]}/image?size=1280" in image.get_attribute("src")
     download = page.one("#download")
     assert download.get_attribute("href") == f"{site}/items/{shown[0]}/image"
-    assert download.get_attribute("download") == Path(item["metadata"]["file_name"]).name
+    assert (
+        download.get_attribute("download") == Path(item["metadata"]["file_name"]).name
+    )
 
-    page.cdp("Browser.grantPermissions", permissions=["clipboardReadWrite"], origin=site)
+    page.cdp(
+        "Browser.grantPermissions", permissions=["clipboardReadWrite"], origin=site
+    )
     page.click("#copy")
     page.says("#detail-message", "Link copied")
     link = page.later("navigator.clipboard.readText().then(arguments[0])")
@@ -91,7 +125,9 @@ def test_detail_view_shows_one_image_and_everything_known_about_it(both: Page, s
     page.settled(24)  # the gallery
 
 
-def test_phone_has_room_for_images_and_the_browser_keeps_its_moves(phone: Page, site: str, large: str) -> None:
+def test_phone_has_room_for_images_and_the_browser_keeps_its_moves(
+    phone: Page, site: str, large: str
+) -> None:
     page = phone
 
     def enlarge(scale: int) -> None:
@@ -120,7 +156,9 @@ def test_phone_has_room_for_images_and_the_browser_keeps_its_moves(phone: Page, 
     page.close()
 
 
-def test_images_are_added_to_a_search_and_subtracted_from_it(page: Page, site: str) -> None:
+def test_images_are_added_to_a_search_and_subtracted_from_it(
+    page: Page, site: str
+) -> None:
     page.open(f"{site}/#show={searched(site, query='red')[0]}")
     page.appears("#detail")
     assert not page.has("#less"), "there is no search to subtract it from"
@@ -150,17 +188,27 @@ def test_images_are_added_to_a_search_and_subtracted_from_it(page: Page, site: s
     page.shows(searched(site, more_like=chosen, less_like=[unwanted]))
 
 
-def test_card_is_one_tab_stop_and_keys_move_between_cards(page: Page, site: str) -> None:
+def test_card_is_one_tab_stop_and_keys_move_between_cards(
+    page: Page, site: str
+) -> None:
     def focused() -> str | None:
-        return page.js("return document.activeElement.closest('.card')?.dataset.id ?? document.activeElement.id")
+        return page.js(
+            "return document.activeElement.closest('.card')?.dataset.id ??"
+            " document.activeElement.id"
+        )
 
     page.open(site, 24)
     shown, columns = page.ids(), page.js(COLUMNS)
     page.js("document.querySelector('#results .open').focus()")
     for keys, place in (
-        ([Keys.TAB], 1), ([Keys.SHIFT, Keys.TAB], 0), ([Keys.ARROW_RIGHT], 1), ([Keys.ARROW_DOWN], 1 + columns),
-        ([Keys.ARROW_UP], 1), ([Keys.END], -1), ([Keys.HOME], 0),
-    ):  # fmt: skip
+        ([Keys.TAB], 1),
+        ([Keys.SHIFT, Keys.TAB], 0),
+        ([Keys.ARROW_RIGHT], 1),
+        ([Keys.ARROW_DOWN], 1 + columns),
+        ([Keys.ARROW_UP], 1),
+        ([Keys.END], -1),
+        ([Keys.HOME], 0),
+    ):
         page.press(*keys)
         assert focused() == shown[place]
     page.press("x")
@@ -176,13 +224,20 @@ def test_card_is_one_tab_stop_and_keys_move_between_cards(page: Page, site: str)
     assert focused() == "query"
 
 
-def test_photos_without_captions_show_their_titles_or_the_names_of_their_files(page: Page, photos: str) -> None:
+def test_photos_without_captions_show_their_titles_or_the_names_of_their_files(
+    page: Page, photos: str
+) -> None:
     page.open(photos, 11)
     titles = page.texts("#results .caption")
     assert sorted(titles) == sorted([*SIZES, *SIZES, "turned photo"])
     assert page.texts("#facets h3") == ["Category", "Taken"], "titles are no filter"
-    assert page.texts("#sort option")[-4:-2] == ["Taken, oldest first", "Taken, newest first"]
-    next(button for button in page.all("#facets button span") if button.text == "2024").click()
+    assert page.texts("#sort option")[-4:-2] == [
+        "Taken, oldest first",
+        "Taken, newest first",
+    ]
+    next(
+        button for button in page.all("#facets button span") if button.text == "2024"
+    ).click()
     page.settled(5)
     page.detail()
     assert "2024-07-01 10:20:30" in page.text("#metadata")
@@ -190,7 +245,9 @@ def test_photos_without_captions_show_their_titles_or_the_names_of_their_files(p
     assert sorted(page.texts("#results .caption")) == ["tall.png", "wide.png"]
 
 
-def test_explained_photos_keep_their_shape_under_a_map_of_what_the_model_sees(both: Page, photos: str) -> None:
+def test_explained_photos_keep_their_shape_under_a_map_of_what_the_model_sees(
+    both: Page, photos: str
+) -> None:
     page = both
     page.open(f"{photos}/#q=cross", 11)
     plain = page.js(BOXES)
@@ -200,18 +257,27 @@ def test_explained_photos_keep_their_shape_under_a_map_of_what_the_model_sees(bo
     assert len(explained) == 8
     for each in explained:
         image, frame = each["image"], each["frame"]
-        assert frame["height"] == pytest.approx(plain[0]["frame"]["height"], abs=0.5), "explaining moves no image"
+        assert frame["height"] == pytest.approx(plain[0]["frame"]["height"], abs=0.5), (
+            "explaining moves no image"
+        )
         if each["title"] != "line":
-            assert image["width"] / image["height"] == pytest.approx(each["natural"], rel=0.05)
+            assert image["width"] / image["height"] == pytest.approx(
+                each["natural"], rel=0.05
+            )
         assert image["width"] <= frame["width"] + 0.5
         assert each["map"] == pytest.approx(image, abs=0.5)
     turned = next(each["image"] for each in plain if each["title"] == "turned photo")
     assert turned["width"] == pytest.approx(2 * turned["height"], rel=0.05)
 
 
-def test_images_teach_a_name_that_answers_sharpen(both: Page, indexes: dict[str, Path], tmp_path: Path) -> None:
+def test_images_teach_a_name_that_answers_sharpen(
+    both: Page, indexes: dict[str, Path], tmp_path: Path
+) -> None:
     page, index = both, Path(shutil.copytree(indexes["shapes"], tmp_path / "index"))
-    with served(index, page_hybrid=False, **WRITES) as site, served(index, page_hybrid=False) as reading:
+    with (
+        served(index, page_hybrid=False, **WRITES) as site,
+        served(index, page_hybrid=False) as reading,
+    ):
 
         def concept() -> Any:
             return httpx.get(f"{site}/concepts/our-red").json()
@@ -222,15 +288,23 @@ def test_images_teach_a_name_that_answers_sharpen(both: Page, indexes: dict[str,
         page.click("#selected-teach")
         page.type("#name", " our red", Keys.TAB, "shape", Keys.ENTER)
         page.appears("#key").send_keys(ADMIN, Keys.ENTER)
-        assert ["401" in message for message in page.errors()] == [True], "Chromium logs every 4xx itself"
+        assert ["401" in message for message in page.errors()] == [True], (
+            "Chromium logs every 4xx itself"
+        )
         page.click("#selected-teach")
         assert page.barriers() == []
         page.click("#teach button")
         page.arrives("#name=our-red")
         page.shows(searched(site, query="@our-red"))
-        assert (concept()["ids"], concept()["not_ids"], concept()["kind"]) == ([chosen], [], "shape")
+        assert (concept()["ids"], concept()["not_ids"], concept()["kind"]) == (
+            [chosen],
+            [],
+            "shape",
+        )
         page.says("#concept-facts", f"{concept()['members']} image", "from 1 example")
-        results = httpx.post(f"{site}/search/text", json={"query": "@our-red", "k": 24}).json()["results"]
+        results = httpx.post(
+            f"{site}/search/text", json={"query": "@our-red", "k": 24}
+        ).json()["results"]
         results.sort(key=lambda result: abs(result["score"] - concept()["cutoff"]))
         doubtful = next(result["id"] for result in results if result["id"] != chosen)
         page.counts(6, "#doubts li")
@@ -250,7 +324,9 @@ def test_images_teach_a_name_that_answers_sharpen(both: Page, indexes: dict[str,
             page.click("#results .select")
             page.click(".chip .link")
             page.appears("#concept")
-            assert [page.has(part) for part in ("#selected-teach", "#forget")] == [address == site] * 2
+            assert [page.has(part) for part in ("#selected-teach", "#forget")] == [
+                address == site
+            ] * 2
         page.open(f"{site}/#name=our-red", 24)
         page.appears("#forget").click()
         page.driver.switch_to.alert.accept()

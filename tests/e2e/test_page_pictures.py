@@ -1,4 +1,6 @@
-"""A search by a picture: chosen, dropped or pasted; with words; a part of it; pictures that the browser cannot show."""
+"""A search by a picture: chosen, dropped or pasted; with words; a part of it; pictures
+that the browser cannot show.
+"""
 
 import json
 from pathlib import Path
@@ -19,15 +21,25 @@ def crop_of(page: Page) -> list[float]:
     return [float(edge) for crop in page.parameter("crop") for edge in crop.split(",")]
 
 
-def results(site: str, picture: Path, crop: list[float] | None = None, **form: str) -> list[dict[str, object]]:
+def results(
+    site: str, picture: Path, crop: list[float] | None = None, **form: str
+) -> list[dict[str, object]]:
     if crop:
-        form["crop"] = json.dumps(dict(zip(("x", "y", "width", "height"), crop, strict=True)))
-    answer = httpx.post(f"{site}/search/image", files={"file": picture.read_bytes()}, data={"k": "24", **form})
+        form["crop"] = json.dumps(
+            dict(zip(("x", "y", "width", "height"), crop, strict=True))
+        )
+    answer = httpx.post(
+        f"{site}/search/image",
+        files={"file": picture.read_bytes()},
+        data={"k": "24", **form},
+    )
     assert answer.status_code == 200, answer.text
     return list(answer.json()["results"])
 
 
-def test_picture_and_words_are_searched_together(page: Page, site: str, tiny_gallery: Path, tmp_path: Path) -> None:
+def test_picture_and_words_are_searched_together(
+    page: Page, site: str, tiny_gallery: Path, tmp_path: Path
+) -> None:
     picture = tiny_gallery / "circle/blue.png"
     page.open(site)
     page.type("#file", str(picture))
@@ -51,7 +63,9 @@ def test_picture_and_words_are_searched_together(page: Page, site: str, tiny_gal
     page.click("#chips button")
     page.settled(24)
     assert not page.has("#error")
-    assert ["422" in message for message in page.errors()] == [True], "Chromium logs every 4xx itself"
+    assert ["422" in message for message in page.errors()] == [True], (
+        "Chromium logs every 4xx itself"
+    )
 
 
 def test_dropped_and_pasted_pictures_are_searched(page: Page, site: str) -> None:
@@ -61,10 +75,12 @@ def test_dropped_and_pasted_pictures_are_searched(page: Page, site: str) -> None
         canvas.toBlob((blob) => {
             const carried = new DataTransfer();
             carried.items.add(new File(['words'], 'notes.txt', {type: 'text/plain'}));
-            carried.items.add(new File([blob], `${arguments[0]}.png`, {type: 'image/png'}));
+            const file = new File([blob], `${arguments[0]}.png`, {type: 'image/png'});
+            carried.items.add(file);
             const event = arguments[0] === 'paste'
                 ? new ClipboardEvent('paste', {clipboardData: carried, bubbles: true})
-                : new DragEvent('drop', {dataTransfer: carried, bubbles: true, cancelable: true});
+                : new DragEvent('drop', {
+                    dataTransfer: carried, bubbles: true, cancelable: true});
             document.body.dispatchEvent(event);
             done();
         });
@@ -88,18 +104,36 @@ def test_part_of_the_picture_is_searched(both: Page, site: str, tmp_path: Path) 
 
     page.open(site)
     page.type("#file", str(picture))
-    frame = until(lambda: page.one("#picture-frame").size["width"] > 100 and page.one("#picture-frame"))
+    frame = until(
+        lambda: (
+            page.one("#picture-frame").size["width"] > 100
+            and page.one("#picture-frame")
+        )
+    )
     searches([])
     assert not page.has("#whole")
     width, height = frame.size["width"], frame.size["height"]
     if page.js("return matchMedia('(pointer: coarse)').matches"):
         place = frame.rect
-        corners = [(place["x"] + 4, place["y"] + 4), (place["x"] + width / 2, place["y"] + height - 4)]
-        for kind, points in (("touchStart", corners[:1]), ("touchMove", corners[1:]), ("touchEnd", [])):
-            page.cdp("Input.dispatchTouchEvent", type=kind, touchPoints=[{"x": x, "y": y} for x, y in points])
+        corners = [
+            (place["x"] + 4, place["y"] + 4),
+            (place["x"] + width / 2, place["y"] + height - 4),
+        ]
+        for kind, points in (
+            ("touchStart", corners[:1]),
+            ("touchMove", corners[1:]),
+            ("touchEnd", []),
+        ):
+            page.cdp(
+                "Input.dispatchTouchEvent",
+                type=kind,
+                touchPoints=[{"x": x, "y": y} for x, y in points],
+            )
     else:
         drag = ActionChains(page.driver, duration=20)
-        drag.move_to_element_with_offset(frame, 4 - width // 2, 4 - height // 2).click_and_hold()
+        drag.move_to_element_with_offset(
+            frame, 4 - width // 2, 4 - height // 2
+        ).click_and_hold()
         drag.move_to_element_with_offset(frame, 0, height // 2 - 4).release().perform()
     x, y, w, h = until(lambda: crop_of(page))
     assert [x, y, w, h] == pytest.approx([0, 0, 0.5, 1], abs=0.1)
@@ -110,8 +144,12 @@ def test_part_of_the_picture_is_searched(both: Page, site: str, tmp_path: Path) 
     searches([x + 0.02, y, w - 0.02, h])
 
 
-def test_heic_picture_is_searched_though_the_browser_cannot_show_it(page: Page, site: str, tmp_path: Path) -> None:
-    (tmp_path / "phone.heic").write_bytes(encoded(Image.new("RGB", (64, 64), "red"), "HEIF"))
+def test_heic_picture_is_searched_though_the_browser_cannot_show_it(
+    page: Page, site: str, tmp_path: Path
+) -> None:
+    (tmp_path / "phone.heic").write_bytes(
+        encoded(Image.new("RGB", (64, 64), "red"), "HEIF")
+    )
     page.open(site)
     page.type("#file", str(tmp_path / "phone.heic"))
     page.says("#picture-hint", "cannot show this kind of image")
@@ -120,7 +158,9 @@ def test_heic_picture_is_searched_though_the_browser_cannot_show_it(page: Page, 
     assert "phone.heic" in page.text("#chips")
 
 
-def test_the_page_says_if_nothing_fits_a_picture(page: Page, large: str, tmp_path: Path) -> None:
+def test_the_page_says_if_nothing_fits_a_picture(
+    page: Page, large: str, tmp_path: Path
+) -> None:
     Image.new("RGB", (64, 64)).save(tmp_path / "night.png")
     draw("red", "square").save(tmp_path / "red.png")  # one of the gallery
     page.open(large)

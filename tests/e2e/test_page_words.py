@@ -1,4 +1,6 @@
-"""A search by words: examples, typing, words to leave out, the order of the results and what explains it."""
+"""A search by words: examples, typing, words to leave out, the order of the results and
+what explains it.
+"""
 
 from urllib.parse import quote
 
@@ -12,7 +14,9 @@ from tests.support.page import Page, fetching, searched, until
 pytestmark = pytest.mark.browser
 
 
-def test_typing_searches_and_a_result_leads_to_similar_ones(both: Page, site: str) -> None:
+def test_typing_searches_and_a_result_leads_to_similar_ones(
+    both: Page, site: str
+) -> None:
     page = both
     page.open(site, 24)  # the gallery
     assert page.text("#status") == "24 images"
@@ -49,7 +53,10 @@ def test_examples_come_from_the_gallery(page: Page, site: str) -> None:
     until(lambda: page.all("#examples button"))
     words = page.texts("#examples button")
     assert len(set(words)) == 6
-    assert set(words) <= {item["caption"] for item in httpx.get(f"{site}/items", params={"k": 100}).json()["items"]}
+    assert set(words) <= {
+        item["caption"]
+        for item in httpx.get(f"{site}/items", params={"k": 100}).json()["items"]
+    }
     page.click("#examples button", 1)
     page.arrives("#q=")
     page.settled(24)
@@ -58,7 +65,10 @@ def test_examples_come_from_the_gallery(page: Page, site: str) -> None:
 
 def test_late_answers_do_not_replace_the_last_words(page: Page, site: str) -> None:
     page.open(site, 24)
-    late = "if (path.includes('search/text')) await new Promise((done) => setTimeout(done, 300 / ++asked));"
+    late = (
+        "if (path.includes('search/text')) await new Promise((done) => setTimeout(done,"
+        " 300 / ++asked));"
+    )
     page.js(fetching(late))
     page.type("#query", "a blue square")
     page.shows(searched(site, query="a blue square"))
@@ -67,9 +77,14 @@ def test_late_answers_do_not_replace_the_last_words(page: Page, site: str) -> No
     until(lambda: page.text("#status") == "24 images")
 
 
-def test_without_removes_results_and_is_offered_for_words(both: Page, site: str) -> None:
+def test_without_removes_results_and_is_offered_for_words(
+    both: Page, site: str
+) -> None:
     page = both
-    plain, reduced = searched(site, query="a circle"), searched(site, query="a circle", without="red")
+    plain, reduced = (
+        searched(site, query="a circle"),
+        searched(site, query="a circle", without="red"),
+    )
     page.open(f"{site}/#q=a+circle")
     page.shows(plain)
     assert not page.has("#offer")
@@ -92,7 +107,9 @@ def test_without_removes_results_and_is_offered_for_words(both: Page, site: str)
 
 
 def test_words_are_looked_up_where_the_page_says_so(page: Page, site: str) -> None:
-    plain, hybrid = (searched(site, query="red square", hybrid=each) for each in (False, True))
+    plain, hybrid = (
+        searched(site, query="red square", hybrid=each) for each in (False, True)
+    )
     page.open(f"{site}/#q=red+square")
     page.shows(plain)
     assert not page.one("#words").is_selected()
@@ -105,7 +122,9 @@ def test_words_are_looked_up_where_the_page_says_so(page: Page, site: str) -> No
     first = page.text("#results .card")
     assert "a red square" in first
     assert "all words" in first
-    assert page.text("#results .number") == "good match", "its percentage may be lower than the next"
+    assert page.text("#results .number") == "good match", (
+        "its percentage may be lower than the next"
+    )
     assert page.text("#scores summary") == "Why this order?"
     page.click("#words")
     page.shows(plain)
@@ -120,26 +139,44 @@ def test_explanations_are_drawn(page: Page, site: str) -> None:
     page.settled(24)
     assert "explain=1" in page.url
     page.counts(8, ".explained")
-    answer = httpx.post(f"{site}/search/text", json={"query": "a red square", "explain": True, "k": 1}).json()
+    answer = httpx.post(
+        f"{site}/search/text", json={"query": "a red square", "explain": True, "k": 1}
+    ).json()
     explanation = answer["results"][0]["explanation"]
     effects = np.array([each["effect"] for each in explanation["words"]])
     shares = effects / abs(effects).max()
-    drawn = page.one("#results .explained").find_elements("css selector", ".words .word")
-    assert [word.find_element("css selector", "b").text for word in drawn] == ["a", "red", "square"]
-    bars = [float(page.js("return arguments[0].style.getPropertyValue('--share')", word)) for word in drawn]
+    drawn = page.one("#results .explained").find_elements(
+        "css selector", ".words .word"
+    )
+    assert [word.find_element("css selector", "b").text for word in drawn] == [
+        "a",
+        "red",
+        "square",
+    ]
+    bars = [
+        float(page.js("return arguments[0].style.getPropertyValue('--share')", word))
+        for word in drawn
+    ]
     assert bars == pytest.approx(abs(shares), abs=0.01)
     titles = [str(word.get_attribute("title")).split("” ")[1] for word in drawn]
     assert titles[shares.argmax()] == "matters most"
     assert [title == "speaks against" for title in titles] == list(shares < -0.08)
-    veil = np.array(page.js("""
+    veil = np.array(
+        page.js("""
         const map = document.querySelector('#results .map'), side = map.width / 4;
         const {data} = map.getContext('2d').getImageData(0, 0, map.width, map.height);
         const centre = (place) => Math.floor((place + 0.5) * side);
-        const middle = (i) => 4 * (centre(Math.floor(i / 4)) * map.width + centre(i % 4));
+        const middle = (i) =>
+            4 * (centre(Math.floor(i / 4)) * map.width + centre(i % 4));
         return [...Array(16).keys()].map((i) => data[middle(i) + 3]);
-    """))  # fmt: skip
-    assert veil[np.argmax(explanation["relevance"])] <= veil.min() + 5, "light falls on the part that matters most"
-    page.says("#legend", "this part of the image matters most", "how much a word matters")
+    """)
+    )
+    assert veil[np.argmax(explanation["relevance"])] <= veil.min() + 5, (
+        "light falls on the part that matters most"
+    )
+    page.says(
+        "#legend", "this part of the image matters most", "how much a word matters"
+    )
     page.detail()
     page.appears("#detail-map")
     page.says("#detail-words", "matters most")
@@ -150,20 +187,38 @@ def test_explanations_are_drawn(page: Page, site: str) -> None:
 
 def test_less_likely_results_are_below_a_line(page: Page, many: str) -> None:
     def likely(query: str) -> int:
-        answer = httpx.post(f"{many}/search/text", json={"query": query, "k": 24}).json()
+        answer = httpx.post(
+            f"{many}/search/text", json={"query": query, "k": 24}
+        ).json()
         return sum(result["level"] == "likely" for result in answer["results"])
 
-    queries = ("a red circle", "blue", "xkqz", "a", "wiring plan", "tax report", "square", "cathedral", "!")
+    queries = (
+        "a red circle",
+        "blue",
+        "xkqz",
+        "a",
+        "wiring plan",
+        "tax report",
+        "square",
+        "cathedral",
+        "!",
+    )
     fitting = {query: likely(query) for query in queries}
     some = next(query for query, count in fitting.items() if 0 < count < 24)
     none = next(query for query, count in fitting.items() if count == 0)
     page.open(f"{many}/#q={quote(some)}", 24)
-    assert [len(page.all(f"#results .{name}")) for name in ("weak", "divider")] == [24 - fitting[some], 1]
+    assert [len(page.all(f"#results .{name}")) for name in ("weak", "divider")] == [
+        24 - fitting[some],
+        1,
+    ]
     assert f"{fitting[some]} of them likely" in page.text("#status")
     assert not page.has("#nothing")
     page.open(f"{many}/#q={quote(none)}", 24)
     assert f"Nothing fits “{none}” well" in page.text("#nothing")
-    assert [len(page.all(f"#results .{name}")) for name in ("weak", "divider")] == [24, 0]
+    assert [len(page.all(f"#results .{name}")) for name in ("weak", "divider")] == [
+        24,
+        0,
+    ]
     page.open(f"{many}/#item={page.ids()[0]}", 23)  # item searches have no cut-off
     assert page.all("#results .weak") == []
     assert not page.has("#nothing")

@@ -1,6 +1,7 @@
 """The commands of the tutorial and of the how-to guides print what the pages show.
 
-- The tutorial runs first, in a fresh directory with 72 drawn pictures. Each guide continues in a copy of it.
+- The tutorial runs first, in a fresh directory with 72 drawn pictures. Each guide
+  continues in a copy of it.
 - A tiny model and short trainings take the place of CLIP and of real ones.
 - Requests to the demo are in `test_example.py`.
 """
@@ -33,28 +34,57 @@ from tests.support.shown import Shown, assert_shown, shown_blocks
 TRAIN, EVALUATE = "--epochs 10 --lr 0.005 --batch-size 16", "--epochs 2 --batch-size 64"
 KEY = "dcar_" + "a" * 43
 HASH = hashlib.sha256(KEY.encode()).hexdigest()
-BIRDS = {"barn owl": "square", "kestrel": "circle", "robin": "triangle", "wren": "cross"}
+BIRDS = {
+    "barn owl": "square",
+    "kestrel": "circle",
+    "robin": "triangle",
+    "wren": "cross",
+}
 COLORS = {
-    "red": "at dusk", "green": "on a branch", "blue": "in flight", "orange": "at sunrise", "purple": "on a fence post",
+    "red": "at dusk",
+    "green": "on a branch",
+    "blue": "in flight",
+    "orange": "at sunrise",
+    "purple": "on a fence post",
     "black": "at night",
-}  # fmt: skip
-GROUNDS = {(255, 255, 255): "in the snow", (160, 160, 160): "in the fog", (250, 240, 120): "in a field"}
+}
+GROUNDS = {
+    (255, 255, 255): "in the snow",
+    (160, 160, 160): "in the fog",
+    (250, 240, 120): "in a field",
+}
 ELSEWHERE = {"search.md", "re-rank-and-explain.md"}  # the tests named above
 
 
 def runs(block: Shown) -> bool:
-    """Whether a block is run here. `make` runs this very test, and another one runs `make demo`."""
-    return not block.needs and not block.is_silent and not block.lines[0].startswith("make ")
+    """Whether a block is run here. `make` runs this very test, and another one runs
+    `make demo`.
+    """
+    return (
+        not block.needs
+        and not block.is_silent
+        and not block.lines[0].startswith("make ")
+    )
 
 
 GUIDES = sorted((ROOT / "docs" / "how-to").glob("*.md"))
-WALKED = ["README.md", *(path.relative_to(ROOT).as_posix() for path in GUIDES if path.name not in ELSEWHERE)]
+WALKED = [
+    "README.md",
+    *(
+        path.relative_to(ROOT).as_posix()
+        for path in GUIDES
+        if path.name not in ELSEWHERE
+    ),
+]
 WALKED = [page for page in WALKED if any(map(runs, shown_blocks(page)))]
-FRESH = {"README.md", "docs/how-to/adapt.md"}  # they train, so they begin with the photos only
+# they train, so they begin with the photos only
+FRESH = {"README.md", "docs/how-to/adapt.md"}
 
 
 def draw_photos(folder: Path) -> None:
-    """72 pictures in one folder per category, with pairs.csv in the columns that the tutorial shows."""
+    """72 pictures in one folder per category, with pairs.csv in the columns that the
+    tutorial shows.
+    """
     rows = []
     for bird, shape in BIRDS.items():
         (folder / bird).mkdir(parents=True)
@@ -65,13 +95,20 @@ def draw_photos(folder: Path) -> None:
             name = f"{bird}/{number:03}.jpg"
             Image.fromarray(pixels).save(folder / name)
             rows.append((name, f"a {bird} {COLORS[color]} {GROUNDS[ground]}", bird))
-    header = (ROOT / "docs" / "tutorial.md").read_text(encoding="utf-8").split("```csv\n")[1].splitlines()[0]
+    header = (
+        (ROOT / "docs" / "tutorial.md")
+        .read_text(encoding="utf-8")
+        .split("```csv\n")[1]
+        .splitlines()[0]
+    )
     with (folder / "pairs.csv").open("w", newline="") as file:
         csv.writer(file).writerows([header.split(","), *rows])
 
 
 class Reader:
-    """Runs the blocks of a page as a reader does: in the current directory, with a service that keeps running."""
+    """Runs the blocks of a page as a reader does: in the current directory, with a
+    service that keeps running.
+    """
 
     def __init__(self, model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         self._model, self._monkeypatch = model, monkeypatch
@@ -79,11 +116,16 @@ class Reader:
         self._address = ""
 
     def read(self, block: Shown) -> None:
-        """Run the commands of a block, and compare what they print with what the page shows."""
+        """Run the commands of a block, and compare what they print with what the page
+        shows.
+        """
         printed = "".join(self._run(line) for line in block.lines)
         if not block.is_silent:
             printed = printed.replace(str(self._model), "ViT-B-32")
-            assert_shown(block, printed.replace(self._address or "no service", "http://127.0.0.1:8000"))
+            assert_shown(
+                block,
+                printed.replace(self._address or "no service", "http://127.0.0.1:8000"),
+            )
 
     def close(self) -> None:
         """Stop the service."""
@@ -93,7 +135,11 @@ class Reader:
             self._server = None
 
     def _run(self, line: str) -> str:
-        line = line.replace("<sha256>", HASH).replace("KEY=dcar_...", f"KEY={KEY}").removeprefix(".venv/bin/")
+        line = (
+            line.replace("<sha256>", HASH)
+            .replace("KEY=dcar_...", f"KEY={KEY}")
+            .removeprefix(".venv/bin/")
+        )
         words = shlex.split(line, comments=True)
         if line.startswith("export "):
             for word in words[1:]:
@@ -104,23 +150,42 @@ class Reader:
             return self._dcar(line)
         elif line.startswith("python "):
             program = words[2] if words[1] == "-m" else ROOT / words[1]
-            rest = [word for word in words[3 if words[1] == "-m" else 2 :] if "*" not in word]
-            done = commands.run(program, *rest, directory=Path.cwd() if words[1] == "-m" else ROOT)
+            rest = [
+                word
+                for word in words[3 if words[1] == "-m" else 2 :]
+                if "*" not in word
+            ]
+            done = commands.run(
+                program, *rest, directory=Path.cwd() if words[1] == "-m" else ROOT
+            )
             assert done.returncode == 0, (line, done.stderr)
             return done.stdout
         elif line.startswith("curl "):
-            line = line.replace("http://127.0.0.1:8000", self._address).replace("$KEY", KEY)
-            return subprocess.run(shlex.split(line), capture_output=True, text=True, check=True).stdout + "\n"
+            line = line.replace("http://127.0.0.1:8000", self._address).replace(
+                "$KEY", KEY
+            )
+            return (
+                subprocess.run(
+                    shlex.split(line), capture_output=True, text=True, check=True
+                ).stdout
+                + "\n"
+            )
         else:
-            assert Shown((line,), None, is_json=False).is_silent, f"unknown command {line}"
+            assert Shown((line,), None, is_json=False).is_silent, (
+                f"unknown command {line}"
+            )
         return ""
 
     def _dcar(self, line: str) -> str:
         if line.startswith(("dcar train", "dcar evaluate")):
             line += f" {TRAIN if line.startswith('dcar train') else EVALUATE}"
         if line.startswith("dcar quickstart"):
-            self._monkeypatch.setattr("app.cli.serving.serve_index", lambda **flags: None)
-        if line.startswith(("dcar train", "dcar evaluate", "dcar zero-shot", "dcar quickstart")):
+            self._monkeypatch.setattr(
+                "app.cli.serving.serve_index", lambda **flags: None
+            )
+        if line.startswith(
+            ("dcar train", "dcar evaluate", "dcar zero-shot", "dcar quickstart")
+        ):
             line += f" --model {self._model}"
         done = CliRunner().invoke(app, shlex.split(line)[1:], catch_exceptions=False)
         assert done.exit_code == 0, (line, done.output)
@@ -131,11 +196,21 @@ class Reader:
         self.close()
         port, log = free_port(), Path("serve.log").absolute()
         log.write_text("")
-        streams: dict[str, Any] = {"stdout": os.devnull, "stderr": log, "directory": Path.cwd()}
-        self._server = commands.Command("app.cli", *words[1:], "--port", port, **streams)
+        streams: dict[str, Any] = {
+            "stdout": os.devnull,
+            "stderr": log,
+            "directory": Path.cwd(),
+        }
+        self._server = commands.Command(
+            "app.cli", *words[1:], "--port", port, **streams
+        )
         self._address = ready(f"http://127.0.0.1:{port}")
         lines = log.read_text().splitlines(keepends=True)
-        return "".join(line for line in lines if "listening on" in line or "serving version" in line)
+        return "".join(
+            line
+            for line in lines
+            if "listening on" in line or "serving version" in line
+        )
 
 
 @pytest.fixture(scope="module")
@@ -160,7 +235,9 @@ def walked(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
-def reader(walked: Path, tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Reader]:
+def reader(
+    walked: Path, tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> Iterator[Reader]:
     shutil.copytree(walked, tmp_path, dirs_exist_ok=True)
     shutil.rmtree(tmp_path / "results")
     monkeypatch.chdir(tmp_path)
@@ -171,18 +248,24 @@ def reader(walked: Path, tiny_model: Path, tmp_path: Path, monkeypatch: pytest.M
 
 def test_the_tutorial_has_ten_commands_and_prints_what_it_shows(walked: Path) -> None:
     text = (ROOT / "docs" / "tutorial.md").read_text(encoding="utf-8")
-    assert re.findall(r"^## (\d+)\. ", text, re.MULTILINE) == [str(number) for number in range(1, 11)]
+    assert re.findall(r"^## (\d+)\. ", text, re.MULTILINE) == [
+        str(number) for number in range(1, 11)
+    ]
     assert len(shown_blocks("docs/tutorial.md")) == 10
     assert "tests/e2e/test_shown.py" in text
 
 
 @pytest.mark.parametrize("page", WALKED)
-def test_the_commands_of_a_guide_print_what_it_shows(reader: Reader, tmp_path: Path, page: str) -> None:
+def test_the_commands_of_a_guide_print_what_it_shows(
+    reader: Reader, tmp_path: Path, page: str
+) -> None:
     if page in FRESH:
         for name in ("adapted", "index", "index-clip"):
             shutil.rmtree(tmp_path / name)
     requests_to_the_demo = page == "README.md"
     for block in shown_blocks(page):
         is_request = block.lines[0].startswith("curl ")
-        if (runs(block) or block.is_silent) and not (is_request and requests_to_the_demo):
+        if (runs(block) or block.is_silent) and not (
+            is_request and requests_to_the_demo
+        ):
             reader.read(block)

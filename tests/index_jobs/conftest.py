@@ -19,7 +19,9 @@ def memory_scheme(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.fixture
 def gallery(tiny_gallery: Path, tmp_path: Path) -> Path:
     """A copy to break things in."""
-    return Path(shutil.copytree(tiny_gallery, tmp_path / "gallery", copy_function=shutil.copy2))
+    return Path(
+        shutil.copytree(tiny_gallery, tmp_path / "gallery", copy_function=shutil.copy2)
+    )
 
 
 @pytest.fixture(scope="session")
@@ -28,7 +30,9 @@ def encoder(tiny_checkpoint: Path) -> Encoder:
 
 
 @pytest.fixture(scope="session")
-def published(tiny_gallery: Path, tiny_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def published(
+    tiny_gallery: Path, tiny_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Path:
     index = tmp_path_factory.mktemp("published") / "index"
     rebuild(tiny_gallery, tiny_checkpoint, index, progress=False)
     return index

@@ -26,11 +26,17 @@ from tests.support.versions import Build
 
 @pytest.fixture
 def installed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
-    """Put an engine of a third party on `sys.path`, as pip installs it, and return its class."""
+    """Put an engine of a third party on `sys.path`, as pip installs it, and return its
+    class.
+    """
     site = tmp_path / "site-packages"
     (about := site / "array_engine-1.0.dist-info").mkdir(parents=True)
-    (about / "METADATA").write_text("Metadata-Version: 2.1\nName: array-engine\nVersion: 1.0\n")
-    (about / "entry_points.txt").write_text("[dcar.engines]\narray = array_engine:ArrayEngine\n")
+    (about / "METADATA").write_text(
+        "Metadata-Version: 2.1\nName: array-engine\nVersion: 1.0\n"
+    )
+    (about / "entry_points.txt").write_text(
+        "[dcar.engines]\narray = array_engine:ArrayEngine\n"
+    )
     shutil.copyfile(array_engine.__file__, site / "array_engine.py")
     monkeypatch.syspath_prepend(site)
     yield importlib.import_module("array_engine").ArrayEngine
@@ -42,7 +48,11 @@ def test_an_installed_engine_builds_searches_updates_and_follows_versions(
 ) -> None:
     index, name = tmp_path / "index", index_name(tmp_path / "index")
     summary = build(engine="array=memory")
-    assert (summary.kind, summary.measured["recall_at_10"], summary.count) == ("array", 1.0, 24)
+    assert (summary.kind, summary.measured["recall_at_10"], summary.count) == (
+        "array",
+        1.0,
+        24,
+    )
     ours, faiss = open_current(index), open_current(published)
     assert "index.faiss" not in ours.manifest.files
     rows = np.arange(24)
@@ -50,7 +60,11 @@ def test_an_installed_engine_builds_searches_updates_and_follows_versions(
         scores, found = ours.search(faiss.vectors(rows), 10, allowed)
         expected, truth = faiss.search(faiss.vectors(rows), 10, allowed)
         assert found[:, 0].tolist() == truth[:, 0].tolist()
-        np.testing.assert_allclose(np.where(found < 0, -9, scores), np.where(truth < 0, -9, expected), atol=1e-5)
+        np.testing.assert_allclose(
+            np.where(found < 0, -9, scores),
+            np.where(truth < 0, -9, expected),
+            atol=1e-5,
+        )
     assert build(engine="array=memory").reused
     add(index, write_images(tmp_path / "more", "pink"), progress=False)
     remove(index, [ours.item(4).id])
@@ -67,21 +81,37 @@ def test_an_engine_that_is_left_is_told_so(installed: Any, build: Build) -> None
     build(engine="array=a")
     build(engine="array=b", keep=1)
     build(keep=1)
-    assert [(uri, version) for uri, _, version in installed.synced] == [("a", 1), ("a", 2), ("b", 2), ("b", 3)]
+    assert [(uri, version) for uri, _, version in installed.synced] == [
+        ("a", 1),
+        ("a", 2),
+        ("b", 2),
+        ("b", 3),
+    ]
 
 
 def as_stored(built: IndexVersion, rows: RowFilter) -> list[int]:
-    """Return the rows of a filter as an engine finds them that has the fields as they were built."""
+    """Return the rows of a filter as an engine finds them that has the fields as they
+    were built.
+    """
     stored = np.flatnonzero(match_rows(built, rows.filter))
     return np.union1d(np.setdiff1d(stored, rows.excluded), rows.included).tolist()
 
 
-def test_stored_fields_and_exceptions_tell_the_rows_of_a_filter(installed: Any, build: Build, tmp_path: Path) -> None:
+def test_stored_fields_and_exceptions_tell_the_rows_of_a_filter(
+    installed: Any, build: Build, tmp_path: Path
+) -> None:
     index = tmp_path / "index"
     build(engine="array=memory")
     built = open_current(index)
     ids = built.column("id").to_pylist()
-    change_metadata(index, [(ids[0], {"color": "mauve"}), (ids[9], {"color": built.item(1).metadata["color"]})], "test")
+    change_metadata(
+        index,
+        [
+            (ids[0], {"color": "mauve"}),
+            (ids[9], {"color": built.item(1).metadata["color"]}),
+        ],
+        "test",
+    )
     remove(index, [ids[5]])
     opened = open_current(index)
     colors = {opened.item(row).metadata["color"] for row in range(24) if row != 5}
@@ -91,28 +121,52 @@ def test_stored_fields_and_exceptions_tell_the_rows_of_a_filter(installed: Any, 
             assert as_stored(built, rows) == np.flatnonzero(rows.mask).tolist()
             assert rows.excluded.tolist() == [0, 5, 9]
             part = rows.part(range(3, 24))
-            assert (part.mask.tolist(), part.excluded.tolist()) == (rows.mask[3:].tolist(), [2, 6])
+            assert (part.mask.tolist(), part.excluded.tolist()) == (
+                rows.mask[3:].tolist(),
+                [2, 6],
+            )
             fewer = rows.without(np.array([1, 9, 20]))
             assert as_stored(built, fewer) == np.flatnonzero(fewer.mask).tolist()
             assert not fewer.mask[[1, 9, 20]].any()
 
 
-def test_rebuild_is_recommended_once_searches_name_many_rows(installed: Any, build: Build, tmp_path: Path) -> None:
+def test_rebuild_is_recommended_once_searches_name_many_rows(
+    installed: Any, build: Build, tmp_path: Path
+) -> None:
     index = tmp_path / "index"
     build(engine="array=memory")
     ids = [open_current(index).item(row).id for row in range(5)]
-    assert change_metadata(index, [(each, {"price": 1}) for each in ids[:4]], "a test").rebuild == ""
+    assert (
+        change_metadata(
+            index, [(each, {"price": 1}) for each in ids[:4]], "a test"
+        ).rebuild
+        == ""
+    )
     assert remove(index, ids[3:4]).rebuild == ""
     reason = "of 24 rows are removed or changed, which every search excludes"
-    assert change_metadata(index, [(ids[4], {"price": 1})], "a test").rebuild == f"5 {reason}"
+    assert (
+        change_metadata(index, [(ids[4], {"price": 1})], "a test").rebuild
+        == f"5 {reason}"
+    )
     assert build(engine="array=memory").version == 5
     assert open_current(index).manifest.rebuild == ""
 
 
-def test_wrong_names_and_kinds_of_engines_are_refused(installed: Any, build: Build) -> None:
+def test_wrong_names_and_kinds_of_engines_are_refused(
+    installed: Any, build: Build
+) -> None:
     for engine, says in (
-        ("annoy=somewhere", r"unknown engine 'annoy'; installed are: faiss,.*array.* `pip install` adds"),
-        ("faiss=/tmp", "the engine faiss writes a file into the index, so it takes no location"),
+        (
+            "annoy=somewhere",
+            (
+                r"unknown engine 'annoy'; installed are: faiss,.*array.* `pip install`"
+                r" adds"
+            ),
+        ),
+        (
+            "faiss=/tmp",
+            "the engine faiss writes a file into the index, so it takes no location",
+        ),
     ):
         with pytest.raises(DataError, match=says):
             load_engine(engine)

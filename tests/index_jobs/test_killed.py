@@ -1,7 +1,9 @@
-"""Jobs killed at the n-th call that makes something durable: fsync, rename, or a write to an object store.
+"""Jobs killed at the n-th call that makes something durable: fsync, rename, or a write
+to an object store.
 
-A process that has imported everything forks one for each case, and for each step of an attempt: to prepare an index, to
-run a job on it until it is killed, and to check what is left, which the job, repeated, completes.
+A process that has imported everything forks one for each case, and for each step of an
+attempt: to prepare an index, to run a job on it until it is killed, and to check what
+is left, which the job, repeated, completes.
 """
 
 import ctypes
@@ -60,14 +62,17 @@ void step(void) { if (++calls == last) kill(getpid(), SIGKILL); }
 WRAP(fsync, (int file), (file))
 WRAP(fdatasync, (int file), (file))
 WRAP(rename, (const char *from, const char *to), (from, to))
-WRAP(renameat, (int one, const char *from, int other, const char *to), (one, from, other, to))
+WRAP(renameat, (int one, const char *from, int other, const char *to),
+     (one, from, other, to))
 """
 # Moments of a job, evenly spread where it has more.
 MOST = int(os.environ.get("KILLS") or (12 if PARTS["time"].is_present else 3))
 
 
 class Given(NamedTuple):
-    """What cases are made of: two galleries and a model, and an index of the first one."""
+    """What cases are made of: two galleries and a model, and an index of the first
+    one.
+    """
 
     gallery: Path
     more: Path
@@ -79,7 +84,9 @@ class Given(NamedTuple):
 
 
 class Case(NamedTuple):
-    """prepare: makes an index below a folder. job: changes it, and may be repeated. require: what holds then."""
+    """prepare: makes an index below a folder. job: changes it, and may be repeated.
+    require: what holds then.
+    """
 
     prepare: Callable[[Given, Path], Path]
     job: Callable[[Given, Path], object]
@@ -89,7 +96,18 @@ class Case(NamedTuple):
 def library(folder: Path) -> Path:
     """Compile the library that counts calls."""
     (folder / "killing.c").write_text(SOURCE)
-    subprocess.run(["cc", "-shared", "-fPIC", "-o", folder / "killing.so", folder / "killing.c", "-ldl"], check=True)
+    subprocess.run(
+        [
+            "cc",
+            "-shared",
+            "-fPIC",
+            "-o",
+            folder / "killing.so",
+            folder / "killing.c",
+            "-ldl",
+        ],
+        check=True,
+    )
     return folder / "killing.so"
 
 
@@ -127,7 +145,9 @@ def _remove(given: Given, index: Path) -> None:
 
 
 def _change(given: Given, index: Path) -> None:
-    change_metadata(index, [(given.item(5), {"price": 1, "caption": "a guitar"})], "a table")
+    change_metadata(
+        index, [(given.item(5), {"price": 1, "caption": "a guitar"})], "a table"
+    )
 
 
 def _apply(_: Given, index: Path) -> None:
@@ -138,7 +158,10 @@ def _require_applied(given: Given, index: Path) -> None:
     jobs, opened = JobQueue(index).newest(9)[::-1], open_current(index)
     assert [job["status"] for job in jobs] == ["done"] * 5
     assert [each["id"] for each in jobs[0]["failed"]] == ["bad"]
-    published, manifests = [opened.manifest], {each.version: each for each in list_versions(index)}
+    published, manifests = (
+        [opened.manifest],
+        {each.version: each for each in list_versions(index)},
+    )
     while published[-1].replaced:
         published.append(manifests[published[-1].replaced])
     assert len(published) == 5, "nothing is published twice"
@@ -159,13 +182,16 @@ def _require_accepted(_: Given, index: Path) -> None:
 
 
 CASES = {
-    "a build": Case(lambda _, folder: folder / "index", _build), "an addition": Case(_copied, _add),
-    "a removal": Case(_copied, _remove), "a change of metadata": Case(_copied, _change),
+    "a build": Case(lambda _, folder: folder / "index", _build),
+    "an addition": Case(_copied, _add),
+    "a removal": Case(_copied, _remove),
+    "a change of metadata": Case(_copied, _change),
     "a rollback": Case(_with_changes, lambda _, index: rollback(index, 1)),
     "accepted changes": Case(_with_changes, _apply, _require_applied),
-    "an acceptance": Case(_copied, _accept, _require_accepted), "a removal in a store": Case(_in_a_store, _remove),
+    "an acceptance": Case(_copied, _accept, _require_accepted),
+    "a removal in a store": Case(_in_a_store, _remove),
     "an addition in a store": Case(_in_a_store, _add),
-}  # fmt: skip
+}
 
 
 class CountedStore:
@@ -191,7 +217,9 @@ def run(case: Case, given: Given, index: Path, number: int, counted: Path) -> No
 
 
 def check(case: Case, given: Given, index: Path) -> None:
-    """Require that CURRENT names a complete version, and that the job, repeated, completes and cleans up."""
+    """Require that CURRENT names a complete version, and that the job, repeated,
+    completes and cleans up.
+    """
     pull(index, history=True)
     if current_version(index) is not None:
         verify_index(index)
@@ -200,12 +228,18 @@ def check(case: Case, given: Given, index: Path) -> None:
     with new_version(index):
         pass  # the next writer removes what is left
     verify_index(index)
-    named = {info.sha256 for manifest in list_versions(index) for info in manifest.files.values()}
+    named = {
+        info.sha256
+        for manifest in list_versions(index)
+        for info in manifest.files.values()
+    }
     assert {path.name for path in (index / "blobs").iterdir()} == named
 
 
 def _forked(call: Callable[[], object]) -> int:
-    """Return the status of a process that makes a call: 0, 1 with its traceback on stderr, or -9."""
+    """Return the status of a process that makes a call: 0, 1 with its traceback on
+    stderr, or -9.
+    """
     if (child := os.fork()) == 0:
         try:
             call()
@@ -217,7 +251,9 @@ def _forked(call: Callable[[], object]) -> int:
 
 
 def attempt(name: str, folder: Path, given: Given, number: int) -> int:
-    """Kill a job at its n-th call, 0 for never, and return the number of calls if it has ended before."""
+    """Kill a job at its n-th call, 0 for never, and return the number of calls if it
+    has ended before.
+    """
     case, counted, prepared = CASES[name], folder / "count", folder / "index"
     (place := folder / f"{number}").mkdir()
     os.environ["DCAR_RUNTIME_CACHE"] = str(place / "cache")
@@ -230,19 +266,32 @@ def attempt(name: str, folder: Path, given: Given, number: int) -> int:
     return int(counted.read_text())
 
 
-def attempt_all(environment: dict[str, str], name: str, folder: Path, given: Given) -> None:
+def attempt_all(
+    environment: dict[str, str], name: str, folder: Path, given: Given
+) -> None:
     os.environ |= environment
     total = attempt(name, folder, given, 0)
-    for number in sorted({1 + round(each * (total - 1) / (MOST - 1)) for each in range(MOST)}):
+    for number in sorted(
+        {1 + round(each * (total - 1) / (MOST - 1)) for each in range(MOST)}
+    ):
         attempt(name, folder, given, number)
 
 
 @pytest.fixture(scope="module")
 def attempts(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[..., int]]:
-    """A function that runs `attempt_all` in a process that counts calls, and returns 0, or 1 after a traceback."""
-    environment = {**os.environ, "LD_PRELOAD": str(library(tmp_path_factory.mktemp("library")))}
+    """A function that runs `attempt_all` in a process that counts calls, and returns 0,
+    or 1 after a traceback.
+    """
+    environment = {
+        **os.environ,
+        "LD_PRELOAD": str(library(tmp_path_factory.mktemp("library"))),
+    }
     command = [sys.executable, "-m", "tests.index_jobs.test_killed"]
-    pipes: dict[str, Any] = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
+    pipes: dict[str, Any] = {
+        "stdin": subprocess.PIPE,
+        "stdout": subprocess.PIPE,
+        "text": True,
+    }
     with subprocess.Popen(command, env=environment, **pipes) as process:
 
         def run(environment: dict[str, str], *given: object) -> int:
@@ -259,16 +308,37 @@ def attempts(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[...,
 @pytest.mark.slow
 @pytest.mark.timeout(600)
 @pytest.mark.parametrize(
-    "case", [pytest.param(case, marks=needs("object-store") if "store" in case else ()) for case in CASES]
+    "case",
+    [
+        pytest.param(case, marks=needs("object-store") if "store" in case else ())
+        for case in CASES
+    ],
 )
 def test_current_names_a_complete_version_whenever_a_job_is_killed(
-    case: str, attempts: Callable[..., int], published: Path, tiny_gallery: Path, tiny_checkpoint: Path, tmp_path: Path
+    case: str,
+    attempts: Callable[..., int],
+    published: Path,
+    tiny_gallery: Path,
+    tiny_checkpoint: Path,
+    tmp_path: Path,
 ) -> None:
-    shutil.copytree(tiny_gallery / "circle", tmp_path / "more" / "round")  # other names, other ids
+    # other names, other ids
+    shutil.copytree(tiny_gallery / "circle", tmp_path / "more" / "round")
     (folder := tmp_path / "attempts").mkdir()
     with Server() if "store" in case else nullcontext() as store:
         environment = store.environment if store else {}
-        assert attempts(environment, case, folder, tiny_gallery, tmp_path / "more", tiny_checkpoint, published) == 0
+        assert (
+            attempts(
+                environment,
+                case,
+                folder,
+                tiny_gallery,
+                tmp_path / "more",
+                tiny_checkpoint,
+                published,
+            )
+            == 0
+        )
 
 
 if __name__ == "__main__":
@@ -276,6 +346,8 @@ if __name__ == "__main__":
 
     for line in sys.stdin:
         environment, name, folder, *given = json.loads(line)
-        run_all = partial(attempt_all, environment, name, Path(folder), Given(*map(Path, given)))
+        run_all = partial(
+            attempt_all, environment, name, Path(folder), Given(*map(Path, given))
+        )
         sys.stdout.write(f"{_forked(run_all)}\n")
         sys.stdout.flush()

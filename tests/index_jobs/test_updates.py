@@ -1,4 +1,6 @@
-"""Items added, replaced, changed and removed, and versions rolled back and rebuilt, against dictionaries."""
+"""Items added, replaced, changed and removed, and versions rolled back and rebuilt,
+against dictionaries.
+"""
 
 import json
 import os
@@ -12,7 +14,12 @@ import pytest
 from filelock import FileLock
 from hypothesis import HealthCheck, Phase, settings
 from hypothesis import strategies as st
-from hypothesis.stateful import RuleBasedStateMachine, invariant, rule, run_state_machine_as_test
+from hypothesis.stateful import (
+    RuleBasedStateMachine,
+    invariant,
+    rule,
+    run_state_machine_as_test,
+)
 from typer.testing import CliRunner
 
 from app.cli import app
@@ -46,9 +53,11 @@ from tests.support.versions import Build, publish_copy
 COLORS = ("pink", "cyan", "lime", "navy")
 NAMES = tuple(f"n{number}" for number in range(6))
 CHANGES: dict[str, st.SearchStrategy[Any]] = {
-    "caption": st.sampled_from([f"a {color} tile" for color in COLORS]), "price": st.sampled_from([None, 1, 2.5]),
-    "tags": st.sampled_from([None, ["lime"], ["pink", "new"]]), "sold": st.sampled_from([None, True]),
-}  # fmt: skip
+    "caption": st.sampled_from([f"a {color} tile" for color in COLORS]),
+    "price": st.sampled_from([None, 1, 2.5]),
+    "tags": st.sampled_from([None, ["lime"], ["pink", "new"]]),
+    "sold": st.sampled_from([None, True]),
+}
 CIRCLES = '{"category": "circle"}'
 Fields = dict[str, Any]
 
@@ -83,22 +92,35 @@ def die(*_: object, **__: object) -> None:
 def test_any_sequence_of_changes_leaves_the_items_that_dictionaries_have(
     encoder: Encoder, tiny_checkpoint: Path, tmp_path: Path
 ) -> None:
-    pictures = dict(zip(COLORS, encoder.encode_images([png(color) for color in COLORS]), strict=True))
+    pictures = dict(
+        zip(
+            COLORS, encoder.encode_images([png(color) for color in COLORS]), strict=True
+        )
+    )
 
     class Versions(RuleBasedStateMachine):
-        """An index, and the items of each of its versions: fields by id. The field `drawn` is the picture's colour."""
+        """An index, and the items of each of its versions: fields by id. The field
+        `drawn` is the picture's colour.
+        """
 
         def __init__(self) -> None:
             super().__init__()
             self.folder = Path(tempfile.mkdtemp(dir=tmp_path))
-            self.index, self.versions = self.folder / "index", dict[int, dict[str, Fields]]()
-            self.publish({"n0": {"drawn": "pink", "caption": "a pink tile"}}, self.rebuild)
+            self.index, self.versions = (
+                self.folder / "index",
+                dict[int, dict[str, Fields]](),
+            )
+            self.publish(
+                {"n0": {"drawn": "pink", "caption": "a pink tile"}}, self.rebuild
+            )
 
         @property
         def items(self) -> dict[str, Fields]:
             return self.versions[current_version(self.index) or 0]
 
-        def publish(self, items: dict[str, Fields], job: Callable[[dict[str, Fields]], object]) -> None:
+        def publish(
+            self, items: dict[str, Fields], job: Callable[[dict[str, Fields]], object]
+        ) -> None:
             """Run a job that ends before it publishes, and once more."""
             served = current_version(self.index)
             with pytest.MonkeyPatch.context() as killed:
@@ -114,12 +136,22 @@ def test_any_sequence_of_changes_leaves_the_items_that_dictionaries_have(
             folder = Path(tempfile.mkdtemp(dir=self.folder))
             for name, fields in items.items():
                 (folder / f"{name}.png").write_bytes(png(fields["drawn"]))
-            rows = (fields | {"id": name, "file_name": f"{name}.png"} for name, fields in items.items())
+            rows = (
+                fields | {"id": name, "file_name": f"{name}.png"}
+                for name, fields in items.items()
+            )
             write_jsonl(folder / "metadata.jsonl", *rows)
             return folder
 
         def rebuild(self, items: dict[str, Fields]) -> None:
-            options = {"workers": 0, "keep": 99, "force": True, "progress": False, "margin": 1, "max_vanished": 1}
+            options = {
+                "workers": 0,
+                "keep": 99,
+                "force": True,
+                "progress": False,
+                "margin": 1,
+                "max_vanished": 1,
+            }
             rebuild(self.gallery(items), tiny_checkpoint, self.index, **options)
 
         @rule()
@@ -127,34 +159,63 @@ def test_any_sequence_of_changes_leaves_the_items_that_dictionaries_have(
             self.publish(self.items, self.rebuild)
 
         @rule(
-            names=st.lists(st.sampled_from(NAMES), min_size=1, max_size=3, unique=True), color=st.sampled_from(COLORS)
+            names=st.lists(st.sampled_from(NAMES), min_size=1, max_size=3, unique=True),
+            color=st.sampled_from(COLORS),
         )
         def add(self, names: list[str], color: str) -> None:
-            given: Fields = {name: {"drawn": color, "caption": f"a {color} tile", "price": 1} for name in names}
+            given: Fields = {
+                name: {"drawn": color, "caption": f"a {color} tile", "price": 1}
+                for name in names
+            }
             gallery = self.gallery(given)
-            options: dict[str, Any] = {"replicas": [encoder], "workers": 0, "keep": 99, "progress": False}
-            self.publish({**self.items, **given}, lambda _: add(self.index, gallery, replace_existing=True, **options))
+            options: dict[str, Any] = {
+                "replicas": [encoder],
+                "workers": 0,
+                "keep": 99,
+                "progress": False,
+            }
+            self.publish(
+                {**self.items, **given},
+                lambda _: add(self.index, gallery, replace_existing=True, **options),
+            )
 
         @rule(names=st.lists(st.sampled_from(NAMES), min_size=1, unique=True))
         def remove(self, names: list[str]) -> None:
-            left = {name: fields for name, fields in self.items.items() if name not in names}
+            left = {
+                name: fields for name, fields in self.items.items() if name not in names
+            }
             if left and {*names} <= {*self.items}:
                 self.publish(left, lambda _: remove(self.index, names, keep=99))
             else:
-                with pytest.raises(DataError, match=r"nothing was removed|no item would be left"):
+                with pytest.raises(
+                    DataError, match=r"nothing was removed|no item would be left"
+                ):
                     remove(self.index, names)
 
-        @rule(names=st.sets(st.sampled_from(NAMES), min_size=1), fields=st.fixed_dictionaries({}, optional=CHANGES))
+        @rule(
+            names=st.sets(st.sampled_from(NAMES), min_size=1),
+            fields=st.fixed_dictionaries({}, optional=CHANGES),
+        )
         def change(self, names: set[str], fields: Fields) -> None:
-            after = {name: {**self.items[name], **fields} for name in names & {*self.items}}
-            after = {name: {key: value for key, value in each.items() if value} for name, each in after.items()}
+            after = {
+                name: {**self.items[name], **fields} for name in names & {*self.items}
+            }
+            after = {
+                name: {key: value for key, value in each.items() if value}
+                for name, each in after.items()
+            }
             if not after:
                 with pytest.raises(DataError, match=r"none of the \d ids"):
-                    change_metadata(self.index, [(name, fields) for name in names], "a test")
+                    change_metadata(
+                        self.index, [(name, fields) for name in names], "a test"
+                    )
             elif {**self.items, **after} != self.items:
                 given = [(name, fields) for name in names]
                 changed = {**self.items, **after}
-                self.publish(changed, lambda _: change_metadata(self.index, given, "a test", keep=99))
+                self.publish(
+                    changed,
+                    lambda _: change_metadata(self.index, given, "a test", keep=99),
+                )
 
         @rule(data=st.data())
         def roll_back(self, data: st.DataObject) -> None:
@@ -163,71 +224,138 @@ def test_any_sequence_of_changes_leaves_the_items_that_dictionaries_have(
 
         @rule()
         def move(self) -> None:
-            self.index = self.index.rename(Path(tempfile.mkdtemp(dir=self.folder)) / "index")
+            self.index = self.index.rename(
+                Path(tempfile.mkdtemp(dir=self.folder)) / "index"
+            )
 
         @invariant()
         def finds_the_items(self) -> None:
             opened, items = open_current(self.index), self.items
             live = np.flatnonzero(opened.live).tolist()
             found = {item.id: item for item in map(opened.item, live)}
-            shown = {name: item.metadata | {"caption": item.caption} for name, item in found.items()}
-            assert shown == {name: fields | {"file_name": f"{name}.png"} for name, fields in items.items()}
+            shown = {
+                name: item.metadata | {"caption": item.caption}
+                for name, item in found.items()
+            }
+            assert shown == {
+                name: fields | {"file_name": f"{name}.png"}
+                for name, fields in items.items()
+            }
             rows = {name: opened.row_of(name) for name in NAMES}
             assert sorted(row for row in rows.values() if row is not None) == live
             given = [items[opened.item(row).id] for row in live]
-            columns = {name: opened.column(name, np.array(live)).to_pylist() for name in {*CHANGES} & {*opened.fields}}
+            columns = {
+                name: opened.column(name, np.array(live)).to_pylist()
+                for name in {*CHANGES} & {*opened.fields}
+            }
             wanted = {name: [each.get(name) for each in given] for name in CHANGES}
-            assert columns == {name: values for name, values in wanted.items() if any(values)}
+            assert columns == {
+                name: values for name, values in wanted.items() if any(values)
+            }
             for row in {*range(opened.rows)} - {*live}:
                 with pytest.raises(IndexError, match=f"row {row} was removed"):
                     opened.item(row)
             for allowed in (None, filter_rows(opened, {})):
-                lines = opened.search(np.stack([*pictures.values()]), len(live) + 2, allowed)[1].tolist()
-                assert [sorted(line) for line in lines] == [[-1, -1, *live]] * len(pictures)
+                lines = opened.search(
+                    np.stack([*pictures.values()]), len(live) + 2, allowed
+                )[1].tolist()
+                assert [sorted(line) for line in lines] == [[-1, -1, *live]] * len(
+                    pictures
+                )
             for color, vector in pictures.items():
                 drawn = {rows[name] for name in items if items[name]["drawn"] == color}
-                assert {*opened.search(vector[None], len(drawn))[1][0].tolist()} == drawn if drawn else True
+                assert (
+                    {*opened.search(vector[None], len(drawn))[1][0].tolist()} == drawn
+                    if drawn
+                    else True
+                )
                 told = {rows[name] for name in items if color in items[name]["caption"]}
-                assert {*np.flatnonzero(match_rows(opened, {"caption": {"contains": color}})).tolist()} == told
+                assert {
+                    *np.flatnonzero(
+                        match_rows(opened, {"caption": {"contains": color}})
+                    ).tolist()
+                } == told
                 told |= {rows[name] for name in items if color in str(items[name])}
                 assert opened.lexical is not None
-                assert {*opened.lexical.search(color, 99, opened.live)[1].tolist()} == told
+                assert {
+                    *opened.lexical.search(color, 99, opened.live)[1].tolist()
+                } == told
 
         def teardown(self) -> None:
-            assert [manifest.version for manifest in verify_index(self.index)] == sorted(self.versions)
+            assert [
+                manifest.version for manifest in verify_index(self.index)
+            ] == sorted(self.versions)
             os.umask(umask := os.umask(0))
-            files = [path for folder in ("blobs", "versions") for path in (self.index / folder).iterdir()]
-            assert {path.stat().st_mode & 0o777 for path in files} == {0o666 & ~umask}, "other users may read it"
+            files = [
+                path
+                for folder in ("blobs", "versions")
+                for path in (self.index / folder).iterdir()
+            ]
+            assert {path.stat().st_mode & 0o777 for path in files} == {
+                0o666 & ~umask
+            }, "other users may read it"
 
     examples = 5 if PARTS["time"].is_present else 2
-    quick = settings(max_examples=examples, stateful_step_count=10, deadline=None, database=None, derandomize=True)
-    healthy = settings(quick, phases=[Phase.generate], suppress_health_check=list(HealthCheck))
+    quick = settings(
+        max_examples=examples,
+        stateful_step_count=10,
+        deadline=None,
+        database=None,
+        derandomize=True,
+    )
+    healthy = settings(
+        quick, phases=[Phase.generate], suppress_health_check=list(HealthCheck)
+    )
     run_state_machine_as_test(Versions, settings=healthy)
 
 
 def test_added_items_have_images_fields_and_sizes_and_stay_a_gallery(
     build: Build, index: Path, encoder: Encoder, tmp_path: Path
 ) -> None:
-    gallery, before = write_images(tmp_path / "one, two", "pink", "cyan", year=1999), open_current(index)
+    gallery, before = (
+        write_images(tmp_path / "one, two", "pink", "cyan", year=1999),
+        open_current(index),
+    )
     done = add(index, gallery, progress=False)
-    assert (done.version, done.count, done.added, done.removed, done.failed, done.rebuild) == (2, 26, 2, 0, 0, "")
+    assert (
+        done.version,
+        done.count,
+        done.added,
+        done.removed,
+        done.failed,
+        done.rebuild,
+    ) == (2, 26, 2, 0, 0, "")
     opened = open_current(index)
-    pictures = [gallery / "pink.png", gallery / "cyan.png", Path(before.manifest.root) / "circle" / "red.png"]
+    pictures = [
+        gallery / "pink.png",
+        gallery / "cyan.png",
+        Path(before.manifest.root) / "circle" / "red.png",
+    ]
     vectors = encoder.encode_images(pictures)
-    assert nearest_ids(opened, vectors) == ["pink", "cyan", nearest_ids(before, vectors[2:])[0]]
+    assert nearest_ids(opened, vectors) == [
+        "pink",
+        "cyan",
+        nearest_ids(before, vectors[2:])[0],
+    ]
     assert (np.diff(opened.search(vectors, 26)[0]) <= 0).all()
     row = row_of(opened, "pink")
     np.testing.assert_allclose(opened.vectors(np.array([row])), vectors[:1], atol=1e-5)
     assert opened.image_bytes(row) == (gallery / "pink.png").read_bytes()
     assert (opened.item(row).width, opened.item(row).height) == (48, 48)
-    assert opened.item(row).metadata == {"file_name": "pink.png", "color": "pink", "year": 1999}
+    assert opened.item(row).metadata == {
+        "file_name": "pink.png",
+        "color": "pink",
+        "year": 1999,
+    }
     assert opened.fields["year"] == "int64"
     assert opened.column("year").to_pylist() == [None] * 24 + [1999, 1999]
     remove(index, ["cyan"])
     served = open_current(index)
     build(live_gallery(served), out=tmp_path / "again")
     again, rows = open_current(tmp_path / "again"), np.flatnonzero(served.live)
-    np.testing.assert_allclose(again.vectors(np.arange(25)), served.vectors(rows), atol=1e-6)
+    np.testing.assert_allclose(
+        again.vectors(np.arange(25)), served.vectors(rows), atol=1e-6
+    )
     assert [*map(again.item, range(25))] == [*map(served.item, rows.tolist())]
 
 
@@ -236,17 +364,27 @@ def test_a_field_of_the_index_does_not_become_text(index: Path, tmp_path: Path) 
     add(index, write_images(tmp_path / "typed", "pink", **given), progress=False)
     before = open_current(index).fields
     for name, value, said in (
-        ("price", "5 EUR", "the field 'price' is int64 in the index and string in .* give values of type int64"),
+        (
+            "price",
+            "5 EUR",
+            (
+                "the field 'price' is int64 in the index and string in .* give values"
+                " of type int64"
+            ),
+        ),
         ("tags", "x", "the field 'tags' is list"),
         ("note", ["x"], "the field 'note' is string in the index and list"),
     ):
         gallery = write_images(tmp_path / name, "cyan", **(given | {name: value}))
-        (gallery / "cyan.png").write_bytes(b"")  # which would be the error if it were encoded first
+        # which would be the error if it were encoded first
+        (gallery / "cyan.png").write_bytes(b"")
         with pytest.raises(DataError, match=said):
             add(index, gallery, progress=False)
     gallery = write_images(tmp_path / "csv", "lime", "navy")
     (gallery / "metadata.jsonl").unlink()
-    (gallery / "metadata.csv").write_text("file_name,id,price,note\nlime.png,lime,6.5,8\nnavy.png,navy,,x\n")
+    (gallery / "metadata.csv").write_text(
+        "file_name,id,price,note\nlime.png,lime,6.5,8\nnavy.png,navy,,x\n"
+    )
     add(index, gallery, progress=False)
     opened = open_current(index)
     assert opened.fields == before | {"price": "double"}
@@ -257,7 +395,11 @@ def test_a_field_of_the_index_does_not_become_text(index: Path, tmp_path: Path) 
 @pytest.mark.parametrize("kind", ["hnsw", "ivf-pq"])
 @pytest.mark.slow
 def test_every_kind_of_built_index_takes_updates(
-    kind: str, build: Build, encoder: Encoder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    kind: str,
+    build: Build,
+    encoder: Encoder,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(faiss_index, "EXACT_UP_TO", 0)
     index = tmp_path / "index"
@@ -270,11 +412,20 @@ def test_every_kind_of_built_index_takes_updates(
     assert add(index, changed, replace_existing=True, progress=False).removed == 1
     remove(index, [names[17], "pink"])
     opened, expected = open_current(index), sorted({*names} - {names[17]})
-    vectors = encoder.encode_images([changed / "cyan.png", tmp_path / "more" / "pink.png"])
+    vectors = encoder.encode_images(
+        [changed / "cyan.png", tmp_path / "more" / "pink.png"]
+    )
     assert nearest_ids(opened, vectors[:1]) == [names[3]]
     for allowed in (None, filter_rows(opened, {})):
-        rows = opened.search(np.concatenate([vectors, built.vectors(np.arange(24))]), opened.rows, allowed)[1]
-        assert all(sorted(opened.item(row).id for row in line if row >= 0) == expected for line in rows.tolist())
+        rows = opened.search(
+            np.concatenate([vectors, built.vectors(np.arange(24))]),
+            opened.rows,
+            allowed,
+        )[1]
+        assert all(
+            sorted(opened.item(row).id for row in line if row >= 0) == expected
+            for line in rows.tolist()
+        )
 
 
 def test_additions_are_merged_and_a_rebuild_is_recommended(
@@ -283,17 +434,31 @@ def test_additions_are_merged_and_a_rebuild_is_recommended(
     names = ids(index)
     assert remove(index, names[:4]).rebuild == ""
     assert remove(index, names[4:5]).rebuild.startswith("5 of 24 rows are removed")
-    for color, parts in (("pink", [1]), ("cyan", [2]), ("lime", [3]), ("navy", [3, 1]), ("teal", [5])):
+    for color, parts in (
+        ("pink", [1]),
+        ("cyan", [2]),
+        ("lime", [3]),
+        ("navy", [3, 1]),
+        ("teal", [5]),
+    ):
         add(index, write_images(tmp_path / color, color), progress=False, workers=0)
-        assert [addition.count for addition in open_current(index).manifest.additions] == parts
+        assert [
+            addition.count for addition in open_current(index).manifest.additions
+        ] == parts
     monkeypatch.setattr(versions, "ADDED_ROWS", 3)
     said = add(index, write_images(tmp_path / "gold", "gold"), progress=False).rebuild
     assert "6 of 30 items are outside the built index" in said
     monkeypatch.undo()
     change_metadata(index, [(names[9], {"stock": 1})], "stock.csv")
-    assert not build(max_vanished=0.3).reused, "although neither gallery nor checkpoint has changed"
+    assert not build(max_vanished=0.3).reused, (
+        "although neither gallery nor checkpoint has changed"
+    )
     opened = open_current(index)
-    assert (opened.manifest.count, opened.manifest.rebuild, opened.row_of("pink")) == (24, "", None)
+    assert (opened.manifest.count, opened.manifest.rebuild, opened.row_of("pink")) == (
+        24,
+        "",
+        None,
+    )
     assert "stock" not in opened.fields
 
 
@@ -306,7 +471,10 @@ def test_refused_updates_change_nothing(
     for gallery, says in (
         (tmp_path / "nowhere", "does not exist"),
         (broken, "can be read"),
-        (same, "24 of the 24 images of .* have an id that is in the index.*; --replace"),
+        (
+            same,
+            "24 of the 24 images of .* have an id that is in the index.*; --replace",
+        ),
     ):
         with pytest.raises(DataError, match=says):
             add(index, gallery, progress=False)
@@ -314,7 +482,8 @@ def test_refused_updates_change_nothing(
         remove(index, ["x"])
     with pytest.raises(ArtifactError, match="holds no published index"):
         remove(tmp_path / "other", ["x"])
-    other = Encoder.load(other_checkpoint, device="cpu")  # the sizes in the manifest do not tell that it has changed
+    # the sizes in the manifest do not tell that it has changed
+    other = Encoder.load(other_checkpoint, device="cpu")
     monkeypatch.setattr(updates, "load_replicas", lambda *_, **__: [other])
     with pytest.raises(ArtifactError, match="was built by encoder"):
         add(index, write_images(tmp_path / "more", "pink"), progress=False)
@@ -323,24 +492,44 @@ def test_refused_updates_change_nothing(
 
 def test_commands_add_list_and_remove(index: Path, tmp_path: Path) -> None:
     gallery = write_images(tmp_path / "more", "pink", "cyan", "lime", "gold")
-    assert "version 2, 28 images (4 added, 0 broken)" in run("add", index, "--gallery", gallery)
-    assert "version 3, 24 images (4 removed)" in run("remove", index, "pink", "cyan", "lime", "gold")
+    assert "version 2, 28 images (4 added, 0 broken)" in run(
+        "add", index, "--gallery", gallery
+    )
+    assert "version 3, 24 images (4 removed)" in run(
+        "remove", index, "pink", "cyan", "lime", "gold"
+    )
     assert "4 items removed" in run("list", index).splitlines()[0]
-    for refused in (["remove", index], ["remove", index, "--filter", "{}"], ["items", index, "--filter", "[]"]):
+    for refused in (
+        ["remove", index],
+        ["remove", index, "--filter", "{}"],
+        ["items", index, "--filter", "[]"],
+    ):
         assert run(*refused).startswith("2 ")
     both = run("remove", index, ids(index)[0], "--filter", CIRCLES)
     assert both.startswith("2 "), "it may mean all of both, or what is in both"
     with pytest.raises(DataError, match="pink"):
         run("remove", index, "pink")
-    assert "version 3, 24 images (0 removed)" in run("remove", index, "pink", "--missing-ok")
+    assert "version 3, 24 images (0 removed)" in run(
+        "remove", index, "pink", "--missing-ok"
+    )
     shown = [json.loads(line) for line in run("items", index)[2:].splitlines()]
-    assert (len(shown), shown[0].keys() >= {"id", "caption", "category", "file_name"}) == (24, True)
-    some = [json.loads(line) for line in run("items", index, "--filter", CIRCLES)[2:].splitlines()]
+    assert (
+        len(shown),
+        shown[0].keys() >= {"id", "caption", "category", "file_name"},
+    ) == (24, True)
+    some = [
+        json.loads(line)
+        for line in run("items", index, "--filter", CIRCLES)[2:].splitlines()
+    ]
     assert some == [each for each in shown if each["category"] == "circle"]
-    assert "version 4, 18 images (6 removed)" in run("remove", index, "--filter", CIRCLES)
+    assert "version 4, 18 images (6 removed)" in run(
+        "remove", index, "--filter", CIRCLES
+    )
 
 
-def test_a_change_writes_the_files_of_its_items_and_words_alone(index: Path, tmp_path: Path) -> None:
+def test_a_change_writes_the_files_of_its_items_and_words_alone(
+    index: Path, tmp_path: Path
+) -> None:
     add(index, write_images(tmp_path / "more", "pink", price=3, text="own"), workers=0)
     first, before = ids(index)[0], open_current(index)
     changes: list[tuple[str, Fields]] = [
@@ -349,17 +538,35 @@ def test_a_change_writes_the_files_of_its_items_and_words_alone(index: Path, tmp
         ("unknown", {"price": 1}),
     ]
     done = change_metadata(index, changes, "prices.csv")
-    assert (done.version, done.changed, done.new_fields, done.unknown) == (3, 2, ["sizes"], ["unknown"])
+    assert (done.version, done.changed, done.new_fields, done.unknown) == (
+        3,
+        2,
+        ["sizes"],
+        ["unknown"],
+    )
     after = open_current(index)
     types = before.fields | {"price": "double", "sizes": "list<item: string>"}
-    assert after.fields == {name: kind for name, kind in types.items() if name != "text"}, "no item has it any more"
-    written = {name for name, info in after.manifest.files.items() if before.manifest.files.get(name) != info}
-    assert {name for name in written if not name.startswith("lexical/")} == {ITEMS, f"added-2/{ITEMS}"}
+    assert after.fields == {
+        name: kind for name, kind in types.items() if name != "text"
+    }, "no item has it any more"
+    written = {
+        name
+        for name, info in after.manifest.files.items()
+        if before.manifest.files.get(name) != info
+    }
+    assert {name for name in written if not name.startswith("lexical/")} == {
+        ITEMS,
+        f"added-2/{ITEMS}",
+    }
     assert list_versions(index)[-1].change == "metadata of prices.csv: 2 items changed"
     change_metadata(index, [(first, {"stock": 4})], "stock")
     last = open_current(index).manifest.files
-    assert {name for name, info in last.items() if after.manifest.files[name] != info} == {ITEMS}
-    assert change_metadata(index, [(first, {"stock": 4.0})], "stock").version == 4, "nothing has changed"
+    assert {
+        name for name, info in last.items() if after.manifest.files[name] != info
+    } == {ITEMS}
+    assert change_metadata(index, [(first, {"stock": 4.0})], "stock").version == 4, (
+        "nothing has changed"
+    )
 
 
 def test_wrong_changes_publish_nothing(index: Path) -> None:
@@ -378,19 +585,36 @@ def test_wrong_changes_publish_nothing(index: Path) -> None:
 
 def run(*given: object) -> str:
     """Run `dcar index` in this process; return its status and output."""
-    result = CliRunner().invoke(app, ["index", *map(str, given)], catch_exceptions=False)
+    result = CliRunner().invoke(
+        app, ["index", *map(str, given)], catch_exceptions=False
+    )
     return f"{result.exit_code} {result.output}"
 
 
 def test_update_command_merges_a_table(index: Path, tmp_path: Path) -> None:
     first, second, *_ = ids(index)
-    before, table, lines = metadata(index, first), tmp_path / "prices.csv", tmp_path / "more.jsonl"
-    table.write_text(f"id,price,brand,file_name\n{first},10.5,Acme,x.png\n{second},12,,y.png\nnew,1,,\n")
+    before, table, lines = (
+        metadata(index, first),
+        tmp_path / "prices.csv",
+        tmp_path / "more.jsonl",
+    )
+    table.write_text(
+        f"id,price,brand,file_name\n{first},10.5,Acme,x.png\n{second},12,,y.png\nnew,1,,\n"
+    )
     done = run("update", index, "--metadata", table)
-    assert done == f"0 {index}: version 2, 2 items changed\nnew fields: brand, price\n1 unknown id: new\n"
+    assert (
+        done
+        == f"0 {index}: version 2, 2 items changed\nnew fields: brand, price\n1 unknown"
+        " id: new\n"
+    )
     assert metadata(index, first) == before | {"price": 10.5, "brand": "Acme"}
-    assert (metadata(index, second)["price"], "brand" in metadata(index, second)) == (12, False)
-    lines.write_text(json.dumps({"id": first, "brand": None, "category": "tools"}) + "\n")
+    assert (metadata(index, second)["price"], "brand" in metadata(index, second)) == (
+        12,
+        False,
+    )
+    lines.write_text(
+        json.dumps({"id": first, "brand": None, "category": "tools"}) + "\n"
+    )
     run("update", index, "--metadata", lines)
     opened = open_current(index)
     assert (opened.item(0).category, "brand" in opened.fields) == ("tools", False)
@@ -404,8 +628,16 @@ def test_update_command_merges_a_table(index: Path, tmp_path: Path) -> None:
         change_metadata(index, [("1", {"price": 1})], "prices.csv", by="ean")
     for name, text, said in (
         ("a.csv", "sku,price\na,1\n", r"row 2: no id; .* it has sku, price"),
-        ("a.csv", "id,price\na,1\nb,2\na,3\n", "rows 2 and 4 both have the id 'a'; keep one"),
-        ("a.xlsx", "", r"a\.xlsx is not a table of one of the kinds \.csv, \.jsonl, \.parquet"),
+        (
+            "a.csv",
+            "id,price\na,1\nb,2\na,3\n",
+            "rows 2 and 4 both have the id 'a'; keep one",
+        ),
+        (
+            "a.xlsx",
+            "",
+            r"a\.xlsx is not a table of one of the kinds \.csv, \.jsonl, \.parquet",
+        ),
     ):
         (tmp_path / name).write_text(text)
         with pytest.raises(DataError, match=said):
@@ -419,7 +651,11 @@ def test_builds_and_changes_over_http_have_histories_of_their_own(index: Path) -
         patch(index, first, stock=number)
         apply_waiting(index, keep=3)
     assert version_numbers(index) == [1, 2, 4, 5, 6], "3 is the oldest change"
-    assert [each.origin for each in list_versions(index)] == ["", "", *["over HTTP"] * 3]
+    assert [each.origin for each in list_versions(index)] == [
+        "",
+        "",
+        *["over HTTP"] * 3,
+    ]
     assert metadata(index, first)["stock"] == 3
     assert rollback(index) == 5
     assert metadata(index, first)["stock"] == 2

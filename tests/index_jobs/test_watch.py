@@ -1,4 +1,6 @@
-"""A watched gallery: its index follows new, changed, renamed and removed files, and keeps what is not the gallery's."""
+"""A watched gallery: its index follows new, changed, renamed and removed files, and
+keeps what is not the gallery's.
+"""
 
 import queue
 import shutil
@@ -38,7 +40,9 @@ class Watching:
     def __init__(self, index: Path, *options: object) -> None:
         self.process = Command("-c", CODE, "index", "watch", index, *options)
         self._lines = queue.Queue[str]()
-        threading.Thread(target=lambda: [*map(self._lines.put, self.process.stdout)], daemon=True).start()
+        threading.Thread(
+            target=lambda: [*map(self._lines.put, self.process.stdout)], daemon=True
+        ).start()
 
     def line(self) -> str:
         return self._lines.get(timeout=30).strip()
@@ -54,7 +58,10 @@ class Watching:
 
 @pytest.fixture
 def index(gallery: Path, build: Build, tmp_path: Path) -> Path:
-    draw("blue", "cross").save(gallery / "cross" / "blue.png", exif=exif_of("2024:07:01 10:20:30"))  # no scan tells it
+    # no scan tells it
+    draw("blue", "cross").save(
+        gallery / "cross" / "blue.png", exif=exif_of("2024:07:01 10:20:30")
+    )
     build(gallery)
     return tmp_path / "index"
 
@@ -76,10 +83,15 @@ def watch(index: Path) -> Iterator[Watch]:
 
 def names(index: Path) -> set[str]:
     opened = open_current(index)
-    return {opened.item(row).metadata["file_name"] for row in opened.live.nonzero()[0].tolist()}
+    return {
+        opened.item(row).metadata["file_name"]
+        for row in opened.live.nonzero()[0].tolist()
+    }
 
 
-def test_new_changed_renamed_and_removed_files_are_one_update_each(gallery: Path, index: Path, watch: Watch) -> None:
+def test_new_changed_renamed_and_removed_files_are_one_update_each(
+    gallery: Path, index: Path, watch: Watch
+) -> None:
     (gallery / "clip.mp4").touch()
     watching = watch("--keep-writes", 2)
     for color in ("pink", "cyan", "lime"):
@@ -88,7 +100,9 @@ def test_new_changed_renamed_and_removed_files_are_one_update_each(gallery: Path
     before = open_current(index).vectors(open_current(index).live.nonzero()[0])
     draw("navy", "circle").save(gallery / "pink.png")
     assert watching.line().startswith("1 changed: version 3, 27 images")
-    assert not (open_current(index).vectors(open_current(index).live.nonzero()[0]) == before).all()
+    assert not (
+        open_current(index).vectors(open_current(index).live.nonzero()[0]) == before
+    ).all()
     (gallery / "square" / "red.png").rename(gallery / "square" / "scarlet.png")
     assert watching.line().startswith("1 added, 1 removed: version 4, 27 images")
     (gallery / "cyan.png").unlink()
@@ -98,11 +112,17 @@ def test_new_changed_renamed_and_removed_files_are_one_update_each(gallery: Path
     assert watching.end() == 0
     assert watching.process.stderr.read().count("not read: 1 .mp4") == 1
     assert version_numbers(index) == [1, 4, 5], "the build is kept"
-    assert [each.origin for each in list_versions(index)] == ["", "by a watch", "by a watch"]
+    assert [each.origin for each in list_versions(index)] == [
+        "",
+        "by a watch",
+        "by a watch",
+    ]
     assert open_current(index).manifest.change == "1 item removed by a watch"
 
 
-def test_file_in_copy_waits_and_a_broken_one_is_tried_again(gallery: Path, index: Path, watch: Watch) -> None:
+def test_file_in_copy_waits_and_a_broken_one_is_tried_again(
+    gallery: Path, index: Path, watch: Watch
+) -> None:
     watching, data = watch(), encoded(draw("pink", "circle"))
     assert watching.is_silent()
     with (gallery / "slow.png").open("wb", buffering=0) as file:
@@ -116,13 +136,17 @@ def test_file_in_copy_waits_and_a_broken_one_is_tried_again(gallery: Path, index
     assert "none of the 1 images to encode can be read" in line
     assert "max-failed" not in line, "the watch has no such option"
     (gallery / "whole.png").write_bytes(data)
-    assert watching.line().startswith("1 added: version 3"), "a broken image is reported once"
+    assert watching.line().startswith("1 added: version 3"), (
+        "a broken image is reported once"
+    )
     with (gallery / "half.png").open("ab") as file:
         file.write(data[len(data) // 2 :])
     assert watching.line().startswith("1 added: version 4")
 
 
-def test_a_gallery_that_is_gone_or_mostly_gone_empties_no_index(gallery: Path, index: Path, watch: Watch) -> None:
+def test_a_gallery_that_is_gone_or_mostly_gone_empties_no_index(
+    gallery: Path, index: Path, watch: Watch
+) -> None:
     watching, aside = watch(), gallery.parent / "aside"
     assert watching.is_silent()
     gallery.rename(aside)
@@ -151,18 +175,29 @@ def test_a_gallery_that_is_gone_or_mostly_gone_empties_no_index(gallery: Path, i
     assert "11 images of" in watching.line(), "the broken one was not in the index"
     opened = open_current(index)
     items = [opened.item(row) for row in opened.live.nonzero()[0].tolist()]
-    remove(index, [item.id for item in items if not (gallery / item.metadata["file_name"]).exists()])
+    remove(
+        index,
+        [
+            item.id
+            for item in items
+            if not (gallery / item.metadata["file_name"]).exists()
+        ],
+    )
     until(lambda: not (index / WAITING).exists())
     assert watching.end() == 0
     assert not (index / WAITING).exists()
 
 
-def test_most_of_a_gallery_in_a_renamed_folder_is_a_move(gallery: Path, index: Path, watch: Watch) -> None:
+def test_most_of_a_gallery_in_a_renamed_folder_is_a_move(
+    gallery: Path, index: Path, watch: Watch
+) -> None:
     (new := gallery / "by-shape").mkdir()
     for shape in ("circle", "triangle"):
         (gallery / shape).rename(new / shape)
     watching = watch()
-    assert watching.line().startswith("12 added, 12 removed: version 2, 24 images"), "moved before the watch began"
+    assert watching.line().startswith("12 added, 12 removed: version 2, 24 images"), (
+        "moved before the watch began"
+    )
     new.rename(gallery / "shapes")
     assert watching.line().startswith("12 added, 12 removed: version 3, 24 images")
 
@@ -177,7 +212,9 @@ def test_a_watch_without_an_index_or_a_gallery_on_this_machine_ends_with_an_erro
         watch_index(tmp_path / "index", print)
 
 
-def test_a_killed_watch_resumes_and_leaves_changes_over_http_alone(gallery: Path, index: Path, watch: Watch) -> None:
+def test_a_killed_watch_resumes_and_leaves_changes_over_http_alone(
+    gallery: Path, index: Path, watch: Watch
+) -> None:
     watching = watch()
     assert watching.is_silent()
     watching.process.send_signal(signal.SIGKILL)
@@ -191,10 +228,15 @@ def test_a_killed_watch_resumes_and_leaves_changes_over_http_alone(gallery: Path
     draw("navy", "cross").save(gallery / "circle" / "red.png")
     (gallery / "circle" / "blue.png").unlink()
     again = watch()
-    assert again.line().startswith("1 added, 1 changed, 1 removed: version 4, 25 images")
+    assert again.line().startswith(
+        "1 added, 1 changed, 1 removed: version 4, 25 images"
+    )
     opened = open_current(index)
     rows = [opened.row_of(each) for each in ("uploaded", first.id, second.id)]
     uploaded, replaced, patched = (opened.item(row) for row in rows if row is not None)
-    assert (uploaded.caption, replaced.caption) == ("a pink uploaded", f"a pink {first.id}")
+    assert (uploaded.caption, replaced.caption) == (
+        "a pink uploaded",
+        f"a pink {first.id}",
+    )
     assert patched.metadata["price"] == 3
     assert again.is_silent()

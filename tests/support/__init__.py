@@ -1,1 +1,3 @@
-"""Helpers that several test modules share. No test lives here, and no test module imports from another one."""
+"""Helpers that several test modules share. No test lives here, and no test module
+imports from another one.
+"""

@@ -1,4 +1,6 @@
-"""Conversions of images that misbehave, for decoding processes, which import this module."""
+"""Conversions of images that misbehave, for decoding processes, which import this
+module.
+"""
 
 import os
 import signal

@@ -12,9 +12,13 @@ from index_jobs.gallery.scan import scan
 from index_jobs.spec import BuildOptions
 
 
-def encode(gallery: Path, encoders: Encoder | list[Encoder], work: Path, **options: Any) -> EncodedGallery:
+def encode(
+    gallery: Path, encoders: Encoder | list[Encoder], work: Path, **options: Any
+) -> EncodedGallery:
     """Encode a gallery with small windows and shards."""
-    given = BuildOptions.of({"batch_size": 4, "shard_rows": 8, "progress": False, **options})
+    given = BuildOptions.of(
+        {"batch_size": 4, "shard_rows": 8, "progress": False, **options}
+    )
     replicas = encoders if isinstance(encoders, list) else [encoders]
     return encode_gallery(scan(gallery), replicas, work, given)
 

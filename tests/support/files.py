@@ -64,5 +64,12 @@ def write_tar(path: Path, members: dict[str, bytes], mode: str = "w") -> Path:
 
 
 def copy_exports(exports: Path, cache: Path) -> None:
-    """Copy exported graphs into a runtime cache, without the encoders that are cached beside them."""
-    shutil.copytree(exports, cache / "exports", ignore=shutil.ignore_patterns("*encoder-*"), dirs_exist_ok=True)
+    """Copy exported graphs into a runtime cache, without the encoders that are cached
+    beside them.
+    """
+    shutil.copytree(
+        exports,
+        cache / "exports",
+        ignore=shutil.ignore_patterns("*encoder-*"),
+        dirs_exist_ok=True,
+    )

@@ -11,13 +11,16 @@ from tests.support.images import encoded
 
 
 def _grain(side: int) -> Image.Image:
-    return Image.fromarray(np.random.default_rng(0).integers(0, 256, (side, side), dtype=np.uint8))
+    return Image.fromarray(
+        np.random.default_rng(0).integers(0, 256, (side, side), dtype=np.uint8)
+    )
 
 
 def jpeg_with_scans(scans: int, side: int = 2_800) -> bytes:
     """Return a progressive JPEG whose last scan, without any data, is repeated."""
     data = encoded(Image.new("L", (side, side), 128), "JPEG", progressive=True)
-    scan = struct.pack(">BBHBBBBBB", 0xFF, 0xDA, 8, 1, 1, 0, 1, 1, 0)  # one AC coefficient, first bits
+    # one AC coefficient, first bits
+    scan = struct.pack(">BBHBBBBBB", 0xFF, 0xDA, 8, 1, 1, 0, 1, 1, 0)
     empty = b"\xff\xc4\0\x14\x10\1" + bytes(16)  # a Huffman table: end of block alone
     return data[:-2] + empty + scans * scan + b"\xff\xd9"
 
@@ -32,7 +35,12 @@ def jpeg_with_segments(count: int) -> bytes:
 
 def png_chunk(name: bytes, data: bytes) -> bytes:
     """Return one chunk with its length and checksum."""
-    return struct.pack(">I", len(data)) + name + data + struct.pack(">I", zlib.crc32(name + data))
+    return (
+        struct.pack(">I", len(data))
+        + name
+        + data
+        + struct.pack(">I", zlib.crc32(name + data))
+    )
 
 
 def png_with_chunks(count: int, name: bytes = b"IDAT", data: bytes = b"") -> bytes:
@@ -49,7 +57,12 @@ def png_with_profile(size: int) -> bytes:
 def png_of_size(width: int, height: int) -> bytes:
     """Return a PNG that declares a size and holds next to nothing."""
     header = png_chunk(b"IHDR", struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0))
-    return b"\x89PNG\r\n\x1a\n" + header + png_chunk(b"IDAT", zlib.compress(b"\0")) + png_chunk(b"IEND", b"")
+    return (
+        b"\x89PNG\r\n\x1a\n"
+        + header
+        + png_chunk(b"IDAT", zlib.compress(b"\0"))
+        + png_chunk(b"IEND", b"")
+    )
 
 
 def gif_with_comment_blocks(count: int) -> bytes:
@@ -60,18 +73,27 @@ def gif_with_comment_blocks(count: int) -> bytes:
 
 
 def avif_of_frame(width: int, height: int) -> bytes:
-    """Return an AVIF file of 64 x 64 pixels whose AV1 sequence header announces other ones; the frame is broken."""
+    """Return an AVIF file of 64 x 64 pixels whose AV1 sequence header announces other
+    ones; the frame is broken.
+    """
     data = encoded(_grain(64).convert("RGB"), "AVIF", speed=10)
     header = f"000110000111111111{width - 1:016b}{height - 1:016b}"
-    content = int(header.ljust(-(-len(header) // 8) * 8, "0"), 2).to_bytes(-(-len(header) // 8))
+    content = int(header.ljust(-(-len(header) // 8) * 8, "0"), 2).to_bytes(
+        -(-len(header) // 8)
+    )
     unit = b"\x0a" + bytes([len(content)]) + content
     start = data.index(b"mdat") + 4
     return data[:start] + unit + data[start + len(unit) :]
 
 
 def tiff(tags: dict[int, tuple[int, int, bytes]], extra: bytes = b"") -> bytes:
-    """Return a little-endian TIFF of number -> (type, count, value or offset in four bytes)."""
-    entries = b"".join(struct.pack("<HHL4s", n, kind, count, value) for n, (kind, count, value) in sorted(tags.items()))
+    """Return a little-endian TIFF of number -> (type, count, value or offset in four
+    bytes).
+    """
+    entries = b"".join(
+        struct.pack("<HHL4s", n, kind, count, value)
+        for n, (kind, count, value) in sorted(tags.items())
+    )
     return struct.pack("<2sHLH", b"II", 42, 8, len(tags)) + entries + bytes(4) + extra
 
 
@@ -82,8 +104,18 @@ def _short(value: int) -> tuple[int, int, bytes]:
 def tiff_with_tile(side: int) -> bytes:
     """Return a TIFF of 16 x 16 pixels in one deflated tile of another size."""
     tile = zlib.compress(bytes(side) * min(side, 4_000), 9)
-    tags = {256: _short(16), 257: _short(16), 258: _short(8), 259: _short(8), 262: _short(1), 277: _short(1),
-            322: _short(side), 323: _short(side), 324: _short(8 + 2 + 10 * 12 + 4), 325: _short(len(tile))}  # fmt: skip
+    tags = {
+        256: _short(16),
+        257: _short(16),
+        258: _short(8),
+        259: _short(8),
+        262: _short(1),
+        277: _short(1),
+        322: _short(side),
+        323: _short(side),
+        324: _short(8 + 2 + 10 * 12 + 4),
+        325: _short(len(tile)),
+    }
     return tiff(tags, tile)
 
 
@@ -92,7 +124,10 @@ def mutants(count: int) -> Iterator[bytes]:
     draw = np.random.default_rng(0)
     picture = _grain(48).convert("RGB")
     kinds = ["JPEG", "PNG", "GIF", "WEBP", "AVIF", "TIFF", "BMP"]
-    files = [encoded(picture.convert("P") if kind == "GIF" else picture, kind) for kind in kinds]
+    files = [
+        encoded(picture.convert("P") if kind == "GIF" else picture, kind)
+        for kind in kinds
+    ]
     for number in range(count):
         data = bytearray(files[number % len(files)])
         for place in draw.integers(12, len(data), draw.integers(1, 12)):

@@ -17,10 +17,12 @@ from dcar_core.model.preprocess import Preprocess
 
 
 def peak():  # of this program; getrusage counts from the parent's
-    return 1024 * int(re.search(r"VmHWM:\\s*([0-9]+) kB", Path("/proc/self/status").read_text())[1])
+    status = Path("/proc/self/status").read_text()
+    return 1024 * int(re.search(r"VmHWM:\\s*([0-9]+) kB", status)[1])
 
 
-data, fast = Path(sys.argv[1]).read_bytes(), Preprocess(224, (0.5,) * 3, (0.5,) * 3).fast()
+data = Path(sys.argv[1]).read_bytes()
+fast = Preprocess(224, (0.5,) * 3, (0.5,) * 3).fast()
 before = peak()
 fast(data)
 print(peak() - before)
@@ -51,7 +53,9 @@ def encoded(image: Image.Image, kind: str = "PNG", **options: object) -> bytes:
 
 
 def exif_of(taken: object, orientation: int = 1) -> Image.Exif:
-    """Return the EXIF of a picture with the time that it was taken, such as 2024:07:01 10:20:30."""
+    """Return the EXIF of a picture with the time that it was taken, such as 2024:07:01
+    10:20:30.
+    """
     exif = Image.Exif()
     exif[ExifTags.Base.Orientation] = orientation
     exif.get_ifd(ExifTags.IFD.Exif)[ExifTags.Base.DateTimeOriginal] = taken
@@ -64,14 +68,18 @@ def png(color: str = "red", size: tuple[int, int] = (40, 40)) -> bytes:
 
 
 def write_image(path: Path) -> Path:
-    """Write an 8 px red image in the format of the path's suffix, creating parent folders."""
+    """Write an 8 px red image in the format of the path's suffix, creating parent
+    folders.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
     Image.new("RGB", (8, 8), "red").save(path)
     return path
 
 
 def peak_memory(data: bytes, folder: Path) -> int:
-    """Return the bytes that preprocessing a file adds to the peak memory of a process."""
+    """Return the bytes that preprocessing a file adds to the peak memory of a
+    process.
+    """
     (folder / "image").write_bytes(data)
     done = run("-c", PEAK_MEMORY, folder / "image")
     assert done.returncode == 0, done.stderr

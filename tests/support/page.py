@@ -14,7 +14,8 @@ from tests.support.service import serving
 
 COUNT = 130  # images of the large index
 COLUMNS = """
-    const tops = [...document.querySelectorAll('#results .card')].map((card) => card.getBoundingClientRect().top);
+    const tops = [...document.querySelectorAll('#results .card')]
+        .map((card) => card.getBoundingClientRect().top);
     return tops.filter((top) => top === tops[0]).length;
 """
 LOADED = """
@@ -38,7 +39,9 @@ def ready(address: str) -> str:
 
 
 def until(condition: Any, seconds: float = 60) -> Any:
-    """Wait until it is true and does not stumble over an element that was just replaced, or over a missing service."""
+    """Wait until it is true and does not stumble over an element that was just
+    replaced, or over a missing service.
+    """
     from selenium.common.exceptions import WebDriverException
 
     end, found = time.monotonic() + seconds, None
@@ -92,7 +95,10 @@ class Page:
         return self.driver.execute_cdp_cmd(command, given)
 
     def emulate(self, **features: object) -> None:
-        named = [{"name": name.replace("_", "-"), "value": value} for name, value in features.items()]
+        named = [
+            {"name": name.replace("_", "-"), "value": value}
+            for name, value in features.items()
+        ]
         self.cdp("Emulation.setEmulatedMedia", features=named)
 
     def text(self, selector: str) -> str:
@@ -106,7 +112,12 @@ class Page:
 
     def ids(self) -> list[str]:
         """Return the ids of the results that are shown."""
-        return list(self.js("return [...document.querySelectorAll('#results .card')].map((card) => card.dataset.id)"))
+        return list(
+            self.js(
+                "return [...document.querySelectorAll('#results .card')].map((card) =>"
+                " card.dataset.id)"
+            )
+        )
 
     def click(self, selector: str, place: int = 0) -> None:
         self.all(selector)[place].click()
@@ -153,7 +164,11 @@ class Page:
 
     def detail(self, place: int = 0, of: str = "#results") -> Any:
         """Open the detail view of a card."""
-        self.js("document.querySelectorAll(arguments[0])[arguments[1]].click()", f"{of} .open", place)
+        self.js(
+            "document.querySelectorAll(arguments[0])[arguments[1]].click()",
+            f"{of} .open",
+            place,
+        )
         return self.appears("#detail")
 
     def close(self) -> None:
@@ -169,8 +184,14 @@ class Page:
     def barriers(self) -> list[Any]:
         """Return the violations of accessibility that axe finds."""
         self.js((files("axe_core_python") / "axe.min.js").read_text(encoding="utf-8"))
-        found = self.later("axe.run({resultTypes: ['violations']}).then(({violations}) => arguments[0](violations))")
-        return [(each["id"], [node["html"][:120] for node in each["nodes"][:3]]) for each in found]
+        found = self.later(
+            "axe.run({resultTypes: ['violations']}).then(({violations}) =>"
+            " arguments[0](violations))"
+        )
+        return [
+            (each["id"], [node["html"][:120] for node in each["nodes"][:3]])
+            for each in found
+        ]
 
     @contextmanager
     def script(self, source: str) -> Iterator[None]:
@@ -189,22 +210,46 @@ class Page:
         return [] if cards is None else self.settled(cards)
 
     def settled(self, cards: int) -> list[Any]:
-        """Wait until this many results and their images are shown and no request runs; return them."""
-        until(lambda: len(self.all("#results .card")) == cards and not self.all("#results[aria-busy]"))
+        """Wait until this many results and their images are shown and no request runs;
+        return them.
+        """
+        until(
+            lambda: (
+                len(self.all("#results .card")) == cards
+                and not self.all("#results[aria-busy]")
+            )
+        )
         self.loads("#results img")
         return self.all("#results .card")
 
     def errors(self) -> list[str]:
-        """Return what the browser logged, except refused images, which the page loads again, and an ended service."""
-        logged = [entry["message"] for entry in self.driver.get_log("browser") if entry["level"] != "INFO"]
-        shown = [message for message in logged if "net::ERR_CONNECTION_REFUSED" not in message]
-        return [message for message in shown if not ("/image?size=" in message and "status of 503" in message)]
+        """Return what the browser logged, except refused images, which the page loads
+        again, and an ended service.
+        """
+        logged = [
+            entry["message"]
+            for entry in self.driver.get_log("browser")
+            if entry["level"] != "INFO"
+        ]
+        shown = [
+            message
+            for message in logged
+            if "net::ERR_CONNECTION_REFUSED" not in message
+        ]
+        return [
+            message
+            for message in shown
+            if not ("/image?size=" in message and "status of 503" in message)
+        ]
 
 
 def fetching(body: str) -> str:
-    """Return a script that has the page's requests go through `body` first: of `path`, `options` and `whole(...)`."""
+    """Return a script that has the page's requests go through `body` first: of `path`,
+    `options` and `whole(...)`.
+    """
     return f"""
         const whole = window.fetch;
         let asked = 0;
-        window.fetch = async (path, options) => {{ {body} return whole(path, options); }};
+        window.fetch = async (path, options) => {{
+            {body} return whole(path, options); }};
     """

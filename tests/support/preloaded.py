@@ -1,4 +1,6 @@
-"""Everything that commands import or read, for the process that `tests.support.commands` forks them from."""
+"""Everything that commands import or read, for the process that
+`tests.support.commands` forks them from.
+"""
 
 import gc
 import importlib
@@ -27,4 +29,6 @@ TextTokenizer.for_clip()
 # As in conftest; threads themselves start in the commands.
 torch.set_num_threads(1)
 faiss.omp_set_num_threads(1)
-gc.freeze()  # what is imported stays; otherwise each command copies its pages to look for garbage in them
+# what is imported stays; otherwise each command copies its pages to look for garbage in
+# them
+gc.freeze()

@@ -13,9 +13,13 @@ from typing import Self
 
 
 def without_pytorch(folder: Path) -> dict[str, str]:
-    """Return the variables with which Python, and its children, find no PyTorch; a file is put into `folder`."""
+    """Return the variables with which Python, and its children, find no PyTorch; a file
+    is put into `folder`.
+    """
     names = ("torch", "torchvision", "timm", "open_clip", "transformers")
-    (folder / "sitecustomize.py").write_text(f"import sys\nsys.modules.update(dict.fromkeys({names}))\n")
+    (folder / "sitecustomize.py").write_text(
+        f"import sys\nsys.modules.update(dict.fromkeys({names}))\n"
+    )
     return {"PYTHONPATH": str(folder)}
 
 
@@ -24,7 +28,9 @@ def children_of(pid: int) -> list[int]:
     parents = {}
     for stat in Path("/proc").glob("[0-9]*/stat"):
         try:
-            parents[int(stat.parent.name)] = int(stat.read_text().rsplit(")", 1)[1].split()[1])
+            parents[int(stat.parent.name)] = int(
+                stat.read_text().rsplit(")", 1)[1].split()[1]
+            )
         except OSError:
             continue
     found = [pid]
@@ -50,7 +56,9 @@ def free_port() -> int:
 
 @contextmanager
 def answering(server: BaseServer) -> Iterator[None]:
-    """Let a server of the standard library answer in a thread, which sees within 10 ms that it is to end."""
+    """Let a server of the standard library answer in a thread, which sees within 10 ms
+    that it is to end.
+    """
     thread = threading.Thread(target=server.serve_forever, args=(0.01,))
     thread.start()
     try:
@@ -62,7 +70,9 @@ def answering(server: BaseServer) -> Iterator[None]:
 
 
 class ServerProcess:
-    """A server on loopback, in a process of its own while it is entered, or between `start` and `stop`."""
+    """A server on loopback, in a process of its own while it is entered, or between
+    `start` and `stop`.
+    """
 
     def __init__(self, command: Sequence[str]) -> None:
         self._command = command
@@ -72,9 +82,16 @@ class ServerProcess:
         raise NotImplementedError
 
     def start(self) -> None:
-        environment = {name: value for name, value in os.environ.items() if not name.startswith("AWS_")}
+        environment = {
+            name: value
+            for name, value in os.environ.items()
+            if not name.startswith("AWS_")
+        }
         self._process = subprocess.Popen(
-            self._command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+            self._command,
+            env=environment,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
         )
         end = time.monotonic() + 60
         while not self.responds():

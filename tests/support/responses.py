@@ -7,8 +7,12 @@ from dcar_client.models import ProblemResponse
 from prometheus_client.parser import text_string_to_metric_families
 
 
-def assert_problem(answer: httpx.Response, status: int, field: str | None = None) -> dict[str, Any]:
-    """Assert that the response is a problem with this status that names this field; return its body."""
+def assert_problem(
+    answer: httpx.Response, status: int, field: str | None = None
+) -> dict[str, Any]:
+    """Assert that the response is a problem with this status that names this field;
+    return its body.
+    """
     assert answer.status_code == status, answer.text
     assert answer.headers["content-type"] == "application/problem+json"
     assert answer.headers["x-content-type-options"] == "nosniff"
@@ -21,7 +25,9 @@ def assert_problem(answer: httpx.Response, status: int, field: str | None = None
     return body
 
 
-async def scrape(client: httpx.AsyncClient) -> dict[tuple[str, tuple[tuple[str, str], ...]], float]:
+async def scrape(
+    client: httpx.AsyncClient,
+) -> dict[tuple[str, tuple[tuple[str, str], ...]], float]:
     """Return the samples of /metrics by name and sorted labels."""
     answer = await client.get("/metrics")
     assert answer.headers["content-type"].startswith("text/plain")

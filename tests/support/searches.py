@@ -24,7 +24,9 @@ class Client:
         return dict(answer.json())
 
     async def image(self, data: bytes, **fields: Any) -> dict[str, Any]:
-        answer = await self.client.post("/search/image", files={"file": data}, data=fields)
+        answer = await self.client.post(
+            "/search/image", files={"file": data}, data=fields
+        )
         assert answer.status_code == 200, answer.text
         VALID.validate_python(answer.json(), strict=True)
         return dict(answer.json())
@@ -35,8 +37,16 @@ def ids(body: dict[str, Any]) -> list[str]:
 
 
 def close(body: dict[str, Any], wanted: list[tuple[str, float]]) -> None:
-    """float16 in the cache moves a score by up to 1e-3, so close neighbours may change places."""
+    """float16 in the cache moves a score by up to 1e-3, so close neighbours may change
+    places.
+    """
     assert len(body["results"]) == len(wanted)
-    np.testing.assert_allclose([r["score"] for r in body["results"]], [s for _, s in wanted], atol=2e-3)
+    np.testing.assert_allclose(
+        [r["score"] for r in body["results"]], [s for _, s in wanted], atol=2e-3
+    )
     score_of = dict(wanted)
-    np.testing.assert_allclose([r["score"] for r in body["results"]], [score_of[i] for i in ids(body)], atol=2e-3)
+    np.testing.assert_allclose(
+        [r["score"] for r in body["results"]],
+        [score_of[i] for i in ids(body)],
+        atol=2e-3,
+    )

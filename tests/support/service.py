@@ -34,7 +34,10 @@ KEYS: dict[str, Any] = {
 }
 ADMIN_ONLY: dict[str, Any] = {"admin_key": ADMIN}
 WORDS = {"query": "red"}
-SERVE = "from app.server import serve; from app.core.settings import load_settings; serve(load_settings())"
+SERVE = (
+    "from app.server import serve; from app.core.settings import load_settings;"
+    " serve(load_settings())"
+)
 ODD_ID = "été #1?/100%2F.png"
 
 
@@ -42,7 +45,9 @@ def bearer(key: str) -> dict[str, str]:
     return {"Authorization": f"Bearer {key}"}
 
 
-async def until(condition: Callable[[], Awaitable[bool] | bool], seconds: float = 60) -> None:
+async def until(
+    condition: Callable[[], Awaitable[bool] | bool], seconds: float = 60
+) -> None:
     """Wait for something that happens in the background."""
     end = time.monotonic() + seconds
     while not (await found if isawaitable(found := condition()) else found):
@@ -75,7 +80,9 @@ class _PatchedState:
 
 
 def before_encoding(encoder: Any, call: Callable[[list[str]], object]) -> None:
-    """Call a function with the texts of each forward pass, in the model's thread; `restore` undoes it."""
+    """Call a function with the texts of each forward pass, in the model's thread;
+    `restore` undoes it.
+    """
     encoder.state = _PatchedState(encoder.state, call)
 
 
@@ -85,7 +92,9 @@ def restore(encoder: Any) -> None:
 
 
 def hold(encoder: Any) -> tuple[threading.Event, list[str]]:
-    """Block text encoding until the returned event is set; also return the texts that arrive."""
+    """Block text encoding until the returned event is set; also return the texts that
+    arrive.
+    """
     gate, seen = threading.Event(), list[str]()
 
     def held(texts: list[str]) -> None:
@@ -97,7 +106,9 @@ def hold(encoder: Any) -> tuple[threading.Event, list[str]]:
 
 
 class _Transport(httpx.ASGITransport):
-    """Delay requests like a network, so other tasks and threads run: cached responses would never yield."""
+    """Delay requests like a network, so other tasks and threads run: cached responses
+    would never yield.
+    """
 
     async def handle_async_request(self, request: httpx.Request) -> httpx.Response:
         await asyncio.sleep(0.001)
@@ -119,10 +130,16 @@ class ServiceClient(httpx.AsyncClient):
 
 @asynccontextmanager
 async def opened(
-    index: Path, *, ready: bool = True, on_start_failure: Callable[[DcarError], None] | None = None, **given: Any
+    index: Path,
+    *,
+    ready: bool = True,
+    on_start_failure: Callable[[DcarError], None] | None = None,
+    **given: Any,
 ) -> AsyncIterator[ServiceClient]:
     """The application, started; its state is at `client.app`."""
-    app = create_app(Settings(index=index, device="cpu", **given), on_start_failure=on_start_failure)
+    app = create_app(
+        Settings(index=index, device="cpu", **given), on_start_failure=on_start_failure
+    )
     transport = _Transport(app, raise_app_exceptions=False)
     async with (
         app.router.lifespan_context(app),
@@ -136,13 +153,21 @@ async def opened(
 
 
 @contextmanager
-def serving(index: Path, *, below: str = "", **given: Any) -> Iterator[tuple[FastAPI, int]]:
-    """The application on a real port, in a thread of this process. below: a path that a proxy removes."""
+def serving(
+    index: Path, *, below: str = "", **given: Any
+) -> Iterator[tuple[FastAPI, int]]:
+    """The application on a real port, in a thread of this process. below: a path that a
+    proxy removes.
+    """
     app = create_app(Settings(index=index, device="cpu", **given))
 
     async def behind_proxy(scope: Any, receive: Any, send: Any) -> None:
         if scope["type"] == "http":
-            path = scope["path"].removeprefix(below) if scope["path"].startswith(below) else "/outside"
+            path = (
+                scope["path"].removeprefix(below)
+                if scope["path"].startswith(below)
+                else "/outside"
+            )
             scope = {**scope, "path": path, "raw_path": path.encode()}
         await app(scope, receive, send)
 
@@ -167,7 +192,9 @@ def serving(index: Path, *, below: str = "", **given: Any) -> Iterator[tuple[Fas
 
 
 @contextmanager
-def _ready_client(port: int, process: subprocess.Popen[str] | None = None) -> Iterator[httpx.Client]:
+def _ready_client(
+    port: int, process: subprocess.Popen[str] | None = None
+) -> Iterator[httpx.Client]:
     with httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=20) as client:
         end, is_ready = time.monotonic() + 150, False
         while not is_ready:
@@ -183,9 +210,16 @@ def _ready_client(port: int, process: subprocess.Popen[str] | None = None) -> It
 def serving_process(
     index: Path, script: str = SERVE, **settings: str
 ) -> Iterator[tuple[Command, httpx.Client, list[str]]]:
-    """The service in a process of its own, a client of it, and its log, which has all lines once it has ended."""
+    """The service in a process of its own, a client of it, and its log, which has all
+    lines once it has ended.
+    """
     port, log = free_port(), list[str]()
-    environment = {"DCAR_INDEX": str(index), "DCAR_PORT": str(port), "DCAR_DEVICE": "cpu", **settings}
+    environment = {
+        "DCAR_INDEX": str(index),
+        "DCAR_PORT": str(port),
+        "DCAR_DEVICE": "cpu",
+        **settings,
+    }
     process = Command("-c", script, environment=environment)
     try:
         with _ready_client(port) as client:
@@ -196,12 +230,20 @@ def serving_process(
 
 
 @contextmanager
-def serving_by(python: str, *command: str | Path, **environment: str) -> Iterator[httpx.Client]:
-    """A client of a dcar command that serves, run by an interpreter with these variables."""
+def serving_by(
+    python: str, *command: str | Path, **environment: str
+) -> Iterator[httpx.Client]:
+    """A client of a dcar command that serves, run by an interpreter with these
+    variables.
+    """
     port = free_port()
     arguments = [python, "-m", "app.cli", *command, "--port", str(port)]
     process = subprocess.Popen(
-        arguments, env=os.environ | environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
+        arguments,
+        env=os.environ | environment,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
     )
     try:
         with _ready_client(port, process) as client:

@@ -1,10 +1,13 @@
 """Commands of the documentation, and the output that a page shows below each.
 
-- A block ```sh that is followed by a block ```text or ```json shows what its commands print to stdout.
-- In shown text, numbers stand for any number, `...` for any rest of a line, and a line `...` for any lines.
-- In shown JSON, numbers stand for any number, "..." for any value, and `...` at the end of an object or list for
-  further members.
-- A first line `# Needs ...` marks commands that need a hub, a GPU, a cloud or another machine; they are not run.
+- A block ```sh that is followed by a block ```text or ```json shows what its commands
+  print to stdout.
+- In shown text, numbers stand for any number, `...` for any rest of a line, and a line
+  `...` for any lines.
+- In shown JSON, numbers stand for any number, "..." for any value, and `...` at the end
+  of an object or list for further members.
+- A first line `# Needs ...` marks commands that need a hub, a GPU, a cloud or another
+  machine; they are not run.
 """
 
 import json
@@ -14,14 +17,28 @@ from typing import Any
 
 from tests.support.paths import ROOT
 
-BLOCK = re.compile(r"^```sh\n(?P<commands>.*?)^```\n+(?:^```(?P<kind>text|json)\n(?P<output>.*?)^```$)?", re.M | re.S)
-SILENT = ("#", "pip ", "apt-get ", "export ", ". ", "cd ", "python -m venv ", "make install")
+BLOCK = re.compile(
+    r"^```sh\n(?P<commands>.*?)^```\n+(?:^```(?P<kind>text|json)\n(?P<output>.*?)^```$)?",
+    re.M | re.S,
+)
+SILENT = (
+    "#",
+    "pip ",
+    "apt-get ",
+    "export ",
+    ". ",
+    "cd ",
+    "python -m venv ",
+    "make install",
+)
 """Starts of lines that print nothing of ours."""
 
 
 @dataclass(frozen=True)
 class Shown:
-    """A block of commands: the lines, and the output that the page shows; None for none."""
+    """A block of commands: the lines, and the output that the page shows; None for
+    none.
+    """
 
     lines: tuple[str, ...]
     output: str | None
@@ -30,7 +47,11 @@ class Shown:
     @property
     def needs(self) -> str:
         """What the commands need that a test lacks, or ""."""
-        return self.lines[0].removeprefix("# Needs ") if self.lines[0].startswith("# Needs ") else ""
+        return (
+            self.lines[0].removeprefix("# Needs ")
+            if self.lines[0].startswith("# Needs ")
+            else ""
+        )
 
     @property
     def is_silent(self) -> bool:
@@ -55,14 +76,18 @@ def assert_shown(block: Shown, printed: str) -> None:
     assert block.output is not None, block.lines
     if block.is_json:
         expected, found = _parse(_close(block.output)), _parse(printed)
-        assert (wrong := _differs(expected, found, "")) is None, f"{block.lines}: {wrong} in\n{printed[:2000]}"
+        assert (wrong := _differs(expected, found, "")) is None, (
+            f"{block.lines}: {wrong} in\n{printed[:2000]}"
+        )
     else:
         assert_text(block.output, printed)
 
 
 def assert_text(shown: str, printed: str) -> None:
     """Fail unless the text is what a page shows."""
-    assert re.fullmatch(_pattern(shown), printed.strip() + "\n"), f"shown:\n{shown}\nprinted:\n{printed}"
+    assert re.fullmatch(_pattern(shown), printed.strip() + "\n"), (
+        f"shown:\n{shown}\nprinted:\n{printed}"
+    )
 
 
 NUMBER = r"\b[0-9a-f]{8,}\b|[-+]?\d(?:[\d.,]*\d)?"  # or the digits of a hash
@@ -84,13 +109,21 @@ def _literal(text: str) -> str:
     """Escape a text, but for numbers and white space."""
     pieces = re.split(rf"({NUMBER}|\s+)", text)
     return "".join(
-        f"(?:{NUMBER})" if re.fullmatch(NUMBER, piece) else r"[^\S\n]+" if piece.isspace() else re.escape(piece)
+        (
+            f"(?:{NUMBER})"
+            if re.fullmatch(NUMBER, piece)
+            else r"[^\S\n]+"
+            if piece.isspace()
+            else re.escape(piece)
+        )
         for piece in pieces
     )
 
 
 def _close(shown: str) -> str:
-    """Return JSON: `...` at the end of an object becomes the key "...", that of a list the member "..."."""
+    """Return JSON: `...` at the end of an object becomes the key "...", that of a list
+    the member "...".
+    """
     text = re.sub(r"([{,])\s*\.\.\.\s*}", r'\1 "...": 0}', shown)
     return re.sub(r"([\[,])\s*\.\.\.\s*\]", r'\1 "..."]', text)
 
@@ -111,15 +144,23 @@ def _differs(shown: Any, found: Any, place: str) -> str | None:
     if shown == "...":
         return None
     if isinstance(shown, dict) and isinstance(found, dict):
-        missing, more = shown.keys() - found.keys() - {"..."}, found.keys() - shown.keys()
+        missing, more = (
+            shown.keys() - found.keys() - {"..."},
+            found.keys() - shown.keys(),
+        )
         if missing or (more and "..." not in shown):
             return f"{place}: missing {sorted(missing)}, not shown {sorted(more)}"
         pairs = [(key, shown[key], found[key]) for key in shown if key != "..."]
     elif isinstance(shown, list) and isinstance(found, list):
         members = [each for each in shown if each != "..."]
-        if len(found) < len(members) or (len(found) > len(members) and members == shown):
+        if len(found) < len(members) or (
+            len(found) > len(members) and members == shown
+        ):
             return f"{place}: {len(found)} members"
-        pairs = [(number, *pair) for number, pair in enumerate(zip(members, found, strict=False))]
+        pairs = [
+            (number, *pair)
+            for number, pair in enumerate(zip(members, found, strict=False))
+        ]
     elif isinstance(shown, (int, float)) and not isinstance(shown, bool):
         is_number = isinstance(found, (int, float)) and not isinstance(found, bool)
         return None if is_number else f"{place}: {found!r} is no number"
@@ -128,4 +169,11 @@ def _differs(shown: Any, found: Any, place: str) -> str | None:
         return None if re.fullmatch(pattern, found) else f"{place}: {found!r}"
     else:
         return None if shown == found else f"{place}: {found!r}"
-    return next((wrong for key, one, other in pairs if (wrong := _differs(one, other, f"{place}/{key}"))), None)
+    return next(
+        (
+            wrong
+            for key, one, other in pairs
+            if (wrong := _differs(one, other, f"{place}/{key}"))
+        ),
+        None,
+    )

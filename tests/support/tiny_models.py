@@ -1,4 +1,6 @@
-"""Every open_clip configuration with few layers and small widths, in memory or as the model directory of a user."""
+"""Every open_clip configuration with few layers and small widths, in memory or as the
+model directory of a user.
+"""
 
 import copy
 import gzip
@@ -17,7 +19,16 @@ import torch
 from safetensors.torch import save_file
 from timm.models.vision_transformer_hybrid import ConvStem
 from timm.models.vitamin import VitCfg, VitConvCfg
-from tokenizers import AddedToken, Regex, Tokenizer, models, normalizers, pre_tokenizers, processors, trainers
+from tokenizers import (
+    AddedToken,
+    Regex,
+    Tokenizer,
+    models,
+    normalizers,
+    pre_tokenizers,
+    processors,
+    trainers,
+)
 
 from dcar_core.model.config import MODEL_CONFIG
 from dcar_core.model.tokenizer import TextLayout
@@ -25,22 +36,51 @@ from dcar_core.model.tokenizer import TextLayout
 WIDTH, HEADS, LAYERS, VOCABULARY = 32, 2, 3, 120
 
 _HF_CONFIGS: dict[str, dict[str, Any]] = {
-    "roberta": {"model_type": "roberta", "pad_token_id": 1, "eos_token_id": 2, "bos_token_id": 0},
-    "xlm-roberta": {"model_type": "xlm-roberta", "pad_token_id": 1, "eos_token_id": 2, "bos_token_id": 0},
+    "roberta": {
+        "model_type": "roberta",
+        "pad_token_id": 1,
+        "eos_token_id": 2,
+        "bos_token_id": 0,
+    },
+    "xlm-roberta": {
+        "model_type": "xlm-roberta",
+        "pad_token_id": 1,
+        "eos_token_id": 2,
+        "bos_token_id": 0,
+    },
     "mt5": {
-        "model_type": "mt5", "d_model": WIDTH, "d_kv": WIDTH // HEADS, "d_ff": 48, "num_layers": LAYERS,
-        "num_decoder_layers": 1, "num_heads": HEADS, "pad_token_id": 0, "eos_token_id": 1,
+        "model_type": "mt5",
+        "d_model": WIDTH,
+        "d_kv": WIDTH // HEADS,
+        "d_ff": 48,
+        "num_layers": LAYERS,
+        "num_decoder_layers": 1,
+        "num_heads": HEADS,
+        "pad_token_id": 0,
+        "eos_token_id": 1,
     },
     "nllb": {
-        "model_type": "m2m_100", "d_model": WIDTH, "encoder_layers": LAYERS, "decoder_layers": 1,
-        "encoder_attention_heads": HEADS, "decoder_attention_heads": HEADS, "encoder_ffn_dim": 48,
-        "decoder_ffn_dim": 48, "pad_token_id": 1, "eos_token_id": 2, "bos_token_id": 0, "scale_embedding": True,
+        "model_type": "m2m_100",
+        "d_model": WIDTH,
+        "encoder_layers": LAYERS,
+        "decoder_layers": 1,
+        "encoder_attention_heads": HEADS,
+        "decoder_attention_heads": HEADS,
+        "encoder_ffn_dim": 48,
+        "decoder_ffn_dim": 48,
+        "pad_token_id": 1,
+        "eos_token_id": 2,
+        "bos_token_id": 0,
+        "scale_embedding": True,
     },
-}  # fmt: skip
+}
 _ENCODER = {
-    "hidden_size": WIDTH, "num_attention_heads": HEADS, "num_hidden_layers": LAYERS, "intermediate_size": 48,
+    "hidden_size": WIDTH,
+    "num_attention_heads": HEADS,
+    "num_hidden_layers": LAYERS,
+    "intermediate_size": 48,
     "max_position_embeddings": 130,
-}  # fmt: skip
+}
 
 
 @dataclass(frozen=True)
@@ -56,17 +96,24 @@ class TinyClip:
         generator = torch.Generator().manual_seed(1)
         rows = []
         for length in lengths:
-            words = torch.randint(5, VOCABULARY - 5, (length,), generator=generator).tolist()
+            words = torch.randint(
+                5, VOCABULARY - 5, (length,), generator=generator
+            ).tolist()
             ids = [*self.layout.start_ids, *words, self.layout.end_id]
-            rows.append(ids + [self.layout.pad_id] * (self.layout.context_length - len(ids)))
+            rows.append(
+                ids + [self.layout.pad_id] * (self.layout.context_length - len(ids))
+            )
         return torch.tensor(rows)
 
     def pixels(self, count: int) -> torch.Tensor:
-        return torch.randn(count, 3, self.size, self.size, generator=torch.Generator().manual_seed(2))
+        return torch.randn(
+            count, 3, self.size, self.size, generator=torch.Generator().manual_seed(2)
+        )
 
 
 def tiny_clip(name: str, directory: Path) -> TinyClip:
-    """Build the shrunk model of a built-in configuration, its weights random and away from their initial values.
+    """Build the shrunk model of a built-in configuration, its weights random and away
+    from their initial values.
 
     directory: where a configuration for transformers may be written.
     """
@@ -76,11 +123,15 @@ def tiny_clip(name: str, directory: Path) -> TinyClip:
         warnings.simplefilter("ignore")
         clip = open_clip.create_model(name, load_weights=False, **config)
     shake(clip)
-    return TinyClip(clip.eval().requires_grad_(False), layout_of(name, config), image_size(config))
+    return TinyClip(
+        clip.eval().requires_grad_(False), layout_of(name, config), image_size(config)
+    )
 
 
 def shake(clip: torch.nn.Module) -> None:
-    """Move weights away from zeros and ones, so that every one of them shows in a feature."""
+    """Move weights away from zeros and ones, so that every one of them shows in a
+    feature.
+    """
     generator = torch.Generator().manual_seed(3)
     with torch.no_grad():
         for parameter in clip.parameters():
@@ -96,14 +147,20 @@ def tiny_config(name: str, directory: Path) -> dict[str, Any]:
     config = copy.deepcopy(open_clip.get_model_config(name))
     vision, text = config["vision_cfg"], config["text_cfg"]
     if "timm_model_name" in vision:
-        vision |= {"image_size": _timm_size(vision["timm_model_name"]), "timm_model_pretrained": False}
+        vision |= {
+            "image_size": _timm_size(vision["timm_model_name"]),
+            "timm_model_pretrained": False,
+        }
     elif isinstance(vision["layers"], list):
         vision |= {"layers": [1, 1, 1, 1], "width": 8, "image_size": 64}
     else:
         vision |= {"layers": LAYERS, "width": WIDTH, "head_width": WIDTH // HEADS}
         vision["image_size"] = 4 * vision["patch_size"]
     if "hf_model_name" in text:
-        text |= {"hf_model_name": str(_write_hf_config(text["hf_model_name"], directory)), "hf_model_pretrained": False}
+        text |= {
+            "hf_model_name": str(_write_hf_config(text["hf_model_name"], directory)),
+            "hf_model_pretrained": False,
+        }
     text |= {"width": WIDTH, "heads": HEADS, "layers": LAYERS, "vocab_size": VOCABULARY}
     tiny = {"embed_dim": WIDTH, "vision_cfg": vision, "text_cfg": text}
     if "multimodal_cfg" in config:
@@ -113,14 +170,21 @@ def tiny_config(name: str, directory: Path) -> dict[str, Any]:
 
 
 def layout_of(name: str, config: dict[str, Any]) -> TextLayout:
-    """Start, end and padding as the model's tokenizer has them, within the small vocabulary."""
+    """Start, end and padding as the model's tokenizer has them, within the small
+    vocabulary.
+    """
     text = config["text_cfg"]
     context = int(text.get("context_length", 77))
     tokenizer = text.get("hf_tokenizer_name", "")
-    for name, ids in {  # the first that the tokenizer's name has: start, end and padding
-        "bert-base-uncased": ((101,), 0, 0), "SigLIP2": ((), 1, 0), "SigLIP": ((), 1, 1), "mt5": ((), 1, 0),
-        "nllb": ((118,), 2, 1), "": ((0,), 2, 1),
-    }.items():  # fmt: skip
+    # the first that the tokenizer's name has: start, end and padding
+    for name, ids in {
+        "bert-base-uncased": ((101,), 0, 0),
+        "SigLIP2": ((), 1, 0),
+        "SigLIP": ((), 1, 1),
+        "mt5": ((), 1, 0),
+        "nllb": ((118,), 2, 1),
+        "": ((0,), 2, 1),
+    }.items():
         if tokenizer and name in tokenizer:
             return TextLayout(context, *ids)
     return TextLayout(context, (VOCABULARY - 2,), VOCABULARY - 1, 0)
@@ -134,10 +198,16 @@ def small_timm_models() -> Iterator[None]:
     def create(name: str, **options: Any) -> Any:
         return whole(name, **_timm_sizes(name), **options)
 
-    def stem(*, channels: tuple[int, ...], **options: Any) -> ConvStem:  # of vit_base_mci, which fixes the width
-        return whole_stem(channels=tuple(WIDTH * each // channels[-1] for each in channels), **options)
+    # of vit_base_mci, which fixes the width
+    def stem(*, channels: tuple[int, ...], **options: Any) -> ConvStem:
+        return whole_stem(
+            channels=tuple(WIDTH * each // channels[-1] for each in channels), **options
+        )
 
-    with mock.patch("timm.create_model", create), mock.patch(f"{ConvStem.__module__}.ConvStem", stem):
+    with (
+        mock.patch("timm.create_model", create),
+        mock.patch(f"{ConvStem.__module__}.ConvStem", stem),
+    ):
         yield
 
 
@@ -146,7 +216,9 @@ def _timm_size(name: str) -> int:
         return 224
     if name.startswith(("fastvit", "convnext")):
         return 128
-    patch = next((int(part[5:]) for part in name.split("_") if part.startswith("patch")), 16)
+    patch = next(
+        (int(part[5:]) for part in name.split("_") if part.startswith("patch")), 16
+    )
     return 4 * patch
 
 
@@ -159,21 +231,34 @@ def _timm_sizes(name: str) -> dict[str, Any]:
         stages = 5 if name.endswith(("mci3", "mci4")) else 4
         return {"layers": (1,) * stages, "embed_dims": (16, 32, 32, 32, 32)[:stages]}
     sizes: dict[str, Any] = {
-        "embed_dim": WIDTH, "depth": LAYERS, "num_heads": HEADS, "img_size": _timm_size(name),
-    }  # fmt: skip
+        "embed_dim": WIDTH,
+        "depth": LAYERS,
+        "num_heads": HEADS,
+        "img_size": _timm_size(name),
+    }
     if name.startswith("vitamin"):
         conv = VitConvCfg(norm_layer="layernorm2d", norm_eps=1e-6)
         sizes["embed_cfg"] = VitCfg(
-            embed_dim=(8, 16, WIDTH), depths=(1, 1, 1), stem_width=8, conv_cfg=conv, head_type="1d"
+            embed_dim=(8, 16, WIDTH),
+            depths=(1, 1, 1),
+            stem_width=8,
+            conv_cfg=conv,
+            head_type="1d",
         )
     return sizes
 
 
 def _write_hf_config(name: str, directory: Path) -> Path:
-    kind = next(kind for kind in ("xlm-roberta", "roberta", "mt5", "nllb") if kind in name)
+    kind = next(
+        kind for kind in ("xlm-roberta", "roberta", "mt5", "nllb") if kind in name
+    )
     path = directory / kind
     path.mkdir(parents=True, exist_ok=True)
-    content = {"vocab_size": VOCABULARY} | (_ENCODER if "roberta" in kind else {}) | _HF_CONFIGS[kind]
+    content = (
+        {"vocab_size": VOCABULARY}
+        | (_ENCODER if "roberta" in kind else {})
+        | _HF_CONFIGS[kind]
+    )
     (path / "config.json").write_text(json.dumps(content))
     return path
 
@@ -181,10 +266,18 @@ def _write_hf_config(name: str, directory: Path) -> Path:
 Kind = Literal["t5", "gemma", "xlm", "bert", "nllb"]
 
 _CORPUS = [
-    "a red square and a green circle, it's not blue", "an orange triangle on a purple cross in black",
-    "two brown dogs run across the wet lawn with one yellow ball", "Das ist ein schönes Bild, niño, œuvre 12 34 567",
-]  # fmt: skip
-_CLASSES = {"t5": "T5", "gemma": "Gemma", "xlm": "XLMRoberta", "bert": "Bert", "nllb": "Nllb"}
+    "a red square and a green circle, it's not blue",
+    "an orange triangle on a purple cross in black",
+    "two brown dogs run across the wet lawn with one yellow ball",
+    "Das ist ein schönes Bild, niño, œuvre 12 34 567",
+]
+_CLASSES = {
+    "t5": "T5",
+    "gemma": "Gemma",
+    "xlm": "XLMRoberta",
+    "bert": "Bert",
+    "nllb": "Nllb",
+}
 _UNIGRAMS = {  # special tokens, and what surrounds a text
     "t5": (["<pad>", "</s>", "<unk>"], "$A </s>"),
     "xlm": (["<s>", "<pad>", "</s>", "<unk>", "<mask>"], "<s> $A </s>"),
@@ -192,15 +285,33 @@ _UNIGRAMS = {  # special tokens, and what surrounds a text
 }
 _NAMES = {
     "t5": {"pad_token": "<pad>", "eos_token": "</s>", "unk_token": "<unk>"},
-    "gemma": {"pad_token": "<pad>", "eos_token": "<eos>", "bos_token": "<bos>", "unk_token": "<unk>"},
+    "gemma": {
+        "pad_token": "<pad>",
+        "eos_token": "<eos>",
+        "bos_token": "<bos>",
+        "unk_token": "<unk>",
+    },
     "xlm": {
-        "bos_token": "<s>", "pad_token": "<pad>", "eos_token": "</s>", "unk_token": "<unk>", "mask_token": "<mask>",
+        "bos_token": "<s>",
+        "pad_token": "<pad>",
+        "eos_token": "</s>",
+        "unk_token": "<unk>",
+        "mask_token": "<mask>",
     },
     "bert": {
-        "pad_token": "[PAD]", "unk_token": "[UNK]", "cls_token": "[CLS]", "sep_token": "[SEP]", "mask_token": "[MASK]",
+        "pad_token": "[PAD]",
+        "unk_token": "[UNK]",
+        "cls_token": "[CLS]",
+        "sep_token": "[SEP]",
+        "mask_token": "[MASK]",
     },
-    "nllb": {"bos_token": "<s>", "pad_token": "<pad>", "eos_token": "</s>", "unk_token": "<unk>"},
-}  # fmt: skip
+    "nllb": {
+        "bos_token": "<s>",
+        "pad_token": "<pad>",
+        "eos_token": "</s>",
+        "unk_token": "<unk>",
+    },
+}
 
 
 def kind_of_tokenizer(name: str) -> Kind:
@@ -216,13 +327,26 @@ def kind_of_tokenizer(name: str) -> Kind:
 
 def write_tokenizer(kind: Kind, directory: Path) -> int:
     """Write tokenizer.json and tokenizer_config.json; return the number of tokens."""
-    tokenizer = _unigram(*_UNIGRAMS[kind]) if kind in _UNIGRAMS else {"gemma": _gemma, "bert": _bert}[kind]()
-    tokenizer.add_special_tokens([AddedToken(token, special=True) for token in _NAMES[kind].values()])
+    tokenizer = (
+        _unigram(*_UNIGRAMS[kind])
+        if kind in _UNIGRAMS
+        else {"gemma": _gemma, "bert": _bert}[kind]()
+    )
+    tokenizer.add_special_tokens(
+        [AddedToken(token, special=True) for token in _NAMES[kind].values()]
+    )
     tokenizer.save(str(directory / "tokenizer.json"))
-    names: dict[str, Any] = {"tokenizer_class": f"{_CLASSES[kind]}Tokenizer", **_NAMES[kind]}
+    names: dict[str, Any] = {
+        "tokenizer_class": f"{_CLASSES[kind]}Tokenizer",
+        **_NAMES[kind],
+    }
     settings = names | {"model_max_length": 512}
     if kind == "gemma":  # as the settings beside SigLIP 2's vocabulary have it
-        settings |= {"add_bos_token": False, "add_eos_token": True, "padding_side": "right"}
+        settings |= {
+            "add_bos_token": False,
+            "add_eos_token": True,
+            "padding_side": "right",
+        }
     (directory / "tokenizer_config.json").write_text(json.dumps(settings))
     return int(tokenizer.get_vocab_size())
 
@@ -230,7 +354,8 @@ def write_tokenizer(kind: Kind, directory: Path) -> int:
 def write_tiny_model(name: str, directory: Path) -> Path:
     """Write a shrunk model of a built-in configuration as a model directory.
 
-    Writing and loading it need `small_timm_models` around them, where timm builds its image tower.
+    Writing and loading it need `small_timm_models` around them, where timm builds its
+    image tower.
     """
     directory.mkdir()
     config = tiny_config(name, directory)
@@ -242,21 +367,35 @@ def write_tiny_model(name: str, directory: Path) -> Path:
         text["tokenizer_kwargs"] = {"bpe_path": "bpe.txt.gz"}
     if encoder := text.get("hf_model_name"):
         file = Path(encoder) / "config.json"
-        file.write_text(json.dumps(json.loads(file.read_text()) | {"vocab_size": text["vocab_size"]}))
+        file.write_text(
+            json.dumps(
+                json.loads(file.read_text()) | {"vocab_size": text["vocab_size"]}
+            )
+        )
     torch.manual_seed(0)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         clip = open_clip.create_model(name, load_weights=False, **config)
     shake(clip)
     # Some weights are never set, and hold whatever was in memory.
-    state = {name: torch.nan_to_num(value).clamp(-99, 99) for name, value in clip.state_dict().items()}
+    state = {
+        name: torch.nan_to_num(value).clamp(-99, 99)
+        for name, value in clip.state_dict().items()
+    }
     save_file(state, str(directory / "open_clip_model.safetensors"))
     if encoder:
         text["hf_model_name"] = Path(encoder).name
     whole = open_clip.get_model_config(name) | config
     size, half = image_size(config), [0.5, 0.5, 0.5]
-    preprocess = {"size": [size, size], "mean": half, "std": half, "resize_mode": "squash"}
-    (directory / MODEL_CONFIG).write_text(json.dumps({"model_cfg": whole, "preprocess_cfg": preprocess}))
+    preprocess = {
+        "size": [size, size],
+        "mean": half,
+        "std": half,
+        "resize_mode": "squash",
+    }
+    (directory / MODEL_CONFIG).write_text(
+        json.dumps({"model_cfg": whole, "preprocess_cfg": preprocess})
+    )
     return directory
 
 
@@ -272,12 +411,24 @@ def _unigram(specials: list[str], template: str) -> Tokenizer:
     text = " ".join(_CORPUS)
     words = list(dict.fromkeys(f"▁{word}" for word in text.split()))
     ranked = ["▁", *sorted(set(text.replace(" ", ""))), *words]
-    pieces = [(piece, 0.0) for piece in specials] + [(piece, -1.0 if len(piece) > 1 else -5.0) for piece in ranked]
-    tokenizer = Tokenizer(models.Unigram(pieces, unk_id=specials.index("<unk>"), byte_fallback=False))
-    tokenizer.normalizer = normalizers.Sequence([normalizers.NFKC(), normalizers.Replace(Regex(" {2,}"), " ")])
-    tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(replacement="▁", prepend_scheme="always")
-    used = [(token, specials.index(token)) for token in template.split() if token != "$A"]
-    tokenizer.post_processor = processors.TemplateProcessing(single=template, special_tokens=used)
+    pieces = [(piece, 0.0) for piece in specials] + [
+        (piece, -1.0 if len(piece) > 1 else -5.0) for piece in ranked
+    ]
+    tokenizer = Tokenizer(
+        models.Unigram(pieces, unk_id=specials.index("<unk>"), byte_fallback=False)
+    )
+    tokenizer.normalizer = normalizers.Sequence(
+        [normalizers.NFKC(), normalizers.Replace(Regex(" {2,}"), " ")]
+    )
+    tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(
+        replacement="▁", prepend_scheme="always"
+    )
+    used = [
+        (token, specials.index(token)) for token in template.split() if token != "$A"
+    ]
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single=template, special_tokens=used
+    )
     return tokenizer
 
 
@@ -285,15 +436,23 @@ def _gemma() -> Tokenizer:
     specials = ["<pad>", "<eos>", "<bos>", "<unk>"]
     trained = Tokenizer(models.BPE())
     trainer = trainers.BpeTrainer(
-        vocab_size=420, special_tokens=[*specials, *(f"<0x{byte:02X}>" for byte in range(256))], show_progress=False
+        vocab_size=420,
+        special_tokens=[*specials, *(f"<0x{byte:02X}>" for byte in range(256))],
+        show_progress=False,
     )
     trained.train_from_iterator([text.replace(" ", "▁") for text in _CORPUS], trainer)
     model = json.loads(trained.to_str())["model"]
     merges = [tuple(pair) for pair in model["merges"]]
-    tokenizer = Tokenizer(models.BPE(model["vocab"], merges, unk_token="<unk>", fuse_unk=True, byte_fallback=True))
+    tokenizer = Tokenizer(
+        models.BPE(
+            model["vocab"], merges, unk_token="<unk>", fuse_unk=True, byte_fallback=True
+        )
+    )
     tokenizer.normalizer = normalizers.Replace(" ", "▁")
     tokenizer.pre_tokenizer = pre_tokenizers.Split(" ", "merged_with_previous")
-    tokenizer.post_processor = processors.TemplateProcessing(single="$A <eos>", special_tokens=[("<eos>", 1)])
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single="$A <eos>", special_tokens=[("<eos>", 1)]
+    )
     return tokenizer
 
 
@@ -301,8 +460,16 @@ def _bert() -> Tokenizer:
     specials = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
     words = " ".join(_CORPUS).lower().replace(",", " ,").replace("'", " ' ").split()
     letters = sorted(set("".join(words)) | set("abcdefghijklmnopqrstuvwxyz"))
-    pieces = list(dict.fromkeys([*specials, *letters, *(f"##{letter}" for letter in letters), *words]))
-    tokenizer = Tokenizer(models.WordPiece({piece: i for i, piece in enumerate(pieces)}, unk_token="[UNK]"))
+    pieces = list(
+        dict.fromkeys(
+            [*specials, *letters, *(f"##{letter}" for letter in letters), *words]
+        )
+    )
+    tokenizer = Tokenizer(
+        models.WordPiece(
+            {piece: i for i, piece in enumerate(pieces)}, unk_token="[UNK]"
+        )
+    )
     tokenizer.normalizer = normalizers.BertNormalizer(lowercase=True)
     tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
     tokenizer.post_processor = processors.TemplateProcessing(

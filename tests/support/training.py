@@ -12,8 +12,12 @@ from dcar_core.training.prepared_split import PreparedSplit, prepare_split
 from dcar_core.util.arrays import Rows
 
 
-def model_and_data(backbone: Backbone, data: Dataset, name: str) -> tuple[DCAR, PreparedSplit]:
-    """Return a model with changed weights and its data; at the first weights some gradients are zero."""
+def model_and_data(
+    backbone: Backbone, data: Dataset, name: str
+) -> tuple[DCAR, PreparedSplit]:
+    """Return a model with changed weights and its data; at the first weights some
+    gradients are zero.
+    """
     return move_weights(seeded_model(backbone, find_method(name).config, 0), data)
 
 

@@ -14,7 +14,9 @@ DIM = 32
 
 
 def unit(vectors: Any) -> Floats:
-    normalized: Floats = (vectors / np.linalg.norm(vectors, axis=1, keepdims=True)).astype(np.float32)
+    normalized: Floats = (
+        vectors / np.linalg.norm(vectors, axis=1, keepdims=True)
+    ).astype(np.float32)
     return normalized
 
 
@@ -22,7 +24,10 @@ def clustered(count: int, seed: int = 0) -> Floats:
     """Return unit vectors around 50 centres, like the images of a gallery."""
     generator = np.random.default_rng(seed)
     centres = generator.normal(size=(50, DIM))
-    return unit(centres[generator.integers(50, size=count)] + 0.4 * generator.normal(size=(count, DIM)))
+    return unit(
+        centres[generator.integers(50, size=count)]
+        + 0.4 * generator.normal(size=(count, DIM))
+    )
 
 
 def blocks(vectors: Floats, size: int = 700) -> Blocks:
@@ -37,16 +42,39 @@ def held_out(vectors: Floats) -> HeldOutQueries:
     return HeldOutQueries(vectors[:: -(-len(vectors) // 1000)], "vectors")
 
 
-def build(file: Path, vectors: Floats, *kinds: str | IndexChoice, **options: Any) -> CreatedIndex:
+def build(
+    file: Path, vectors: Floats, *kinds: str | IndexChoice, **options: Any
+) -> CreatedIndex:
     """Build, tune and write an index of one of these factory strings or choices."""
-    choices = [IndexChoice(kind, "test") if isinstance(kind, str) else kind for kind in kinds]
+    choices = [
+        IndexChoice(kind, "test") if isinstance(kind, str) else kind for kind in kinds
+    ]
     queries = options.pop("queries", held_out(vectors))
-    return build_index(file, blocks(vectors), len(vectors), vectors.shape[1], choices, queries, **options)
+    return build_index(
+        file,
+        blocks(vectors),
+        len(vectors),
+        vectors.shape[1],
+        choices,
+        queries,
+        **options,
+    )
 
 
-def recall(rows: Rows, queries: Floats, vectors: Floats, mask: Mask | None = None) -> float:
+def recall(
+    rows: Rows, queries: Floats, vectors: Floats, mask: Mask | None = None
+) -> float:
     """Return the share of the nearest rows, among those of a mask, that were found."""
     scores = queries @ vectors.T
-    truth = np.argsort(-scores if mask is None else np.where(mask, -scores, 9), axis=1, kind="stable")
+    truth = np.argsort(
+        -scores if mask is None else np.where(mask, -scores, 9), axis=1, kind="stable"
+    )
     k = rows.shape[1]
-    return float(np.mean([len(np.intersect1d(a, b[:k])) / k for a, b in zip(rows, truth, strict=True)]))
+    return float(
+        np.mean(
+            [
+                len(np.intersect1d(a, b[:k])) / k
+                for a, b in zip(rows, truth, strict=True)
+            ]
+        )
+    )

@@ -6,7 +6,12 @@ from pathlib import Path
 
 from dcar_core.util.files import sha256_of
 from index_jobs.index.manifest import CURRENT, Current, Manifest, manifest_key
-from index_jobs.index.versions import new_version, open_current, read_current, read_manifest
+from index_jobs.index.versions import (
+    new_version,
+    open_current,
+    read_current,
+    read_manifest,
+)
 from index_jobs.jobs.build import RebuildSummary
 
 Build = Callable[..., RebuildSummary]  # the fixture `build`
@@ -21,7 +26,9 @@ def file_of(index: Path, name: str, version: int | None = None) -> Path:
 
 def point(index: Path, version: int) -> None:
     """Let CURRENT name a version, as it is."""
-    (index / CURRENT).write_bytes(Current(version, sha256_of(index / manifest_key(version))).to_bytes())
+    (index / CURRENT).write_bytes(
+        Current(version, sha256_of(index / manifest_key(version))).to_bytes()
+    )
 
 
 def write_manifest(index: Path, manifest: Manifest) -> None:

@@ -18,13 +18,22 @@ def item(item_id: str, color: str = "pink", **fields: Any) -> dict[str, Any]:
 
 
 async def put(
-    client: httpx.AsyncClient, *items: dict[str, Any], path: str = "/items", **options: Any
+    client: httpx.AsyncClient,
+    *items: dict[str, Any],
+    path: str = "/items",
+    **options: Any,
 ) -> httpx.Response:
-    return await client.put(path, json={"items": items}, headers=options.pop("headers", ADMINS))
+    return await client.put(
+        path, json={"items": items}, headers=options.pop("headers", ADMINS)
+    )
 
 
-async def delete(client: httpx.AsyncClient, *ids: str, path: str = "/items", **options: Any) -> httpx.Response:
-    return await client.request("DELETE", path, json={"ids": ids}, headers=options.pop("headers", ADMINS))
+async def delete(
+    client: httpx.AsyncClient, *ids: str, path: str = "/items", **options: Any
+) -> httpx.Response:
+    return await client.request(
+        "DELETE", path, json={"ids": ids}, headers=options.pop("headers", ADMINS)
+    )
 
 
 async def ended(client: httpx.AsyncClient, response: httpx.Response) -> dict[str, Any]:
@@ -33,7 +42,9 @@ async def ended(client: httpx.AsyncClient, response: httpx.Response) -> dict[str
     job: dict[str, Any] = {}
 
     async def is_over() -> bool:
-        job.update((await client.get(response.headers["location"], headers=ADMINS)).json())
+        job.update(
+            (await client.get(response.headers["location"], headers=ADMINS)).json()
+        )
         return job["status"] in ("done", "failed")
 
     await until(is_over)

@@ -1,4 +1,6 @@
-"""The commands of the README: from captions of a vision model to an index that has them."""
+"""The commands of the README: from captions of a vision model to an index that has
+them.
+"""
 
 import re
 import shlex
@@ -28,10 +30,15 @@ def test_captions_of_a_vision_model_reach_the_index(
     block, _ = shown_blocks("plugins/dcar-caption/README.md")
     commands, printed = [line for line in block.lines if line.startswith("dcar ")], ""
     with VisionServer() as server:
-        for command, status in zip(commands, ([0], [0, 3], [0]), strict=True):  # 3: one epoch made it no better
-            words = command.replace("dcar train", f"dcar train --model {tiny_model} --epochs 1")
+        # 3: one epoch made it no better
+        for command, status in zip(commands, ([0], [0, 3], [0]), strict=True):
+            words = command.replace(
+                "dcar train", f"dcar train --model {tiny_model} --epochs 1"
+            )
             words = re.sub(r"--url \S+", f"--url {server.url}", words)
-            done = CliRunner().invoke(app, shlex.split(words)[1:], catch_exceptions=False)
+            done = CliRunner().invoke(
+                app, shlex.split(words)[1:], catch_exceptions=False
+            )
             assert done.exit_code in status, (command, done.output)
             printed += done.stdout
     assert_shown(block, printed)

@@ -1,4 +1,6 @@
-"""A local server that speaks the chat protocol of vision endpoints and misbehaves on request."""
+"""A local server that speaks the chat protocol of vision endpoints and misbehaves on
+request.
+"""
 
 import hashlib
 import json
@@ -14,7 +16,9 @@ from typing import Any
 
 @dataclass(frozen=True)
 class Asked:
-    """One request for a draft or a judgement: its image (by a hash of the bytes) and its turn in the chat."""
+    """One request for a draft or a judgement: its image (by a hash of the bytes) and
+    its turn in the chat.
+    """
 
     kind: str
     category: str
@@ -30,8 +34,8 @@ class Asked:
 class Raw:
     """A response that is not simply a message.
 
-    headers: instead of the usual ones, or as well. cut: promise all of the body and send half; silent: close at once;
-    drip: seconds between bytes.
+    headers: instead of the usual ones, or as well. cut: promise all of the body and
+    send half; silent: close at once; drip: seconds between bytes.
     """
 
     status: int = 200
@@ -48,7 +52,13 @@ Behave = Callable[[Asked, int], "str | Raw | dict[str, Any]"]
 
 def message(text: Any, finish: str = "stop", **more: Any) -> dict[str, Any]:
     return {
-        "choices": [{"index": 0, "message": {"role": "assistant", "content": text}, "finish_reason": finish}],
+        "choices": [
+            {
+                "index": 0,
+                "message": {"role": "assistant", "content": text},
+                "finish_reason": finish,
+            }
+        ],
         "usage": {"prompt_tokens": 100, "completion_tokens": 20},
     } | more
 
@@ -60,7 +70,9 @@ def good(asked: Asked, _: int = 0) -> str:
 
 
 class VisionServer:
-    """Serve what `behave(asked, n)` returns for request n (from 0) of the same kind, image and turn."""
+    """Serve what `behave(asked, n)` returns for request n (from 0) of the same kind,
+    image and turn.
+    """
 
     def __init__(self, behave: Behave = good) -> None:
         self.behave, self.asked = behave, list[Asked]()
@@ -70,7 +82,8 @@ class VisionServer:
 
         class Handler(BaseHTTPRequestHandler):
             protocol_version = "HTTP/1.1"
-            disable_nagle_algorithm = True  # a body would wait 40 ms until its head is acknowledged
+            # a body would wait 40 ms until its head is acknowledged
+            disable_nagle_algorithm = True
 
             def do_POST(self) -> None:
                 body = json.loads(self.rfile.read(int(self.headers["content-length"])))
@@ -96,10 +109,19 @@ class VisionServer:
         self.url = f"http://127.0.0.1:{self._server.server_port}/v1"
 
     def __enter__(self) -> "VisionServer":
-        threading.Thread(target=self._server.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True).start()
+        threading.Thread(
+            target=self._server.serve_forever,
+            kwargs={"poll_interval": 0.01},
+            daemon=True,
+        ).start()
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        at: TracebackType | None,
+    ) -> None:
         self._server.shutdown()
         self._server.server_close()
 
@@ -114,23 +136,42 @@ class VisionServer:
         named = re.search(r'"([^"]+)"', first[0]["text"])
         image = hashlib.sha256(first[1]["image_url"]["url"].encode()).hexdigest()
         asked = Asked(
-            kind, named[1] if named else "", image, len(body["messages"]) // 2,
-            last if isinstance(last, str) else last[0]["text"], body, dict(handler.headers.items()), time.monotonic(),
-        )  # fmt: skip
+            kind,
+            named[1] if named else "",
+            image,
+            len(body["messages"]) // 2,
+            last if isinstance(last, str) else last[0]["text"],
+            body,
+            dict(handler.headers.items()),
+            time.monotonic(),
+        )
         with self._lock:
-            n = sum((a.kind, a.image, a.turn) == (kind, image, asked.turn) for a in self.asked)
+            n = sum(
+                (a.kind, a.image, a.turn) == (kind, image, asked.turn)
+                for a in self.asked
+            )
             if kind == "judge":  # each draft is judged in a chat of its own
-                n = sum((a.kind, a.image, a.text) == (kind, image, asked.text) for a in self.asked)
+                n = sum(
+                    (a.kind, a.image, a.text) == (kind, image, asked.text)
+                    for a in self.asked
+                )
             self.asked.append(asked)
         said = self.behave(asked, n)
-        raw = said if isinstance(said, Raw) else Raw(body=json.dumps(message(said) if isinstance(said, str) else said))
+        raw = (
+            said
+            if isinstance(said, Raw)
+            else Raw(body=json.dumps(message(said) if isinstance(said, str) else said))
+        )
         time.sleep(raw.wait)
         if raw.silent:
             handler.close_connection = True
             return
         content = raw.body.encode() if isinstance(raw.body, str) else raw.body
         handler.send_response(raw.status)
-        usual = {"content-type": "application/json", "content-length": str(len(content))}
+        usual = {
+            "content-type": "application/json",
+            "content-length": str(len(content)),
+        }
         for name, value in (usual | dict(raw.headers)).items():
             handler.send_header(name, value)
         handler.end_headers()

@@ -1,4 +1,6 @@
-"""Qdrant's HTTP interface over its core, as far as the engine uses it. The client's own models parse what is sent."""
+"""Qdrant's HTTP interface over its core, as far as the engine uses it. The client's own
+models parse what is sent.
+"""
 
 import json
 import re
@@ -14,10 +16,15 @@ from qdrant_client import models
 from qdrant_core import CoreClient
 
 _CONFIG = {  # which the engine does not read
-    "params": {}, "hnsw_config": {"m": 0, "ef_construct": 0, "full_scan_threshold": 0},
-    "optimizer_config": {"deleted_threshold": 0, "vacuum_min_vector_number": 0, "default_segment_number": 0}
+    "params": {},
+    "hnsw_config": {"m": 0, "ef_construct": 0, "full_scan_threshold": 0},
+    "optimizer_config": {
+        "deleted_threshold": 0,
+        "vacuum_min_vector_number": 0,
+        "default_segment_number": 0,
+    }
     | {"flush_interval_sec": 0},
-}  # fmt: skip
+}
 
 
 class QdrantServer:
@@ -43,8 +50,12 @@ class QdrantServer:
             def _respond(self) -> None:
                 server.keys.append(self.headers.get("api-key"))
                 length = int(self.headers.get("content-length", 0))
-                status, result = server.respond(self.command, urlsplit(self.path).path, self.rfile.read(length))
-                body = json.dumps({"result": result, "status": "ok", "time": 0.0}).encode()
+                status, result = server.respond(
+                    self.command, urlsplit(self.path).path, self.rfile.read(length)
+                )
+                body = json.dumps(
+                    {"result": result, "status": "ok", "time": 0.0}
+                ).encode()
                 self.send_response(status)
                 self.send_header("content-type", "application/json")
                 self.send_header("content-length", str(len(body)))
@@ -59,7 +70,9 @@ class QdrantServer:
 
     def searches(self) -> list[list[dict[str, Any]]]:
         """Return the searches of each call."""
-        return [body["searches"] for _, path, body in self.calls if path.endswith("/batch")]
+        return [
+            body["searches"] for _, path, body in self.calls if path.endswith("/batch")
+        ]
 
     def respond(self, method: str, path: str, body: bytes) -> tuple[int, Any]:
         content = json.loads(body) if body else {}
@@ -69,8 +82,16 @@ class QdrantServer:
                 self.failures -= 1
                 return self.failure, None
             place = re.fullmatch(r"/collections/([^/]+)(/.*)?", path)
-            name, rest = (place[1], place[2] or "") if place and place[1] != "aliases" else ("", path)
-            if name and method + rest not in ("PUT", "GET/exists") and not self.client.collection_exists(name):
+            name, rest = (
+                (place[1], place[2] or "")
+                if place and place[1] != "aliases"
+                else ("", path)
+            )
+            if (
+                name
+                and method + rest not in ("PUT", "GET/exists")
+                and not self.client.collection_exists(name)
+            ):
                 return 404, None
             return 200, self._result(method + rest, name, content)
 
@@ -82,17 +103,24 @@ class QdrantServer:
             case "GET/aliases":
                 return client.get_aliases().model_dump()
             case "POST/collections/aliases":
-                return client.update_collection_aliases(models.ChangeAliasesOperation(**body).actions)
+                return client.update_collection_aliases(
+                    models.ChangeAliasesOperation(**body).actions
+                )
             case "PUT":
                 given = models.CreateCollection(**body)
-                return client.create_collection(name, given.vectors, hnsw_config=given.hnsw_config)
+                return client.create_collection(
+                    name, given.vectors, hnsw_config=given.hnsw_config
+                )
             case "DELETE":
                 return client.delete_collection(name)
             case "GET":
                 return {
-                    "status": client.get_collection(name).status, "optimizer_status": "ok", "segments_count": 1,
-                    "config": _CONFIG, "payload_schema": {},
-                }  # fmt: skip
+                    "status": client.get_collection(name).status,
+                    "optimizer_status": "ok",
+                    "segments_count": 1,
+                    "config": _CONFIG,
+                    "payload_schema": {},
+                }
             case "GET/exists":
                 return {"exists": client.collection_exists(name)}
             case "PUT/index":
@@ -105,11 +133,22 @@ class QdrantServer:
             case "POST/points/count":
                 return client.count(name).model_dump()
             case "POST/points":
-                return [point.model_dump(mode="json") for point in client.retrieve(name, body["ids"])]
-            case "POST/points/query/batch":
-                found = client.query_batch_points(name, [models.QueryRequest(**search) for search in body["searches"]])
                 return [
-                    {"points": [{"id": p.id, "version": 0, "score": p.score} for p in each.points]} for each in found
+                    point.model_dump(mode="json")
+                    for point in client.retrieve(name, body["ids"])
+                ]
+            case "POST/points/query/batch":
+                found = client.query_batch_points(
+                    name, [models.QueryRequest(**search) for search in body["searches"]]
+                )
+                return [
+                    {
+                        "points": [
+                            {"id": p.id, "version": 0, "score": p.score}
+                            for p in each.points
+                        ]
+                    }
+                    for each in found
                 ]
         raise NotImplementedError(route)
 

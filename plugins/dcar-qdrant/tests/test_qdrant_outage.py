@@ -1,4 +1,6 @@
-"""A Qdrant that is lost while the service runs: searches fail soon, and operators are told."""
+"""A Qdrant that is lost while the service runs: searches fail soon, and operators are
+told.
+"""
 
 import asyncio
 import threading
@@ -20,24 +22,33 @@ from tests.support.versions import Build
 
 
 @pytest.fixture
-def index(build: Build, server: QdrantServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+def index(
+    build: Build, server: QdrantServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> Path:
     monkeypatch.setattr(connection, "READ_SECONDS", 1)
     monkeypatch.setattr(connection, "REST_SECONDS", 0.1)
-    monkeypatch.setattr(server.http, "handle_error", lambda *_: None)  # whoever waited is gone
+    # whoever waited is gone
+    monkeypatch.setattr(server.http, "handle_error", lambda *_: None)
     build(engine=f"qdrant={server.url}")
     return tmp_path / "index"
 
 
-async def test_a_lost_qdrant_refuses_searches_until_it_is_back(index: Path, server: QdrantServer) -> None:
+async def test_a_lost_qdrant_refuses_searches_until_it_is_back(
+    index: Path, server: QdrantServer
+) -> None:
     async with opened(index) as client:
         respond, server.respond = server.respond, lambda *_: (404, None)  # type: ignore[method-assign]
         assert (await client.post("/search/text", json=WORDS)).status_code == 503
-        assert (await scrape(client))["dcar_refused_total", (("reason", "vector_store"),)] == 1
+        assert (await scrape(client))[
+            "dcar_refused_total", (("reason", "vector_store"),)
+        ] == 1
         server.respond = respond  # type: ignore[method-assign]
         assert (await client.post("/search/text", json=WORDS)).status_code == 200
 
 
-async def test_lost_points_are_a_missing_store_and_no_index_without_vectors(index: Path, server: QdrantServer) -> None:
+async def test_lost_points_are_a_missing_store_and_no_index_without_vectors(
+    index: Path, server: QdrantServer
+) -> None:
     client, name = server.client, server.client.get_collections().collections[0].name
     lost = client.retrieve(name, [3])[0]
     similar = f"/items/{quote(open_current(index).item(3).id, safe='')}/similar"
@@ -63,15 +74,24 @@ async def test_a_qdrant_that_hangs_holds_no_search_to_the_deadline_and_no_item(
         server.respond = hang  # type: ignore[method-assign]
         try:
             began = time.monotonic()
-            asked = [client.post("/search/text", json={"query": f"red {number}"}) for number in range(30)]
+            asked = [
+                client.post("/search/text", json={"query": f"red {number}"})
+                for number in range(30)
+            ]
             responses = await asyncio.gather(*asked, client.get(place))
-            assert time.monotonic() - began < 8, "the first threads wait for two attempts of a second"
-            assert [response.status_code for response in responses] == [503] * 30 + [200]
+            assert time.monotonic() - began < 8, (
+                "the first threads wait for two attempts of a second"
+            )
+            assert [response.status_code for response in responses] == [503] * 30 + [
+                200
+            ]
         finally:
             goes_on.set()
 
 
-def test_one_slow_search_stops_no_other(index: Path, server: QdrantServer, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_one_slow_search_stops_no_other(
+    index: Path, server: QdrantServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(connection, "REST_SECONDS", 60)
     opened, respond, goes_on = open_current(index), server.respond, threading.Event()
     vectors = opened.vectors(opened.live.nonzero()[0])

@@ -1,4 +1,6 @@
-"""Random requests over Qdrant have the responses of FAISS: filters, pages, groups, facets, sorting and words."""
+"""Random requests over Qdrant have the responses of FAISS: filters, pages, groups,
+facets, sorting and words.
+"""
 
 import json
 import random
@@ -30,32 +32,52 @@ TAGS = ["red", "soft", "new", "XL"]
 
 
 def write_gallery(folder: Path, numbers: range) -> Path:
-    """Draw images of noise, with fields of each type, some of them missing, and one with an awkward name."""
-    rng, noise, lines = random.Random(numbers.start), np.random.default_rng(numbers.start), []
+    """Draw images of noise, with fields of each type, some of them missing, and one
+    with an awkward name.
+    """
+    rng, noise, lines = (
+        random.Random(numbers.start),
+        np.random.default_rng(numbers.start),
+        [],
+    )
     folder.mkdir()
     for number in numbers:
-        Image.fromarray(noise.integers(0, 255, (24, 24, 3), np.uint8)).save(folder / f"{number}.png")
+        Image.fromarray(noise.integers(0, 255, (24, 24, 3), np.uint8)).save(
+            folder / f"{number}.png"
+        )
         record = {
-            "id": f"n{number}", "caption": rng.choice(["a lynx", "soft red lion", "the ibis", ""]),
-            "category": rng.choice(["cat", "bird", ""]), "price": rng.choice([None, 5, 7.5, 10.25, 0.0, 99]),
-            "stock": rng.choice([None, 0, 1, 2, 2**60, -(2**63)]), "sale": rng.choice([None, True, False]),
-            "brand": rng.choice([None, *BRANDS]), "tags": rng.sample(TAGS, rng.randint(0, 3)),
-            'a.b["c"]': rng.choice([None, "x", "y"]), "gift": True if number == 4 else None,
-        }  # fmt: skip
+            "id": f"n{number}",
+            "caption": rng.choice(["a lynx", "soft red lion", "the ibis", ""]),
+            "category": rng.choice(["cat", "bird", ""]),
+            "price": rng.choice([None, 5, 7.5, 10.25, 0.0, 99]),
+            "stock": rng.choice([None, 0, 1, 2, 2**60, -(2**63)]),
+            "sale": rng.choice([None, True, False]),
+            "brand": rng.choice([None, *BRANDS]),
+            "tags": rng.sample(TAGS, rng.randint(0, 3)),
+            'a.b["c"]': rng.choice([None, "x", "y"]),
+            "gift": True if number == 4 else None,
+        }
         if rng.random() < 0.2:
             del record["tags"]
         lines.append(
-            {"file_name": f"{number}.png"} | {name: value for name, value in record.items() if value is not None}
+            {"file_name": f"{number}.png"}
+            | {name: value for name, value in record.items() if value is not None}
         )
-    (folder / "metadata.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    (folder / "metadata.jsonl").write_text(
+        "".join(json.dumps(line) + "\n" for line in lines)
+    )
     return folder
 
 
 @pytest.fixture(scope="module", params=["memory", "server"])
 def opened(
-    tiny_checkpoint: Path, url: str, tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureRequest
+    tiny_checkpoint: Path,
+    url: str,
+    tmp_path_factory: pytest.TempPathFactory,
+    request: pytest.FixtureRequest,
 ) -> tuple[Index, Index]:
-    """The same index with FAISS and with Qdrant: built, with items added, changed and removed.
+    """The same index with FAISS and with Qdrant: built, with items added, changed and
+    removed.
 
     The only `gift` is true, then removed, and then texts.
     """
@@ -63,12 +85,18 @@ def opened(
     gallery = write_gallery(root / "gallery", range(COUNT))
     more = write_gallery(root / "more", range(COUNT, COUNT + ADDED))
     changes: list[tuple[str, dict[str, Any]]] = [
-        ("n3", {"price": 7.5, "brand": "lynx"}), ("n4", {"stock": None, "tags": ["new"], "gift": None}),
-        ("n71", {"sale": True}), ("n9", {"caption": "", "category": "bird", "gift": "true"}),
-        ("n10", {"fresh": "yes"}), ("n6", {"brand": "Ibis & Co"}),
-    ]  # fmt: skip
+        ("n3", {"price": 7.5, "brand": "lynx"}),
+        ("n4", {"stock": None, "tags": ["new"], "gift": None}),
+        ("n71", {"sale": True}),
+        ("n9", {"caption": "", "category": "bird", "gift": "true"}),
+        ("n10", {"fresh": "yes"}),
+        ("n6", {"brand": "Ibis & Co"}),
+    ]
     found = []
-    for name, engine in (("faiss", "faiss"), ("qdrant", f"qdrant={url if request.param == 'server' else ':memory:'}")):
+    for name, engine in (
+        ("faiss", "faiss"),
+        ("qdrant", f"qdrant={url if request.param == 'server' else ':memory:'}"),
+    ):
         out = root / name
         rebuild(gallery, tiny_checkpoint, out, engine=engine, workers=0, progress=False)
         change_metadata(out, changes[:2], "a test")
@@ -82,13 +110,22 @@ def opened(
 
 def draw_condition(rng: random.Random, field: str) -> Any:
     values: dict[str, list[Any]] = {
-        "price": [5, 7.5, 10.25, -0.0, 99, 3], "stock": [0, 1, 2.0, 2.5, 2**60, 2**60 + 1, -(2**63)],
-        "sale": [True, False], "brand": BRANDS, "tags": TAGS, 'a.b["c"]': ["x", "y"], "category": ["cat", "bird", ""],
-        "caption": ["a lynx", ""], "id": [f"n{number}" for number in range(0, COUNT, 5)], "fresh": ["yes"],
+        "price": [5, 7.5, 10.25, -0.0, 99, 3],
+        "stock": [0, 1, 2.0, 2.5, 2**60, 2**60 + 1, -(2**63)],
+        "sale": [True, False],
+        "brand": BRANDS,
+        "tags": TAGS,
+        'a.b["c"]': ["x", "y"],
+        "category": ["cat", "bird", ""],
+        "caption": ["a lynx", ""],
+        "id": [f"n{number}" for number in range(0, COUNT, 5)],
+        "fresh": ["yes"],
         "gift": ["true", "wrapped"],
-    }  # fmt: skip
+    }
     some, is_number = [*values[field], None], field in ("price", "stock")
-    kinds = ["range"] * 3 if is_number else ["contains", "range"] if field in TEXTS else []
+    kinds = (
+        ["range"] * 3 if is_number else ["contains", "range"] if field in TEXTS else []
+    )
     match rng.choice(["value", "list", "in", "not", *kinds]):
         case "value":
             return rng.choice(some)
@@ -105,12 +142,29 @@ def draw_condition(rng: random.Random, field: str) -> Any:
 
 
 TEXTS = ["brand", "tags", 'a.b["c"]', "category", "caption", "id", "gift"]
-FIELDS = ["price", "stock", "sale", "brand", "tags", 'a.b["c"]', "category", "caption", "id", "fresh", "gift"]
+FIELDS = [
+    "price",
+    "stock",
+    "sale",
+    "brand",
+    "tags",
+    'a.b["c"]',
+    "category",
+    "caption",
+    "id",
+    "fresh",
+    "gift",
+]
 
 
 def draw_filter(rng: random.Random) -> dict[str, Any]:
-    filter = {field: draw_condition(rng, field) for field in rng.sample(FIELDS, rng.randint(1, 2))}
-    return filter | ({"$or": [draw_filter(rng), draw_filter(rng)]} if rng.random() < 0.2 else {})
+    filter = {
+        field: draw_condition(rng, field)
+        for field in rng.sample(FIELDS, rng.randint(1, 2))
+    }
+    return filter | (
+        {"$or": [draw_filter(rng), draw_filter(rng)]} if rng.random() < 0.2 else {}
+    )
 
 
 def draw_request(rng: random.Random) -> dict[str, Any]:
@@ -119,12 +173,22 @@ def draw_request(rng: random.Random) -> dict[str, Any]:
         "k": rng.randint(1, 12),
     }
     options: list[tuple[float, dict[str, Any]]] = [
-        (0.7, {"filter": draw_filter(rng)}), (0.3, {"offset": rng.randint(0, 20)}),
-        (0.3, {"group_by": rng.choice(["brand", "category", "price", "stock", "sale", "gift", 'a.b["c"]'])}),
-        (0.2, {"facets": rng.sample(["brand", "tags", "price", "sale", "gift"], 2)}), (0.3, {"hybrid": True}),
+        (0.7, {"filter": draw_filter(rng)}),
+        (0.3, {"offset": rng.randint(0, 20)}),
+        (
+            0.3,
+            {
+                "group_by": rng.choice(
+                    ["brand", "category", "price", "stock", "sale", "gift", 'a.b["c"]']
+                )
+            },
+        ),
+        (0.2, {"facets": rng.sample(["brand", "tags", "price", "sale", "gift"], 2)}),
+        (0.3, {"hybrid": True}),
         (0.2, {"without": "red"}),
-        (0.2, {"more_like": ["n8", "n73"]}), (0.2, {"min_score": rng.choice([-0.2, 0.0, 0.1])}),
-    ]  # fmt: skip
+        (0.2, {"more_like": ["n8", "n73"]}),
+        (0.2, {"min_score": rng.choice([-0.2, 0.0, 0.1])}),
+    ]
     for share, option in options:
         request |= option if rng.random() < share else {}
     if "group_by" not in request and rng.random() < 0.1:
@@ -139,9 +203,18 @@ def response(index: Index, request: dict[str, Any]) -> Any:
         found = index.search(**request)
     except SearchError as error:
         return str(error)
-    matches = [(item["id"], item.get("group"), item.get("folded"), item["level"]) for item in found["results"]]
-    scores = [(result["score"], result.get("text_score", 0)) for result in found["results"]]
-    rest = {name: value for name, value in found.items() if name not in ("results", "took_ms")}
+    matches = [
+        (item["id"], item.get("group"), item.get("folded"), item["level"])
+        for item in found["results"]
+    ]
+    scores = [
+        (result["score"], result.get("text_score", 0)) for result in found["results"]
+    ]
+    rest = {
+        name: value
+        for name, value in found.items()
+        if name not in ("results", "took_ms")
+    }
     return matches, rest, np.array(scores)
 
 
@@ -165,12 +238,20 @@ def test_filters_are_conditions_that_name_only_rows_that_were_removed_or_changed
 ) -> None:
     index, gallery = tmp_path / "index", write_gallery(tmp_path / "many", range(20))
     build(gallery, engine=f"qdrant={server.url}")
-    change_metadata(index, [("n3", {"price": 7.5, "brand": "lynx"}), ("n4", {"price": 1})], "a test")
+    change_metadata(
+        index, [("n3", {"price": 7.5, "brand": "lynx"}), ("n4", {"price": 1})], "a test"
+    )
     remove(index, ["n5"])
-    opened, given = Index.open(index, device="cpu"), {"price": {"gt": 6}, "brand": ["lynx", "12"]}
+    opened, given = (
+        Index.open(index, device="cpu"),
+        {"price": {"gt": 6}, "brand": ["lynx", "12"]},
+    )
     server.calls.clear()
     assert opened.search("a lynx", filter=given)["results"]
-    sent, ids = server.searches()[0][0]["filter"]["should"], opened.served.index.column("id").to_pylist()
+    sent, ids = (
+        server.searches()[0][0]["filter"]["should"],
+        opened.served.index.column("id").to_pylist(),
+    )
     assert {ids[row] for row in sent[0]["must_not"][0]["has_id"]} == {"n3", "n4", "n5"}
     conditions = json.dumps(sent[0]["must"], separators=(",", ":"))
     assert '"key":"price","range":{"gt":6.0}' in conditions
@@ -178,12 +259,21 @@ def test_filters_are_conditions_that_name_only_rows_that_were_removed_or_changed
     assert [ids[row] for row in sent[1]["has_id"]] == ["n3"], "its changed price fits"
 
 
-@pytest.mark.parametrize("condition", ["cheap", {"not": "cheap"}, {"gt": "c"}, {"gt": 10**400}, {"contains": "c"}])
+@pytest.mark.parametrize(
+    "condition",
+    ["cheap", {"not": "cheap"}, {"gt": "c"}, {"gt": 10**400}, {"contains": "c"}],
+)
 @pytest.mark.parametrize("kind", ["int64", "double", "bool"])
-def test_what_a_server_cannot_compare_is_matched_by_rows(condition: Any, kind: str) -> None:
-    """All values of a field were removed, and then it was given texts, for which the server has no index."""
+def test_what_a_server_cannot_compare_is_matched_by_rows(
+    condition: Any, kind: str
+) -> None:
+    """All values of a field were removed, and then it was given texts, for which the
+    server has no index.
+    """
     rows = RowFilter(lambda: np.array([True, False, False]), {"price": condition})
-    sent = to_conditions(rows, {"price": ["price", kind]}, 3).model_dump(exclude_none=True)
+    sent = to_conditions(rows, {"price": ["price", kind]}, 3).model_dump(
+        exclude_none=True
+    )
     assert sent == {"must": [{"has_id": [0]}]}
 
 
@@ -191,15 +281,26 @@ def test_what_a_server_cannot_compare_is_matched_by_rows(condition: Any, kind: s
 def test_the_fewer_rows_are_named(count: int) -> None:
     mask = np.arange(10) < count
     sent = to_conditions(RowFilter.of_mask(mask), {}, 10).model_dump(exclude_none=True)
-    assert (sent.get("must_not") or sent["must"])[0] == {"has_id": [9] if count == 9 else [0, 1, 2]}
+    assert (sent.get("must_not") or sent["must"])[0] == {
+        "has_id": [9] if count == 9 else [0, 1, 2]
+    }
 
 
 def test_bounds_of_integers_are_integers() -> None:
-    """A server compares the integers of a field with a bound whose fraction it has cut off."""
+    """A server compares the integers of a field with a bound whose fraction it has cut
+    off.
+    """
     bounds = {"gt": -2.5, "gte": -2.5, "lt": 2.5, "lte": 2.5}
     rows = RowFilter(lambda: np.ones(1, np.bool_), {"stock": bounds})
-    sent = to_conditions(rows, {"stock": ["stock", "int64"]}, 1).model_dump(exclude_none=True)
-    assert sent["must"][0]["must"][0]["must"][0]["range"] == {"gt": -3, "gte": -2, "lt": 3, "lte": 2}
+    sent = to_conditions(rows, {"stock": ["stock", "int64"]}, 1).model_dump(
+        exclude_none=True
+    )
+    assert sent["must"][0]["must"][0]["must"][0]["range"] == {
+        "gt": -3,
+        "gte": -2,
+        "lt": 3,
+        "lte": 2,
+    }
 
 
 def test_many_searches_that_name_many_rows_are_sent_in_small_parts(
@@ -207,7 +308,10 @@ def test_many_searches_that_name_many_rows_are_sent_in_small_parts(
 ) -> None:
     build(engine=f"qdrant={server.url}")
     opened = open_current(tmp_path / "index")
-    vectors, rows = opened.vectors(np.arange(24)), RowFilter.of_mask(np.arange(24) % 2 == 0)
+    vectors, rows = (
+        opened.vectors(np.arange(24)),
+        RowFilter.of_mask(np.arange(24) % 2 == 0),
+    )
     whole = opened.search(vectors, 5, rows)
     monkeypatch.setattr(qdrant_index, "FILTER_BYTES", 500)
     server.calls.clear()
@@ -219,7 +323,21 @@ def test_many_searches_that_name_many_rows_are_sent_in_small_parts(
 
 @pytest.mark.slow
 def test_the_benchmark_prints_a_row_of_each_engine() -> None:
-    command = [sys.executable, str(Path(__file__).parents[1] / "benchmark.py"), "core", "--count", "600", "--dim", "16"]
-    rows = subprocess.run(command, capture_output=True, text=True, check=True).stdout.splitlines()[-2:]
+    command = [
+        sys.executable,
+        str(Path(__file__).parents[1] / "benchmark.py"),
+        "core",
+        "--count",
+        "600",
+        "--dim",
+        "16",
+    ]
+    rows = subprocess.run(
+        command, capture_output=True, text=True, check=True
+    ).stdout.splitlines()[-2:]
     assert [row.partition(",")[0] for row in rows] == ["| qdrant", "| faiss"]
-    assert all(float(cell.split(" / ")[-1]) >= 0.95 for row in rows for cell in row.strip("| ").split(" | ")[2:])
+    assert all(
+        float(cell.split(" / ")[-1]) >= 0.95
+        for row in rows
+        for cell in row.strip("| ").split(" | ")[2:]
+    )

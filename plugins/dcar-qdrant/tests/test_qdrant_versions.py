@@ -22,7 +22,13 @@ from dcar_qdrant.connection import connect
 from dcar_qdrant.engine import QdrantEngine, collection_prefix
 from dcar_qdrant.index import QdrantIndex, QdrantLocation
 from index_jobs.index.stores import index_name
-from index_jobs.index.versions import current_version, open_current, read_manifest, rollback, verify_index
+from index_jobs.index.versions import (
+    current_version,
+    open_current,
+    read_manifest,
+    rollback,
+    verify_index,
+)
 from index_jobs.jobs.update import add, remove
 from tests.support.galleries import write_images
 from tests.support.object_store import Machines, ObjectStore
@@ -32,8 +38,16 @@ from tests.support.versions import Build, file_of
 def collections(url: str, index: Path) -> tuple[list[str], list[str]]:
     """Return the collections of an index, and those that its alias names."""
     client, prefix = connect(url), collection_prefix(index_name(index))
-    names = [known.name for known in client.get_collections().collections if known.name.startswith(prefix)]
-    aliases = [a.collection_name for a in client.get_aliases().aliases if a.alias_name == f"{prefix}_current"]
+    names = [
+        known.name
+        for known in client.get_collections().collections
+        if known.name.startswith(prefix)
+    ]
+    aliases = [
+        a.collection_name
+        for a in client.get_aliases().aliases
+        if a.alias_name == f"{prefix}_current"
+    ]
     return sorted(names), aliases
 
 
@@ -50,14 +64,24 @@ def test_every_item_is_nearest_to_its_own_vector(
     opened, rows = open_current(tmp_path / "index"), np.arange(24)
     assert "index.faiss" not in opened.manifest.files
     measured = opened.manifest.measured
-    assert (opened.manifest.count, opened.manifest.kind, measured["recall_at_10"]) == (24, "Flat", 1.0)
+    assert (opened.manifest.count, opened.manifest.kind, measured["recall_at_10"]) == (
+        24,
+        "Flat",
+        1.0,
+    )
     assert opened.search(opened.vectors(rows), 1)[1][:, 0].tolist() == rows.tolist()
-    np.testing.assert_array_equal(opened.vectors(rows[[5, 3]]), opened.vectors(rows)[[5, 3]])
+    np.testing.assert_array_equal(
+        opened.vectors(rows[[5, 3]]), opened.vectors(rows)[[5, 3]]
+    )
 
 
 @pytest.mark.slow
 def test_collections_and_alias_follow_versions_rollback_and_updates(
-    build: Build, tiny_checkpoint: Path, other_checkpoint: Path, url: str, tmp_path: Path
+    build: Build,
+    tiny_checkpoint: Path,
+    other_checkpoint: Path,
+    url: str,
+    tmp_path: Path,
 ) -> None:
     index = tmp_path / "index"
     for checkpoint in (tiny_checkpoint, other_checkpoint):
@@ -72,13 +96,25 @@ def test_collections_and_alias_follow_versions_rollback_and_updates(
     opened = open_current(index)
     assert (opened.manifest.count, opened.row_of(gone)) == (24, None)
     rows = opened.search(opened.vectors(np.array([24])), 25)[1][0]
-    assert (rows[0], sorted(rows.tolist())) == (24, [-1, *(row for row in range(25) if row != 4)])
+    assert (rows[0], sorted(rows.tolist())) == (
+        24,
+        [-1, *(row for row in range(25) if row != 4)],
+    )
     present, aliased = collections(url, index)
-    assert (len(present), aliased) == (3, [names[0]]), "an addition is a collection, and shares the built one"
-    add(index, write_images(tmp_path / "others", "brown", shape="circle"), progress=False)
+    assert (len(present), aliased) == (
+        3,
+        [names[0]],
+    ), "an addition is a collection, and shares the built one"
+    add(
+        index,
+        write_images(tmp_path / "others", "brown", shape="circle"),
+        progress=False,
+    )
     assert len(open_current(index).parts) == 2, "small additions are merged"
     build(checkpoint=other_checkpoint, engine=f"qdrant={url}", margin=1, keep=1)
-    assert len(collections(url, index)[0]) == 3, "services may still search the replaced version and its addition"
+    assert len(collections(url, index)[0]) == 3, (
+        "services may still search the replaced version and its addition"
+    )
     assert len(verify_index(index)) == 1
     build(margin=1, keep=1)  # back to FAISS: nothing is left behind
     assert collections(url, index) == ([], [])
@@ -112,7 +148,9 @@ def test_a_half_uploaded_version_is_never_served(
     assert collections(server.url, index) == (sorted([first, second]), [second])
 
 
-def test_a_collection_that_is_damaged_is_refused(build: Build, url: str, tmp_path: Path) -> None:
+def test_a_collection_that_is_damaged_is_refused(
+    build: Build, url: str, tmp_path: Path
+) -> None:
     build(engine=f"qdrant={url}")
     location = QdrantLocation.read(file_of(tmp_path / "index", "qdrant.json", 1))
     with pytest.raises(ArtifactError, match="has 24 vectors, not 25; roll back"):
@@ -123,7 +161,9 @@ def test_a_collection_that_is_damaged_is_refused(build: Build, url: str, tmp_pat
         QdrantLocation.read(tmp_path / "qdrant.json")
 
 
-def test_the_replaced_version_is_searched_until_the_next_publication(build: Build, url: str, tmp_path: Path) -> None:
+def test_the_replaced_version_is_searched_until_the_next_publication(
+    build: Build, url: str, tmp_path: Path
+) -> None:
     index = tmp_path / "index"
     build(engine=f"qdrant={url}")
     before, first = open_current(index), collection_of(index, 1)
@@ -144,7 +184,7 @@ def machines(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Machin
         yield Machines(tmp_path / "machines", f"s3://bucket/{tmp_path.name}/index")
 
 
-def test_machines_of_one_object_store_share_collections_and_drop_none_that_is_newer_or_unread(
+def test_machines_of_one_store_share_collections_and_drop_none_newer_or_unread(
     build: Build, url: str, machines: Machines
 ) -> None:
     one, other = machines["one"], machines["other"]
@@ -175,16 +215,22 @@ def test_build_whose_collection_a_faster_machine_drops_has_lost_the_race(
     assert build(out=machines["one"], engine=f"qdrant={url}").reused
 
 
-def test_an_unreadable_version_keeps_its_collection(build: Build, url: str, tmp_path: Path) -> None:
+def test_an_unreadable_version_keeps_its_collection(
+    build: Build, url: str, tmp_path: Path
+) -> None:
     index = tmp_path / "index"
     build(engine=f"qdrant={url}")
     name = collection_of(index, 1)
     file_of(index, "qdrant.json", 1).write_text("{")
-    QdrantEngine(url).sync(index_name(index), 1, {1: [read_manifest(index, 1).paths(index)]})
+    QdrantEngine(url).sync(
+        index_name(index), 1, {1: [read_manifest(index, 1).paths(index)]}
+    )
     assert collections(url, index)[0] == [name]
 
 
-def test_a_busy_server_is_asked_again(build: Build, server: QdrantServer, tmp_path: Path) -> None:
+def test_a_busy_server_is_asked_again(
+    build: Build, server: QdrantServer, tmp_path: Path
+) -> None:
     build(engine=f"qdrant={server.url}")
     opened = open_current(tmp_path / "index")
     server.failures = 1
@@ -202,44 +248,76 @@ def test_a_busy_server_is_asked_again(build: Build, server: QdrantServer, tmp_pa
 
 def test_settings_reach_the_server(build: Build, server: QdrantServer) -> None:
     given = "shard_number=3&replication_factor=2&quantization=int8&hnsw_ef=77"
-    summary = build(engine=f"qdrant={server.url}?{given}", kind="hnsw", group_field="color")
+    summary = build(
+        engine=f"qdrant={server.url}?{given}", kind="hnsw", group_field="color"
+    )
     assert (summary.kind, summary.measured["parameters"]) == ("HNSW24", {"hnsw_ef": 77})
     created = next(body for method, _, body in server.calls if method == "PUT")
     assert (created["shard_number"], created["replication_factor"]) == (3, 2)
     assert created["quantization_config"]["scalar"]["type"] == "int8"
-    indexes = {body["field_name"] for _, path, body in server.calls if path.endswith("/index")}
+    indexes = {
+        body["field_name"] for _, path, body in server.calls if path.endswith("/index")
+    }
     assert indexes > {"id", "category", "color"}
     assert "caption" not in indexes
     assert {searches[0]["params"]["hnsw_ef"] for searches in server.searches()} == {77}
 
 
-def test_the_width_of_a_graph_is_tuned(build: Build, server: QdrantServer, tmp_path: Path) -> None:
+def test_the_width_of_a_graph_is_tuned(
+    build: Build, server: QdrantServer, tmp_path: Path
+) -> None:
     summary = build(engine=f"qdrant={server.url}", kind="hnsw")
     tuned = summary.measured["parameters"]["hnsw_ef"]
-    assert json.loads(file_of(tmp_path / "index", "qdrant.json", 1).read_text())["hnsw_ef"] == tuned == 16
+    assert (
+        json.loads(file_of(tmp_path / "index", "qdrant.json", 1).read_text())["hnsw_ef"]
+        == tuned
+        == 16
+    )
 
 
-@pytest.mark.parametrize("uri", ["", "?hnsw_ef=9", "h?replicas=2", "h?hnsw_ef=0", "h?quantization=int4"])
+@pytest.mark.parametrize(
+    "uri", ["", "?hnsw_ef=9", "h?replicas=2", "h?hnsw_ef=0", "h?quantization=int4"]
+)
 def test_unknown_settings_are_refused(uri: str) -> None:
-    with pytest.raises(DataError, match=r"takes the URL of a server, .* hnsw_ef, .* quantization \(int8 or binary\)"):
+    with pytest.raises(
+        DataError,
+        match=(
+            r"takes the URL of a server, .* hnsw_ef, .* quantization \(int8 or binary\)"
+        ),
+    ):
         QdrantEngine(uri)
 
 
 @pytest.mark.parametrize(
     ("place", "kind", "message"),
     [
-        ("qdrant:6333?hnsw_ef=9", "auto", "qdrant:6333 would be a folder; give the URL of the server, http://qdrant:6"),
-        ("http://me:hidden@127.0.0.1:9", "auto", "has no user or password; set QDRANT_API_KEY"),
+        (
+            "qdrant:6333?hnsw_ef=9",
+            "auto",
+            (
+                "qdrant:6333 would be a folder; give the URL of the server,"
+                " http://qdrant:6"
+            ),
+        ),
+        (
+            "http://me:hidden@127.0.0.1:9",
+            "auto",
+            "has no user or password; set QDRANT_API_KEY",
+        ),
         (":memory:", "ivf-pq", "can be of kind auto, flat, hnsw, not 'ivf-pq'"),
     ],
 )
-def test_what_qdrant_cannot_be_asked_is_refused(build: Build, place: str, kind: str, message: str) -> None:
+def test_what_qdrant_cannot_be_asked_is_refused(
+    build: Build, place: str, kind: str, message: str
+) -> None:
     with pytest.raises(DataError, match=message) as raised:
         build(engine=f"qdrant={place}", kind=kind)
     assert "hidden" not in str(raised.value)
 
 
-def test_the_alias_follows_a_url_with_and_without_a_slash(build: Build, url: str, tmp_path: Path) -> None:
+def test_the_alias_follows_a_url_with_and_without_a_slash(
+    build: Build, url: str, tmp_path: Path
+) -> None:
     index = tmp_path / "index"
     for slash in ("/", "", "/"):
         version = build(engine=f"qdrant={url}{slash}", force=True).version
@@ -247,17 +325,26 @@ def test_the_alias_follows_a_url_with_and_without_a_slash(build: Build, url: str
 
 
 @pytest.mark.parametrize(
-    ("key", "sent"), [("hidden-word\n", "hidden-word"), (" ", None), ("hidden\nword", ""), ("ü", "")]
+    ("key", "sent"),
+    [("hidden-word\n", "hidden-word"), (" ", None), ("hidden\nword", ""), ("ü", "")],
 )
 def test_the_key_is_sent_without_its_newline_and_never_shown(
     server: QdrantServer, monkeypatch: pytest.MonkeyPatch, key: str, sent: str | None
 ) -> None:
     monkeypatch.setenv("QDRANT_API_KEY", key)
     server.failures, server.failure = 1, 403
-    warns = pytest.warns(UserWarning, match="insecure connection") if sent else nullcontext()
+    warns = (
+        pytest.warns(UserWarning, match="insecure connection")
+        if sent
+        else nullcontext()
+    )
     with warns, pytest.raises(StoreUnavailableError) as raised:
         connection.call(connect(server.url).get_collections)
-    reason = "has characters that no key has" if sent == "" else "it refuses the key of QDRANT_API_KEY: .*403"
+    reason = (
+        "has characters that no key has"
+        if sent == ""
+        else "it refuses the key of QDRANT_API_KEY: .*403"
+    )
     assert re.search(reason, str(raised.value))
     assert "hidden" not in str(raised.value)
     assert server.keys == ([] if sent == "" else [sent])
@@ -270,7 +357,9 @@ def test_an_unreachable_server_is_an_error_before_encoding(build: Build) -> None
     assert not encoded
 
 
-def test_a_server_that_never_answers_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_server_that_never_answers_is_given_up(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     monkeypatch.setattr(connection, "CALL_SECONDS", 1)
     with socket.create_server(("127.0.0.1", 0)) as silent:
         client = connect(f"http://127.0.0.1:{silent.getsockname()[1]}")
@@ -286,8 +375,12 @@ def test_nothing_is_published_while_the_served_version_cannot_be_reached(
     build(engine=f"qdrant={url}")
     path = file_of(tmp_path / "index", "qdrant.json", 1)
     content = path.read_text()
-    path.write_text(content.replace(url, "http://127.0.0.1:9").ljust(len(content)))  # opening checks the size
-    with pytest.raises(StoreUnavailableError, match=r"cannot be compared: Qdrant is unavailable: .* by --force"):
+    # opening checks the size
+    path.write_text(content.replace(url, "http://127.0.0.1:9").ljust(len(content)))
+    with pytest.raises(
+        StoreUnavailableError,
+        match=r"cannot be compared: Qdrant is unavailable: .* by --force",
+    ):
         build(gallery)
     assert current_version(tmp_path / "index") == 1
     assert build(gallery, force=True).count == 2
@@ -304,7 +397,9 @@ def test_a_local_folder_is_found_again_and_never_made(
     connect(folder).close()
     connect.cache_clear()  # as in another process
     opened = open_current(tmp_path / "index")
-    assert opened.search(opened.vectors(np.arange(24)), 1)[1][:, 0].tolist() == list(range(24))
+    assert opened.search(opened.vectors(np.arange(24)), 1)[1][:, 0].tolist() == list(
+        range(24)
+    )
     connect(folder).close()
     connect.cache_clear()
     Path(folder).rename(tmp_path / "elsewhere")
@@ -315,8 +410,13 @@ def test_a_local_folder_is_found_again_and_never_made(
 
 @pytest.mark.slow
 def test_a_process_with_a_local_folder_ends_in_silence(tmp_path: Path) -> None:
-    code = f"from dcar_qdrant.connection import connect; connect({str(tmp_path / 'vectors')!r})"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    code = (
+        "from dcar_qdrant.connection import connect;"
+        f" connect({str(tmp_path / 'vectors')!r})"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True
+    )
     assert done.stderr == ""
 
 
@@ -328,7 +428,12 @@ def test_a_restarted_server_has_every_published_version_and_no_other(
     index = tmp_path / "index"
     with running_server(folder) as server:
         build(engine=f"qdrant={server.url}", kind="hnsw")
-        build(checkpoint=other_checkpoint, engine=f"qdrant={server.url}", kind="hnsw", margin=1)
+        build(
+            checkpoint=other_checkpoint,
+            engine=f"qdrant={server.url}",
+            kind="hnsw",
+            margin=1,
+        )
         before = open_current(index)
         found = before.search(vectors := before.vectors(np.arange(24)), 5)[1]
         server.client.close()
@@ -337,4 +442,7 @@ def test_a_restarted_server_has_every_published_version_and_no_other(
         assert rollback(index) == 1
         replaced = collection_of(index, 1)
         build(engine=f"qdrant={server.url}", force=True, keep=1)
-        assert {path.name for path in folder.iterdir()} == {replaced, collection_of(index, 3)}, "other space is free"
+        assert {path.name for path in folder.iterdir()} == {
+            replaced,
+            collection_of(index, 3),
+        }, "other space is free"

@@ -1,4 +1,5 @@
-"""Client of a DCAR image search service, synchronous (`Client`) and asynchronous (`AsyncClient`).
+"""Client of a DCAR image search service, synchronous (`Client`) and asynchronous
+(`AsyncClient`).
 
 from dcar_client import Client
 
@@ -13,5 +14,13 @@ from dcar_client.client import AsyncClient, Client
 from dcar_client.errors import ServiceError
 from dcar_client.models import *  # noqa: F403
 
-__all__ = ["AsyncClient", "Client", "ItemFields", "NewEvent", "NewItem", "NewQuery", "ServiceError"]
+__all__ = [
+    "AsyncClient",
+    "Client",
+    "ItemFields",
+    "NewEvent",
+    "NewItem",
+    "NewQuery",
+    "ServiceError",
+]
 __all__ += models.__all__

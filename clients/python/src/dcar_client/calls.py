@@ -1,6 +1,8 @@
-"""One `Call` for each route of the service: the HTTP request to send, and how to read the response.
+"""One `Call` for each route of the service: the HTTP request to send, and how to read
+the response.
 
-No I/O takes place here, so the synchronous and the asynchronous client share every route.
+No I/O takes place here, so the synchronous and the asynchronous client share every
+route.
 """
 
 import base64
@@ -59,7 +61,9 @@ class ItemFields(TypedDict, total=False):
 
 
 class NewEvent(TypedDict, total=False):
-    """What a client did with a result: impression, click, save, purchase, or judge with a `rating` of 0 to 3."""
+    """What a client did with a result: impression, click, save, purchase, or judge with
+    a `rating` of 0 to 3.
+    """
 
     query_id: Required[str]
     client_id: Required[str]
@@ -76,7 +80,9 @@ class NewQuery(TextQuery, total=False):
 
 @dataclass(frozen=True)
 class Call(Generic[T]):
-    """A request and the parser of its response. arguments: keyword arguments of `httpx.Client.request`."""
+    """A request and the parser of its response. arguments: keyword arguments of
+    `httpx.Client.request`.
+    """
 
     method: str
     path: str
@@ -84,13 +90,24 @@ class Call(Generic[T]):
     arguments: Mapping[str, Any] = field(default_factory=dict)
 
 
-def search_text(prefix: str, query: str, options: SearchOptions) -> Call[SearchResponse]:
+def search_text(
+    prefix: str, query: str, options: SearchOptions
+) -> Call[SearchResponse]:
     """POST /search/text."""
-    return Call("POST", f"{prefix}/search/text", _reader(SearchResponse), {"json": {"query": query, **options}})
+    return Call(
+        "POST",
+        f"{prefix}/search/text",
+        _reader(SearchResponse),
+        {"json": {"query": query, **options}},
+    )
 
 
-def search_image(prefix: str, image: Path | str | bytes, query: str, options: SearchOptions) -> Call[SearchResponse]:
-    """POST /search/image, as a multipart form in which every option but texts is JSON."""
+def search_image(
+    prefix: str, image: Path | str | bytes, query: str, options: SearchOptions
+) -> Call[SearchResponse]:
+    """POST /search/image, as a multipart form in which every option but texts is
+    JSON.
+    """
     data = image if isinstance(image, bytes) else Path(image).read_bytes()
     fields = {"query": query} if query else {}
     for name, value in options.items():
@@ -99,17 +116,34 @@ def search_image(prefix: str, image: Path | str | bytes, query: str, options: Se
     return Call("POST", f"{prefix}/search/image", _reader(SearchResponse), arguments)
 
 
-def search_batch(prefix: str, queries: Sequence[str | NewQuery], options: SearchOptions) -> Call[list[SearchResponse]]:
-    """POST /search/batch. An option of a query takes precedence over the common `options`."""
-    own = [{"query": query} if isinstance(query, str) else _with_image(query) for query in queries]
+def search_batch(
+    prefix: str, queries: Sequence[str | NewQuery], options: SearchOptions
+) -> Call[list[SearchResponse]]:
+    """POST /search/batch. An option of a query takes precedence over the common
+    `options`.
+    """
+    own = [
+        {"query": query} if isinstance(query, str) else _with_image(query)
+        for query in queries
+    ]
     body = {"queries": [{**options, **query} for query in own]}
     read = _reader(BatchResponse)
-    return Call("POST", f"{prefix}/search/batch", lambda response: read(response).answers, {"json": body})
+    return Call(
+        "POST",
+        f"{prefix}/search/batch",
+        lambda response: read(response).answers,
+        {"json": body},
+    )
 
 
-def embeddings(inputs: Sequence[str | bytes], model: str | None) -> Call[EmbeddingsResponse]:
+def embeddings(
+    inputs: Sequence[str | bytes], model: str | None
+) -> Call[EmbeddingsResponse]:
     """POST /v1/embeddings, with image files as base64."""
-    sent = [part if isinstance(part, str) else {"image": base64.b64encode(part).decode()} for part in inputs]
+    sent = [
+        part if isinstance(part, str) else {"image": base64.b64encode(part).decode()}
+        for part in inputs
+    ]
     body = {"input": sent, "model": model}
     return Call("POST", "/v1/embeddings", _reader(EmbeddingsResponse), {"json": body})
 
@@ -117,11 +151,18 @@ def embeddings(inputs: Sequence[str | bytes], model: str | None) -> Call[Embeddi
 def similar(prefix: str, item_id: str, k: int, offset: int) -> Call[SearchResponse]:
     """GET /items/{id}/similar."""
     path = f"{prefix}/items/{path_segment(item_id)}/similar"
-    return Call("GET", path, _reader(SearchResponse), {"params": {"k": k, "offset": offset}})
+    return Call(
+        "GET", path, _reader(SearchResponse), {"params": {"k": k, "offset": offset}}
+    )
 
 
 def items(
-    prefix: str, filter: Mapping[str, Any] | None, k: int, offset: int, sort: str, group_by: str | None
+    prefix: str,
+    filter: Mapping[str, Any] | None,
+    k: int,
+    offset: int,
+    sort: str,
+    group_by: str | None,
 ) -> Call[ItemsResponse]:
     """GET /items."""
     params: dict[str, str | int] = {"k": k, "offset": offset}
@@ -142,12 +183,19 @@ def item(prefix: str, item_id: str) -> Call[ItemResponse]:
 def image(prefix: str, item_id: str, size: int | None) -> Call[bytes]:
     """GET /items/{id}/image."""
     params = {} if size is None else {"size": size}
-    return Call("GET", f"{prefix}/items/{path_segment(item_id)}/image", _image_bytes, {"params": params})
+    return Call(
+        "GET",
+        f"{prefix}/items/{path_segment(item_id)}/image",
+        _image_bytes,
+        {"params": params},
+    )
 
 
 def feedback(events: Sequence[NewEvent]) -> Call[FeedbackResponse]:
     """POST /feedback."""
-    return Call("POST", "/feedback", _reader(FeedbackResponse), {"json": {"events": [*events]}})
+    return Call(
+        "POST", "/feedback", _reader(FeedbackResponse), {"json": {"events": [*events]}}
+    )
 
 
 def put_items(prefix: str, items: Sequence[NewItem]) -> Call[JobResponse]:
@@ -165,16 +213,26 @@ def put_item(prefix: str, item: NewItem) -> Call[JobResponse]:
 
 
 def patch_items(
-    prefix: str, fields: ItemFields, ids: Sequence[str] | None, filter: Mapping[str, Any] | None
+    prefix: str,
+    fields: ItemFields,
+    ids: Sequence[str] | None,
+    filter: Mapping[str, Any] | None,
 ) -> Call[JobResponse]:
     """PATCH /items."""
     arguments = {"json": {**_chosen(ids, filter), **fields}}
     return Call("PATCH", f"{prefix}/items", _reader(JobResponse), arguments)
 
 
-def patch_each(prefix: str, changes: Mapping[str, Mapping[str, Any]], by: str) -> Call[JobResponse]:
+def patch_each(
+    prefix: str, changes: Mapping[str, Mapping[str, Any]], by: str
+) -> Call[JobResponse]:
     """PATCH /items with `changes`."""
-    return Call("PATCH", f"{prefix}/items", _reader(JobResponse), {"json": {"changes": changes, "by": by}})
+    return Call(
+        "PATCH",
+        f"{prefix}/items",
+        _reader(JobResponse),
+        {"json": {"changes": changes, "by": by}},
+    )
 
 
 def patch_item(prefix: str, item_id: str, fields: ItemFields) -> Call[JobResponse]:
@@ -183,20 +241,34 @@ def patch_item(prefix: str, item_id: str, fields: ItemFields) -> Call[JobRespons
     return Call("PATCH", path, _reader(JobResponse), {"json": fields})
 
 
-def delete_items(prefix: str, ids: Sequence[str] | None, filter: Mapping[str, Any] | None) -> Call[JobResponse]:
+def delete_items(
+    prefix: str, ids: Sequence[str] | None, filter: Mapping[str, Any] | None
+) -> Call[JobResponse]:
     """DELETE /items."""
-    return Call("DELETE", f"{prefix}/items", _reader(JobResponse), {"json": _chosen(ids, filter)})
+    return Call(
+        "DELETE",
+        f"{prefix}/items",
+        _reader(JobResponse),
+        {"json": _chosen(ids, filter)},
+    )
 
 
 def delete_item(prefix: str, item_id: str) -> Call[JobResponse]:
     """DELETE /items/{id}."""
-    return Call("DELETE", f"{prefix}/items/{path_segment(item_id)}", _reader(JobResponse))
+    return Call(
+        "DELETE", f"{prefix}/items/{path_segment(item_id)}", _reader(JobResponse)
+    )
 
 
 def jobs(limit: int) -> Call[list[JobResponse]]:
     """GET /jobs."""
     read = _reader(JobsResponse)
-    return Call("GET", "/jobs", lambda response: read(response).jobs, {"params": {"limit": limit}})
+    return Call(
+        "GET",
+        "/jobs",
+        lambda response: read(response).jobs,
+        {"params": {"limit": limit}},
+    )
 
 
 def job(job_id: str) -> Call[JobResponse]:
@@ -214,15 +286,23 @@ def job_wait(status: JobResponse, waited_s: float, timeout_s: float) -> float | 
         return None
     if waited_s >= timeout_s:
         raise TimeoutError(
-            f"job {status.id} is {status.status} after {timeout_s:g} s: {status.reason or 'no reason given'}"
+            f"job {status.id} is {status.status} after {timeout_s:g} s:"
+            f" {status.reason or 'no reason given'}"
         )
     return min(2.0, 0.2 + waited_s / 4)
 
 
-def teach(prefix: str, name: str, ids: Sequence[str], not_ids: Sequence[str], kind: str) -> Call[TaughtConcept]:
+def teach(
+    prefix: str, name: str, ids: Sequence[str], not_ids: Sequence[str], kind: str
+) -> Call[TaughtConcept]:
     """PUT /concepts/{name}."""
     arguments = {"json": {"ids": [*ids], "not_ids": [*not_ids], "kind": kind}}
-    return Call("PUT", f"{prefix}/concepts/{path_segment(name)}", _reader(TaughtConcept), arguments)
+    return Call(
+        "PUT",
+        f"{prefix}/concepts/{path_segment(name)}",
+        _reader(TaughtConcept),
+        arguments,
+    )
 
 
 def concepts(prefix: str) -> Call[list[TaughtConcept]]:
@@ -233,7 +313,9 @@ def concepts(prefix: str) -> Call[list[TaughtConcept]]:
 
 def concept(prefix: str, name: str) -> Call[TaughtConcept]:
     """GET /concepts/{name}."""
-    return Call("GET", f"{prefix}/concepts/{path_segment(name)}", _reader(TaughtConcept))
+    return Call(
+        "GET", f"{prefix}/concepts/{path_segment(name)}", _reader(TaughtConcept)
+    )
 
 
 def forget(prefix: str, name: str) -> Call[None]:
@@ -250,7 +332,12 @@ def collections() -> Call[list[Collection]]:
 def put_collection(name: str, model: str | None) -> Call[Collection]:
     """PUT /collections/{collection}."""
     params = {} if model is None else {"model": model}
-    return Call("PUT", f"/collections/{path_segment(name)}", _reader(Collection), {"params": params})
+    return Call(
+        "PUT",
+        f"/collections/{path_segment(name)}",
+        _reader(Collection),
+        {"params": params},
+    )
 
 
 def delete_collection(name: str) -> Call[None]:
@@ -293,7 +380,9 @@ def _with_image(fields: Mapping[str, Any]) -> dict[str, Any]:
     return {**fields} if image is None else {**fields, "image": image}
 
 
-def _chosen(ids: Sequence[str] | None, filter: Mapping[str, Any] | None) -> dict[str, Any]:
+def _chosen(
+    ids: Sequence[str] | None, filter: Mapping[str, Any] | None
+) -> dict[str, Any]:
     selection = {"ids": None if ids is None else [*ids], "filter": filter}
     return {name: value for name, value in selection.items() if value is not None}
 

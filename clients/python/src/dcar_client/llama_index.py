@@ -1,10 +1,11 @@
-"""Retriever for LlamaIndex: nodes have the captions of images as text, and ids, categories and links as metadata.
+"""Retriever for LlamaIndex: nodes have the captions of images as text, and ids,
+categories and links as metadata.
 
 from dcar_client import Client
 from dcar_client.llama_index import DcarRetriever
 
-retriever = DcarRetriever(Client("http://127.0.0.1:8000"), k=3, options={"hybrid": True})
-retriever.retrieve("crying cat")
+retriever = DcarRetriever(Client("http://127.0.0.1:8000"), k=3, options={"hybrid":
+True}) retriever.retrieve("crying cat")
 """
 
 import asyncio
@@ -15,9 +16,13 @@ try:
     from llama_index.core.retrievers import BaseRetriever
     from llama_index.core.schema import NodeWithScore, QueryBundle, TextNode
 except ImportError as error:
-    raise ImportError("the retriever needs the extra llama-index: pip install 'dcar-client[llama-index]'") from error
+    raise ImportError(
+        "the retriever needs the extra llama-index: pip install"
+        " 'dcar-client[llama-index]'"
+    ) from error
 
-_LEFT_OUT = {"caption", "metadata", "width", "height"}  # sides in pixels would hide an item's own fields of these names
+# sides in pixels would hide an item's own fields of these names
+_LEFT_OUT = {"caption", "metadata", "width", "height"}
 
 
 class DcarRetriever(BaseRetriever):
@@ -53,15 +58,22 @@ class DcarRetriever(BaseRetriever):
             return await asyncio.to_thread(self._retrieve, query_bundle)
         query, image = query_bundle.query_str, query_bundle.image_path
         if image:
-            return _nodes(await self._async_client.search_image(image, query, **self._options))
+            return _nodes(
+                await self._async_client.search_image(image, query, **self._options)
+            )
         return _nodes(await self._async_client.search_text(query, **self._options))
 
 
 def _nodes(response: SearchResponse) -> list[NodeWithScore]:
     nodes = []
     for result in response.results:
-        metadata = (result.metadata or {}) | result.model_dump(exclude=_LEFT_OUT, exclude_none=True)
+        metadata = (result.metadata or {}) | result.model_dump(
+            exclude=_LEFT_OUT, exclude_none=True
+        )
         nodes.append(
-            NodeWithScore(node=TextNode(id_=result.id, text=result.caption, metadata=metadata), score=result.score)
+            NodeWithScore(
+                node=TextNode(id_=result.id, text=result.caption, metadata=metadata),
+                score=result.score,
+            )
         )
     return nodes

@@ -7,16 +7,18 @@ from email.utils import parsedate_to_datetime
 import httpx
 
 RETRIED_STATUSES = frozenset({429, 503})
-RETRIED_ERRORS = (httpx.ConnectError, httpx.ConnectTimeout)  # nothing was sent, so sending again is safe
+# nothing was sent, so sending again is safe
+RETRIED_ERRORS = (httpx.ConnectError, httpx.ConnectTimeout)
 CONNECT_WAIT_S = 0.5
 DEFAULT_WAIT_S = 1.0
 
 
 def wait_after(response: httpx.Response, max_wait_s: float) -> float | None:
-    """Return the seconds to wait before the next attempt; None if the response is final.
+    """Return the seconds to wait before the next attempt; None if the response is
+    final.
 
-    A response is final unless its status is 429 or 503. A `Retry-After` beyond `max_wait_s` is final too: an earlier
-    attempt would be refused again.
+    A response is final unless its status is 429 or 503. A `Retry-After` beyond
+    `max_wait_s` is final too: an earlier attempt would be refused again.
     """
     if response.status_code not in RETRIED_STATUSES:
         return None
@@ -25,7 +27,9 @@ def wait_after(response: httpx.Response, max_wait_s: float) -> float | None:
 
 
 def _retry_after(value: str) -> float:
-    """Parse `Retry-After`, which is a number of seconds or an HTTP date; `DEFAULT_WAIT_S` if it is neither."""
+    """Parse `Retry-After`, which is a number of seconds or an HTTP date;
+    `DEFAULT_WAIT_S` if it is neither.
+    """
     try:
         seconds = float(value)
     except ValueError:

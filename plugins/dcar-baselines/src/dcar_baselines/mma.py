@@ -2,14 +2,17 @@
 
 Yang et al., "MMA: Multi-Modal Adapter for Vision-Language Models", CVPR 2024.
 
-- The paper's, by the authors' code (ZjjConan/VLM-MultiModalAdapter): beside each of the last two thirds of the blocks
-  a bottleneck reads the block's normalized input, and its output, times 0.001, is added to that of the block. Its inner
-  layer is one for both towers, so that gradients of texts and images meet there. Width 32, Kaiming's initial weights.
-- Adapted to retrieval: captions in place of class names in a template, the symmetric contrastive loss in place of
-  cross-entropy over classes.
-- Adapted to towers of unequal depth: the last blocks are paired, as many as two thirds of the shallower tower has.
-- Left out: the authors' factor that makes gradients as large as without the 0.001. AdamW, which trains here in place of
-  SGD, divides by the size of gradients itself.
+- The paper's, by the authors' code (ZjjConan/VLM-MultiModalAdapter): beside each of the
+  last two thirds of the blocks a bottleneck reads the block's normalized input, and its
+  output, times 0.001, is added to that of the block. Its inner layer is one for both
+  towers, so that gradients of texts and images meet there. Width 32, Kaiming's initial
+  weights.
+- Adapted to retrieval: captions in place of class names in a template, the symmetric
+  contrastive loss in place of cross-entropy over classes.
+- Adapted to towers of unequal depth: the last blocks are paired, as many as two thirds
+  of the shallower tower has.
+- Left out: the authors' factor that makes gradients as large as without the 0.001.
+  AdamW, which trains here in place of SGD, divides by the size of gradients itself.
 
 Letters: B batch, n rows, W width of a tower, r inner width.
 """
@@ -32,7 +35,9 @@ SCALE = 0.001
 
 
 class Bottleneck(nn.Module):
-    """What a tower has alone of an adapter: the layers before and behind the shared one."""
+    """What a tower has alone of an adapter: the layers before and behind the shared
+    one.
+    """
 
     def __init__(self, width: int) -> None:
         super().__init__()
@@ -50,7 +55,12 @@ class AdaptedBlocks(PromptRows):
     norms: of the input of each of these blocks, frozen.
     """
 
-    def __init__(self, adapters: Sequence[nn.Module], shared: Sequence[nn.Module], norms: Sequence[nn.Module]) -> None:
+    def __init__(
+        self,
+        adapters: Sequence[nn.Module],
+        shared: Sequence[nn.Module],
+        norms: Sequence[nn.Module],
+    ) -> None:
         super().__init__(None, 0)
         self.layers = list(zip(adapters, shared, norms, strict=True))
 
@@ -59,7 +69,9 @@ class AdaptedBlocks(PromptRows):
         first = len(blocks) - len(self.layers)
         for block in blocks[:first]:
             x = block(x)
-        for block, (adapter, shared, norm) in zip(blocks[first:], self.layers, strict=True):
+        for block, (adapter, shared, norm) in zip(
+            blocks[first:], self.layers, strict=True
+        ):
             x = block(x) + SCALE * adapter(norm(x), shared)
         return x
 
@@ -74,24 +86,40 @@ class MultiModalAdapters(nn.Module):
     def __init__(self, backbone: Backbone) -> None:
         super().__init__()
         require_clip(backbone, "mma")
-        depth = min(len(blocks(tower)) for tower in (backbone.text_tower, backbone.image_tower))
+        depth = min(
+            len(blocks(tower)) for tower in (backbone.text_tower, backbone.image_tower)
+        )
         count = max(1, round(SHARE * depth))
         self.text = nn.ModuleList(Bottleneck(backbone.text_width) for _ in range(count))
-        self.image = nn.ModuleList(Bottleneck(backbone.vision_width) for _ in range(count))
+        self.image = nn.ModuleList(
+            Bottleneck(backbone.vision_width) for _ in range(count)
+        )
         self.shared = nn.ModuleList(nn.Linear(INNER, INNER) for _ in range(count))
         for layer in self.modules():
             if isinstance(layer, nn.Linear):
-                nn.init.kaiming_normal_(layer.weight, mode="fan_out", nonlinearity="relu")
+                nn.init.kaiming_normal_(
+                    layer.weight, mode="fan_out", nonlinearity="relu"
+                )
                 nn.init.zeros_(layer.bias)
 
     def encode_text(self, backbone: Backbone, tokens: Tensor, rows: bool) -> Tensor:
-        return encode_text(backbone, tokens, self._added(backbone.text_tower, self.text))
+        return encode_text(
+            backbone, tokens, self._added(backbone.text_tower, self.text)
+        )
 
     def encode_image(self, backbone: Backbone, pixels: Tensor, rows: bool) -> Tensor:
-        return encode_image(backbone, pixels, self._added(backbone.image_tower, self.image))
+        return encode_image(
+            backbone, pixels, self._added(backbone.image_tower, self.image)
+        )
 
-    def _added(self, tower: TextTower | ImageTower, adapters: nn.ModuleList) -> AdaptedBlocks:
-        return AdaptedBlocks([*adapters], [*self.shared], [block.ln_1 for block in blocks(tower)[-len(adapters) :]])
+    def _added(
+        self, tower: TextTower | ImageTower, adapters: nn.ModuleList
+    ) -> AdaptedBlocks:
+        return AdaptedBlocks(
+            [*adapters],
+            [*self.shared],
+            [block.ln_1 for block in blocks(tower)[-len(adapters) :]],
+        )
 
 
 METHOD = Method(config=plain_config("mma"), encoders=MultiModalAdapters)

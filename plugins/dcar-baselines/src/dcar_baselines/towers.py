@@ -11,10 +11,19 @@ from dcar_core.util.errors import ModelError
 
 
 def require_clip(backbone: Backbone, method: str) -> None:
-    """Raise ModelError unless both towers are CLIP's own: a causal text tower, and a class row with the patches."""
+    """Raise ModelError unless both towers are CLIP's own: a causal text tower, and a
+    class row with the patches.
+    """
     text = backbone.text_tower
-    if not isinstance(text, NativeText) or text.layout.reads_padding or not backbone.image_tower.pools_class_row:
-        raise ModelError(f"{method} needs both towers of CLIP's own kind; {backbone.source.model} has others: use lora")
+    if (
+        not isinstance(text, NativeText)
+        or text.layout.reads_padding
+        or not backbone.image_tower.pools_class_row
+    ):
+        raise ModelError(
+            f"{method} needs both towers of CLIP's own kind; {backbone.source.model}"
+            " has others: use lora"
+        )
 
 
 def blocks(tower: TextTower | ImageTower) -> list[Any]:
@@ -25,7 +34,9 @@ def blocks(tower: TextTower | ImageTower) -> list[Any]:
 def encode_text(backbone: Backbone, tokens: Tensor, added: PromptRows) -> Tensor:
     """Text features (B, E), not normalized, of tokens (B, n) with additions."""
     tower = backbone.text_tower
-    return tower.project(tower.pool(tower.run(tower.embed(tokens), tokens, added), tokens, added))
+    return tower.project(
+        tower.pool(tower.run(tower.embed(tokens), tokens, added), tokens, added)
+    )
 
 
 def encode_image(backbone: Backbone, pixels: Tensor, added: PromptRows) -> Tensor:

@@ -1,1 +1,3 @@
-"""Captions for a folder of images, written by any OpenAI-compatible vision endpoint: `dcar data caption`."""
+"""Captions for a folder of images, written by any OpenAI-compatible vision endpoint:
+`dcar data caption`.
+"""

@@ -1,4 +1,6 @@
-"""The command `dcar data caption` and its options. Nothing heavy is imported before it runs."""
+"""The command `dcar data caption` and its options. Nothing heavy is imported before it
+runs.
+"""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,14 +13,26 @@ from dcar_core.util.options import option, with_options
 class CaptionOptions:
     images: Path = option(help="Folder with one folder of images for each category.")
     out: Path = option(help="Annotations to write, such as photos/pairs.json.")
-    url: str = option(help="OpenAI-compatible endpoint, such as http://127.0.0.1:8000/v1.")
+    url: str = option(
+        help="OpenAI-compatible endpoint, such as http://127.0.0.1:8000/v1."
+    )
     model: str = option(help="Vision model at the endpoint that writes the drafts.")
-    judge_model: str | None = option(None, "Model that judges the drafts. Default: --model.")
+    judge_model: str | None = option(
+        None, "Model that judges the drafts. Default: --model."
+    )
     judge_url: str | None = option(None, "Endpoint of the judge. Default: --url.")
     judge: bool = option(True, "Judge the drafts.")
-    dataset: str = option("", "Subject of the images, for the questions. Default: the folder's name.")
-    templates: Path | None = option(None, "File of questions, one a line, with {category}, {dataset} and {words}.")
-    context: int = option(73, "Maximum CLIP tokens of a caption; the default leaves room for four prompts.", min=16)
+    dataset: str = option(
+        "", "Subject of the images, for the questions. Default: the folder's name."
+    )
+    templates: Path | None = option(
+        None, "File of questions, one a line, with {category}, {dataset} and {words}."
+    )
+    context: int = option(
+        73,
+        "Maximum CLIP tokens of a caption; the default leaves room for four prompts.",
+        min=16,
+    )
     rounds: int = option(3, "Maximum drafts per image.", min=1)
     concurrency: int = option(4, "Images captioned at a time.", min=1)
     side: int = option(768, "Longer side of the uploaded image, in pixels.", min=64)
@@ -33,8 +47,9 @@ class CaptionOptions:
 def caption(**options: Any) -> int:
     """Caption images with a vision model, and write annotations for training.
 
-    Keys come from the environment: DCAR_CAPTION_API_KEY, and DCAR_JUDGE_API_KEY for a judge at another endpoint. An
-    interrupted run resumes with the same command and repeats no request.
+    Keys come from the environment: DCAR_CAPTION_API_KEY, and DCAR_JUDGE_API_KEY for a
+    judge at another endpoint. An interrupted run resumes with the same command and
+    repeats no request.
     """
     from dcar_caption.run import caption_images
 

@@ -1,4 +1,6 @@
-"""One OpenAI-compatible chat endpoint, called through the `openai` client, which retries with growing pauses."""
+"""One OpenAI-compatible chat endpoint, called through the `openai` client, which
+retries with growing pauses.
+"""
 
 import asyncio
 import contextlib
@@ -31,61 +33,119 @@ class Completion(NamedTuple):
 
 
 class Endpoint:
-    """One model. Close its client after use. usage: counts of responses and their tokens, which it adds to."""
+    """One model. Close its client after use. usage: counts of responses and their
+    tokens, which it adds to.
+    """
 
-    def __init__(self, url: str, model: str, key: str, options: CaptionOptions, usage: Counter[str]) -> None:
+    def __init__(
+        self,
+        url: str,
+        model: str,
+        key: str,
+        options: CaptionOptions,
+        usage: Counter[str],
+    ) -> None:
         if "@" in urlsplit(url).netloc:
-            raise DataError("the endpoint's URL contains a password; pass keys through the environment")
-        if not (key.isascii() and key.isprintable()):  # errors of the client would show it
-            raise DataError(f"a key ({KEYS}) has characters that are not printable ASCII; set it again")
+            raise DataError(
+                "the endpoint's URL contains a password; pass keys through the"
+                " environment"
+            )
+        # errors of the client would show it
+        if not (key.isascii() and key.isprintable()):
+            raise DataError(
+                f"a key ({KEYS}) has characters that are not printable ASCII; set it"
+                " again"
+            )
         self.model, self.usage, self._key, self._options = model, usage, key, options
         try:
             self.client = openai.AsyncOpenAI(
-                base_url=url, api_key=key or "none",  # for None it would send OPENAI_API_KEY, of another host
-                organization="", project="", max_retries=options.tries - 1, timeout=options.timeout,
-                http_client=openai.DefaultAsyncHttpxClient(follow_redirects=False),  # nor images to another host
-            )  # fmt: skip
+                # for None it would send OPENAI_API_KEY, of another host
+                base_url=url,
+                api_key=key or "none",
+                organization="",
+                project="",
+                max_retries=options.tries - 1,
+                timeout=options.timeout,
+                # nor images to another host
+                http_client=openai.DefaultAsyncHttpxClient(follow_redirects=False),
+            )
         except Exception as error:  # of several libraries
-            hint = "correct the URL, the proxy (ALL_PROXY, ...) or the certificates (SSL_CERT_FILE, SSL_CERT_DIR)"
-            raise CaptionError(f"{url} cannot be requested ({error}); {hint}") from error
+            hint = (
+                "correct the URL, the proxy (ALL_PROXY, ...) or the certificates"
+                " (SSL_CERT_FILE, SSL_CERT_DIR)"
+            )
+            raise CaptionError(
+                f"{url} cannot be requested ({error}); {hint}"
+            ) from error
 
     async def ask(self, messages: list[dict[str, Any]]) -> Completion:
-        """Send a chat and return its completion. Raise EndpointError if there is none."""
+        """Send a chat and return its completion. Raise EndpointError if there is
+        none.
+        """
         options = self._options
         try:
-            async with asyncio.timeout(options.tries * options.timeout):  # the client's restart with every byte
+            # the client's restart with every byte
+            async with asyncio.timeout(options.tries * options.timeout):
                 response = await self.client.chat.completions.with_raw_response.create(
-                    model=self.model, messages=messages, max_tokens=options.max_tokens, temperature=options.temperature
+                    model=self.model,
+                    messages=messages,
+                    max_tokens=options.max_tokens,
+                    temperature=options.temperature,
                 )
         except openai.APIStatusError as error:
-            raise EndpointError(self._excerpt(f"{error.status_code} {error.response.text}")) from error
+            raise EndpointError(
+                self._excerpt(f"{error.status_code} {error.response.text}")
+            ) from error
         except (openai.OpenAIError, TimeoutError) as error:
-            raise EndpointError(self._excerpt(f"{error} {error.__cause__ or ''}") or "too slow") from error
+            raise EndpointError(
+                self._excerpt(f"{error} {error.__cause__ or ''}") or "too slow"
+            ) from error
         self.usage["requests"] += 1
         try:
             answer = parse_json(response.content)
-            with contextlib.suppress(AttributeError, KeyError, TypeError):  # servers may leave it out
-                tokens = [int(answer["usage"][name]) for name in ("prompt_tokens", "completion_tokens")]
+            # servers may leave it out
+            with contextlib.suppress(AttributeError, KeyError, TypeError):
+                tokens = [
+                    int(answer["usage"][name])
+                    for name in ("prompt_tokens", "completion_tokens")
+                ]
                 self.usage.update(tokens_in=tokens[0], tokens_out=tokens[1])
             choice = answer["choices"][0]
-            text, refusal = choice["message"].get("content") or "", choice["message"].get("refusal")
-            finish = REFUSED if refusal and not text else choice.get("finish_reason") or ""
+            text, refusal = (
+                choice["message"].get("content") or "",
+                choice["message"].get("refusal"),
+            )
+            finish = (
+                REFUSED if refusal and not text else choice.get("finish_reason") or ""
+            )
             return Completion((text or refusal or "").strip(), finish)
         except (AttributeError, LookupError, TypeError, ValueError):
-            raise EndpointError(f"no completion: {self._excerpt(response.text)}") from None
+            raise EndpointError(
+                f"no completion: {self._excerpt(response.text)}"
+            ) from None
 
     def _excerpt(self, text: str) -> str:
         """Return the beginning of a text without the key."""
-        return " ".join((text.replace(self._key, "***") if self._key else text).split())[:200]
+        return " ".join(
+            (text.replace(self._key, "***") if self._key else text).split()
+        )[:200]
 
 
 def open_endpoints(options: CaptionOptions, usage: Counter[str]) -> dict[str, Endpoint]:
-    """Return the endpoints by role: "draft" and, unless it is off, "judge". Keys come from the environment."""
-    key, judge_key = (os.environ.get(f"DCAR_{role}_API_KEY", "").strip() for role in ("CAPTION", "JUDGE"))
+    """Return the endpoints by role: "draft" and, unless it is off, "judge". Keys come
+    from the environment.
+    """
+    key, judge_key = (
+        os.environ.get(f"DCAR_{role}_API_KEY", "").strip()
+        for role in ("CAPTION", "JUDGE")
+    )
     endpoints = {"draft": Endpoint(options.url, options.model, key, options, usage)}
     if options.judge:
         url = options.judge_url or options.url
-        is_same_host = urlsplit(url)[:2] == urlsplit(options.url)[:2]  # no other host may see the key
+        # no other host may see the key
+        is_same_host = urlsplit(url)[:2] == urlsplit(options.url)[:2]
         own_key = judge_key or (key if is_same_host else "")
-        endpoints["judge"] = Endpoint(url, options.judge_model or options.model, own_key, options, usage)
+        endpoints["judge"] = Endpoint(
+            url, options.judge_model or options.model, own_key, options, usage
+        )
     return endpoints

@@ -1,7 +1,9 @@
 """Filters of `store.filters` as conditions of Qdrant.
 
-- A stored point has every field of its row: null where the item has none, so that null is told from an empty list.
-- `contains` and ranges of texts have no counterpart: such filters become lists of row numbers.
+- A stored point has every field of its row: null where the item has none, so that null
+  is told from an empty list.
+- `contains` and ranges of texts have no counterpart: such filters become lists of row
+  numbers.
 """
 
 import math
@@ -28,34 +30,56 @@ class _NoCounterpartError(Exception):
 
 
 def payload_keys(names: Iterable[str]) -> dict[str, str]:
-    """Return the key of each field: its name, unless that may be a path in Qdrant's syntax."""
-    return {name: name if _PLAIN.fullmatch(name) else f"field-{number}" for number, name in enumerate(names)}
+    """Return the key of each field: its name, unless that may be a path in Qdrant's
+    syntax.
+    """
+    return {
+        name: name if _PLAIN.fullmatch(name) else f"field-{number}"
+        for number, name in enumerate(names)
+    }
 
 
-def to_conditions(rows: RowFilter, fields: Mapping[str, Sequence[str]], count: int) -> models.Filter:
-    """Return the conditions of rows. fields: key and Arrow type of each stored field. count: of stored rows."""
+def to_conditions(
+    rows: RowFilter, fields: Mapping[str, Sequence[str]], count: int
+) -> models.Filter:
+    """Return the conditions of rows. fields: key and Arrow type of each stored field.
+    count: of stored rows.
+    """
     try:
         if 2 * len(rows.excluded) > count:
             raise _NoCounterpartError  # it takes less to name the others
-        stored: list[Any] | None = [_all_of(rows.filter, fields)] if rows.filter else None
-    except (_NoCounterpartError, TypeError, AttributeError):  # or a field has got values of another type since
+        stored: list[Any] | None = (
+            [_all_of(rows.filter, fields)] if rows.filter else None
+        )
+    except (_NoCounterpartError, TypeError, AttributeError):
+        # or a field has got values of another type since
         hidden = np.flatnonzero(~rows.mask)
         if 2 * len(hidden) > count:
             return models.Filter(must=[_rows(np.flatnonzero(rows.mask))])
         return models.Filter(must_not=[_rows(hidden)])
-    condition = models.Filter(must=stored, must_not=[_rows(rows.excluded)] if len(rows.excluded) else None)
-    return models.Filter(should=[condition, _rows(rows.included)]) if len(rows.included) else condition
+    condition = models.Filter(
+        must=stored, must_not=[_rows(rows.excluded)] if len(rows.excluded) else None
+    )
+    return (
+        models.Filter(should=[condition, _rows(rows.included)])
+        if len(rows.included)
+        else condition
+    )
 
 
 def _rows(rows: Rows) -> models.HasIdCondition:
     return models.HasIdCondition(has_id=rows.tolist())
 
 
-def _all_of(filter: Mapping[str, Any], fields: Mapping[str, Sequence[str]]) -> models.Filter:
+def _all_of(
+    filter: Mapping[str, Any], fields: Mapping[str, Sequence[str]]
+) -> models.Filter:
     parts: list[Any] = []
     for field, condition in filter.items():
         if field == "$or":
-            parts.append(models.Filter(should=[_all_of(part, fields) for part in condition]))
+            parts.append(
+                models.Filter(should=[_all_of(part, fields) for part in condition])
+            )
         else:
             key, kind = fields.get(field, ("", ""))
             parts.append(_condition(field, key, kind, condition))
@@ -64,35 +88,54 @@ def _all_of(filter: Mapping[str, Any], fields: Mapping[str, Sequence[str]]) -> m
 
 def _condition(field: str, key: str, kind: str, condition: Any) -> models.Filter:
     if not isinstance(condition, dict):
-        return _one_of(field, key, kind, condition if isinstance(condition, list) else [condition])
+        return _one_of(
+            field, key, kind, condition if isinstance(condition, list) else [condition]
+        )
     parts: list[Any] = []
     for name, operand in condition.items():
         if name == "not":
-            parts.append(models.Filter(must_not=[_condition(field, key, kind, operand)]))
+            parts.append(
+                models.Filter(must_not=[_condition(field, key, kind, operand)])
+            )
         elif name == "in":
             parts.append(_one_of(field, key, kind, operand))
         elif name not in _RANGES:
             raise _NoCounterpartError
-    if ranges := {name: operand for name, operand in condition.items() if name in _RANGES}:
+    if ranges := {
+        name: operand for name, operand in condition.items() if name in _RANGES
+    }:
         parts.append(_range(key, kind, ranges))
     return models.Filter(must=parts)
 
 
 def _one_of(field: str, key: str, kind: str, values: Sequence[Any]) -> models.Filter:
-    """Return the condition that a field has one of some values; key is "" if no stored row has the field."""
+    """Return the condition that a field has one of some values; key is "" if no stored
+    row has the field.
+    """
     present = [value for value in values if value is not None]
     is_null = None in values or (field in EMPTY_IS_MISSING and "" in present)
     if not key:
         return models.Filter() if is_null else _NOTHING
-    parts: list[Any] = [models.IsNullCondition(is_null=models.PayloadField(key=key))] if is_null else []
+    parts: list[Any] = (
+        [models.IsNullCondition(is_null=models.PayloadField(key=key))]
+        if is_null
+        else []
+    )
     if kind == "double":
         parts += [_range(key, kind, {"gte": value, "lte": value}) for value in present]
     elif kind == "bool":
         if not all(isinstance(value, bool) for value in present):
             raise _NoCounterpartError
-        parts += [models.FieldCondition(key=key, match=models.MatchValue(value=value)) for value in present]
+        parts += [
+            models.FieldCondition(key=key, match=models.MatchValue(value=value))
+            for value in present
+        ]
     elif kind == "int64":
-        present = [int(value) for value in present if -(2**63) <= value < 2**63 and value == int(value)]
+        present = [
+            int(value)
+            for value in present
+            if -(2**63) <= value < 2**63 and value == int(value)
+        ]
     else:
         present = [replace_surrogates(value) for value in present]
     if present and kind not in ("double", "bool"):
@@ -103,14 +146,22 @@ def _one_of(field: str, key: str, kind: str, values: Sequence[Any]) -> models.Fi
 def _range(key: str, kind: str, bounds: Mapping[str, Any]) -> Any:
     if not key:
         return _NOTHING
-    if kind not in _NUMBERS or not all(_is_exact(bound, kind) for bound in bounds.values()):
+    if kind not in _NUMBERS or not all(
+        _is_exact(bound, kind) for bound in bounds.values()
+    ):
         raise _NoCounterpartError
     if kind == "int64":  # servers cut off the fraction of a bound
         bounds = {
-            name: math.floor(bound) if name in ("gt", "lte") else math.ceil(bound) for name, bound in bounds.items()
+            name: math.floor(bound) if name in ("gt", "lte") else math.ceil(bound)
+            for name, bound in bounds.items()
         }
-    return models.FieldCondition(key=key, range=models.Range(**{name: float(bound) for name, bound in bounds.items()}))
+    return models.FieldCondition(
+        key=key,
+        range=models.Range(**{name: float(bound) for name, bound in bounds.items()}),
+    )
 
 
 def _is_exact(bound: Any, kind: str) -> bool:
-    return abs(bound) < _EXACT or (kind == "double" and isinstance(bound, float) and math.isfinite(bound))
+    return abs(bound) < _EXACT or (
+        kind == "double" and isinstance(bound, float) and math.isfinite(bound)
+    )

@@ -21,16 +21,21 @@ from index_jobs.row_filter import RowFilter
 
 LOCATION = "qdrant.json"
 BATCH = 256  # vectors in one call
-FILTER_BYTES = 2**20  # of the filters in one call, each of which may name many rows; servers take bodies of 32 MB
+# of the filters in one call, each of which may name many rows; servers take bodies of
+# 32 MB
+FILTER_BYTES = 2**20
 _QUERIES_PER_SECOND = 10  # at least; a job sends many at once
-_OVERSAMPLING = 2.0  # candidates of quantized vectors that are compared again, in multiples of k
+# candidates of quantized vectors that are compared again, in multiples of k
+_OVERSAMPLING = 2.0
 
 
 @dataclass(frozen=True, kw_only=True)
 class QdrantLocation:
-    """Where the vectors of a folder are, and how they are searched, as in `qdrant.json`.
+    """Where the vectors of a folder are, and how they are searched, as in
+    `qdrant.json`.
 
-    fields: key and Arrow type of each stored field. hnsw_ef: None compares every vector.
+    fields: key and Arrow type of each stored field. hnsw_ef: None compares every
+    vector.
     """
 
     location: str
@@ -50,53 +55,95 @@ class QdrantLocation:
 
 
 class QdrantIndex(VectorIndex):
-    """One collection. Safe for concurrent searches. It is tunable as `index_jobs.engines.measure.tune` describes."""
+    """One collection. Safe for concurrent searches. It is tunable as
+    `index_jobs.engines.measure.tune` describes.
+    """
 
     width, min_width, max_width, has_reranking = "hnsw_ef", 16, 4096, False
 
     def __init__(self, location: QdrantLocation) -> None:
         """Open a collection. Raise ArtifactError if it is missing or lacks vectors."""
         self.count, self.dim, self.ef = location.count, location.dim, location.hnsw_ef
-        self._name, self._fields, self._is_quantized = location.collection, location.fields, location.is_quantized
+        self._name, self._fields, self._is_quantized = (
+            location.collection,
+            location.fields,
+            location.is_quantized,
+        )
         where = location.location
         self._is_local = "://" not in where
-        if self._is_local and where != ":memory:" and not Path(where).exists():  # the client would create it
-            raise ArtifactError(f"the folder {where} with the vectors is missing; restore it, or rebuild the index")
+        # the client would create it
+        if self._is_local and where != ":memory:" and not Path(where).exists():
+            raise ArtifactError(
+                f"the folder {where} with the vectors is missing; restore it, or"
+                " rebuild the index"
+            )
         self._client, self._read = connect(where), reads(where)
         if not call(lambda: self._client.collection_exists(self._name)):
-            raise ArtifactError(f"{where} has no collection {self._name}; roll back, or rebuild the index")
-        if fault := self._count_fault(call(lambda: self._client.count(self._name, exact=True)).count):
+            raise ArtifactError(
+                f"{where} has no collection {self._name}; roll back, or rebuild the"
+                " index"
+            )
+        if fault := self._count_fault(
+            call(lambda: self._client.count(self._name, exact=True)).count
+        ):
             raise ArtifactError(fault)
 
     def _count_fault(self, stored: int) -> str | None:
         if stored == self.count:
             return None
-        return f"collection {self._name} has {stored:,} vectors, not {self.count:,}; roll back, or rebuild the index"
+        return (
+            f"collection {self._name} has {stored:,} vectors, not {self.count:,}; roll"
+            " back, or rebuild the index"
+        )
 
     def set(self, name: str, value: int) -> None:
         """Set the width of searches."""
         self.ef = value
 
-    def search(self, vectors: Floats, k: int, rows: RowFilter | None = None, *, is_narrow: bool = False) -> ScoredRows:
+    def search(
+        self,
+        vectors: Floats,
+        k: int,
+        rows: RowFilter | None = None,
+        *,
+        is_narrow: bool = False,
+    ) -> ScoredRows:
         """As `VectorIndex.search`. Qdrant evaluates the conditions."""
-        conditions = None if rows is None else to_conditions(rows, self._fields, self.count)
+        conditions = (
+            None if rows is None else to_conditions(rows, self._fields, self.count)
+        )
         parameters = None
         if not self._is_local:  # it has none
-            rescoring = models.QuantizationSearchParams(rescore=True, oversampling=_OVERSAMPLING)
+            rescoring = models.QuantizationSearchParams(
+                rescore=True, oversampling=_OVERSAMPLING
+            )
             quantization = rescoring if self._is_quantized else None
-            parameters = models.SearchParams(hnsw_ef=self.ef, exact=self.ef is None, quantization=quantization)
+            parameters = models.SearchParams(
+                hnsw_ef=self.ef, exact=self.ef is None, quantization=quantization
+            )
         numbers = np.full((len(vectors), k), -1, np.int64)
         scores = np.full((len(vectors), k), -np.inf, np.float32)
         requests = [
-            models.QueryRequest(query=vector, filter=conditions, params=parameters, limit=min(k, self.count))
+            models.QueryRequest(
+                query=vector,
+                filter=conditions,
+                params=parameters,
+                limit=min(k, self.count),
+            )
             for vector in np.asarray(vectors, np.float32).tolist()
         ]
-        size = len(conditions.model_dump_json(exclude_none=True)) if conditions and len(requests) > 1 else 0
+        size = (
+            len(conditions.model_dump_json(exclude_none=True))
+            if conditions and len(requests) > 1
+            else 0
+        )
         step = max(1, min(BATCH, FILTER_BYTES // (size + 1)))
         for start in range(0, len(requests), step):
             part = requests[start : start + step]
             seconds = connection.READ_SECONDS + len(part) // _QUERIES_PER_SECOND
-            ask = partial(self._client.query_batch_points, self._name, part, timeout=seconds)
+            ask = partial(
+                self._client.query_batch_points, self._name, part, timeout=seconds
+            )
             for number, response in enumerate(self._read(ask), start):
                 hits = response.points
                 numbers[number, : len(hits)] = [hit.id for hit in hits]
@@ -106,14 +153,22 @@ class QdrantIndex(VectorIndex):
     def vectors(self, rows: Rows) -> Floats:
         """As `VectorIndex.vectors`."""
         vectors = np.empty((len(rows), self.dim), np.float32)
-        options = {"with_payload": False, "with_vectors": True, "timeout": connection.READ_SECONDS}
+        options = {
+            "with_payload": False,
+            "with_vectors": True,
+            "timeout": connection.READ_SECONDS,
+        }
         for start in range(0, len(rows), BATCH):
             part = rows[start : start + BATCH].tolist()
             by_row = {
                 point.id: point.vector
-                for point in self._read(partial(self._client.retrieve, self._name, part, **options))
+                for point in self._read(
+                    partial(self._client.retrieve, self._name, part, **options)
+                )
             }
             if missing := [row for row in part if row not in by_row]:
-                raise StoreUnavailableError(f"collection {self._name} lacks row {missing[0]}; rebuild the index")
+                raise StoreUnavailableError(
+                    f"collection {self._name} lacks row {missing[0]}; rebuild the index"
+                )
             vectors[start : start + len(part)] = [by_row[row] for row in part]
         return vectors
