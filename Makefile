@@ -1,7 +1,7 @@
 # make demo       search a bundled emoji gallery on http://127.0.0.1:8000  (PORT=, HOST=, DOMAIN=openmoji)
 # make test       tests of all installed parts, in JOBS=3 processes           (ARGS="-k name" for some)
 # make check      lint, format, types, import direction, sizes
-# make size       lines by folder against their budgets
+# make size       tokens of code by folder, those of packages against their budgets
 # make test-plugins  the plug-ins, installed into the same environment, and their tests    (ARGS= as above)
 # make coverage   all tests, with the coverage of the packages and its floor     (ARGS= as above)
 # make mutants    share of changes of critical code that tests notice; hours   (ARGS="index_jobs.index.filters*" for some)

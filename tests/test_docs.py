@@ -29,7 +29,7 @@ PLACES = (
 )
 PAGES = sorted({page for place in PLACES for page in ROOT.glob(place)})
 TEXTS = {page: page.read_text(encoding="utf-8") for page in PAGES}
-# of letters or digits; scripts/size.py counts those of all pages
+# of letters or digits
 MAX_WORDS, MAX_BENCHMARKS = 1500, 5000
 SHOWS = [
     "README.md",
