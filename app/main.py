@@ -39,11 +39,13 @@ def create_app(
     on_start_failure: called if the first version cannot be loaded. Without it the
         application responds with 503 and the reason, and retries.
     """
-    metrics, rates = Metrics(), None
+    metrics = Metrics()
+    rates = None
     if settings.rate_limit is not None:
-        redis_url = (
-            settings.redis_url.get_secret_value() if settings.redis_url else None
-        )
+        if settings.redis_url:
+            redis_url = settings.redis_url.get_secret_value()
+        else:
+            redis_url = None
         rates = RateLimiter(settings.rate_limit, redis_url)
 
     @asynccontextmanager
@@ -51,11 +53,9 @@ def create_app(
         collections = Collections(settings, metrics, on_start_failure=on_start_failure)
         retriever = Retriever(settings, metrics)
         writer = WriteWorker(settings, collections, metrics)
-        app.state.collections, app.state.retriever, app.state.writer = (
-            collections,
-            retriever,
-            writer,
-        )
+        app.state.collections = collections
+        app.state.retriever = retriever
+        app.state.writer = writer
         folder = settings.feedback_folder
         feedback = app.state.feedback = (
             FeedbackLog(folder, settings, metrics) if folder else None
@@ -90,13 +90,13 @@ def create_app(
         generate_unique_id_function=_operation_id,
         lifespan=lifespan,
     )
-    app.state.settings, app.state.metrics, app.state.fetcher = (
-        settings,
-        metrics,
-        ImageFetcher(settings),
-    )
-    app.state.access, app.state.bodies = Access(settings, rates), BodyLimit(settings)
-    app.router.route_class, app.router.default = GuardedRoute, refuse_unknown
+    app.state.settings = settings
+    app.state.metrics = metrics
+    app.state.fetcher = ImageFetcher(settings)
+    app.state.access = Access(settings, rates)
+    app.state.bodies = BodyLimit(settings)
+    app.router.route_class = GuardedRoute
+    app.router.default = refuse_unknown
     add_error_handlers(app)
     add_routes(app)
     if settings.cors_origins:
@@ -150,8 +150,6 @@ def _add_gauges(
 
 
 def _operation_id(route: APIRoute) -> str:
-    return (
-        f"{route.name}_in"
-        if route.path.startswith("/collections/{collection}/")
-        else route.name
-    )
+    if route.path.startswith("/collections/{collection}/"):
+        return f"{route.name}_in"
+    return route.name

@@ -200,7 +200,8 @@ async def overload(target: Target) -> None:
     """Ask for new texts over 256 connections without pause, and compare some answers
     with those afterwards.
     """
-    seconds, answers = target.until - time.monotonic(), dict[bytes, bytes]()
+    seconds = target.until - time.monotonic()
+    answers = dict[bytes, bytes]()
     load = partial(
         closed_loop, connections=256, seconds=seconds, check=answers.__setitem__
     )
@@ -250,7 +251,8 @@ def change(method: str, path: str, **body: object) -> bytes:
 
 def changes() -> dict[str, Attack]:
     """Return the attacks of callers that may change items, and on their results."""
-    small, numbers = base64.b64encode(encoded("PNG", 8)).decode(), itertools.count()
+    small = base64.b64encode(encoded("PNG", 8)).decode()
+    numbers = itertools.count()
     metadata = {"text": "x" * 66_000}
     items = [{"id": f"{n}", "image": small, "metadata": metadata} for n in range(200)]
     path = "/collections/dropped"
@@ -406,10 +408,8 @@ def measure(
         for name in ("500", "SMUGGLED", "WRONG", "attacker hangs")
         if outcomes[name]
     ]
-    lost, failed = (
-        sum(each.broken for each in tallies),
-        sum(each.statuses[500] for each in tallies),
-    )
+    lost = sum(each.broken for each in tallies)
+    failed = sum(each.statuses[500] for each in tallies)
     wrong = {
         f"{lost} lost": lost,
         f"{failed} failed": failed,
@@ -436,7 +436,8 @@ def measure(
 
 def _wait_until_idle(server: Server) -> None:
     """Wait until the server has read what the attack before has left in its sockets."""
-    used, last = server.cpu_s(), -1.0
+    used = server.cpu_s()
+    last = -1.0
     while used - last > 0.05:
         time.sleep(0.5)
         used, last = server.cpu_s(), used
@@ -462,7 +463,8 @@ async def _send_honest(
     """Send texts, images and probes; return their tallies, and the peak of the server's
     memory in MB.
     """
-    peak, until = 0.0, time.monotonic() + seconds
+    peak = 0.0
+    until = time.monotonic() + seconds
 
     async def watch() -> None:
         nonlocal peak
@@ -472,10 +474,8 @@ async def _send_honest(
 
     loop = partial(closed_loop, port, connections=1, seconds=seconds)
     async with asyncio.timeout(seconds + 60):
-        texts, images = (
-            loop(new_texts(time.time_ns()), pause_s=0.05),
-            loop(new_images(), pause_s=0.1),
-        )
+        texts = loop(new_texts(time.time_ns()), pause_s=0.05)
+        images = loop(new_images(), pause_s=0.1)
         *tallies, _ = await asyncio.gather(
             texts, images, loop(lambda: PROBE, pause_s=0.02), watch()
         )
@@ -494,7 +494,9 @@ def hostile_collection(work: Path) -> Path:
     """Return an index of items with as much metadata as they may have, and of images of
     62 megapixels.
     """
-    small, lines, gallery = encoded("PNG", 8), list[str](), work / "hostile-gallery"
+    small = encoded("PNG", 8)
+    lines = list[str]()
+    gallery = work / "hostile-gallery"
     gallery.mkdir(parents=True, exist_ok=True)
     for number in range(256):
         (gallery / f"{number}.png").write_bytes(small + number.to_bytes(2, "big"))
@@ -534,7 +536,8 @@ def main() -> None:
     )
     given = parser.parse_args()
     if given.short:
-        given.only, given.seconds = SHORT, 1.0
+        given.only = SHORT
+        given.seconds = 1.0
     rows: dict[str, Attack | None] = {"(none)": None, **attacks(), "(none) again": None}
     if unknown := set(given.only or ()) - rows.keys():
         parser.error(
@@ -542,11 +545,9 @@ def main() -> None:
             f" {', '.join(rows)}"
         )
     failed = list[str]()
-    created, proxy, settings = (
-        tempfile.TemporaryDirectory(),
-        tempfile.TemporaryDirectory(),
-        dict[str, object](),
-    )
+    created = tempfile.TemporaryDirectory()
+    proxy = tempfile.TemporaryDirectory()
+    settings = dict[str, object]()
     if given.only is None or not changes().keys().isdisjoint(given.only):
         settings = {
             "collections": json.dumps({"hostile": str(hostile_collection(given.work))}),

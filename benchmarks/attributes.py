@@ -103,7 +103,8 @@ def protocol(data: Path, split: str) -> Protocol:
     for name, part in splits.items():
         for image in part.images:
             copies[hashlib.sha256(part.read(image)).hexdigest()][image] = name
-    samples, facts = [], []
+    samples = []
+    facts = []
     sample_of = {sample.image: sample for sample in splits[split].samples}
     for images in copies.values():
         if {*images.values()} == {split}:
@@ -138,7 +139,8 @@ def grades_of(model: DCAR, asked: Protocol) -> dict[str, np.ndarray]:
     `rerank` if the model has it.
     """
     split = prepare_split(asked.images, model.eval(), for_training=False)
-    text, image = encode_captions(model, split), encode_images(model, split)
+    text = encode_captions(model, split)
+    image = encode_images(model, split)
     found = {"": asked.grades(first_targets(text[asked.queries], image, 1)[:, 0])}
     if model.config.rerank.blocks:
         first = first_images(model, split, text, image)
@@ -151,7 +153,8 @@ def estimate(values: np.ndarray, emoji: np.ndarray) -> str:
     """Return the mean of values (Q,) in percent, and its 95 % interval over whole
     emoji.
     """
-    sums, sizes = np.bincount(emoji, values), np.bincount(emoji)
+    sums = np.bincount(emoji, values)
+    sizes = np.bincount(emoji)
     counts = np.random.default_rng(0).multinomial(
         len(sizes), np.full(len(sizes), 1 / len(sizes)), size=10_000
     )
@@ -179,10 +182,8 @@ def main() -> None:
     )
     args = parser.parse_args()
     torch.set_num_threads(1)
-    asked, found = (
-        protocol(args.data, args.split),
-        defaultdict[str, list[np.ndarray]](list),
-    )
+    asked = protocol(args.data, args.split)
+    found = defaultdict[str, list[np.ndarray]](list)
     backbone = load_backbone(BackboneSource(args.model))
     for directory in args.checkpoints:
         # with weights of its own

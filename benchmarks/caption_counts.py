@@ -102,7 +102,8 @@ def main() -> None:
                     train(model, parts["train"], parts["val"], config, cache=cache)
                     runs.append(hits(model))
                 compared = Comparison.of(Scores.mean(runs), untouched)
-                recall, gain = compared.model, compared.difference["mean_r1"]
+                recall = compared.model
+                gain = compared.difference["mean_r1"]
                 row = [
                     f"{count:,}",
                     name,

@@ -35,17 +35,16 @@ def main() -> None:
     )
     args = parser.parse_args()
     results = json.loads((args.results / "results.json").read_text())
-    model, other = (
-        mean_categories(results, args.method),
-        mean_categories(results, args.other),
-    )
+    model = mean_categories(results, args.method)
+    other = mean_categories(results, args.other)
     recall = itemgetter(args.measure) if args.measure else mean_r1
     pairs = np.array([each["pairs"] for each in model.values()])
     hits = [
         np.array([recall(found[name]) for name in model]) * pairs / 100
         for found in (model, other)
     ]
-    rng, differences = np.random.default_rng(0), hits[0] - hits[1]
+    rng = np.random.default_rng(0)
+    differences = hits[0] - hits[1]
     # [resamples, categories]
     counts = rng.multinomial(
         len(pairs), np.full(len(pairs), 1 / len(pairs)), size=10_000
@@ -58,11 +57,10 @@ def main() -> None:
         samples = 100 * (counts @ own) / (counts @ pairs)
         low, high = np.quantile(samples, [0.025, 0.975])
         tail = min((samples <= 0).sum(), (samples >= 0).sum())
-        p = (
-            f", p = {min(1, 2 * (tail + 1) / (len(samples) + 1)):.4f}"
-            if name == "difference"
-            else ""
-        )
+        if name == "difference":
+            p = f", p = {min(1, 2 * (tail + 1) / (len(samples) + 1)):.4f}"
+        else:
+            p = ""
         print(
             f"{name}: {100 * own.sum() / pairs.sum():.1f} ({low:.1f} to {high:.1f}){p}"
         )

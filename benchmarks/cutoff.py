@@ -166,17 +166,17 @@ def print_pictures(
 ) -> None:
     """Print the figures of queries by a picture."""
     calibrated = gate.cutoff_of_images(opened.parts[0].vectors)
-    possible, likely = calibrated["min_score"], calibrated["strong_score"]
+    possible = calibrated["min_score"]
+    likely = calibrated["strong_score"]
     print(f"  pictures: possible from {possible:.3f} on, likely from {likely:.3f} on")
-    gallery, rows = opened.vectors(np.arange(opened.rows)), spread_rows(opened.rows)
+    gallery = opened.vectors(np.arange(opened.rows))
+    rows = spread_rows(opened.rows)
     kinds = np.array(opened.column("meta_category").to_pylist())
 
     def print_shares(name: str, cosines: np.ndarray, own: np.ndarray) -> None:
-        scores, is_first, best = (
-            cosines[np.arange(len(own)), own],
-            cosines.argmax(1) == own,
-            cosines.max(1),
-        )
+        scores = cosines[np.arange(len(own)), own]
+        is_first = cosines.argmax(1) == own
+        best = cosines.max(1)
         left_out = np.where(kinds[own][:, None] == kinds, -1, cosines).max(1)
         shares = (
             (scores >= likely).mean(),
@@ -210,7 +210,8 @@ def print_pictures(
             path for path in others.rglob("*") if path.suffix in (".jpg", ".png")
         )
         best = (encoder.encode_images(files) @ gallery.T).max(1)
-        told, none = (best < likely).mean(), (best < possible).mean()
+        told = (best < likely).mean()
+        none = (best < possible).mean()
         print(
             f"    {len(files)} pictures of {others}: told {told:.1%}, without any"
             f" possible result {none:.1%}"
@@ -249,15 +250,14 @@ def main() -> None:
     # [N, E]
     texts = encoder.encode_text([text for text, row in queries if row is not None])
     scores = np.einsum("ne,ne->n", texts, opened.vectors(rows))
-    calibrated, halves = (
-        gate.compute_cutoff(scores),
-        np.array_split(np.random.default_rng(0).permutation(scores), 2),
-    )
+    calibrated = gate.compute_cutoff(scores)
+    halves = np.array_split(np.random.default_rng(0).permutation(scores), 2)
     kept = [
         half >= gate.compute_cutoff(rest)["min_score"]
         for half, rest in zip(halves, halves[::-1], strict=True)
     ]
-    min_score, count = calibrated["min_score"], opened.manifest.count
+    min_score = calibrated["min_score"]
+    count = opened.manifest.count
     print(
         f"{args.index}: cut-off {min_score:.3f} from {calibrated['pairs']} validation"
         " pairs"

@@ -33,7 +33,9 @@ STYLES = ("twemoji", "openmoji")
 PART = 1_000  # images
 MOVED = 0.3  # of a difference between two vectors
 WORDS = 1_000
-HELD_OUT_FROM, HELD_OUT = 10**9, 2_000  # rows of images that are queries
+# rows of images that are queries
+HELD_OUT_FROM = 10**9
+HELD_OUT = 2_000
 
 
 def galleries() -> list[Image.Image]:
@@ -55,7 +57,8 @@ def picture(images: list[Image.Image], row: int) -> Image.Image:
         return over(image, (255, 255, 255))
     draw = np.random.default_rng([5, row])
     if draw.random() < 0.5:
-        other, size = images[draw.integers(len(images))], image.size
+        other = images[draw.integers(len(images))]
+        size = image.size
         pair = Image.new("RGBA", (2 * size[0], 2 * size[1]))
         pair.paste(image, (0, int(draw.integers(size[1]))))
         pair.paste(other, (size[0], int(draw.integers(size[1]))))
@@ -70,9 +73,10 @@ def picture(images: list[Image.Image], row: int) -> Image.Image:
         "HSV", (hue.point(lambda x: (x + turned) % 256), saturation, value)
     ).convert("RGB")
     coloured.putalpha(image.getchannel("A"))
-    ground = (
-        tuple(draw.integers(256, size=3)) if draw.random() < 0.7 else (255, 255, 255)
-    )
+    if draw.random() < 0.7:
+        ground = tuple(draw.integers(256, size=3))
+    else:
+        ground = (255, 255, 255)
     return ImageEnhance.Brightness(over(coloured, ground)).enhance(
         draw.uniform(0.6, 1.3)
     )
@@ -138,10 +142,8 @@ def main() -> None:
     )
     given = parser.parse_args()
     given.out.mkdir(parents=True, exist_ok=True)
-    encoder, images = (
-        Encoder.load(EXAMPLES / "twemoji/checkpoint", runtime="auto", threads=1),
-        galleries(),
-    )
+    encoder = Encoder.load(EXAMPLES / "twemoji/checkpoint", runtime="auto", threads=1)
+    images = galleries()
 
     def encode(rows: range) -> Floats:
         return encoder.encode_images([picture(images, row) for row in rows])

@@ -119,16 +119,15 @@ def throughput(arguments: argparse.Namespace, folder: Path) -> None:
     source = gallery(folder / "pictures", arguments.pictures, tuple(arguments.size))
     batches = -(-arguments.pictures // arguments.batch_size)
     bare(encoder, arguments.batch_size, 1)
-    ratios, rates = [], []
+    ratios = []
+    rates = []
     shared = {
         name: getattr(arguments, name) for name in ("workers", "batch_size", "device")
     }
     options = BuildOptions(**shared, progress=False)
     for number in range(arguments.rounds):
-        before, began = (
-            bare(encoder, arguments.batch_size, -(-batches // 2)),
-            time.perf_counter(),
-        )
+        before = bare(encoder, arguments.batch_size, -(-batches // 2))
+        began = time.perf_counter()
         encoded = encode_gallery(
             scan(source), [encoder], folder / f"work{number}", options
         )
@@ -153,7 +152,8 @@ def throughput(arguments: argparse.Namespace, folder: Path) -> None:
     print(
         f"the job reaches {np.mean(ratios):.1%} of the bare encoder's images per second"
     )
-    operations, most = image_operations(encoder), matrix_rate(arguments.device)
+    operations = image_operations(encoder)
+    most = matrix_rate(arguments.device)
     print(
         f"{arguments.device} multiplies bfloat16 matrices with {most / 1e12:.2f}"
         f" TFLOP/s; an image takes {operations / 1e9:.1f} GFLOP, so the job uses"
@@ -173,7 +173,8 @@ def image_operations(encoder: Encoder) -> int:
 def matrix_rate(device: str) -> float:
     """Return the operations per second of products of bfloat16 matrices."""
     side = 512 if device == "cpu" else 8192
-    matrix, best = torch.randn(side, side, device=device, dtype=torch.bfloat16), 0.0
+    matrix = torch.randn(side, side, device=device, dtype=torch.bfloat16)
+    best = 0.0
     for _ in range(5):
         start = time.perf_counter()
         for _ in range(10):
@@ -184,10 +185,8 @@ def matrix_rate(device: str) -> float:
 
 
 def memory(arguments: argparse.Namespace, folder: Path) -> None:
-    source, count = (
-        gallery(folder / "pictures", arguments.memory, (160, 120)),
-        arguments.memory,
-    )
+    source = gallery(folder / "pictures", arguments.memory, (160, 120))
+    count = arguments.memory
     scanned = scan(source)
     size = scanned.table.nbytes
     print(

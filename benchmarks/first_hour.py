@@ -60,7 +60,8 @@ def pictures(count: int) -> Iterator[tuple[dict[str, Any], Image.Image]]:
 def make_shop(folder: Path) -> None:
     """Write products.csv, its pictures, and prices.csv with other prices."""
     folder.mkdir()
-    products, prices = ["sku,image,title,gruppe,price"], ["sku,price"]
+    products = ["sku,image,title,gruppe,price"]
+    prices = ["sku,price"]
     for number, (entry, picture) in enumerate(pictures(500)):
         names = [f"{number}{side}.jpg" for side in ("", "-back")[: 1 + (number < 348)]]
         for name, image in zip(
@@ -131,7 +132,8 @@ def serving(
     environment: dict[str, str],
 ) -> Iterator[None]:
     """Run a command that serves in a folder; yield once the service is ready."""
-    start, log = time.perf_counter(), folder.parent / f"{port}.log"
+    start = time.perf_counter()
+    log = folder.parent / f"{port}.log"
     words = [*program, *shlex.split(command)[1:]]
     with log.open("w") as file:
         process = subprocess.Popen(
@@ -152,10 +154,8 @@ def serving(
 def ask(port: int, path: str, body: dict[str, Any] | None = None) -> bool:
     """Return whether the service responds with 200."""
     with contextlib.suppress(httpx.TransportError):
-        method, url = (
-            "GET" if body is None else "POST",
-            f"http://127.0.0.1:{port}{path}",
-        )
+        method = "GET" if body is None else "POST"
+        url = f"http://127.0.0.1:{port}{path}"
         return httpx.request(method, url, json=body, timeout=30).status_code == 200
     return False
 
@@ -195,22 +195,20 @@ def main() -> None:
     args = parser.parse_args()
 
     with tempfile.TemporaryDirectory() as temporary:
-        folder, port = Path(temporary) / "home", free_port()
+        folder = Path(temporary) / "home"
+        port = free_port()
         make_shop(folder) if args.shop else make_photos(folder / "photos", 900)
         print("| command | seconds |\n| --- | --- |")
-        program, environment = (
-            [sys.executable, "-m", "app.cli"],
-            os.environ | {"PYTHONPATH": str(ROOT)},
-        )
+        program = [sys.executable, "-m", "app.cli"]
+        environment = os.environ | {"PYTHONPATH": str(ROOT)}
         if args.install:
             program, environment = install(folder)
         # a new user has measured no runtime
         environment["DCAR_RUNTIME_CACHE"] = f"{temporary}/runtimes"
-        model = (
-            f"--model {random_model(folder / args.model, args.model).name} "
-            if args.model
-            else ""
-        )
+        if args.model:
+            model = f"--model {random_model(folder / args.model, args.model).name} "
+        else:
+            model = ""
         serve = f"dcar quickstart photos {model}--port {port}"
         if args.shop:
             build = (

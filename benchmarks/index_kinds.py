@@ -52,14 +52,19 @@ KINDS = (
 TEXTS = ("captions", "categories", "typed", "words")
 BLOCK = 20_000
 QUERIES = 1000  # of a kind: to tune with, and as many to measure
-ROUNDS, TIMED = 7, 60  # queries that an index answers before the next one's turn
+# queries that an index answers before the next one's turn
+ROUNDS = 7
+TIMED = 60
 PERCENTS = (1, 10, 90)  # of the rows that a filter allows
 
 
 class Hnswlib:
     """hnswlib, with what tuning and measuring need."""
 
-    width, min_width, max_width, has_reranking = "ef", 10, 4096, False
+    width = "ef"
+    min_width = 10
+    max_width = 4096
+    has_reranking = False
 
     def __init__(self, file: Path, vectors: Floats) -> None:
         import hnswlib  # type: ignore[import-untyped, unused-ignore]
@@ -118,7 +123,8 @@ class Built:
                 queries,
                 target=target,
             )
-            self.factory, measured = made.kind, made.measured
+            self.factory = made.kind
+            measured = made.measured
         self.parameters = measured["parameters"]
         self.seconds = round(time.process_time() - start)
 
@@ -176,7 +182,8 @@ def measure(indexes: list[Built], vectors: Floats, folder: Path, filters: bool) 
         for percent, mask in (
             masks.items() if filters and built.kind != "hnswlib" else ()
         ):
-            rows, few = RowFilter.of_mask(mask), mixed[: 2 * TIMED]
+            rows = RowFilter.of_mask(mask)
+            few = mixed[: 2 * TIMED]
             exact = find_neighbours(lambda mask=mask: selected(vectors, mask), few)[0]  # type: ignore[misc]
             scores = np.einsum(
                 "qe,qke->qk", few, vectors[index.search(few, NEIGHBOURS, rows)[1]]

@@ -43,16 +43,15 @@ class Tally:
 
     def percentile(self, share: float) -> float:
         """Return a percentile of the latencies of 200s, in ms."""
-        return (
-            float(np.percentile(self.good, share)) * 1000 if self.good else float("nan")
-        )
+        if self.good:
+            return float(np.percentile(self.good, share)) * 1000
+        return float("nan")
 
     def __str__(self) -> str:
-        refused = (
-            f", 503s p99 {np.percentile(self.refused, 99) * 1000:.0f} ms"
-            if self.refused
-            else ""
-        )
+        if self.refused:
+            refused = f", 503s p99 {np.percentile(self.refused, 99) * 1000:.0f} ms"
+        else:
+            refused = ""
         others = {
             status: count
             for status, count in sorted(self.statuses.items())
@@ -107,14 +106,14 @@ class _Connection(asyncio.Protocol):
             head = bytes(self._data[:end]).lower()
             at = head.find(b"content-length:")
             self._status = int(head[9:12])
-            length = (
-                0
-                if at < 0
-                else int(
+            if at < 0:
+                length = 0
+            else:
+                length = int(
                     head[at + 15 : head.find(b"\r", at) if b"\r" in head[at:] else None]
                 )
-            )
-            self._start, self._wanted = end + 4, end + 4 + length
+            self._start = end + 4
+            self._wanted = end + 4 + length
             if b"connection: close" in head:
                 self._is_open = False
         if (
@@ -133,7 +132,8 @@ class _Connection(asyncio.Protocol):
 
 async def connect(port: int) -> _Connection:
     """Open a connection."""
-    loop, origin = asyncio.get_running_loop(), (address.get(), 0)
+    loop = asyncio.get_running_loop()
+    origin = (address.get(), 0)
     return (
         await loop.create_connection(_Connection, "127.0.0.1", port, local_addr=origin)
     )[1]
@@ -265,7 +265,8 @@ _WORDS = (
 
 def unique_texts(seed: int = 0) -> Iterator[str]:
     """Yield captions of five to ten words without repetition."""
-    rng, words = np.random.default_rng(seed), _WORDS.split()
+    rng = np.random.default_rng(seed)
+    words = _WORDS.split()
     i = 0
     while True:
         i += 1

@@ -51,12 +51,17 @@ from index_jobs.jobs.retrain import ItemPairs, retrain
 from index_jobs.rebuild import rebuild
 
 EMOJI = Path(__file__).resolve().parents[1] / "examples" / "emoji"
-SHOWN, K = 10, 5  # results of a page, and those that count
+# results of a page, and those that count
+SHOWN = 10
+K = 5
 # results before a filter; a filter leaves out the rows that have one rest modulo
 # FILTERS
-DEPTH, FILTERS = 40, 3
+DEPTH = 40
+FILTERS = 3
 EXAMINED = 1 / np.arange(1, SHOWN + 1)
-RIGHT, NOISE = 0.8, 0.1  # chances of a click on what is looked at
+# chances of a click on what is looked at
+RIGHT = 0.8
+NOISE = 0.1
 HOSTILE_CLIENTS = 20
 BATCH = 500  # searches whose clicks are sent at once
 
@@ -86,9 +91,11 @@ def make_queries(
     """Return queries for users, and two fifths as many for the test; no text is in
     both.
     """
-    rng, opened = np.random.default_rng(seed), open_current(index)
+    rng = np.random.default_rng(seed)
+    opened = open_current(index)
     row_of = {item: row for row, item in enumerate(opened.column("id").to_pylist())}
-    rows, having = dict[int, list[str]](), dict[str, set[int]]()
+    rows = dict[int, list[str]]()
+    having = dict[str, set[int]]()
     for line in (gallery / "metadata.jsonl").read_text(encoding="utf-8").splitlines():
         item = json.loads(line)
         if (row := row_of.get(item.get("id"))) is not None:
@@ -126,8 +133,11 @@ class Loop:
         kind: str = "all",
     ) -> None:
         self.kind = kind  # of pairs to learn from: all, clicks or captions
-        self.index, self.folder = Path(shutil.copytree(start, folder / "index")), folder
-        self.users, self.test, self._encoder = users, test, encoder
+        self.index = Path(shutil.copytree(start, folder / "index"))
+        self.folder = folder
+        self.users = users
+        self.test = test
+        self._encoder = encoder
         bare = Encoder(replace(encoder.state, text_adapter=None), None, encoder.runtime)
         self._features = bare.encode_text([*users.texts, *test.texts])
         self.report: Report | None = None
@@ -207,12 +217,13 @@ class Loop:
         is_aim = (shown[:, :SHOWN] == self.wanted).any(1)
         is_aim &= [self.wanted not in answers for answers in self.users.answers]
         if is_aim.any():
-            queries[is_hostile], filters[is_hostile] = (
-                attack.choice(np.flatnonzero(is_aim), is_hostile.sum()),
-                -1,
+            queries[is_hostile] = attack.choice(
+                np.flatnonzero(is_aim), is_hostile.sum()
             )
+            filters[is_hostile] = -1
         wanted = opened.item(self.wanted).id
-        results, right = dict[tuple[int, int], Any](), dict[tuple[int, int], Rows]()
+        results = dict[tuple[int, int], Any]()
+        right = dict[tuple[int, int], Rows]()
         for key in {*zip(queries.tolist(), filters.tolist(), strict=True)}:
             rows = [
                 row
@@ -230,19 +241,13 @@ class Loop:
             events = list[EventRow]()
             for number in range(start, min(searches, start + BATCH)):
                 key = int(queries[number]), int(filters[number])
-                text, page, now = (
-                    self.users.texts[key[0]],
-                    results[key],
-                    int(time.time() * 1000),
-                )
-                name, count = (
-                    log.note("", None, Query(query=text), page, has_image=False),
-                    len(page["results"]),
-                )
-                client, clicked = (
-                    f"u{rng.integers(max(1, searches // 4))}",
-                    rng.random(SHOWN)[:count],
-                )
+                text = self.users.texts[key[0]]
+                page = results[key]
+                now = int(time.time() * 1000)
+                name = log.note("", None, Query(query=text), page, has_image=False)
+                count = len(page["results"])
+                client = f"u{rng.integers(max(1, searches // 4))}"
+                clicked = rng.random(SHOWN)[:count]
                 clicked = clicked < EXAMINED[:count] * np.where(
                     right[key], RIGHT, NOISE
                 )
@@ -349,10 +354,8 @@ def main() -> None:
             {"on": (args.hostile, "all")} if args.hostile else {}
         )
         runs |= {kind: (0.0, kind) for kind in ("clicks", "captions") if args.alone}
-        hits, off = (
-            {name: np.zeros((args.seeds, args.weeks)) for name in runs},
-            np.zeros((args.seeds, 1)),
-        )
+        hits = {name: np.zeros((args.seeds, args.weeks)) for name in runs}
+        off = np.zeros((args.seeds, 1))
         loops = dict[str, Loop]()
         for seed in range(args.seeds):
             users, test = make_queries(args.gallery, work / "start", args.queries, seed)
@@ -378,7 +381,9 @@ def main() -> None:
             f"{len(users.texts):,} queries of users, {len(test.texts):,} of the test"
         )
         print(f"{counts}, {args.weeks} weeks, {args.seeds} seeds")
-        low, high, mean = moved.min(), moved.max(), moved.mean()
+        low = moved.min()
+        high = moved.max()
+        mean = moved.mean()
         print(
             f"hostile clients move hit@{K} by {low:+.2f} to {high:+.2f} points a week,"
             f" {mean:+.2f} on average"

@@ -47,11 +47,10 @@ from service import random_vit, serving
 
 
 def _clip_retrieval(query: str | bytes) -> dict[str, object]:
-    asked = (
-        {"text": query}
-        if isinstance(query, str)
-        else {"image": base64.b64encode(query).decode()}
-    )
+    if isinstance(query, str):
+        asked = {"text": query}
+    else:
+        asked = {"image": base64.b64encode(query).decode()}
     return {
         **asked,
         "modality": "image",
@@ -63,11 +62,10 @@ def _clip_retrieval(query: str | bytes) -> dict[str, object]:
 
 def _infinity(query: str | bytes) -> dict[str, object]:
     is_image = not isinstance(query, str)
-    given = (
-        f"data:image/jpeg;base64,{base64.b64encode(query).decode()}"
-        if isinstance(query, bytes)
-        else query
-    )
+    if isinstance(query, bytes):
+        given = f"data:image/jpeg;base64,{base64.b64encode(query).decode()}"
+    else:
+        given = query
     return {
         "model": "clip",
         "input": [given],

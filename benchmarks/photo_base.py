@@ -55,9 +55,14 @@ sys.path.insert(0, str(EMOJI))
 from base_texts import TextEncoder  # noqa: E402
 
 # pixels of a photo, patches per side, pixels of a packed patch
-SIDE, GRID, PATCH = 160, 5, 16
-CONTEXT, BATCH = 64, 256
-MEAN, STD = 1.0, 0.15  # of the packed pixels: a white one becomes 0
+SIDE = 160
+GRID = 5
+PATCH = 16
+CONTEXT = 64
+BATCH = 256
+# of the packed pixels: a white one becomes 0
+MEAN = 1.0
+STD = 0.15
 SHARPNESS = 20.0  # of the sentence encoder's cosines
 
 
@@ -119,11 +124,14 @@ def write_maps(args: Namespace) -> None:
     """Write the maps as PNGs, a table of each data set's downstream pairs, and one of
     the others.
     """
-    cnn, reach, known = load_cnn(args.cnn), None, []
+    cnn = load_cnn(args.cnn)
+    reach = None
+    known = []
     tables = {"known": known}
     white = cnn(np.full((1, SIDE, SIDE, 3), 255, np.uint8)).mean((0, 2, 3))
     for directory in args.data:
-        splits, downstream = Annotations(directory).load_all()[0], []
+        splits = Annotations(directory).load_all()[0]
+        downstream = []
         apart = sorted(set().union(*(data.categories for data in splits.values())))[::3]
         for split, data in splits.items():
             for start in tqdm(
@@ -269,10 +277,8 @@ def learn_photos(
     """Teach the image tower to find captions. pixels: uint8 (N, 3, S, S). hidden: (N,
     W_t), of the captions.
     """
-    rng, steps = (
-        np.random.default_rng(args.seed),
-        max(1, args.epochs * len(hidden) // BATCH),
-    )
+    rng = np.random.default_rng(args.seed)
+    steps = max(1, args.epochs * len(hidden) // BATCH)
 
     def loss_of(step: int) -> Tensor:
         if step >= 0.85 * steps:

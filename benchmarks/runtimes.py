@@ -148,11 +148,10 @@ def main() -> None:
         f"| {REFERENCE} | {reference['texts']:.0f} | {reference['ms']:.1f} ms |"
         f" {reference['images']:.0f} | | |"
     )
-    names = (
-        args.runtimes.split(",")
-        if args.runtimes
-        else auto_runtimes(encoder.model.backbone.device.type)
-    )
+    if args.runtimes:
+        names = args.runtimes.split(",")
+    else:
+        names = auto_runtimes(encoder.model.backbone.device.type)
     for name in dict.fromkeys(["torch", *names]):
         try:
             found, vectors = in_own_process(measure, load, name, texts, pixels)

@@ -43,7 +43,8 @@ def services(*each: dict[str, Any]) -> Iterator[tuple[int, list[Server]]]:
 
 
 def table(index: Path, seconds: float, rounds: int) -> bool:
-    one, half = {"index": index}, {"index": index, "threads": 1}
+    one = {"index": index}
+    half = {"index": index, "threads": 1}
     with services(one), services(half):  # exports are made
         pass
     kinds = {
@@ -51,22 +52,22 @@ def table(index: Path, seconds: float, rounds: int) -> bool:
         "two workers": services(one | {"workers": 2}),
         "two replicas behind nginx": services(half, half),
     }
-    expected, whole = list[list[str]](), True
+    expected = list[list[str]]()
+    whole = True
     print("| | new texts/s | p99 ms | known texts/s | p99 ms | MB | answers |")
     print("| --- | ---: | ---: | ---: | ---: | ---: | --- |")
     for name, start in kinds.items():
         with start as (port, servers):
             time.sleep(10)  # further workers load their model
-            url, known = (
-                f"http://127.0.0.1:{port}/search/text",
-                itertools.cycle(map(text_request, TEXTS)),
-            )
+            url = f"http://127.0.0.1:{port}/search/text"
+            known = itertools.cycle(map(text_request, TEXTS))
             bodies = [
                 httpx.post(url, json={"query": text}, timeout=60).json()
                 for text in TEXTS[:50]
             ]
             found = [[each["id"] for each in body["results"]] for body in bodies]
-            expected, cells = expected or found, list[str]()
+            expected = expected or found
+            cells = list[str]()
             for requests in (new_texts(5), known.__next__):
                 load = partial(
                     closed_loop,

@@ -77,7 +77,8 @@ def new_images() -> Requests:
     """Return image searches that miss every cache: each file has unique bytes after the
     end of the image.
     """
-    known, number = images(16), itertools.count()
+    known = images(16)
+    number = itertools.count()
     return lambda: image_request(known[(n := next(number)) % 16] + n.to_bytes(8, "big"))
 
 
@@ -145,7 +146,8 @@ class Bare:
         """Return items per second, and processor seconds of each, in batches of `size`,
         or between two sizes.
         """
-        low, share = int(size), size - int(size)
+        low = int(size)
+        share = size - int(size)
         wall, cpu = self._seconds(kind, low) * (1 - share) + (
             self._seconds(kind, low + 1) * share if share else 0.0
         )
@@ -159,7 +161,8 @@ class Bare:
         end = time.perf_counter() + 1
         while len(took) < 5 or time.perf_counter() < end:
             texts = list(itertools.islice(self._texts, size))
-            began, used = time.perf_counter(), time.process_time()
+            began = time.perf_counter()
+            used = time.process_time()
             if kind == "text":
                 self.encoder.encode_text(texts)
             else:
@@ -219,13 +222,12 @@ def uncached(
                 )
             )
             for connections in (1, 8, 32, 128):
-                tallies, figures = [], []
+                tallies = []
+                figures = []
                 for _ in range(rounds):
-                    before, used, own = (
-                        server.batches(),
-                        server.cpu_s(),
-                        time.process_time(),
-                    )
+                    before = server.batches()
+                    used = server.cpu_s()
+                    own = time.process_time()
                     tally = run(
                         closed_loop(
                             server.port,
@@ -274,10 +276,8 @@ def changes(index: Path, rounds: int) -> None:
             shutil.copytree(index, Path(folder) / "index", copy_function=os.link)
         )
         with serving(copy, writes="true", admin_key=key) as server:
-            url, headers = (
-                f"http://127.0.0.1:{server.port}",
-                {"Authorization": f"Bearer {key}"},
-            )
+            url = f"http://127.0.0.1:{server.port}"
+            headers = {"Authorization": f"Bearer {key}"}
             with httpx.Client(base_url=url, headers=headers, timeout=60) as client:
                 count = client.get("/readyz").json()["count"]
                 for name, field, chosen in (
@@ -313,10 +313,8 @@ def _seconds_to_change(
     """
     value: Any = time.time_ns() % 10**9
     value = f"brand {value}" if field == "brand" else value
-    expected, began = (
-        len(chosen["ids"]) if "ids" in chosen else count,
-        time.perf_counter(),
-    )
+    expected = len(chosen["ids"]) if "ids" in chosen else count
+    began = time.perf_counter()
     client.patch(
         "/items", json={**chosen, "metadata": {field: value}}
     ).raise_for_status()

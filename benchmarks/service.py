@@ -85,7 +85,9 @@ class Server:
         """Return the resident memory of all its processes in millions of bytes. shared:
         count shared pages once.
         """
-        total, pids, name = 0, [self.process.pid], "Pss:" if shared else "Rss:"
+        total = 0
+        pids = [self.process.pid]
+        name = "Pss:" if shared else "Rss:"
         for pid in pids:
             with suppress(OSError, IndexError):  # it has ended
                 total += int(
@@ -184,7 +186,8 @@ def random_vit(work: Path, count: int = 100_000) -> Path:
     """Return an index of `count` random vectors under a random ViT-B/32; made once."""
     from clusters import Clusters
 
-    captions, draw = [f"item {i}" for i in range(count)], Clusters(count, 512).draw
+    captions = [f"item {i}" for i in range(count)]
+    draw = Clusters(count, 512).draw
     return made_index(
         work / f"vit-{count}",
         vit_checkpoint(work),

@@ -34,7 +34,8 @@ import numpy as np
 from clusters import Clusters
 from service import ROOT, made_index, serving
 
-KEY, MAX_K = "benchmark-of-taught-names", 20_000
+KEY = "benchmark-of-taught-names"
+MAX_K = 20_000
 # "woman and man holding hands" are "holding hands"
 PEOPLE = re.compile(r"\b(and|m[ae]n|wom[ae]n|person|people)\b")
 Groups = dict[str, dict[str, str]]  # ids with their tones or splits, by name
@@ -80,14 +81,16 @@ def words(
 def tags(
     client: Client, groups: Groups, count: int, rng: np.random.Generator
 ) -> list[float]:
-    values, new = list[tuple[float, float, float]](), np.zeros(2)
+    values = list[tuple[float, float, float]]()
+    new = np.zeros(2)
     for members in (ids for ids in groups.values() if len(ids) > count):
         client.teach(ids := rng.choice([*members], count, replace=False).tolist())
         results = client.search("@taught", k=MAX_K, fields=["concept"])["results"]
         others = [result for result in results if result["id"] not in ids]
         is_right = np.array([result["id"] in members for result in others])
         is_tagged = np.array([bool(result["metadata"]) for result in others])
-        hits, tagged = (is_right & is_tagged).sum(), is_tagged.sum()
+        hits = (is_right & is_tagged).sum()
+        tagged = is_tagged.sum()
         average = (np.cumsum(is_right) / np.arange(1, len(is_right) + 1))[
             is_right
         ].mean()
@@ -123,13 +126,12 @@ def groups_of(style: str) -> dict[str, Groups]:
     for kind, groups in (("things", things), ("subgroups", subgroups)):
         for name, ids in groups.items():
             is_unseen = kind == "things" and {*ids.values()} == {"test"}
-            half = (
-                "unseen"
-                if is_unseen
-                else "chosen"
-                if zlib.crc32(name.encode()) % 2
-                else "other"
-            )
+            if is_unseen:
+                half = "unseen"
+            elif zlib.crc32(name.encode()) % 2:
+                half = "chosen"
+            else:
+                half = "other"
             if 12 <= len(ids) <= 400:
                 parts[f"{half} {kind}"][name] = ids
     return parts
@@ -189,10 +191,8 @@ if __name__ == "__main__":
         help="named after their style; a new one is of drawn vectors",
     )
     limits = {"max_k": MAX_K, "max_window": MAX_K, "deadline_ms": 60_000}
-    checkpoint, draw = (
-        ROOT / "examples/emoji/twemoji/checkpoint",
-        Clusters(100_000, 256).draw,
-    )
+    checkpoint = ROOT / "examples/emoji/twemoji/checkpoint"
+    draw = Clusters(100_000, 256).draw
     for path in parser.parse_args().indexes:
         made_index(path, checkpoint, lambda: draw(100_000, seed=1), [""] * 100_000)
         folder = tempfile.TemporaryDirectory()  # for a copy, since teaching changes it

@@ -56,7 +56,8 @@ clock = time.perf_counter
 
 def make_data(folder: Path, pairs: int) -> None:
     """Write images of 256 x 256, each with a caption of 20 words and four negatives."""
-    rng, entries = np.random.default_rng(0), {}
+    rng = np.random.default_rng(0)
+    entries = {}
     for i in range(pairs):
         pixels = rng.integers(0, 256, (8, 8, 3), np.uint8)
         Image.fromarray(pixels).resize((256, 256)).save(folder / f"{i}.jpg")
@@ -107,10 +108,8 @@ def measure(name: str, folder: Path, args: argparse.Namespace) -> dict[str, floa
         training, model, for_training=True, cache=FeatureCache(None, backbone)
     )
     batch = seconds_per_batch(model, data, args)
-    is_gpu, own = (
-        backbone.device.type == "cuda",
-        resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
-    )
+    is_gpu = backbone.device.type == "cuda"
+    own = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     peak = (torch.cuda.max_memory_allocated() if is_gpu else own) / 1e6
     trainable = sum(p.numel() for _, p in model.trainables())
     return {

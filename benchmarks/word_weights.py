@@ -42,7 +42,8 @@ def shuffled(weights: Tensor, mask: Tensor) -> Tensor:
     """Move the weights (N, .., n) of each caption to others of its tokens. mask: bool
     (N, n).
     """
-    random, moved = np.random.default_rng(0), weights.clone()
+    random = np.random.default_rng(0)
+    moved = weights.clone()
     for own, new, real in zip(weights, moved, mask, strict=True):
         places = real.nonzero()[:, 0]
         new[..., places] = own[
@@ -53,16 +54,12 @@ def shuffled(weights: Tensor, mask: Tensor) -> Tensor:
 
 def weighted_queries(model: DCAR, split: PreparedSplit, frozen: FrozenFeatures) -> Rows:
     """Return the ranks with weights of the queries' tokens."""
-    tokens, image, config = (
-        split.tokens,
-        encode_images(model, split),
-        model.config.reweight,
-    )
+    tokens = split.tokens
+    image = encode_images(model, split)
+    config = model.config.reweight
     mask = model.backbone.layout.caption_mask(tokens)
-    predicted, exact = (
-        model.predicted_weights(tokens),
-        frozen.pair_weights(tokens, config),
-    )
+    predicted = model.predicted_weights(tokens)
+    exact = frozen.pair_weights(tokens, config)
     assert predicted is not None  # the model has a head
     inverted = torch.where(mask, (2 - predicted).clamp(config.low, config.high), 1.0)
     weights = {
@@ -97,15 +94,11 @@ def main() -> None:
     args = parser.parse_args()
     torch.set_num_threads(1)
     splits, _ = Annotations(args.data).load_all(("train", args.split))
-    data, groups = (
-        splits[args.split],
-        new_categories(splits["train"], splits[args.split]),
-    )
+    data = splits[args.split]
+    groups = new_categories(splits["train"], splits[args.split])
     backbone = load_backbone(BackboneSource(args.model))
-    frozen, hits = (
-        FrozenFeatures(data, backbone, FeatureCache(None, backbone)),
-        defaultdict[str, dict](dict),
-    )
+    frozen = FrozenFeatures(data, backbone, FeatureCache(None, backbone))
+    hits = defaultdict[str, dict](dict)
     for directory in args.checkpoints:
         model, _ = load_checkpoint(directory, backbone=backbone)
         split = prepare_split(data, model.eval(), for_training=False)

@@ -25,14 +25,13 @@ def parse_size(text: str) -> int:
     match = re.fullmatch(
         r"(\d+(?:\.\d+)?)\s*([KMGT]?)(i)?B?", text.strip(), re.IGNORECASE
     )
-    size = (
-        int(
+    if match:
+        size = int(
             float(match[1])
             * (1024 if match[3] else 1000) ** " KMGT".index(match[2].upper() or " ")
         )
-        if match
-        else 0
-    )
+    else:
+        size = 0
     if size < 1_000_000:
         raise ValueError(
             f"{text!r} is not a size of a megabyte or more; give one such as 800MiB or"
@@ -206,11 +205,9 @@ class BuildOptions:
 
 def _require_ranges(options: IndexSpec | BuildOptions) -> None:
     for own in fields(options):
-        value, least, most = (
-            getattr(options, own.name),
-            own.metadata.get("min"),
-            own.metadata.get("max", math.inf),
-        )
+        value = getattr(options, own.name)
+        least = own.metadata.get("min")
+        most = own.metadata.get("max", math.inf)
         # nor if it is not a number
         if least is not None and value is not None and not least <= value <= most:
             allowed = f"at least {least}" if most == math.inf else f"{least} to {most}"

@@ -133,7 +133,8 @@ def _response_class(model: Any) -> str:
     for name, field in schema["properties"].items():
         if name in inherited:
             continue
-        kind, default = _type(field).replace("list[", "List["), ""
+        kind = _type(field).replace("list[", "List[")
+        default = ""
         if name not in schema.get("required", ()):
             default = f" = {field.get('default')!r}"
             kind += "" if "default" in field else " | None"

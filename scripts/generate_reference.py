@@ -135,11 +135,10 @@ def _parameters(command: Any) -> list[Any]:
 
 def _line(parameter: Any) -> str:
     """A parameter: its names, its default in brackets, and its help."""
-    names = (
-        _argument(parameter)
-        if parameter.param_type_name == "argument"
-        else _option(parameter)
-    )
+    if parameter.param_type_name == "argument":
+        names = _argument(parameter)
+    else:
+        names = _option(parameter)
     default = _default(parameter)
     return f"{names}{f' ({default})' if default else ''}: {_cell(parameter)}"
 

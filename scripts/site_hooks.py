@@ -15,7 +15,8 @@ from typing import Any
 from mkdocs.exceptions import PluginError
 
 ROOT = Path(__file__).resolve().parents[1]
-DOCS, README = ROOT / "docs", ROOT / "README.md"
+DOCS = ROOT / "docs"
+README = ROOT / "README.md"
 _CODE_OR_LINK = re.compile(
     r"^```.*?^```|\[(?P<text>[^\[\]]*)\]\((?P<path>[^):#\s]+)(?P<anchor>#[^)\s]*)?\)|`[^`\n]+`",
     re.DOTALL | re.MULTILINE,
@@ -36,19 +37,16 @@ def on_page_markdown(markdown: str, *, page: Any, config: Any, files: Any) -> st
     def adjusted(match: re.Match[str]) -> str:
         if not match["path"]:
             return match[0]
-        target, anchor = (
-            (source.parent / match["path"]).resolve(),
-            match["anchor"] or "",
-        )
+        target = (source.parent / match["path"]).resolve()
+        anchor = match["anchor"] or ""
         target = DOCS / "README.md" if target == README else target
         if target.is_relative_to(DOCS):
             return f"[{match['text']}]({os.path.relpath(target, own.parent)}{anchor})"
-        repository, path = config.extra["repository"], target.relative_to(ROOT)
-        return (
-            f"[{match['text']}]({repository}/blob/main/{path}{anchor})"
-            if repository
-            else match["text"]
-        )
+        repository = config.extra["repository"]
+        path = target.relative_to(ROOT)
+        if repository:
+            return f"[{match['text']}]({repository}/blob/main/{path}{anchor})"
+        return match["text"]
 
     return _CODE_OR_LINK.sub(
         adjusted, README.read_text(encoding="utf-8") if page.is_homepage else markdown

@@ -21,7 +21,8 @@ from tests.support.parts import needs
 from tests.support.paths import ROOT
 from tests.support.vectors import clustered, unit
 
-EMOJI, DOMAINS = ROOT / "examples" / "emoji", ("twemoji", "openmoji")
+EMOJI = ROOT / "examples" / "emoji"
+DOMAINS = ("twemoji", "openmoji")
 TABLES = {  # commands, and patterns of what they print
     # two bottlenecks of 32 -> 16 -> 32
     "training_cost.py --model {model} --methods clip-adapter --pairs 8"

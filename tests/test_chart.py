@@ -22,7 +22,8 @@ from tests.support.parts import needs
 from tests.support.paths import ROOT
 
 pytestmark = needs("helm")
-CHART, SNAPSHOTS = ROOT / "charts" / "dcar", ROOT / "tests" / "chart"
+CHART = ROOT / "charts" / "dcar"
+SNAPSHOTS = ROOT / "tests" / "chart"
 KEY = {"name": "keys", "key": "admin"}
 OPTIONS: dict[str, dict[str, Any]] = yaml.safe_load(
     (SNAPSHOTS / "options.yaml").read_text()
@@ -100,10 +101,8 @@ def test_each_option_renders_what_its_snapshot_shows_and_kubernetes_accepts(
         == []
     )
     require_valid(render(values))
-    lines, path = (
-        snapshot(values),
-        SNAPSHOTS / f"{name.replace(' ', '-')}.{'diff' if values else 'yaml'}",
-    )
+    lines = snapshot(values)
+    path = SNAPSHOTS / f"{name.replace(' ', '-')}.{'diff' if values else 'yaml'}"
     if values:
         changes = difflib.unified_diff(snapshot({}), lines, n=2, lineterm="")
         lines = [re.sub("^@@.*", "@@", line).rstrip() for line in changes][2:]

@@ -30,7 +30,8 @@ PLACES = (
 PAGES = sorted({page for place in PLACES for page in ROOT.glob(place)})
 TEXTS = {page: page.read_text(encoding="utf-8") for page in PAGES}
 # of letters or digits
-MAX_WORDS, MAX_BENCHMARKS = 1500, 5000
+MAX_WORDS = 1500
+MAX_BENCHMARKS = 5000
 SHOWS = [
     "README.md",
     "docs/tutorial.md",
@@ -87,11 +88,9 @@ def options_of(*names: str) -> set[str]:
         if not hasattr(command, "commands"):
             break
         if name not in command.commands:
-            return (
-                set()
-                if re.fullmatch(r"[a-z][a-z-]+", name)
-                else {"--help", "--version"}
-            )
+            if re.fullmatch(r"[a-z][a-z-]+", name):
+                return set()
+            return {"--help", "--version"}
         command = command.commands[name]
     return {"--help", "--version"} | {
         o for p in command.params for o in [*p.opts, *p.secondary_opts]
@@ -111,9 +110,9 @@ def unknown_options(words: list[str]) -> list[str]:
     ]
     if words[0] == "dcar":
         known = options_of(*words[1:])
-        return (
-            [option for option in given if option not in known] if known else words[:3]
-        )
+        if known:
+            return [option for option in given if option not in known]
+        return words[:3]
     if words[:3] == ["python", "-m", "index_jobs.rebuild"]:
         return [
             option
@@ -122,11 +121,9 @@ def unknown_options(words: list[str]) -> list[str]:
         ]
     if words[0] == "python" and words[1:2] and words[1].endswith(".py"):
         source = text_of(words[1]) if (ROOT / words[1]).is_file() else ""
-        return (
-            [option for option in given if not re.search(rf"{option}\b", source)]
-            if source
-            else words[:2]
-        )
+        if source:
+            return [option for option in given if not re.search(rf"{option}\b", source)]
+        return words[:2]
     if words[0] == "make":
         targets = re.findall(r"^([a-z-]+):", text_of("Makefile"), re.MULTILINE)
         return [
@@ -237,11 +234,10 @@ def test_named_variables_exist() -> None:
     code = "\n".join(path.read_text(encoding="utf-8") for path in sources)
     known = {f"DCAR_{field.upper()}" for field in Settings.model_fields}
     for page, text in TEXTS.items():
-        named = (
-            set()
-            if page.name == "CHANGELOG.md"
-            else {*re.findall(r"\bDCAR_[A-Z_]+[A-Z]\b", text)}
-        )
+        if page.name == "CHANGELOG.md":
+            named = set()
+        else:
+            named = {*re.findall(r"\bDCAR_[A-Z_]+[A-Z]\b", text)}
         assert [each for each in named - known if each not in code] == [], name(page)
 
 
@@ -273,7 +269,8 @@ def test_the_reference_and_explanations_are_complete() -> None:
     assert [path for path in routes if f"{path}`" not in page] == []
     page = text_of("docs/explanation/method.md")
     assert [name for name in METHODS if f"`{name}`" not in page] == []
-    page, count = text_of("docs/explanation/index-kinds.md"), 1_000_000
+    page = text_of("docs/explanation/index-kinds.md")
+    count = 1_000_000
     for name in (
         name for name in NAMED if name != "auto" and not name.startswith("gpu-")
     ):

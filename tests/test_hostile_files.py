@@ -31,11 +31,9 @@ from tests.support.images import encoded
 from tests.support.paths import ROOT
 from tests.support.tiny_models import write_tiny_model
 
-EACH, SECONDS, SEED = (
-    10,
-    float(os.environ.get("MUTATE_S", "0")),
-    int(os.environ.get("MUTATE_SEED", "0")),
-)
+EACH = 10
+SECONDS = float(os.environ.get("MUTATE_S", "0"))
+SEED = int(os.environ.get("MUTATE_SEED", "0"))
 pytestmark = [
     pytest.mark.filterwarnings("ignore"),  # of libraries, about what is damaged
     pytest.mark.timeout(120 + SECONDS),
@@ -217,11 +215,9 @@ def damaged(data: bytes, choose: random.Random) -> bytes:
     JSON.
     """
     try:
-        return (
-            changed_json(data, choose)
-            if choose.random() < 0.5
-            else changed_bytes(data, choose)
-        )
+        if choose.random() < 0.5:
+            return changed_json(data, choose)
+        return changed_bytes(data, choose)
     except (ValueError, RecursionError):
         return changed_bytes(data, choose)
 
@@ -230,7 +226,8 @@ def changed_bytes(data: bytes, choose: random.Random) -> bytes:
     changed = bytearray(data)
     for _ in range(choose.randint(1, 5)):
         start = choose.randrange(len(changed) + 1)
-        end, kind = start + choose.randint(1, 64), choose.randrange(4)
+        end = start + choose.randint(1, 64)
+        kind = choose.randrange(4)
         if kind == 0 and start < len(changed):
             changed[start] ^= 1 << choose.randrange(8)
         elif kind == 1:
@@ -247,11 +244,10 @@ def changed_json(data: bytes, choose: random.Random) -> bytes:
     for _ in range(choose.randint(1, 3)):
         inner: Any = value
         while isinstance(inner, dict | list) and inner:
-            key = (
-                choose.choice([*inner])
-                if isinstance(inner, dict)
-                else choose.randrange(len(inner))
-            )
+            if isinstance(inner, dict):
+                key = choose.choice([*inner])
+            else:
+                key = choose.randrange(len(inner))
             if choose.random() < 0.3 or not isinstance(inner[key], dict | list):
                 inner[key] = choose.choice(VALUES)
                 break
@@ -273,7 +269,9 @@ def test_what_once_got_through_is_refused(
 def test_damaged_files_are_read_or_refused(
     kind: str, folder: Path, worker: DecodeWorker
 ) -> None:
-    choose, end, number = random.Random(SEED), time.monotonic() + SECONDS, 0
+    choose = random.Random(SEED)
+    end = time.monotonic() + SECONDS
+    number = 0
     files = [
         path
         for path in sorted((folder / kind).iterdir())

@@ -191,10 +191,8 @@ def test_what_is_cited_is_this_version() -> None:
 
 
 def test_each_image_of_the_bake_file_is_a_target_of_the_dockerfile() -> None:
-    bake, dockerfile = (
-        json.loads((ROOT / "docker-bake.json").read_text()),
-        (ROOT / "Dockerfile").read_text(),
-    )
+    bake = json.loads((ROOT / "docker-bake.json").read_text())
+    dockerfile = (ROOT / "Dockerfile").read_text()
     stages = re.findall(r"(?m)^FROM \S+ AS (\S+)$", dockerfile)
     images = {
         name: target for name, target in bake["target"].items() if name != "common"

@@ -61,7 +61,8 @@ def dcar(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
 
 @pytest.mark.slow
 def test_commands_of_another_distribution_join_those_of_dcar(tmp_path: Path) -> None:
-    folder, metadata = tmp_path, tmp_path / "greetings-1.dist-info"
+    folder = tmp_path
+    metadata = tmp_path / "greetings-1.dist-info"
     (folder / "greetings.py").write_text(COMMAND)
     metadata.mkdir()
     (metadata / "METADATA").write_text(

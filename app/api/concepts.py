@@ -52,11 +52,9 @@ async def put_concept(request: Request, name: str) -> Response:
     """Let `@name` stand for items like these, in place of what it stood for; at most 64
     letters, digits, - and _.
     """
-    body, served, state = (
-        await read_json(request, Examples),
-        await newest_version(request),
-        state_of(request),
-    )
+    body = await read_json(request, Examples)
+    served = await newest_version(request)
+    state = state_of(request)
     async with storing("name", state.collections, collection_of(request)):
         teach = served.concepts.teach
         return JsonResponse(
@@ -93,7 +91,8 @@ async def concept(request: Request, name: str) -> Response:
 @routes.add("DELETE", "/concepts/{name}", Policy("write"), status=204)
 async def delete_concept(request: Request, name: str) -> Response:
     """Forget a name; its examples stay in the index."""
-    served, state = await newest_version(request), state_of(request)
+    served = await newest_version(request)
+    state = state_of(request)
     async with storing("change", state.collections, collection_of(request)):
         if not await state.retriever.examine(served.concepts.forget, name):
             raise Problem(404, "There is no such name.", errors=[("name", "unknown")])

@@ -118,7 +118,8 @@ async def feedback(request: Request) -> Response:
 @routes.add("GET", "/ui/insights/data", Policy("admin", is_view=True, is_private=True))
 async def insights(request: Request) -> Response:
     """Return what the log says about the searches of a collection, and its versions."""
-    log, collections = state_of(request).feedback, state_of(request).collections
+    log = state_of(request).feedback
+    collections = state_of(request).collections
     name = collection_of(request) or collections.default
     index = collections.find(name).path
     if log is None:
@@ -128,10 +129,8 @@ async def insights(request: Request) -> Response:
     except DcarError as error:
         raise Problem(503, str(error)) from None
     versions = await asyncio.to_thread(_versions, index, summary["versions"])
-    has_texts, names = (
-        state_of(request).settings.feedback_texts,
-        [name for name, _ in collections],
-    )
+    has_texts = state_of(request).settings.feedback_texts
+    names = [name for name, _ in collections]
     more = {
         "versions": versions,
         "collection": name,
@@ -179,7 +178,8 @@ def noted(
     """
     log = state_of(request).feedback
     if log is not None and not (query.k == 1 and (query.explain or query.facets)):
-        caller, collection = request.scope.get(CALLER, ""), collection_of(request)
+        caller = request.scope.get(CALLER, "")
+        collection = collection_of(request)
         body["query_id"] = log.note(
             caller, collection, query, body, has_image=has_image
         )

@@ -112,7 +112,8 @@ class Access:
         """
         if policy.access == "open" or scope["method"] == "OPTIONS":
             return
-        headers, key = Headers(scope=scope), None
+        headers = Headers(scope=scope)
+        key = None
         if (
             self._settings.api_keys
             and policy.access != "admin"
@@ -130,7 +131,8 @@ class Access:
                 collection if policy.scope == "collection" else ""
             ):
                 raise out_of_scope()
-            scope[CALLER], scope[API_KEY] = key.name, key
+            scope[CALLER] = key.name
+            scope[API_KEY] = key
             current_caller.set(key.name)
         if policy.cost:
             await self.charge(is_view=policy.is_view)
@@ -173,11 +175,10 @@ class Access:
 
     def _is_signed(self, scope: Scope) -> bool:
         """Return True if the address is signed and has not expired."""
-        given, secret = (
-            dict(parse_qsl(scope["query_string"].decode("latin-1"))),
-            self._settings.image_secret,
-        )
-        expires, signature = given.get("expires", ""), given.get("signature", "")
+        given = dict(parse_qsl(scope["query_string"].decode("latin-1")))
+        secret = self._settings.image_secret
+        expires = given.get("expires", "")
+        signature = given.get("signature", "")
         if (
             secret is None
             or not re.fullmatch("[0-9]{1,12}", expires)
@@ -209,15 +210,14 @@ def network_of(address: str) -> str:
     except ValueError:  # a Unix socket, or a name
         return address
     parsed = getattr(parsed, "ipv4_mapped", None) or parsed
-    return (
-        str(parsed)
-        if parsed.version == 4
-        else str(ip_network((int(parsed), 64), strict=False))
-    )
+    if parsed.version == 4:
+        return str(parsed)
+    return str(ip_network((int(parsed), 64), strict=False))
 
 
 def _unauthorized(wanted: str) -> Problem:
-    message, headers = f"must be `Bearer` and {wanted}", {"WWW-Authenticate": "Bearer"}
+    message = f"must be `Bearer` and {wanted}"
+    headers = {"WWW-Authenticate": "Bearer"}
     return field_problem(
         "Authorization", message, status=401, headers=headers, refused="key"
     )
@@ -255,7 +255,8 @@ class BodyLimit:
         """Call an application with a limited body. Raise Problem if the body is
         refused: an announced one unread.
         """
-        limit, seconds = policy.body(self._settings), self._settings.upload_timeout_s
+        limit = policy.body(self._settings)
+        seconds = self._settings.upload_timeout_s
         if int(Headers(scope=scope).get("content-length", 0)) > limit:
             raise _too_large(limit)
         deadline = asyncio.get_running_loop().time() + seconds
@@ -289,10 +290,8 @@ class BodyLimit:
             except TimeoutError:
                 detail = f"The body did not arrive within {seconds:g} seconds."
                 raise Problem(408, detail, refused="slow_body") from None
-            size, is_complete = (
-                len(message.get("body", b"")),
-                not message.get("more_body", False),
-            )
+            size = len(message.get("body", b""))
+            is_complete = not message.get("more_body", False)
             if received + size > limit:
                 raise _too_large(limit)
             count(size)
@@ -315,7 +314,8 @@ class Envelope:
     """Wrap each request and its response."""
 
     def __init__(self, app: ASGIApp, metrics: Metrics, settings: Settings) -> None:
-        self._app, self._metrics = app, metrics
+        self._app = app
+        self._metrics = metrics
         is_open = settings.host not in _LOOPBACK or "*" in settings.allowed_hosts
         self._hosts = None if is_open else {*_LOOPBACK, *settings.allowed_hosts}
 
@@ -323,12 +323,10 @@ class Envelope:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
-        began, method, headers, status = (
-            time.perf_counter(),
-            scope["method"],
-            Headers(scope=scope),
-            0,
-        )
+        began = time.perf_counter()
+        method = scope["method"]
+        headers = Headers(scope=scope)
+        status = 0
         inner = {**scope, "method": "GET"} if method == "HEAD" else scope
         identifier = headers.get("x-request-id", "")
         if not _WELL_FORMED_ID.fullmatch(identifier):
@@ -336,10 +334,8 @@ class Envelope:
             identifier = f"{random.getrandbits(128):032x}"
         request_id.set(identifier)
         # raw, it may have newlines
-        client, path = (
-            (scope.get("client") or [None])[0],
-            quote(scope["path"][:_MAX_PATH]),
-        )
+        client = (scope.get("client") or [None])[0]
+        path = quote(scope["path"][:_MAX_PATH])
         current_caller.set(network_of(client or "unknown"))
 
         async def observed(message: Message) -> None:
@@ -383,7 +379,8 @@ class Envelope:
                 )
                 await problem.response(scope)(inner, receive, observed)
         finally:
-            seconds, status = time.perf_counter() - began, status or 500
+            seconds = time.perf_counter() - began
+            status = status or 500
             template = getattr(inner.get("route"), "path", None) or "none"
             self._metrics.requests.labels(template, str(status)).observe(seconds)
             if status != 200 or path not in _PROBES:  # which arrive every few seconds

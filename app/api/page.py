@@ -107,11 +107,10 @@ async def catalogue(request: Request) -> Response:
     well, and write with its key.
     """
     key: ApiKey | None = request.scope.get(API_KEY)
-    served, settings = await version_of(request), state_of(request).settings
-    index, waits_for = (
-        served.index,
-        state_of(request).collections[collection_of(request)].waits_for,
-    )
+    served = await version_of(request)
+    settings = state_of(request).settings
+    index = served.index
+    waits_for = state_of(request).collections[collection_of(request)].waits_for
     has_words = len(index.sample_vectors) > 0
     body = {
         "fields": _sort_fields(index),
@@ -137,13 +136,12 @@ async def facets(
     values can be chosen.
     """
     served = await version_of(request)
-    index, group_by = served.index, served.index.manifest.spec.group_field
+    index = served.index
+    group_by = served.index.manifest.spec.group_field
 
     def count() -> list[dict[str, Any]]:
-        counted, groups = (
-            list[dict[str, Any]](),
-            group_field(served, group_by) if group_by else None,
-        )
+        counted = list[dict[str, Any]]()
+        groups = group_field(served, group_by) if group_by else None
         for name in served.page_facts.find(
             f"facets {served.concepts.revision}", lambda: _facet_fields(index)
         ):

@@ -302,7 +302,8 @@ class ImageFetcher:
     """
 
     def __init__(self, settings: Settings) -> None:
-        self._settings, self._turns = settings, FairTurns(_AT_ONCE, _AT_ONCE_EACH)
+        self._settings = settings
+        self._turns = FairTurns(_AT_ONCE, _AT_ONCE_EACH)
         if settings.image_hosts and find_spec("aiohttp") is None:
             raise MissingExtraError("fetching images by URL (DCAR_IMAGE_HOSTS)", "http")
 
@@ -347,9 +348,11 @@ class ImageFetcher:
 
         try:
             parsed = URL(url, encoded=True)
-            host, port = (parsed.raw_host or "").lower(), parsed.port
+            host = (parsed.raw_host or "").lower()
+            port = parsed.port
         except ValueError:
-            host, port = "", None
+            host = ""
+            port = None
         if (
             host not in self._settings.image_hosts
             or port not in self._settings.image_ports
@@ -364,9 +367,9 @@ class ImageFetcher:
             )
         with suppress(ValueError):  # of a name, whose addresses the resolver checks
             _require_public(host)
-        body, connector = (
-            bytearray(),
-            aiohttp.TCPConnector(resolver=_PublicResolver(), use_dns_cache=False),
+        body = bytearray()
+        connector = aiohttp.TCPConnector(
+            resolver=_PublicResolver(), use_dns_cache=False
         )
         try:
             async with (

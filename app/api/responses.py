@@ -63,11 +63,10 @@ def to_problem(error: Exception) -> Problem:
             return from_validation(error)
         case errors.BatchQueryError():
             cause = error.cause
-            problem = (
-                field_problem("image", str(cause))
-                if isinstance(cause, ImageError)
-                else to_problem(cause)
-            )
+            if isinstance(cause, ImageError):
+                problem = field_problem("image", str(cause))
+            else:
+                problem = to_problem(cause)
             return problem.within(f"queries.{error.number}")
         case errors.InvalidQueryError():
             return field_problem(error.field, error.message)

@@ -45,7 +45,8 @@ from dcar_core.images.decoding import ThumbnailFormat
 from dcar_core.util.arrays import Floats
 from dcar_core.util.errors import DcarError, ImageError
 
-_READ, _CHECKED = Policy("read"), Policy("read", "checked")
+_READ = Policy("read")
+_CHECKED = Policy("read", "checked")
 _PICTURE = Policy("read", is_view=True, is_signable=True)
 _UPLOAD = Policy("read", body=lambda settings: settings.max_upload_bytes + PART_BYTES)
 _BATCH = Policy("read", body=requests.batch_bytes)
@@ -167,19 +168,16 @@ def _list(
         return body, 0
     if query.sort:
         require_sortable(served, query.sort)
-    group_by = (
-        index.manifest.spec.group_field if query.group_by is None else query.group_by
-    )
-    rows, end = (
-        list_rows(served, query.filter, query.sort, group_by),
-        query.offset + query.k,
-    )
+    if query.group_by is None:
+        group_by = index.manifest.spec.group_field
+    else:
+        group_by = query.group_by
+    rows = list_rows(served, query.filter, query.sort, group_by)
+    end = query.offset + query.k
     page = rows[query.offset : end].tolist()
     items = [index.item(row) for row in page]
-    body["count"], body["items"] = (
-        len(rows),
-        [responses.gallery_item(path, item) for item in items],
-    )
+    body["count"] = len(rows)
+    body["items"] = [responses.gallery_item(path, item) for item in items]
     if group_by and page:
         allowed = filter_rows(served, query.filter) if query.filter else None
         for shown, group in zip(
@@ -221,7 +219,8 @@ async def picture(
 
     A thumbnail is WebP for clients that name it in `Accept`, else JPEG.
     """
-    served, retriever = await version_of(request), state_of(request).retriever
+    served = await version_of(request)
+    retriever = state_of(request).retriever
     kind: ThumbnailFormat = (
         "webp" if "image/webp" in request.headers.get("accept", "") else "jpeg"
     )
@@ -263,7 +262,8 @@ async def item(request: Request, item_id: ItemId) -> Response:
 )
 async def embeddings(request: Request) -> Response:
     """Return the vectors of texts and images, in the shape of OpenAI's API."""
-    retriever, collections = state_of(request).retriever, state_of(request).collections
+    retriever = state_of(request).retriever
+    collections = state_of(request).collections
     retriever.require_room()
     query = await read_json(request, requests.EmbeddingsQuery)
     name = query.model or collections.default
@@ -390,7 +390,8 @@ async def readyz(request: Request) -> Response:
         raise UnavailableError(
             missing if may_see_all else "Some collection cannot be searched."
         )
-    served, reason = collections[None].require(), collections.reason
+    served = collections[None].require()
+    reason = collections.reason
     if reason is not None and not may_see_all:
         reason = "A key for all collections opens the reason."
     body: responses.ReadinessResponse = {

@@ -143,11 +143,9 @@ class Routes:
         returns: type of the JSON response, or the media type of another one. accepts:
         model of the body.
         """
-        success = (
-            {"content": {returns: {}}}
-            if isinstance(returns, str)
-            else {"model": returns}
-        )
+        success: dict[str, Any] = {"model": returns}
+        if isinstance(returns, str):
+            success = {"content": {returns: {}}}
         extra: dict[str, Any] = {"security": _SECURITY[policy.access]}
         if accepts is not None:
             _documented.append(accepts)
@@ -255,11 +253,9 @@ def collection_of(request: Request) -> str | None:
 def items_path(request: Request) -> str:
     """Return the URL path of the items of the request's collection."""
     collection = collection_of(request)
-    return (
-        "/items"
-        if collection is None
-        else f"/collections/{quote(collection, safe='')}/items"
-    )
+    if collection is None:
+        return "/items"
+    return f"/collections/{quote(collection, safe='')}/items"
 
 
 async def version_of(request: Request) -> ServedVersion:
@@ -303,7 +299,8 @@ async def read_json(request: Request, model: type[M], *media_types: str) -> M:
     """Read a body of JSON, or of another type, and check it against the limits of the
     settings.
     """
-    body, settings = await request.body(), request.app.state.settings
+    body = await request.body()
+    settings = request.app.state.settings
     check_content_type(request, "application/json", *media_types)
     if len(body) <= _LARGE_JSON_BYTES:
         return validated(model, body, settings)

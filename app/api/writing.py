@@ -220,11 +220,9 @@ class PatchItems(
 
 def _items_bytes(settings: Settings) -> int:
     """Return the largest size of a change of items in JSON."""
-    return (
-        settings.max_upload_bytes * 4 // 3 + _MAX_PUT * PART_BYTES
-        if settings.writes
-        else query_bytes(settings)
-    )
+    if settings.writes:
+        return settings.max_upload_bytes * 4 // 3 + _MAX_PUT * PART_BYTES
+    return query_bytes(settings)
 
 
 _ITEMS = Policy("write", body=_items_bytes)
@@ -265,7 +263,9 @@ async def patch_items(request: Request) -> Response:
     patch = await read_json(request, PatchItems)
     if patch.changes is None:
         return await _change(request, patch, patch)
-    served, changes, by = await newest_version(request), patch.changes, patch.by
+    served = await newest_version(request)
+    changes = patch.changes
+    by = patch.by
     new_fields = _check_fields(
         served.index, {f"changes.{key}": fields for key, fields in changes.items()}
     )
@@ -349,11 +349,9 @@ async def put_collection(
     ] = None,
 ) -> Response:
     """Create a collection without items, unless there is one of this name."""
-    name, collections, settings = (
-        _name(request),
-        state_of(request).collections,
-        state_of(request).settings,
-    )
+    name = _name(request)
+    collections = state_of(request).collections
+    settings = state_of(request).settings
     await collections.sync()  # another process may have created or dropped some
     if name not in dict(collections):
         if not COLLECTION_NAME.fullmatch(name):
@@ -379,7 +377,8 @@ async def put_collection(
 @routes.add("DELETE", "/collections/{collection}", Policy("write"), status=204)
 async def delete_collection(request: Request) -> Response:
     """Drop a collection that was created over HTTP, with all of its items."""
-    name, collections = _name(request), state_of(request).collections
+    name = _name(request)
+    collections = state_of(request).collections
     await collections.sync()
     collection = collections[name]
     if not collection.is_created:
@@ -415,7 +414,8 @@ async def newest_version(request: Request) -> ServedVersion:
 
 
 async def _put(request: Request, items: list[PutItem]) -> Response:
-    served, state = await newest_version(request), state_of(request)
+    served = await newest_version(request)
+    state = state_of(request)
     metadata = {
         f"items.{number}.metadata": item.metadata for number, item in enumerate(items)
     }
@@ -437,11 +437,9 @@ async def _change(
     request: Request, chosen: ChosenItems, patch: PatchItem | None = None
 ) -> Response:
     """Accept a patch of chosen items, or their removal."""
-    served, fields, notes = (
-        await newest_version(request),
-        (patch.fields if patch else {}),
-        dict[str, Any](),
-    )
+    served = await newest_version(request)
+    fields = patch.fields if patch else {}
+    notes = dict[str, Any]()
     if patch:
         notes["new_fields"] = _check_fields(served.index, {"metadata": patch.metadata})
     if (chosen.ids is None) == (chosen.filter is None):
@@ -456,7 +454,8 @@ async def _change(
         # which a job does not know
         if not served.index.computed.keys().isdisjoint(condition_fields(filter)):
             stored = {"id": served.index.column("id", np.flatnonzero(mask)).to_pylist()}
-    count, size = notes.get("items", len(items)), len(canonical_json(fields))
+    count = notes.get("items", len(items))
+    size = len(canonical_json(fields))
     if patch:
         _check_size(count * size, "ids" if filter is None else "filter")
     return await _accept(
@@ -492,7 +491,8 @@ def _check_fields(
         if values[name] is not None
     ]
     for name, part in fields:
-        current, kind = index.fields.get(name), str(type_of(metadata[part][name]))
+        current = index.fields.get(name)
+        kind = str(type_of(metadata[part][name]))
         if current is not None and not fit_one_field(current, kind):
             raise field_problem(
                 f"{part}.{name}", f"must be {current}, as in the index, not {kind}"

@@ -42,7 +42,8 @@ def export(
     from app.feedback.export import export as run
     from index_jobs.index.versions import open_current
 
-    folder, name = log or index / "feedback", collection or index.resolve().name
+    folder = log or index / "feedback"
+    name = collection or index.resolve().name
     report = run(folder, open_current(index), name, out, min_clients, judge or ())
     typer.echo(str(report))
     if report.pairs:
@@ -116,9 +117,10 @@ def judge(
     if run is not None:
         require_writable(run.parent)
     opened, name = _open(index, version, device)
-    judged = (
-        read_judgements(judgements) if judgements else known_pairs(opened.served.index)
-    )
+    if judgements:
+        judged = read_judgements(judgements)
+    else:
+        judged = known_pairs(opened.served.index)
     runs = [Run.of(opened, name, judged, hybrid=hybrid)]
     if against is not None and against.startswith(("http://", "https://")):
         name, results = ask_service(

@@ -11,9 +11,10 @@ from dcar_core.model.catalogue import DEFAULT
 from dcar_core.util.options import for_typer, option
 
 _IN_WHEEL = Path(__file__).resolve().parents[1] / "emoji"
-EXAMPLES = (
-    _IN_WHEEL if _IN_WHEEL.is_dir() else _IN_WHEEL.parents[1] / "examples" / "emoji"
-)
+if _IN_WHEEL.is_dir():
+    EXAMPLES = _IN_WHEEL
+else:
+    EXAMPLES = _IN_WHEEL.parents[1] / "examples" / "emoji"
 
 app = typer.Typer(
     name="dcar",

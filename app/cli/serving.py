@@ -136,7 +136,8 @@ def search(
     fields = {"k": k, "without": without, "hybrid": hybrid, "filter": filter}
     fields |= parse_fields(_pairs("--option", "NAME=VALUE, such as fold=0.9", option))
     opened = Index.open(index, device=device)
-    body, shown = opened.search(query, image=image, **fields), list[dict[str, object]]()
+    body = opened.search(query, image=image, **fields)
+    shown = list[dict[str, object]]()
     for result in body["results"]:
         metadata = opened.metadata(result["id"])
         shown.append(
@@ -155,9 +156,9 @@ def search(
     elif body["nothing_fits"]:
         typer.echo("nothing fits well; these are the nearest", err=True)
     for row in shown:
-        name = (
-            f"{row['title']} ({row['file_name']})" if row["title"] else row["file_name"]
-        )
+        name = row["file_name"]
+        if row["title"]:
+            name = f"{row['title']} ({name})"
         typer.echo(
             f"{row['rank']:3}  {row['score']:.3f}  {row['id']:24} "
             f" {row['caption'] or name}"
@@ -216,29 +217,25 @@ def demo(
         )
     listen(host, port).close()  # a taken port is said before the work
     clip = f"{domain}-clip"
-    gallery, indexes = (
-        EXAMPLES / domain,
-        {name: data / "index" / name for name in (domain, clip)},
-    )
+    gallery = EXAMPLES / domain
+    indexes = {name: data / "index" / name for name in (domain, clip)}
     typer.echo()
     for number, name in enumerate(indexes, 1):
-        checkpoint = (
-            bundled_checkpoint(data / "zero-shot")
-            if name == clip
-            else gallery / "checkpoint"
-        )
+        if name == clip:
+            checkpoint = bundled_checkpoint(data / "zero-shot")
+        else:
+            checkpoint = gallery / "checkpoint"
         summary = rebuild(
             gallery, checkpoint, indexes[name], validation=gallery, workers=0, **build
         )
-        state = (
-            "already indexed"
-            if summary.reused
-            else f"indexed in {summary.seconds:.0f} s"
-        )
+        if summary.reused:
+            state = "already indexed"
+        else:
+            state = f"indexed in {summary.seconds:.0f} s"
         typer.echo(f"{number} of 2: {summary.count:,} {name} images, {state}")
-    url, body = (
-        base_url(host, port),
-        """-H 'content-type: application/json' -d '{"query": "crying cat", "k": 3}'""",
+    url = base_url(host, port)
+    body = (
+        """-H 'content-type: application/json' -d '{"query": "crying cat", "k": 3}'"""
     )
     typer.echo(
         f"Try:\n  the page    {url}/\n  beside CLIP"
@@ -297,10 +294,8 @@ def quickstart(
         model, pretrained or recommended_weights(model), data / "zero-shot"
     )
     typer.echo(f"2 of 3: index {gallery}")
-    out, images = (
-        data / "quickstart" / _short_hash(str(source)) / (source.stem or "gallery"),
-        scan(source),
-    )
+    out = data / "quickstart" / _short_hash(str(source)) / (source.stem or "gallery")
+    images = scan(source)
     if not out.exists() and (moved := _index_of_moved(images, data / "quickstart")):
         out.parent.mkdir(parents=True, exist_ok=True)
         moved.rename(out)
@@ -308,9 +303,10 @@ def quickstart(
     # broken images are counted below, deleted ones are meant to be
     build |= {"max_failed": 1.0, "max_vanished": 1.0}
     summary = rebuild(images, checkpoint, out, **build)
-    state = (
-        "already indexed" if summary.reused else f"indexed in {summary.seconds:.0f} s"
-    )
+    if summary.reused:
+        state = "already indexed"
+    else:
+        state = f"indexed in {summary.seconds:.0f} s"
     typer.echo("\n".join([f"{summary.count:,} images, {state}", *summary.notes()]))
     follows = "New photos are followed." if watch else "`--watch` follows new photos."
     typer.echo(

@@ -68,9 +68,10 @@ def parse_keys(text: str) -> dict[str, ApiKey]:
                 "must be NAME:HASH pairs, separated by commas, as `dcar key NAME`"
                 " prints them; a scope may follow, as in NAME:HASH:write:shoes+bags"
             )
-        names = (
-            frozenset(match["collections"].split("+")) if match["collections"] else None
-        )
+        if match["collections"]:
+            names = frozenset(match["collections"].split("+"))
+        else:
+            names = None
         keys[match["digest"].lower()] = ApiKey(
             match["name"], match["right"] == "write", names
         )
@@ -81,10 +82,8 @@ def parse_keys(text: str) -> dict[str, ApiKey]:
 
 def is_key(key: str, secret: str) -> bool:
     """Return True if `key` is the secret, which is in plain text or `sha256:HASH`."""
-    is_hash, digest = (
-        secret.startswith("sha256:"),
-        secret.removeprefix("sha256:").lower(),
-    )
+    is_hash = secret.startswith("sha256:")
+    digest = secret.removeprefix("sha256:").lower()
     return hmac.compare_digest(
         key_hash(key).encode(), (digest if is_hash else key_hash(secret)).encode()
     )

@@ -123,11 +123,10 @@ def from_validation(error: ValidationError | RequestValidationError) -> Problem:
         return field_problem("body", "not valid JSON", status=400)
     faults = [(_field_name(entry), _message(entry)) for entry in entries[:_MAX_FAULTS]]
     detail = "; ".join(f"{name}: {message}" for name, message in faults)
-    more = (
-        f"; and {len(entries) - _MAX_FAULTS:,} more"
-        if len(entries) > _MAX_FAULTS
-        else ""
-    )
+    if len(entries) > _MAX_FAULTS:
+        more = f"; and {len(entries) - _MAX_FAULTS:,} more"
+    else:
+        more = ""
     return Problem(422, detail + more, errors=faults)
 
 

@@ -55,7 +55,9 @@ class SharedRedis:
     """A client for one purpose. without: what a failure means, for the log."""
 
     def __init__(self, url: str, without: str) -> None:
-        self.client, self._without, self._retry_at = connect(url), without, 0.0
+        self.client = connect(url)
+        self._without = without
+        self._retry_at = 0.0
 
     async def attempt(self, use: Callable[[], Awaitable[T]]) -> T | None:
         """Return the result of a use of the client; None if it fails or is late, and
@@ -82,10 +84,8 @@ class RedisCache:
     """
 
     def __init__(self, url: str, ttl_s: int) -> None:
-        self._redis, self._ttl_s = (
-            SharedRedis(url, "vectors of queries are not shared"),
-            ttl_s,
-        )
+        self._redis = SharedRedis(url, "vectors of queries are not shared")
+        self._ttl_s = ttl_s
         self._writes = set[asyncio.Task[object]]()
 
     async def get(self, fingerprint: str, query: object, dim: int) -> Floats | None:
@@ -105,7 +105,8 @@ class RedisCache:
 
     def put(self, fingerprint: str, query: object, vector: Floats) -> None:
         """Store a vector soon, if possible."""
-        key, value = _key(fingerprint, query), vector.astype(_DTYPE).tobytes()
+        key = _key(fingerprint, query)
+        value = vector.astype(_DTYPE).tobytes()
         store = partial(self._redis.client.set, key, value, ex=self._ttl_s)
         task = asyncio.create_task(self._redis.attempt(store))
         self._writes.add(task)

@@ -78,7 +78,8 @@ class FairQueue:
 
     def put(self, item: Any, future: asyncio.Future[Any]) -> Turn:
         """Queue an item of the current caller and request."""
-        caller, request = current_caller.get(), request_id.get()
+        caller = current_caller.get()
+        request = request_id.get()
         turn = Turn(item, future, ((caller,), (caller, request)))
         for key in turn.keys:
             if not self._left[key]:
@@ -127,7 +128,8 @@ class FairTurns(FairQueue):
 
     def __init__(self, slots: int, per_caller: int) -> None:
         super().__init__()
-        self._slots, self._per_caller = slots, per_caller
+        self._slots = slots
+        self._per_caller = per_caller
 
     async def begin(self) -> Turn:
         """Wait for a turn, which the caller has to end."""
@@ -201,7 +203,8 @@ class FairThreads(ComputeThreads):
         self._turns = FairTurns(count + ahead, per_caller or count + ahead)
 
     async def run(self, call: Callable[..., T], *args: object) -> T:
-        loop, turn = asyncio.get_running_loop(), await self._turns.begin()
+        loop = asyncio.get_running_loop()
+        turn = await self._turns.begin()
 
         # not when the caller gives up, which stops no call that has begun
         def end(_: Future[T]) -> None:
@@ -236,10 +239,8 @@ class Decoders:
         self._workers = [DecodeWorker() for _ in range(share + _SPARE)]
         self._idle = [*self._workers]
         self._threads = FairThreads(len(self._workers), "dcar-decode", per_caller=share)
-        self._large_memory, self._large_turns = (
-            _LARGE_MEMORY + 4 * max_pixels,
-            FairTurns(_LARGE, 1),
-        )
+        self._large_memory = _LARGE_MEMORY + 4 * max_pixels
+        self._large_turns = FairTurns(_LARGE, 1)
 
     def close(self) -> None:
         """End all workers, whatever they do."""
@@ -323,7 +324,8 @@ class Batcher:
     def __init__(
         self, *, max_batch: int, max_wait_s: float, metrics: Metrics | None = None
     ) -> None:
-        self._max_batch, self._max_wait = max_batch, max_wait_s
+        self._max_batch = max_batch
+        self._max_wait = max_wait_s
         self._metrics = metrics or Metrics()
         # of pairs: a function, whose payloads are a group, and a payload
         self._queue = FairQueue()
@@ -378,7 +380,8 @@ class Batcher:
         """
         first = self._queue.waiting[0]
         run = first.item[0]
-        rhythm, present = self._rhythms[hash(run)], self._waiting(run)
+        rhythm = self._rhythms[hash(run)]
+        present = self._waiting(run)
         wanted = min(rhythm.expected, self._max_batch)
         remaining = max(first.arrived, self._last_end) + self._max_wait - monotonic()
         if present >= wanted or remaining <= 0:

@@ -29,7 +29,10 @@ from index_jobs.index.index_version import IndexVersion
 
 CLICKS = ("click", "save", "purchase")
 # of insights: days, positions, queries, results of a query
-_DAYS, _POSITIONS, _LISTED, _FIRST = 30, 24, 50, 10
+_DAYS = 30
+_POSITIONS = 24
+_LISTED = 50
+_FIRST = 10
 CLIENT_CAP = 100  # searches that count for a client
 ITEM_CAP = 100  # texts of an item in pairs
 CLIENT_ITEM_CAP = 3  # texts for which a client's clicks on one item count
@@ -39,8 +42,11 @@ _CERTAIN = 1.64 / 2  # of the square root of a count of clicks: 1.64 standard de
 _FIT = 2 / 3  # of the relevance of the best image of a query, for a training pair
 _SKIPPED = 0.1  # of it, up to which a skipped image is a hard negative
 _MAX_NEGATIVES = 16  # texts of an image
-_MIN_CLICKS, _MIN_SHOWN = 20, 100  # of a position, for a propensity of its own
-_ROUNDS, _TOLERANCE = 2000, 1e-6
+# of a position, for a propensity of its own
+_MIN_CLICKS = 20
+_MIN_SHOWN = 100
+_ROUNDS = 2000
+_TOLERANCE = 1e-6
 
 # What clients saw: a row for each result of a search, sorted by search. search, text,
 # image, client: codes. acts: whether the search has events.
@@ -158,7 +164,9 @@ def export(
         csv_text(header, *((numbers[row[0]], *row) for row in judged)).encode(),
     )
     write_json_lines(out / "pairs.jsonl", pairs)
-    report.judged, report.left_out = len(judged), +report.left_out  # without zeros
+    # without zeros
+    report.judged = len(judged)
+    report.left_out = +report.left_out
     write_json(out / "report.json", vars(report))
     return report
 
@@ -183,13 +191,13 @@ def _read(folder: Path, collection: str, report: Report) -> _Log:
     """Return the searches that count: in a log with impressions, those with events."""
     # codes
     texts, items, clients = (defaultdict[Any, int](count().__next__) for _ in range(3))
-    ratings, searches = (
-        defaultdict[tuple[int, int], dict[str, int]](dict),
-        Counter[str](),
-    )
+    ratings = defaultdict[tuple[int, int], dict[str, int]](dict)
+    searches = Counter[str]()
     # texts, by client and item
     clicked_for = defaultdict[tuple[int, int], set[int]](set)
-    rows, has_impressions, left_out = array("q"), False, report.left_out
+    rows = array("q")
+    has_impressions = False
+    left_out = report.left_out
     for query, events in read_log(folder):
         is_of = query is not None and query.collection == collection
         own, seen = (
@@ -203,17 +211,16 @@ def _read(folder: Path, collection: str, report: Report) -> _Log:
         if query is None or not is_of:
             continue
         number = report.searches
-        report.searches, report.events = number + 1, report.events + len(events)
+        report.searches = number + 1
+        report.events = report.events + len(events)
         if not query.text:
             left_out[
                 "searches whose text is not stored (DCAR_FEEDBACK_TEXTS), or with"
                 " images or examples"
             ] += 1
             continue
-        text, client = (
-            texts[query.text.lower()],
-            clients[own[0].client if own else number],
-        )
+        text = texts[query.text.lower()]
+        client = clients[own[0].client if own else number]
         has_impressions |= any(event.action == "impression" for event in own)
         for event in own:
             if event.rating is not None:
@@ -295,7 +302,8 @@ def _estimate(
     last = int(position.max(initial=1))
     _, pair = np.unique(pair, return_inverse=True)
     keys, cell = np.unique(pair * last + position - 1, return_inverse=True)
-    shown, clicked = np.bincount(cell), np.bincount(cell, clicked)
+    shown = np.bincount(cell)
+    clicked = np.bincount(cell, clicked)
     pair, position = np.divmod(keys, last)
     is_several = np.bincount(pair) > 1
     used = is_several[pair]
@@ -326,7 +334,8 @@ def _solve(
     they hold for pairs with few impressions, too; expectation maximization was up to
     150 % off there (`benchmarks/loop.py`) [ours].
     """
-    clicks, of_pair = np.bincount(position, clicked, last), np.bincount(pair, clicked)
+    clicks = np.bincount(position, clicked, last)
+    of_pair = np.bincount(pair, clicked)
     examined = np.where(clicks > 0, 1.0, 0.0)
     for _ in range(_ROUNDS):
         before = examined
@@ -352,10 +361,8 @@ def weigh(seen: Table, examined: np.ndarray, min_clients: int) -> Table:
     (Anscombe, 1948). So many clients outweigh a few hostile ones, and two clicks far
     down the page do not outweigh many near its top [ours].
     """
-    looked, is_clicked = (
-        np.maximum(examined[seen.position - 1], 1 / _MAX_WEIGHT),
-        seen.clicked > 0,
-    )
+    looked = np.maximum(examined[seen.position - 1], 1 / _MAX_WEIGHT)
+    is_clicked = seen.clicked > 0
     _, first, pair = np.unique(_pair(seen), return_index=True, return_inverse=True)
     width = int(seen.client.max(initial=0)) + 1
     keys, vote = np.unique(pair * width + seen.client, return_inverse=True)
@@ -364,7 +371,8 @@ def weigh(seen: Table, examined: np.ndarray, min_clients: int) -> Table:
         np.bincount(vote, values) / np.bincount(vote) for values in (is_clicked, looked)
     )
     voter = keys // width
-    total, looks = np.bincount(voter, clicked), _PRIOR + np.bincount(voter, views)
+    total = np.bincount(voter, clicked)
+    looks = _PRIOR + np.bincount(voter, views)
     certain = np.maximum(np.sqrt(total) - _CERTAIN, 0) ** 2
     lowest = np.full(int(seen.search.max(initial=-1)) + 1, -1)
     np.maximum.at(lowest, seen.search[is_clicked], seen.position[is_clicked])
@@ -374,14 +382,13 @@ def weigh(seen: Table, examined: np.ndarray, min_clients: int) -> Table:
         for mask in (is_clicked, is_skipped)
     )
     relevance, estimate = (np.minimum(1, count / looks) for count in (certain, total))
-    text, enough = seen.text[first], clicks >= min_clients
+    text = seen.text[first]
+    enough = clicks >= min_clients
     best = np.zeros(int(text.max(initial=-1)) + 1)
     np.maximum.at(best, text[enough], relevance[enough])
     best = best[text]
-    share, is_wrong = (
-        relevance / np.maximum(best, 1e-9),
-        (estimate <= _SKIPPED * best) & (best > 0),
-    )
+    share = relevance / np.maximum(best, 1e-9)
+    is_wrong = (estimate <= _SKIPPED * best) & (best > 0)
     columns = [
         text,
         seen.image[first],
@@ -402,7 +409,8 @@ def _pairs(
     evidence: Table, log: _Log, index: IndexVersion, min_clients: int, report: Report
 ) -> list[dict[str, Any]]:
     """Return the training pairs as rows of an annotation file, most relevant first."""
-    clicks, enough = evidence.clicks, evidence.clicks >= min_clients
+    clicks = evidence.clicks
+    enough = evidence.clicks >= min_clients
     fits = enough & (evidence.share >= _FIT)
     report.left_out[f"clicked pairs with fewer than {min_clients} clients"] += int(
         ((clicks > 0) & ~enough).sum()
@@ -411,11 +419,9 @@ def _pairs(
         int((enough & ~fits).sum())
     )
     row_of = cache(lambda item: _row(index, log.items[item], report))
-    wrong, rows, counts = (
-        defaultdict[int, list[str]](list),
-        list[dict[str, Any]](),
-        Counter[int](),
-    )
+    wrong = defaultdict[int, list[str]](list)
+    rows = list[dict[str, Any]]()
+    counts = Counter[int]()
     for pair in evidence[(evidence.skips >= min_clients) & evidence.is_wrong]:
         if row_of(pair.image) and len(wrong[pair.image]) < _MAX_NEGATIVES:
             wrong[pair.image].append(log.texts[pair.text])
@@ -437,7 +443,8 @@ def _pairs(
                     **negatives,
                 }
             )
-    report.pairs, used = len(rows), {row["id"] for row in rows}
+    report.pairs = len(rows)
+    used = {row["id"] for row in rows}
     for item, texts in wrong.items():
         if (row := row_of(item))["id"] not in used and row["caption"]:
             rows.append({**row, "negatives": texts})
@@ -459,7 +466,8 @@ def _row(index: IndexVersion, item_id: str, report: Report) -> dict[str, Any]:
         return row
     if offset >= 0:
         tar = Path(location)
-        report.images, location = str(tar.parent), f"{tar.name}/{_members(tar)[offset]}"
+        report.images = str(tar.parent)
+        location = f"{tar.name}/{_members(tar)[offset]}"
     return {**row, "image": location}
 
 
@@ -520,7 +528,9 @@ def summarize(folder: Path, collection: str) -> dict[str, Any]:
       search showed them.
     """
     days, versions, texts = (defaultdict[Any, Counter[str]](Counter) for _ in range(3))
-    shown, clicks, items = Counter[int](), Counter[int](), dict[str, list[str]]()
+    shown = Counter[int]()
+    clicks = Counter[int]()
+    items = dict[str, list[str]]()
     for query, events in read_log(folder, time.time() - _DAYS * 86_400):
         if query is None or query.collection != collection:
             continue
@@ -532,10 +542,8 @@ def summarize(folder: Path, collection: str) -> dict[str, Any]:
                 clicks[position] += item in clicked
         if query.offset:
             continue
-        day, text = (
-            time.strftime("%Y-%m-%d", time.gmtime(query.time / 1000)),
-            query.text.lower(),
-        )
+        day = time.strftime("%Y-%m-%d", time.gmtime(query.time / 1000))
+        text = query.text.lower()
         tables = [days[day], versions[query.version]]
         if text:
             tables.append(texts[text])
@@ -561,11 +569,9 @@ def summarize(folder: Path, collection: str) -> dict[str, Any]:
         ]
 
     def missed(counts: Counter[str]) -> float:
-        return (
-            counts["searches"] - counts["clicked"]
-            if counts["clicked"] <= rate * counts["searches"]
-            else 0
-        )
+        if counts["clicked"] <= rate * counts["searches"]:
+            return counts["searches"] - counts["clicked"]
+        return 0
 
     ranks = range(1, last + 1)
     return {

@@ -66,10 +66,8 @@ class Run:
 
     def measures(self) -> dict[str, np.ndarray]:
         """Return each measure of each query, in percent."""
-        grades, numbers = (
-            np.zeros((len(self.results), DEPTH), np.int64),
-            {key: n for n, key in enumerate(self.results)},
-        )
+        grades = np.zeros((len(self.results), DEPTH), np.int64)
+        numbers = {key: n for n, key in enumerate(self.results)}
         for query_id, rank, _, grade in self.rows:
             grades[numbers[query_id], rank - 1] = grade or 0
         return graded_measures(
@@ -126,10 +124,8 @@ def describe(runs: Sequence[Run], comparison: Comparison) -> str:
 
 def _conclude(names: Sequence[str], compared: Comparison) -> str:
     measure = f"nDCG@{DEPTH}"
-    over, gain = (
-        f"of {measure} over {compared.queries:,} queries",
-        compared.difference[measure],
-    )
+    over = f"of {measure} over {compared.queries:,} queries"
+    gain = compared.difference[measure]
     if len(names) == 1:
         return f"{names[0]} has {compared.model[measure].value:.1f} points {over}."
     better, other = names if gain.value >= 0 else names[::-1]

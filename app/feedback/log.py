@@ -158,19 +158,20 @@ class Store:
         # None if another host answered the search
         if self._database.execute(_IS_SHOWN, values).fetchone() == (0,):
             return "object_id", "was not among the results"
-        return (
-            None
-            if self._database.execute(_ADD_EVENT, values).rowcount
-            else ("action_name", "is known already")
-        )
+        if self._database.execute(_ADD_EVENT, values).rowcount:
+            return None
+        return ("action_name", "is known already")
 
 
 class FeedbackLog:
     """The feedback log of one process. folder: its directory."""
 
     def __init__(self, folder: Path, settings: Settings, metrics: Metrics) -> None:
-        self.folder, self._settings, self._metrics = folder, settings, metrics
-        self._store, self._writing = Store(folder), ComputeThreads(1, "dcar-feedback")
+        self.folder = folder
+        self._settings = settings
+        self._metrics = metrics
+        self._store = Store(folder)
+        self._writing = ComputeThreads(1, "dcar-feedback")
         self._searches = deque[QueryRow]()
         self._task: asyncio.Task[None] | None = None
         self._is_failing = False
@@ -218,10 +219,8 @@ class FeedbackLog:
         )
         text = query.query if is_text and self._settings.feedback_texts else ""
         hits = [result["id"] for result in body["results"]]
-        name, version = (
-            collection or self._settings.default_collection,
-            body["index_version"],
-        )
+        name = collection or self._settings.default_collection
+        version = body["index_version"]
         row = QueryRow(
             query_id,
             int(now * 1000),
@@ -383,7 +382,8 @@ def prune(folder: Path, days: int, max_bytes: int) -> int:
     Other hosts' files are left alone until nobody has written them for a day: SQLite's
     locks are those of one host.
     """
-    removed, now = 0, time.time()
+    removed = 0
+    now = time.time()
     is_large = sum(path.stat().st_size for path in folder.glob("*.sqlite*")) > max_bytes
     part = (
         "SELECT query_id FROM searches ORDER BY 1 LIMIT 1 OFFSET (SELECT 1 + count(*)"
@@ -413,7 +413,9 @@ def forget(folder: Path, client: str) -> tuple[int, int]:
     """Remove the events of a client, and the searches that it alone acted on; return
     their numbers.
     """
-    events, searches, files = 0, 0, _files(folder)
+    events = 0
+    searches = 0
+    files = _files(folder)
     theirs = [
         (query.query_id,)
         for query, acts in read_log(folder)

@@ -38,7 +38,8 @@ from index_jobs.row_filter import NO_ROWS
 logger = logging.getLogger(__name__)
 
 FIELD = "concept"  # the field of lists of names
-MAX_NAME, MAX_IDS = 64, 200
+MAX_NAME = 64
+MAX_IDS = 200
 _TOKEN = re.compile(r"(?<!\S)@(\S+)")
 # rows that are searched for members before all are compared; a large search takes
 # longer than that
@@ -47,7 +48,8 @@ _SAMPLE = 4096  # rows that show what the gallery is like
 # of the way from the gallery's median to 1, below which the direction finds no members
 _SHARE = 0.45
 # cosine at which members begin; the second is added, divided by the examples
-_LIKENESS, _ONE_EXAMPLE = 0.69, 0.1
+_LIKENESS = 0.69
+_ONE_EXAMPLE = 0.1
 # of what sets examples apart from the gallery; below it they are all that there is
 _MIN_LENGTH = 1e-3
 _DIGITS = 6  # of scores, as in responses
@@ -100,13 +102,12 @@ class Concepts:
     def __init__(
         self, version: IndexVersion, vectors: Callable[[Rows], Floats]
     ) -> None:
-        self.version, self.revision, self._vectors, self._lock = (
-            version,
-            0,
-            vectors,
-            Lock(),
-        )
-        self._known, self._learned = dict[str, Concept](), dict[Concept, Learned]()
+        self.version = version
+        self.revision = 0
+        self._vectors = vectors
+        self._lock = Lock()
+        self._known = dict[str, Concept]()
+        self._learned = dict[Concept, Learned]()
 
     def refresh(self) -> None:
         """Follow what was taught meanwhile, by this process or another one."""
@@ -131,7 +132,8 @@ class Concepts:
                     if is_shown
                     else {}
                 )
-                self._known, self.revision = known, self.revision + 1
+                self._known = known
+                self.revision = self.revision + 1
 
     def teach(
         self, name: str, ids: Sequence[str], kind: str = "", not_ids: Sequence[str] = ()
@@ -148,7 +150,8 @@ class Concepts:
             SearchError: a wrong argument, an unknown id, or an index without vectors.
             OSError: the disk is full.
         """
-        name, kind = unicodedata.normalize("NFC", name), " ".join(kind.split())
+        name = unicodedata.normalize("NFC", name)
+        kind = " ".join(kind.split())
         if not name or len(name) > MAX_NAME or _leading_name(name) != name:
             raise InvalidQueryError(
                 "name", f"must be 1 to {MAX_NAME} letters, digits, '-' and '_'"
@@ -200,7 +203,8 @@ class Concepts:
         Before anything is taught, "@" is text. Raise InvalidQueryError, which names
         `field`, for a name that is unknown, or that has lost its examples.
         """
-        known, taught = self._known, dict[str, Learned]()
+        known = self._known
+        taught = dict[str, Learned]()
         if not known:
             return text, []
 
@@ -235,11 +239,9 @@ class Concepts:
         return learned
 
     def _learn(self, concept: Concept) -> Learned:
-        version, rows, others = (
-            self.version,
-            self._rows(concept.ids),
-            self._rows(concept.not_ids),
-        )
+        version = self.version
+        rows = self._rows(concept.ids)
+        others = self._rows(concept.not_ids)
         if not len(rows):
             return Learned(
                 concept, 0, np.zeros(version.manifest.dim, np.float32), 1.0, NO_ROWS
@@ -320,10 +322,8 @@ class Concepts:
         vectors = self._vectors(live[:: -(-len(live) // _SAMPLE)])
         centre = vectors.mean(0, np.float64)
         covariance = (vectors - centre).T @ (vectors - centre) / len(vectors)
-        variance, share = (
-            covariance.diagonal().mean() * np.eye(len(centre)),
-            len(centre) / len(vectors),
-        )
+        variance = covariance.diagonal().mean() * np.eye(len(centre))
+        share = len(centre) / len(vectors)
         tiny = np.finfo(float).eps * np.eye(len(centre))
         lower = np.linalg.cholesky(
             covariance + max(0.3, 80 * share**2) * variance + tiny

@@ -140,7 +140,8 @@ def best_rows(
         UnsupportedQueryError: `fold` or `hybrid` needs vectors or words, and the index
             keeps none.
     """
-    lowest, total = -np.inf if plan.min_score is None else plan.min_score, index.rows
+    lowest = -np.inf if plan.min_score is None else plan.min_score
+    total = index.rows
     widest = min(total, _MAX_ROWS_TIED if plan.fold is None else _MAX_ROWS_FOLDED)
     width = min(count + 1 + len(plan.excluded), total)
     while True:
@@ -153,11 +154,10 @@ def best_rows(
             best = best.take(~np.isin(best.rows, plan.excluded))
         if plan.min_score is not None:
             best = best.take(best.reach(plan.min_score))
-        best = (
-            best.take(slice(count))
-            if plan.fold is None
-            else fold_rows(index, best, plan.fold, count)
-        )
+        if plan.fold is None:
+            best = best.take(slice(count))
+        else:
+            best = fold_rows(index, best, plan.fold, count)
         if width >= widest or best.unseen == -np.inf or best.unseen_cosine < lowest:
             return best
         # no missing row ties with the last
@@ -173,7 +173,9 @@ def best_of_groups(
 
     The search goes on among rows of other groups until there are enough.
     """
-    allowed, parts, missing = plan.allowed, list[Hits](), plan.depth
+    allowed = plan.allowed
+    parts = list[Hits]()
+    missing = plan.depth
     if plan.excluded:
         allowed = groups.outside(groups.codes[list(plan.excluded)], allowed)
     remaining = allowed
@@ -231,7 +233,8 @@ def hybrid_candidates(
     Raises:
         UnsupportedQueryError: the index keeps no vectors.
     """
-    lexical, mask = _require_words(index), _word_mask(index, allowed)
+    lexical = _require_words(index)
+    mask = _word_mask(index, allowed)
     is_text_complete = lexical.count_matches(plan.text) < _TEXT_ROWS
     text_scores, text_rows = lexical.search(
         plan.text, _TEXT_ROWS if is_text_complete else _COMMON_TEXT_ROWS, mask
@@ -242,11 +245,10 @@ def hybrid_candidates(
         width = min(2 * _COMMON_WIDTH if is_narrow else wide, index.rows)
     near = vector_candidates(index, vector, width, allowed, is_narrow=is_narrow)
     is_same = near.rows[:, None] == text_rows  # [near, text]
-    near_scores = (
-        is_same @ text_scores
-        if is_text_complete
-        else lexical.score(plan.text, near.rows)
-    )
+    if is_text_complete:
+        near_scores = is_same @ text_scores
+    else:
+        near_scores = lexical.score(plan.text, near.rows)
     near = replace(
         near,
         text_scores=near_scores,
@@ -269,12 +271,12 @@ def _with_words(
     """Return near rows, with cosines and text scores, and far rows, with text scores;
     and their rank scores.
     """
-    rows, cosines, text_scores = near.rows, near.cosines, near.text_scores
+    rows = near.rows
+    cosines = near.cosines
+    text_scores = near.text_scores
     if len(far_rows):
-        rows, text_scores = (
-            np.concatenate((rows, far_rows)),
-            np.concatenate((text_scores, far_scores)),
-        )
+        rows = np.concatenate((rows, far_rows))
+        text_scores = np.concatenate((text_scores, far_scores))
         cosines = np.concatenate((cosines, row_vectors(index, far_rows) @ vector))
     bonus: Any = np.float32(text_bonus(index.sample_vectors, vector, plan.words_weight))
     scores = cosines + bonus * text_scores
@@ -303,7 +305,8 @@ def fold_rows(index: IndexVersion, ranked: Hits, fold: float, count: int) -> Hit
     """Return the first `count` rows that differ; near-duplicates fold into the one that
     they are most similar to.
     """
-    threshold, end = fold - _ROUNDING, len(ranked.rows)
+    threshold = fold - _ROUNDING
+    end = len(ranked.rows)
     # [m, E]
     vectors = row_vectors(index, ranked.rows) if end else np.empty((0, 0), np.float32)
     # similarity of each row to a shown row before it
@@ -319,10 +322,8 @@ def fold_rows(index: IndexVersion, ranked: Hits, fold: float, count: int) -> Hit
             nearer = (
                 position + 1 + np.flatnonzero(similarity > closest[position + 1 : end])
             )
-            closest[nearer], owners[nearer] = (
-                similarity[nearer - position - 1],
-                position,
-            )
+            closest[nearer] = similarity[nearer - position - 1]
+            owners[nearer] = position
             # of the rest, only rows that fold into these matter
             if len(shown) == count:
                 end = 1 + int(np.flatnonzero(closest >= threshold).max(initial=-1))
@@ -345,7 +346,8 @@ def _sorted_hits(
     The count is exact unless there are more than `MAX_SORTED`, or an approximate index
     may have missed some.
     """
-    index, excluded = served.index, np.array(plan.excluded, np.int64)
+    index = served.index
+    excluded = np.array(plan.excluded, np.int64)
     hits = _fitting(index, plan, vector)
     keys, excluded = (
         rows if groups is None else groups.codes[rows] for rows in (hits.rows, excluded)
@@ -378,19 +380,21 @@ def _fitting(index: IndexVersion, plan: Plan, vector: Floats) -> Hits:
         is_reached
     )
     if plan.words_weight:
-        lexical, rows, scores = _require_words(index), NO_ROWS, _NO_SCORES
+        lexical = _require_words(index)
+        rows = NO_ROWS
+        scores = _NO_SCORES
         if plan.min_score is None:
-            contained = (
-                hits.contained
-                if hits.likely < np.inf
-                else contained_share(index, plan.text)[0]
-            )
+            if hits.likely < np.inf:
+                contained = hits.contained
+            else:
+                contained = contained_share(index, plan.text)[0]
             scores, rows = lexical.search(
                 plan.text, MAX_SORTED, _word_mask(index, plan.allowed)
             )
             is_complete &= len(rows) < MAX_SORTED or bool(scores[-1] < contained)
             is_added = (scores >= contained) & ~np.isin(rows, hits.rows)
-            rows, scores = rows[is_added], scores[is_added]
+            rows = rows[is_added]
+            scores = scores[is_added]
         known = replace(hits, text_scores=lexical.score(plan.text, hits.rows))
         hits = _with_words(index, plan, vector, known, rows, scores)
     return replace(hits, is_exact=is_complete and is_exact_index(index))
@@ -411,11 +415,9 @@ def _judged(index: IndexVersion, plan: Plan, hits: Hits, best: float) -> Hits:
     if not plan.cutoff:
         return hits
     cutoff: float = plan.cutoff["min_score"]
-    likely, contained, strong = (
-        cutoff,
-        _CONTAINED,
-        plan.cutoff.get("strong_score", -math.inf),
-    )
+    likely = cutoff
+    contained = _CONTAINED
+    strong = plan.cutoff.get("strong_score", -math.inf)
     if not plan.text:  # an image
         likely = strong
     elif best < strong:

@@ -55,9 +55,10 @@ class Index:
         """
         index = published_index(path, version)
         if not runtime:
-            opened = (
-                open_current(index) if version is None else open_version(index, version)
-            )
+            if version is None:
+                opened = open_current(index)
+            else:
+                opened = open_version(index, version)
             runtime = "auto" if starts_quickly(opened.checkpoint, device) else "torch"
         # not of the environment
         settings = Settings.model_construct(index=index, device=device, runtime=runtime)

@@ -431,13 +431,11 @@ def make_plan(
         SearchError: a field does not fit the index, or the rest of the query.
     """
     if not (query.query or query.more_like or has_image):
-        subtracted = (
-            "less_like" if query.less_like else "without" if query.without else None
-        )
-        if subtracted:
-            raise InvalidQueryError(
-                subtracted, "needs a query or more_like to subtract from"
-            )
+        for field in ("less_like", "without"):
+            if getattr(query, field):
+                raise InvalidQueryError(
+                    field, "needs a query or more_like to subtract from"
+                )
         raise InvalidQueryError("query", "must not be empty")
     text, taught = (
         served.concepts.split(query.query, "query")
@@ -457,7 +455,8 @@ def make_plan(
         raise InvalidQueryError("crop", "needs an image; leave it out")
     more_rows = [row_of(served, item_id, "more_like") for item_id in query.more_like]
     less_rows = [row_of(served, item_id, "less_like") for item_id in query.less_like]
-    weights, end = query.weights, query.offset + query.k
+    weights = query.weights
+    end = query.offset + query.k
     texts = ((weights.text, text), (-weights.without, without))
     plan = Plan(
         texts=[(weight, words) for weight, words in texts if words],
@@ -504,9 +503,10 @@ def make_plan(
     is_alone = bool(text) + len(taught) + has_image == 1 and not (
         query.without or more_rows or less_rows
     )
-    cutoff = (
-        (manifest.image_cutoff if has_image else manifest.cutoff) if is_alone else {}
-    )
+    if is_alone:
+        cutoff = manifest.image_cutoff if has_image else manifest.cutoff
+    else:
+        cutoff = {}
     if is_alone and taught:
         cutoff = dict.fromkeys(("min_score", "strong_score"), taught[0].cutoff)
     if query.sort:
@@ -563,7 +563,8 @@ def require_sortable(served: ServedVersion, sort: str) -> None:
     """Raise InvalidQueryError unless items have the field of a `sort`, with one value
     each.
     """
-    name, fields = sort.removeprefix("-"), served.index.fields
+    name = sort.removeprefix("-")
+    fields = served.index.fields
     if name not in fields:
         raise InvalidQueryError(
             "sort", f"no item has {name[:80]!r}; available: {list_fields(fields)}"

@@ -171,10 +171,8 @@ def make_page(served: ServedVersion, plan: Plan, vector: Floats, hits: Hits) -> 
     """Return the page of a plan's hits. Raise InvalidQueryError if its texts take more
     than the plan's `max_bytes`.
     """
-    item, positions = (
-        served.index.item,
-        range(plan.offset, min(plan.end, len(hits.rows))),
-    )
+    item = served.index.item
+    positions = range(plan.offset, min(plan.end, len(hits.rows)))
     rows = hits.rows[plan.offset : plan.end].tolist()
     items = [item(row) for row in rows]
     size = sum(
@@ -195,11 +193,10 @@ def make_page(served: ServedVersion, plan: Plan, vector: Floats, hits: Hits) -> 
         column = served.index.column(name, hits.rows[plan.offset : plan.end])
         for result, values in zip(results, column.to_pylist(), strict=True):
             result["metadata"] |= {name: values} if values else {}
-    groups = (
-        group_field(served, plan.group_by).shown(rows, plan.allowed)
-        if plan.group_by
-        else []
-    )
+    if plan.group_by:
+        groups = group_field(served, plan.group_by).shown(rows, plan.allowed)
+    else:
+        groups = []
     for result, group in zip(results, groups, strict=False):
         result["group"] = group
     for result, position in zip(
@@ -293,7 +290,8 @@ def facets_of(
     if not index.rows:
         return {name: [] for name in plan.facets}, True
     mask = index.live if plan.allowed is None else plan.allowed.mask
-    rows, is_exact = hits.matched, hits.is_exact
+    rows = hits.matched
+    is_exact = hits.is_exact
     if rows is None and plan.min_score is not None:
         near = vector_candidates(
             index, vector, min(MAX_SCORED, index.rows), plan.allowed
@@ -330,7 +328,8 @@ def count_values(
         rows = rows[pc.list_parent_indices(chosen).to_numpy()]
         chosen = pc.list_flatten(chosen)
     present = pc.is_valid(chosen).to_numpy(zero_copy_only=False)
-    chosen, rows = chosen.drop_null(), rows[present]
+    chosen = chosen.drop_null()
+    rows = rows[present]
     are_times = _are_times(chosen[:1]) and _are_times(chosen)
     if are_times:
         chosen = pc.utf8_slice_codeunits(chosen, 0, 4)
@@ -342,7 +341,8 @@ def count_values(
             .group_by(["value", "owner"])
             .aggregate([])
         )
-        chosen, owners = pairs["value"], pairs["owner"].to_numpy()
+        chosen = pairs["value"]
+        owners = pairs["owner"].to_numpy()
     if pa.types.is_floating(chosen.type) or pa.types.is_integer(chosen.type):
         numbers = chosen.to_numpy()
         is_finite = np.isfinite(numbers)

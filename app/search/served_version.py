@@ -99,7 +99,8 @@ class ServedVersion:
         config: Mapping[str, Any],
         settings: Settings,
     ) -> None:
-        self.encoder, self.index = encoder, index
+        self.encoder = encoder
+        self.index = index
         self.preprocess = replace(encoder.preprocess, max_pixels=settings.max_pixels)
         self.backbone: str = config["backbone"]["sha256"]
         # what users should know about it
@@ -164,16 +165,15 @@ def load_served_version(
     opened = None
     if not is_empty:
         access = ImageAccess(settings.image_roots, frozenset(settings.image_hosts))
-        opened = (
-            open_current(index, access)
-            if version is None
-            else open_version(index, version, access)
-        )
+        if version is None:
+            opened = open_current(index, access)
+        else:
+            opened = open_version(index, version, access)
     checkpoint = opened.checkpoint if opened else index / CHECKPOINT
     config = read_config(checkpoint)
-    fingerprint = (
-        opened.manifest.spec.fingerprint if opened else config.get("fingerprint")
-    )
+    fingerprint = config.get("fingerprint")
+    if opened:
+        fingerprint = opened.manifest.spec.fingerprint
     encoder = next(
         (other.encoder for other in loaded if other.encoder.fingerprint == fingerprint),
         None,
@@ -207,7 +207,8 @@ def _warm_up(served: ServedVersion, *, is_shared: bool) -> None:
     """Search and encode once, which finds damage, converts the weights and reads what
     queries need.
     """
-    encoder, opened = served.encoder, served.index
+    encoder = served.encoder
+    opened = served.index
     opened.search(np.eye(1, encoder.dim, dtype=np.float32), 1)
     if opened.rows:
         _ = opened.lexical, opened.sample_vectors
@@ -302,11 +303,9 @@ def field_values(
         column = index.column(name, rows)
     except DataError as error:
         raise InvalidQueryError(option, str(error)) from None
-    return (
-        pc.if_else(pc.equal(column, ""), None, column)
-        if name in EMPTY_IS_MISSING
-        else column
-    )
+    if name in EMPTY_IS_MISSING:
+        return pc.if_else(pc.equal(column, ""), None, column)
+    return column
 
 
 class ResultGroup(TypedDict):
@@ -391,19 +390,16 @@ def group_field(served: ServedVersion, name: str) -> GroupField:
                 " field"
             )
             raise InvalidQueryError("group_by", message)
-        is_missing = (
-            pc.equal(column, "").fill_null(True)
-            if name in EMPTY_IS_MISSING
-            else column.is_null()
-        )
+        if name in EMPTY_IS_MISSING:
+            is_missing = pc.equal(column, "").fill_null(True)
+        else:
+            is_missing = column.is_null()
         encoded = column.dictionary_encode().combine_chunks()
         codes = (
             encoded.indices.fill_null(0).to_numpy(zero_copy_only=False).astype(np.int64)
         )
-        count, alone = (
-            int(codes.max(initial=-1)) + 1,
-            np.flatnonzero(is_missing.to_numpy()),
-        )
+        count = int(codes.max(initial=-1)) + 1
+        alone = np.flatnonzero(is_missing.to_numpy())
         codes[alone] = count + alone
         return GroupField(
             index, name, codes, np.bincount(codes[index.live], minlength=count)[:count]

@@ -41,7 +41,8 @@ logger = logging.getLogger(__name__)
 
 RETRY_S = 30.0
 CHECK_S = 600.0
-_LOADING, _OPENING = "The model is being loaded.", "The collection is being opened."
+_LOADING = "The model is being loaded."
+_OPENING = "The collection is being opened."
 
 
 class Collection:
@@ -52,7 +53,8 @@ class Collection:
     def __init__(
         self, path: Path, collections: "Collections", *, is_created: bool = False
     ) -> None:
-        self.path, self.is_created = path, is_created
+        self.path = path
+        self.is_created = is_created
         # in use; None while the first one is loaded
         self.current: ServedVersion | None = None
         # why it is not served, without directories
@@ -116,7 +118,8 @@ class Collection:
         return await asyncio.shield(load)
 
     async def _load(self) -> bool:
-        lost, started = await self._pull(), time.perf_counter()
+        lost = await self._pull()
+        started = time.perf_counter()
         async with self._collections.load_lock:
             if self._is_closing or (
                 self.is_created
@@ -140,11 +143,9 @@ class Collection:
                     # else each full collection would stop every request for a quarter
                     # of a second
                     gc.freeze()
-                self.current, where, seconds = (
-                    served,
-                    location_of(self.path),
-                    time.perf_counter() - started,
-                )
+                self.current = served
+                where = location_of(self.path)
+                seconds = time.perf_counter() - started
                 count = served.index.manifest.count
                 logger.info(
                     "serving version %d of %s: %d items, loaded in %.1f s",
@@ -157,7 +158,8 @@ class Collection:
                 raise self._record_failure(
                     lost, "served, and its object store is not followed"
                 )
-            self.reason, self._retry_at = None, 0.0
+            self.reason = None
+            self._retry_at = 0.0
             return served is not None
 
     def _load_new(self, loaded: list[ServedVersion]) -> ServedVersion | None:
@@ -190,11 +192,9 @@ class Collection:
     @property
     def fault(self) -> str | None:
         """Why the collection is degraded; None if it is not, or not open yet."""
-        return (
-            (self.reason or self.damage or self.waits_for)
-            if self.was_tried.is_set()
-            else None
-        )
+        if self.was_tried.is_set():
+            return self.reason or self.damage or self.waits_for
+        return None
 
     def _record_failure(
         self, error: BaseException, state: str = "not served"
@@ -202,11 +202,10 @@ class Collection:
         """Note why a version is not served; log it once, or report it if the service
         cannot start.
         """
-        failure = (
-            error
-            if isinstance(error, DcarError)
-            else ArtifactError(f"the index cannot be loaded: {error}")
-        )
+        if isinstance(error, DcarError):
+            failure = error
+        else:
+            failure = ArtifactError(f"the index cannot be loaded: {error}")
         reason = without_directories(str(failure), self.path)
         if (
             self.current is None
@@ -222,7 +221,8 @@ class Collection:
                 state,
                 failure,
             )
-        self.reason, self._retry_at = reason, time.monotonic() + RETRY_S
+        self.reason = reason
+        self._retry_at = time.monotonic() + RETRY_S
         return failure
 
     def _record_poll_failure(self, error: BaseException) -> None:
@@ -265,7 +265,8 @@ class Collection:
         """Note which file of a version is missing or has another length, and log it
         once.
         """
-        self._check_at, damage = time.monotonic() + CHECK_S, None
+        self._check_at = time.monotonic() + CHECK_S
+        damage = None
         try:
             await self._collections.disk.run(check_files, index.index, index.manifest)
         except (ArtifactError, OSError) as error:
@@ -277,7 +278,8 @@ class Collection:
                     self.path,
                     error,
                 )
-        self.damage, self.checked_at = damage, time.time()
+        self.damage = damage
+        self.checked_at = time.time()
 
     def _read_waiting(self) -> str | None:
         """Return the reason that a watch has written lately; None if none waits."""
@@ -301,13 +303,12 @@ class Collections:
         *,
         on_start_failure: Callable[[DcarError], None] | None = None,
     ) -> None:
-        self.settings, self.metrics, self.on_start_failure = (
-            settings,
-            metrics,
-            on_start_failure,
-        )
+        self.settings = settings
+        self.metrics = metrics
+        self.on_start_failure = on_start_failure
         # one version is loaded at a time
-        self.load_lock, self._sync_lock = asyncio.Lock(), asyncio.Lock()
+        self.load_lock = asyncio.Lock()
+        self._sync_lock = asyncio.Lock()
         # which look for published versions; a disk may hang
         self.disk = ComputeThreads(4, "dcar-versions")
         self._by_name = {
@@ -436,7 +437,8 @@ class Collections:
             DcarError: some cannot be loaded; the others have been reloaded.
         """
         await self.sync()
-        changed, failures = dict[str, bool](), list[str]()
+        changed = dict[str, bool]()
+        failures = list[str]()
         for name, collection in self:
             try:
                 changed[name] = await collection.reload()

@@ -151,11 +151,10 @@ class QueryEncoder:
             )
 
         quick = len(data) <= _QUICK_BYTES
-        digest = (
-            hashlib.sha256(data)
-            if quick
-            else await self._pixel_threads.run(hashlib.sha256, data)
-        )
+        if quick:
+            digest = hashlib.sha256(data)
+        else:
+            digest = await self._pixel_threads.run(hashlib.sha256, data)
         return await self._find(encoder, (digest.hexdigest(), crop), embed)
 
     async def _find(
@@ -163,14 +162,14 @@ class QueryEncoder:
     ) -> tuple[Floats, bool]:
         """Return the vector of a query, and True if it was cached."""
         key = encoder.fingerprint, query
-        vector, is_cached = self._vectors.use(key), True
+        vector = self._vectors.use(key)
+        is_cached = True
 
         async def find() -> tuple[Floats, bool]:
-            stored = (
-                await self._redis.get(*key, encoder.dim)
-                if self._redis is not None
-                else None
-            )
+            if self._redis is not None:
+                stored = await self._redis.get(*key, encoder.dim)
+            else:
+                stored = None
             vector = await embed() if stored is None else stored
             self._vectors.keep(key, vector)
             if stored is None and self._redis is not None:
@@ -219,11 +218,9 @@ class QueryEncoder:
     ) -> Pixels:
         decoder = preprocess.decoder(None if crop is None else crop.box)
         decoded: Pixels = await self.decode(data, decoder, is_query=is_query)
-        return (
-            decoded
-            if preprocess.resizer == "pillow"
-            else await self._pixel_threads.run(preprocess.finish, decoded)
-        )
+        if preprocess.resizer == "pillow":
+            return decoded
+        return await self._pixel_threads.run(preprocess.finish, decoded)
 
     async def gallery_pixels(
         self, served: ServedVersion, rows: Sequence[int]
@@ -247,7 +244,8 @@ class Retriever:
     """Search versions of indexes. One per process."""
 
     def __init__(self, settings: Settings, metrics: Metrics) -> None:
-        self._settings, self._metrics = settings, metrics
+        self._settings = settings
+        self._metrics = metrics
         self.encoder = QueryEncoder(settings, metrics)
         threads = min(4, available_cores())
         self._threads: dict[Work, FairThreads] = {
@@ -275,10 +273,8 @@ class Retriever:
         """Raise UnavailableError unless the caller may have so much more work in
         progress.
         """
-        most, own = (
-            self._settings.max_pending,
-            self._pending[kind, current_caller.get()],
-        )
+        most = self._settings.max_pending
+        own = self._pending[kind, current_caller.get()]
         share = max(most // 2, min(most, self._settings.max_queries))  # of one caller
         if dict(self.pending())[kind] + count > most or own + count > share:
             self._metrics.refused.labels("queue_full").inc()
@@ -351,7 +347,8 @@ class Retriever:
         items_path: str,
         max_bytes: int,
     ) -> Page:
-        started, encoder = time.perf_counter(), self.encoder
+        started = time.perf_counter()
+        encoder = self.encoder
         make = partial(
             make_plan,
             has_image=image is not None,
@@ -408,7 +405,8 @@ class Retriever:
         They are taken in parts as large as a batch of searches, which count and end as
         such a batch does.
         """
-        embed, outcomes = self.encoder, list[tuple[Floats, bool] | BaseException]()
+        embed = self.encoder
+        outcomes = list[tuple[Floats, bool] | BaseException]()
         embedded = list[tuple[Floats, bool]]()
         for start in range(0, len(inputs), size := self._settings.max_queries):
             part = inputs[start : start + size]
@@ -445,11 +443,9 @@ class Retriever:
         Raises:
             SearchError: there is no such item, or its image is gone.
         """
-        row, index, threads = (
-            row_of(served, item_id),
-            served.index,
-            self.encoder.image_threads,
-        )
+        row = row_of(served, item_id)
+        index = served.index
+        threads = self.encoder.image_threads
         with suppress(ArtifactError, ImageError, OSError):
             async with self._admitted(kind="pictures"):
                 name = await threads.run(index.image_key, row)
@@ -494,11 +490,9 @@ class _WaitingCompute(Compute):
     """
 
     def __init__(self, encoder: QueryEncoder) -> None:
-        self._encoder, self._loop, self.is_cancelled = (
-            encoder,
-            asyncio.get_running_loop(),
-            False,
-        )
+        self._encoder = encoder
+        self._loop = asyncio.get_running_loop()
+        self.is_cancelled = False
 
     def model(self, call: Callable[..., Any], *args: Any) -> Any:
         return self._wait(self._encoder.call(call, *args))

@@ -62,11 +62,9 @@ class WriteWorker:
     def __init__(
         self, settings: Settings, collections: Collections, metrics: Metrics
     ) -> None:
-        self._settings, self._collections, self._metrics = (
-            settings,
-            collections,
-            metrics,
-        )
+        self._settings = settings
+        self._collections = collections
+        self._metrics = metrics
         self._arrived = asyncio.Event()
         self._reasons: dict[str, str] = {}  # why the jobs of a collection wait
         self._task: asyncio.Task[None] | None = None
@@ -170,16 +168,14 @@ class WriteWorker:
         ):
             with contextlib.suppress(DcarError):
                 await collection.reload()
-        reason = (
-            self._reasons.get(name)
-            if status["status"] == "waiting"
-            else status.get("reason")
-        )
-        shown = (
-            {}
-            if reason is None
-            else {"reason": without_directories(reason, collection.path)}
-        )
+        if status["status"] == "waiting":
+            reason = self._reasons.get(name)
+        else:
+            reason = status.get("reason")
+        if reason is None:
+            shown = {}
+        else:
+            shown = {"reason": without_directories(reason, collection.path)}
         return {"collection": name, **status, **shown}
 
     async def _run(self) -> None:
@@ -222,7 +218,8 @@ class WriteWorker:
                 else (0, "")
             )
         except DcarError as error:
-            code, errors = error.exit_code, str(error)
+            code = error.exit_code
+            errors = str(error)
         previous = self._reasons.pop(name, None)
         if code != 0:
             lines = errors.strip().splitlines() or [

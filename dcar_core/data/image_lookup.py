@@ -27,7 +27,8 @@ class ImageFinder:
     """
 
     def __init__(self, root: ImageRoot, shared: Set[str]) -> None:
-        self.root, self._shared = root, shared
+        self.root = root
+        self._shared = shared
 
     def find(self, image: str) -> str | None:
         """Return the name for `root.read`; None without such an image, or with several
@@ -68,7 +69,8 @@ class ImageFinder:
     @cached_property
     def _by_base(self) -> tuple[defaultdict[str, list[str]], set[str]]:
         """Names by file name, with and without suffix, and the names of folders."""
-        by_base, folders = defaultdict[str, list[str]](list), set[str]()
+        by_base = defaultdict[str, list[str]](list)
+        folders = set[str]()
         for name in self.root.names():
             path = PurePosixPath(name)
             by_base[path.name].append(name)

@@ -47,10 +47,8 @@ class JudgedList:
         text, item, grade = (
             label_text(row, where, name) for name in ("query", "item_id", "grade")
         )
-        query_id, grade = (
-            label_text(row, where, "query_id") or text,
-            grade.removesuffix(".0"),
-        )
+        query_id = label_text(row, where, "query_id") or text
+        grade = grade.removesuffix(".0")
         if grade not in ("0", "1", "2", "3"):
             raise DataError(
                 f"{where}: field 'grade' must be 0, 1, 2 or 3, not {grade[:40]!r};"
@@ -77,7 +75,8 @@ def read_judgements(files: Sequence[Path]) -> JudgedList:
         DataError: a row cannot be used, or there is none. The message has a line for
             each such row, up to 20.
     """
-    faults, judged = list[DataError](), JudgedList()
+    faults = list[DataError]()
+    judged = JudgedList()
     for file in files:
         unit = "row" if file.suffix.lower() == ".parquet" else "line"
         for number, row in read_records(
@@ -88,11 +87,10 @@ def read_judgements(files: Sequence[Path]) -> JudgedList:
             except DataError as error:
                 faults.append(error)
     if faults:
-        rest = (
-            f"\n{len(faults) - _SHOWN:,} more rows cannot be used"
-            if len(faults) > _SHOWN
-            else ""
-        )
+        if len(faults) > _SHOWN:
+            rest = f"\n{len(faults) - _SHOWN:,} more rows cannot be used"
+        else:
+            rest = ""
         raise DataError("\n".join(map(str, faults[:_SHOWN])) + rest)
     if not judged.texts:
         raise DataError(

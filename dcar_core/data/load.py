@@ -31,7 +31,8 @@ from dcar_core.images import ImageRoot
 from dcar_core.util.errors import DataError, shorten
 
 ImagePolicy = Literal["require", "present", "skip", "ignore"]
-MISSING_IMAGES, BROKEN_IMAGES = "images missing, left out", "images broken, left out"
+MISSING_IMAGES = "images missing, left out"
+BROKEN_IMAGES = "images broken, left out"
 UNUSABLE = (MISSING_IMAGES, BROKEN_IMAGES)
 _ALIASES = {
     "training": "train",
@@ -71,7 +72,8 @@ class Annotations:
                 f"{path} does not exist; give a directory with {_FORMS}, or one such"
                 " file"
             )
-        self.path, self._image_root = path, image_root
+        self.path = path
+        self._image_root = image_root
         self._read_files: dict[
             Path, tuple[list[tuple[str, Sample]], CleaningReport]
         ] = {}
@@ -138,11 +140,10 @@ class Annotations:
                 "images found under a name that differs from the annotated one",
                 names=renamed,
             )
-            broken = (
-                self.finder.faults([*name_of.values()])
-                if image_policy == "skip"
-                else {}
-            )
+            if image_policy == "skip":
+                broken = self.finder.faults([*name_of.values()])
+            else:
+                broken = {}
             report.add(
                 BROKEN_IMAGES,
                 names=[f"{name} ({fault})" for name, fault in broken.items()],
@@ -166,7 +167,8 @@ class Annotations:
         self, splits: Sequence[str] | None = None, image_policy: ImagePolicy = "require"
     ) -> tuple[dict[str, Dataset], dict[str, CleaningReport]]:
         """Load splits (None: all), and report images that occur in several."""
-        datasets, reports = dict[str, Dataset](), dict[str, CleaningReport]()
+        datasets = dict[str, Dataset]()
+        reports = dict[str, CleaningReport]()
         for split in splits or self.splits():
             datasets[split], reports[split] = self.load(split, image_policy)
         for earlier, later in combinations(datasets, 2):
@@ -197,11 +199,10 @@ class Annotations:
 
     @cached_property
     def _root(self) -> ImageRoot:
-        folder = (
-            self.path
-            if self.path.is_dir() or self.path.suffix.lower() == ".tar"
-            else self.path.parent
-        )
+        if self.path.is_dir() or self.path.suffix.lower() == ".tar":
+            folder = self.path
+        else:
+            folder = self.path.parent
         return ImageRoot(self._image_root or folder)
 
     def _select(self, split: str, report: CleaningReport) -> list[Sample]:
@@ -211,10 +212,8 @@ class Annotations:
         is_divided = split in {"train", "val"} and not self._samples_of("val")
         samples = self._samples_of("train" if is_divided else split, report)
         if is_divided:
-            count, samples = (
-                len(samples),
-                [s for s in samples if _is_held_out(s) == (split == "val")],
-            )
+            count = len(samples)
+            samples = [s for s in samples if _is_held_out(s) == (split == "val")]
             moved = len(samples) if split == "val" else count - len(samples)
             report.add(
                 "training pairs used for validation, as the data has no val split",
@@ -236,11 +235,10 @@ class Annotations:
                 f"{self.path} has no {splits} pairs; it has {', '.join(existing)};"
                 f" {hint}"
             )
-        read = (
-            f" in {shorten([file.name for file in self._read_files])}"
-            if self._read_files
-            else ""
-        )
+        if self._read_files:
+            read = f" in {shorten([file.name for file in self._read_files])}"
+        else:
+            read = ""
         return DataError(f"{self.path} has no {splits} pairs{read}; it needs {_FORMS}")
 
     def _files(self, split: str) -> list[Path]:

@@ -63,7 +63,9 @@ def read_annotations(file: Path, report: CleaningReport) -> list[tuple[str, Samp
         raise DataError(
             f"{file}: annotations are read from {', '.join(_READERS)} files"
         )
-    faults, good, pairs = list[DataError](), 0, list[tuple[str, Sample]]()
+    faults = list[DataError]()
+    good = 0
+    pairs = list[tuple[str, Sample]]()
     for where, row in read(file, report, faults.append):
         try:
             pairs += _pairs_of(row, where)
@@ -215,7 +217,8 @@ def _read_tar(file: Path, report: CleaningReport, on_fault: OnBadLine) -> Rows:
                     names=[f"{file.name}{key}"],
                 )
                 continue
-            row, where = {"caption": ""}, f"{file}, sample {key.lstrip('/')!r}"
+            row = {"caption": ""}
+            where = f"{file}, sample {key.lstrip('/')!r}"
             try:
                 for extension in (
                     extension for extension in SIDECARS if extension in members

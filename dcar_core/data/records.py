@@ -146,7 +146,8 @@ def _read_typed_csv(
     for _, row in _read_csv_rows(name, open_file, lambda _: None):
         for column, cell in row.items():
             if cell and column not in fixed:
-                known, kind = types.get(column), _type_of_cell(cell)
+                known = types.get(column)
+                kind = _type_of_cell(cell)
                 if known not in (None, kind):  # a column that has cells of two types
                     kind = "float" if {known, kind} == {"int", "float"} else "text"
                 types[column] = kind
@@ -236,11 +237,9 @@ def texts_of_cell(cell: str) -> list[Any]:
     bars between them.
     """
     values = _json_list(cell)
-    return (
-        [part.strip() for part in cell.split("|") if part.strip()]
-        if values is None
-        else values
-    )
+    if values is None:
+        return [part.strip() for part in cell.split("|") if part.strip()]
+    return values
 
 
 def _json_list(cell: str) -> list[Any] | None:

@@ -164,7 +164,9 @@ def tidy_caption(text: str) -> str:
 
 def clean_samples(samples: Sequence[Sample], report: CleaningReport) -> list[Sample]:
     """Return the pairs that can be used, in their order, and tidy texts."""
-    seen, pairs, cleaned = set[str](), set[tuple[str, str]](), list[Sample]()
+    seen = set[str]()
+    pairs = set[tuple[str, str]]()
+    cleaned = list[Sample]()
     true_texts = defaultdict[str, set[str]](set)  # of an image, over all of its pairs
     for sample in samples:
         true_texts[sample.image] |= {

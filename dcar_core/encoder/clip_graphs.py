@@ -33,7 +33,8 @@ from dcar_core.model.config import ModelConfig
 from dcar_core.util.arrays import Floats
 
 Node = Any  # of OpenVINO
-_ZERO, _ONE = np.int64(0), np.int64(1)
+_ZERO = np.int64(0)
+_ONE = np.int64(1)
 
 
 class _Tower:
@@ -42,14 +43,13 @@ class _Tower:
     """
 
     def __init__(self, clip: ClipFiles, prefix: str, *, fuses: bool) -> None:
-        self.ops, self.clip, self.prefix, self.fuses = (
-            openvino_library().opset13,
-            clip,
-            prefix,
-            fuses,
-        )
+        self.ops = openvino_library().opset13
+        self.clip = clip
+        self.prefix = prefix
+        self.fuses = fuses
         sizes = clip.vision if prefix else clip.text
-        self.width, self.blocks = int(sizes["width"]), int(sizes["layers"])
+        self.width = int(sizes["width"])
+        self.blocks = int(sizes["layers"])
         self.heads = int(
             self.width // sizes["head_width"] if prefix else sizes["heads"]
         )
@@ -132,12 +132,11 @@ class _Tower:
 
     def activated(self, x: Node) -> Node:
         if self.fuses:
-            return (
-                self.ops.swish(x, np.float32(1.702))
-                if self.clip.quick_gelu
-                else self.ops.gelu(x, "erf")
-            )
-        half, quick = x * self.constant([[[0.5]]]), self.clip.quick_gelu
+            if self.clip.quick_gelu:
+                return self.ops.swish(x, np.float32(1.702))
+            return self.ops.gelu(x, "erf")
+        half = x * self.constant([[[0.5]]])
+        quick = self.clip.quick_gelu
         scaled = x * self.constant([[[1.702 / 2 if quick else 2**-0.5]]])
         return half + half * (self.ops.tanh(scaled) if quick else self.ops.erf(scaled))
 
@@ -147,13 +146,12 @@ def image_graph(clip: ClipFiles, depth: int, *, has_adapters: bool, fuses: bool)
     `graphs.ImageGraph`.
     """
     tower = _Tower(clip, "visual.", fuses=fuses)
-    ops, width, patch, size = (
-        tower.ops,
-        tower.width,
-        clip.vision["patch_size"],
-        clip.preprocess.size,
-    )
-    pixels, patches = tower.input(-1, 3, size, size, kind=np.uint8), clip.patch_grid**2
+    ops = tower.ops
+    width = tower.width
+    patch = clip.vision["patch_size"]
+    size = clip.preprocess.size
+    pixels = tower.input(-1, 3, size, size, kind=np.uint8)
+    patches = clip.patch_grid**2
     prompts = [tower.input(depth, -1, -1, width)] * (depth > 0)
     adapters = [
         tower.input(tower.blocks, -1, -1, width) for _ in range(2 * has_adapters)
@@ -185,7 +183,8 @@ def image_graph(clip: ClipFiles, depth: int, *, has_adapters: bool, fuses: bool)
             )
         q, k, v = tower.queries_keys_values(x, i)
         if i == tower.blocks - 1:
-            x, q = tower.rows(x, 0, 1, 1), tower.rows(q, 0, 1, 2)
+            x = tower.rows(x, 0, 1, 1)
+            q = tower.rows(q, 0, 1, 2)
         x = tower.block(x, i, q, k, v)
         if has_adapters:
             down, up = (tower.at(values, i) for values in adapters)  # [R, r, W]
@@ -205,8 +204,12 @@ def text_graph(clip: ClipFiles, *, fuses: bool) -> Any:
     `graphs.PrefixTextGraph`.
     """
     tower = _Tower(clip, "", fuses=fuses)
-    ops, blocks, heads, width = tower.ops, tower.blocks, tower.heads, tower.width
-    tokens, weights = tower.input(-1, -1, kind=np.int64), tower.input(-1, -1)
+    ops = tower.ops
+    blocks = tower.blocks
+    heads = tower.heads
+    width = tower.width
+    tokens = tower.input(-1, -1, kind=np.int64)
+    weights = tower.input(-1, -1)
     keys, values = (
         tower.input(blocks, -1, heads, -1, width // heads) for _ in range(2)
     )
@@ -233,7 +236,8 @@ def text_graph(clip: ClipFiles, *, fuses: bool) -> Any:
         k = ops.concat([tower.for_batch(tower.at(keys, i), x), k], 2)
         v = ops.concat([tower.for_batch(tower.at(values, i), x), v], 2)
         if i == blocks - 1:
-            x, q = ops.gather(x, last, _ONE, 1), ops.gather(q, last, np.int64(2), 1)
+            x = ops.gather(x, last, _ONE, 1)
+            q = ops.gather(q, last, np.int64(2), 1)
             # [B, 1, 1, p + n]
             mask = ops.unsqueeze(ops.gather(mask, last, _ZERO), _ONE)
         x = tower.block(x, i, q, k, v, mask)
@@ -250,12 +254,14 @@ def prefix(clip: ClipFiles, prompts: Floats | None) -> tuple[Floats, Floats]:
     """Prompts (depth, k, W_t) -> keys and values of start tokens and prompts: see
     `graphs.PrefixTextGraph`.
     """
-    tower, outputs = _Tower(clip, "", fuses=True), list[Node]()
+    tower = _Tower(clip, "", fuses=True)
+    outputs = list[Node]()
     start = clip.weights["token_embedding.weight"][list(clip.layout.start_ids)].astype(
         np.float32
     )[None]
     given = start if prompts is None else np.concatenate([start, prompts[:1]], 1)
-    rows, mask = tower.input(*given.shape), tower.constant(_causal_mask(given.shape[1]))
+    rows = tower.input(*given.shape)
+    mask = tower.constant(_causal_mask(given.shape[1]))
     x = rows + tower.constant(clip.weights["positional_embedding"][: given.shape[1]])
     for i in range(tower.blocks):
         if prompts is not None and 0 < i < len(prompts):
@@ -311,11 +317,9 @@ def open_clip_graphs(
     """Open a runtime of `runtimes.EXPORTED` on the weights of a file, or return the one
     that is open.
     """
-    depth, has_adapters, fuses = (
-        config.prompt.depths[1],
-        config.adapter.blocks > 0,
-        EXPORTED[name] == "bf16",
-    )
+    depth = config.prompt.depths[1]
+    has_adapters = config.adapter.blocks > 0
+    fuses = EXPORTED[name] == "bf16"
 
     def graphs() -> tuple[Any, Any]:
         return text_graph(clip, fuses=fuses), image_graph(

@@ -76,17 +76,17 @@ class Encoder:
         """model: None to load it by `load_model` from a checkpoint of
         `add_checkpoint_path` when something needs it.
         """
-        self.state, self.runtime = state, runtime
-        self.fingerprint, self.image_key, self.dim = (
-            state.fingerprint,
-            state.image_key,
-            state.dim,
-        )
+        self.state = state
+        self.runtime = runtime
+        self.fingerprint = state.fingerprint
+        self.image_key = state.image_key
+        self.dim = state.dim
         has_torch = not isinstance(runtime, OpenVinoRuntime)
         self.preprocess = (
             state.preprocess if exact else state.preprocess.fast(torch=has_torch)
         )
-        self._model, self._load_model = model, load_model
+        self._model = model
+        self._load_model = load_model
         self._checkpoints = list[Path]()
         self._turn = threading.Lock()
 
@@ -157,7 +157,8 @@ class Encoder:
         """
         runtime = runtime or ("torch" if is_installed("torch") else "openvino")
         check_runtime(runtime)
-        path, cache = Path(source), cache or default_cache_directory()
+        path = Path(source)
+        cache = cache or default_cache_directory()
 
         def load_model(path: Path) -> "tuple[DCAR, str, str]":
             if threads is not None:
@@ -177,7 +178,8 @@ class Encoder:
                 named = load_backbone(
                     BackboneSource(str(source), pretrained), pick_device(device)
                 )
-                model, backbone_hash = DCAR(named, UNTOUCHED), named.content_hash()
+                model = DCAR(named, UNTOUCHED)
+                backbone_hash = named.content_hash()
                 fingerprint = compute_fingerprint(backbone_hash, model.config, {})
             return model.eval(), backbone_hash, fingerprint
 
@@ -274,11 +276,10 @@ class Encoder:
         """Release memory that only loading needed and that can be read again from its
         file; see `util.machine`.
         """
-        paths = (
-            [self.runtime.directory]
-            if isinstance(self.runtime, OpenVinoRuntime)
-            else []
-        )
+        if isinstance(self.runtime, OpenVinoRuntime):
+            paths = [self.runtime.directory]
+        else:
+            paths = []
         release_pages(
             [*paths, self.backbone.source.weights_file]
             if self.backbone is not None
@@ -297,7 +298,9 @@ def _load_files(
     clip = read_clip_files(backbone_source(path) if is_checkpoint(path) else source)
     if clip is None:
         return None
-    backbone_hash, config, trainables = clip.content_hash(), UNTOUCHED, Trainables()
+    backbone_hash = clip.content_hash()
+    config = UNTOUCHED
+    trainables = Trainables()
     fingerprint = compute_fingerprint(backbone_hash, config, trainables)
     if is_checkpoint(path):
         config, trainables, fingerprint = read_verified(
@@ -325,9 +328,10 @@ def add_portable_export(checkpoint: Path, backbone: "Backbone | None") -> None:
     memory; one on the CPU saves a second copy.
     """
     portable = checkpoint / PORTABLE
-    shared = (
-        backbone if backbone is not None and backbone.device.type == "cpu" else None
-    )
+    if backbone is not None and backbone.device.type == "cpu":
+        shared = backbone
+    else:
+        shared = None
     shutil.rmtree(portable, ignore_errors=True)  # of another release
     if (clip := read_clip_files(backbone_source(checkpoint))) is not None:
         portable.mkdir()
@@ -373,7 +377,8 @@ def load_exact(checkpoint: Path, device: str) -> Encoder:
 
 def has_started_portable(encoder: Encoder, checkpoint: Path) -> bool:
     """Return whether an encoder runs the portable files of a checkpoint."""
-    portable, runtime = (checkpoint / PORTABLE).resolve(), encoder.runtime
+    portable = (checkpoint / PORTABLE).resolve()
+    runtime = encoder.runtime
     return (
         isinstance(runtime, OpenVinoRuntime) and runtime.directory.resolve() == portable
     )
@@ -386,13 +391,11 @@ def pick_device(device: str) -> str:
     import torch
 
     if device == "auto":
-        return (
-            "cuda"
-            if torch.cuda.is_available()
-            else "mps"
-            if torch.backends.mps.is_available()
-            else "cpu"
-        )
+        if torch.cuda.is_available():
+            return "cuda"
+        if torch.backends.mps.is_available():
+            return "mps"
+        return "cpu"
     try:
         torch.empty(1, device=device)
     except (RuntimeError, AssertionError) as error:

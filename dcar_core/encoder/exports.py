@@ -68,7 +68,8 @@ logger = logging.getLogger(__name__)
 
 FORMAT = 11  # of entries
 GRAPHS = 4  # version of the graphs: exports of another one are not used
-ENTRY, MANIFEST = "encoder", "manifest.json"
+ENTRY = "encoder"
+MANIFEST = "manifest.json"
 # what `auto` might prefer to the processor
 _GPUS = ("/dev/nvidiactl", "/dev/kfd", "/dev/dxg")
 _DATACLASSES: dict[str, Any] = {
@@ -139,7 +140,8 @@ def _export(final: Path, graphs: "Mapping[str, TextGraph | ImageGraph]") -> None
     """
     from dcar_core.encoder.graphs import tracing
 
-    openvino, aside = openvino_library(), final.with_name(final.name + ".part")
+    openvino = openvino_library()
+    aside = final.with_name(final.name + ".part")
     shutil.rmtree(aside, ignore_errors=True)
     aside.mkdir()
     try:
@@ -248,10 +250,8 @@ def restore(
     """Load a portable export, or else the entry that `store` wrote; None if there is
     none or a check fails.
     """
-    portable, fingerprint = (
-        checkpoint / PORTABLE / ENTRY,
-        read_config(checkpoint).get("fingerprint", ""),
-    )
+    portable = checkpoint / PORTABLE / ENTRY
+    fingerprint = read_config(checkpoint).get("fingerprint", "")
     for entry in [
         *[portable] * portable.parent.is_dir(),
         *sorted(cache.glob(f"exports/*/{entry_name(fingerprint)}")),
@@ -301,10 +301,8 @@ def _open(
     arrays, content = _read(entry)
     state: EncoderState = _unpack(content["state"], arrays)
     described = read_config(checkpoint)
-    config, trainables = (
-        ModelConfig.from_dict(described["model"]),
-        read_trainables(checkpoint),
-    )
+    config = ModelConfig.from_dict(described["model"])
+    trainables = read_trainables(checkpoint)
     if state.fingerprint != compute_fingerprint(
         described["backbone"]["sha256"], config, trainables
     ):

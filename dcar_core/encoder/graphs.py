@@ -42,8 +42,11 @@ class AttentionBlock(nn.Module):
 
     def __init__(self, block: Any) -> None:
         super().__init__()
-        self.ln_1, self.ln_2, self.mlp = block.ln_1, block.ln_2, block.mlp
-        self.ls_1, self.ls_2 = block.ls_1, block.ls_2
+        self.ln_1 = block.ln_1
+        self.ln_2 = block.ln_2
+        self.mlp = block.mlp
+        self.ls_1 = block.ls_1
+        self.ls_2 = block.ls_2
         self.attention = block.attn
         self.heads = int(block.attn.num_heads)
 
@@ -58,7 +61,8 @@ class AttentionBlock(nn.Module):
 
     def qkv(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """(B, n, W) -> three of (B, H, n, d)."""
-        weight, bias = self.attention.in_proj_weight, self.attention.in_proj_bias
+        weight = self.attention.in_proj_weight
+        bias = self.attention.in_proj_bias
         parts = F.linear(self.ln_1(x), weight, bias)  # [B, n, 3 W]
         parts = parts.reshape(*x.shape[:2], 3, self.heads, x.shape[2] // self.heads)
         q, k, v = parts.permute(2, 0, 3, 1, 4).unbind(0)
@@ -88,12 +92,10 @@ class ImageGraph(nn.Module):
     def __init__(self, backbone: Backbone, depth: int, *, has_adapters: bool) -> None:
         super().__init__()
         tower = backbone.image_tower
-        self.depth, self.has_adapters, self.size, self.tower = (
-            depth,
-            has_adapters,
-            backbone.preprocess.size,
-            tower,
-        )
+        self.depth = depth
+        self.has_adapters = has_adapters
+        self.size = backbone.preprocess.size
+        self.tower = tower
         self.encoder: nn.Module = tower.module  # registered, to be converted with it
         mean, std = (
             torch.tensor(v).reshape(1, 3, 1, 1)
@@ -143,21 +145,22 @@ class PrefixTextGraph(nn.Module):
     def __init__(self, backbone: Backbone) -> None:
         super().__init__()
         text = backbone.text_tower.module
-        self.start_ids, self.end_id = backbone.layout.start_ids, backbone.layout.end_id
+        self.start_ids = backbone.layout.start_ids
+        self.end_id = backbone.layout.end_id
         self.skipped = len(self.start_ids)
-        self.embedding, self.ln_final = text.token_embedding, text.ln_final
+        self.embedding = text.token_embedding
+        self.ln_final = text.ln_final
         self.blocks: Any = nn.ModuleList(
             AttentionBlock(block) for block in text.transformer.resblocks
         )
-        self.projection, self.positions = (
-            text.text_projection,
-            text.positional_embedding,
-        )
+        self.projection = text.text_projection
+        self.positions = text.positional_embedding
         self.register_buffer("mask", text.attn_mask.clone(), persistent=False)
 
     @staticmethod
     def fits(backbone: Backbone) -> bool:
-        tower, layout = backbone.text_tower, backbone.layout
+        tower = backbone.text_tower
+        layout = backbone.layout
         has_prefix = (
             isinstance(tower, NativeText)
             and not layout.reads_padding
@@ -174,7 +177,8 @@ class PrefixTextGraph(nn.Module):
         x = start if prompts is None else torch.cat([start, prompts[:1].to(start)], 1)
         length = x.shape[1]
         x = x + self.positions[:length]
-        keys, values = [], []
+        keys = []
+        values = []
         for i, block in enumerate(self.blocks):
             if prompts is not None and 0 < i < len(prompts):
                 x = torch.cat([x[:, : self.skipped], prompts[i : i + 1].to(start)], 1)
@@ -203,11 +207,9 @@ class PrefixTextGraph(nn.Module):
             k = torch.cat([keys[i].expand(batch, -1, -1, -1), k], 2)  # [B, H, p + n, d]
             v = torch.cat([values[i].expand(batch, -1, -1, -1), v], 2)
             if i == len(self.blocks) - 1:
-                x, q, mask = (
-                    x[rows, last].unsqueeze(1),
-                    q[rows, :, last].unsqueeze(2),
-                    mask[last][:, None, None],
-                )
+                x = x[rows, last].unsqueeze(1)
+                q = q[rows, :, last].unsqueeze(2)
+                mask = mask[last][:, None, None]
             x = block.finish(x, q, k, v, mask)
         return project_by(self.projection, self.ln_final(x[:, 0]))
 
@@ -240,7 +242,8 @@ class PromptTextGraph(nn.Module):
 
     def __init__(self, backbone: Backbone, depth: int) -> None:
         super().__init__()
-        self.tower, self.depth = backbone.text_tower, depth
+        self.tower = backbone.text_tower
+        self.depth = depth
         # registered, to be converted with it
         self.encoder: nn.Module = self.tower.module
 
@@ -255,13 +258,15 @@ class PromptTextGraph(nn.Module):
         return self.tower.encode(tokens, prompts, weights)
 
     def example(self) -> Example:
-        layout, k = self.tower.layout, 2 if self.depth else 0
+        layout = self.tower.layout
+        k = 2 if self.depth else 0
         length = layout.padded_length(k) or layout.start + 6
         ids = [*layout.start_ids, 5, 6, 7, layout.end_id]
         tokens = torch.tensor([ids + [layout.pad_id] * (length - len(ids))]).repeat(
             2, 1
         )
-        inputs, shapes = (tokens, torch.ones(tokens.shape)), [[-1, -1], [-1, -1]]
+        inputs = (tokens, torch.ones(tokens.shape))
+        shapes = [[-1, -1], [-1, -1]]
         if not self.depth:
             return inputs, shapes
         width = self.tower.width
@@ -277,11 +282,9 @@ TextGraph = PrefixTextGraph | PromptTextGraph
 def graphs_of(model: DCAR) -> tuple[TextGraph, ImageGraph]:
     """Return the graphs of a model's towers, in eval mode."""
     backbone, (text_depth, image_depth) = model.backbone, model.config.prompt.depths
-    text = (
-        PrefixTextGraph(backbone)
-        if PrefixTextGraph.fits(backbone)
-        else PromptTextGraph(backbone, text_depth)
-    )
+    text: TextGraph = PromptTextGraph(backbone, text_depth)
+    if PrefixTextGraph.fits(backbone):
+        text = PrefixTextGraph(backbone)
     return (
         text.eval(),
         ImageGraph(
@@ -316,11 +319,15 @@ class TorchRuntime(Runtime):
 
     def __init__(self, model: DCAR, *, is_half: bool = False) -> None:
         text, image = graphs_of(model)
-        device, dtype = image.scale.device, torch.float16 if is_half else torch.float32
+        device = image.scale.device
+        dtype = torch.float16 if is_half else torch.float32
         if is_half:
-            scale, shift = image.scale, image.shift
-            text, image = copy.deepcopy(text).half(), copy.deepcopy(image).half()
-            image.scale, image.shift = scale, shift
+            scale = image.scale
+            shift = image.shift
+            text = copy.deepcopy(text).half()
+            image = copy.deepcopy(image).half()
+            image.scale = scale
+            image.shift = shift
             text.compile(dynamic=True)
             image.compile(dynamic=True)
         runs = (partial(_run, graph, device, dtype) for graph in (text, image))
@@ -350,9 +357,10 @@ def extract_state(model: DCAR, fingerprint: str, backbone_hash: str) -> EncoderS
     trainables = {name: _to_numpy(parameter) for name, parameter in model.served()}
 
     def text_inputs(prompts: Floats | None) -> tuple[Floats, ...]:
-        values = (
-            None if prompts is None else torch.from_numpy(prompts).to(backbone.device)
-        )
+        if prompts is None:
+            values = None
+        else:
+            values = torch.from_numpy(prompts).to(backbone.device)
         return tuple(map(_to_numpy, graph.prompt_inputs(values)))
 
     hashes = fingerprint, backbone_hash
@@ -362,11 +370,9 @@ def extract_state(model: DCAR, fingerprint: str, backbone_hash: str) -> EncoderS
 
 
 def adapter_arrays(adapter: FeatureAdapter | None) -> FeatureAdapterArrays | None:
-    return (
-        None
-        if adapter is None
-        else FeatureAdapterArrays(*map(_to_numpy, adapter.parameters()))
-    )
+    if adapter is None:
+        return None
+    return FeatureAdapterArrays(*map(_to_numpy, adapter.parameters()))
 
 
 def _to_numpy(values: Tensor) -> Floats:

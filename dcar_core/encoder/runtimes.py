@@ -33,7 +33,9 @@ AUTO = "auto"
 # runtimes on an export, and OpenVINO's name of the precision
 EXPORTED = {"openvino-bf16": "bf16", "openvino": "f32"}
 RUNTIMES = ("torch", "cuda", *EXPORTED)
-TEXT, IMAGE = "text.xml", "image.xml"  # the graphs of an export
+# the graphs of an export
+TEXT = "text.xml"
+IMAGE = "image.xml"
 LEAST_COSINE = 0.999
 PROBE_TEXTS = (
     "a red sports car seen from behind",

@@ -55,7 +55,8 @@ class Runtime:
 
     def __init__(self, name: str, run_text: RunGraph, run_image: RunGraph) -> None:
         self.name = name
-        self._run_text, self._run_image = run_text, run_image
+        self._run_text = run_text
+        self._run_image = run_image
 
     def text(
         self, tokens: TokenIds, weights: Floats, inputs: tuple[Floats, ...]
@@ -84,10 +85,8 @@ class Runtime:
             state = texts[rows[0]][0]
             # [m, n]; prompts of one shape leave the same room
             tokens = state.tokens([texts[row][1] for row in rows])
-            weights, lengths = (
-                np.empty(tokens.shape, np.float32),
-                state.layout.lengths(tokens),
-            )
+            weights = np.empty(tokens.shape, np.float32)
+            lengths = state.layout.lengths(tokens)
             for same in _grouped([texts[row] for row in rows], id):
                 weights[same] = texts[rows[same[0]]][0].query_weights(tokens[same])
             if state.layout.reads_padding:
@@ -238,14 +237,15 @@ class EncoderState:
         reads its padding.
         """
         tokens = self.tokenizer(texts)
-        missing = (
-            self.tokenizer.limit - tokens.shape[1] if self.layout.reads_padding else 0
-        )
-        return (
-            np.pad(tokens, ((0, 0), (0, missing)), constant_values=self.layout.pad_id)
-            if missing
-            else tokens
-        )
+        if self.layout.reads_padding:
+            missing = self.tokenizer.limit - tokens.shape[1]
+        else:
+            missing = 0
+        if missing:
+            return np.pad(
+                tokens, ((0, 0), (0, missing)), constant_values=self.layout.pad_id
+            )
+        return tokens
 
     def query_weights(self, tokens: TokenIds) -> Floats:
         """Return the factors (n, L) of a query's tokens; 1 for start, end and
@@ -288,11 +288,9 @@ def build_state(
             f"{config.method} can be compared by `dcar evaluate`, but not served; train"
             " another method"
         )
-    prompt, image_inputs, image_key = (
-        config.prompt,
-        list[Floats](),
-        hashlib.sha256(hashes[1].encode()),
-    )
+    prompt = config.prompt
+    image_inputs = list[Floats]()
+    image_key = hashlib.sha256(hashes[1].encode())
     if prompt.depths[1]:
         weight, bias, own = (
             trainables[f"prompts.{name}"]
@@ -365,11 +363,9 @@ def _feature_adapter(
         f"{name}.{part}"
         for part in ("down.weight", "down.bias", "up.weight", "up.bias")
     ]
-    return (
-        FeatureAdapterArrays(*(trainables[part] for part in names))
-        if names[0] in trainables
-        else None
-    )
+    if names[0] in trainables:
+        return FeatureAdapterArrays(*(trainables[part] for part in names))
+    return None
 
 
 def _grouped(
@@ -388,11 +384,9 @@ def _join(rows: Sequence[tuple[Floats, ...]]) -> tuple[Floats, ...]:
     same.
     """
     is_shared = all(row is rows[0] for row in rows)
-    return (
-        rows[0]
-        if is_shared
-        else tuple(np.concatenate(parts, 1) for parts in zip(*rows, strict=True))
-    )
+    if is_shared:
+        return rows[0]
+    return tuple(np.concatenate(parts, 1) for parts in zip(*rows, strict=True))
 
 
 def group_by_length(lengths: Rows, batch_size: int) -> list[Rows]:

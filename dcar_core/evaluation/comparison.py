@@ -131,10 +131,8 @@ def compare(
         "methods": {},
         "diverged": {},
     }
-    scores, group_of = (
-        dict[str, list[Scores]](),
-        new_categories(splits["train"], splits["test"]),
-    )
+    scores = dict[str, list[Scores]]()
+    group_of = new_categories(splits["train"], splits["test"])
     for name, chosen in configs.items():
         try:
             tested = _run_method(runner, chosen, seeds, grid)
@@ -207,9 +205,10 @@ def _recommend(results: Results, means: Mapping[str, Scores]) -> tuple[str, str]
     compared = CLIP if chosen == best and CLIP in compared_with else chosen
     gain = compared_with[compared].gain.points(f"of mean R@1 among {images}")
     if chosen != best:
-        name = (
-            "the untouched model" if chosen == CLIP else f"{chosen}, which costs less"
-        )
+        if chosen == CLIP:
+            name = "the untouched model"
+        else:
+            name = f"{chosen}, which costs less"
         return chosen, f"Take {name}: {best} is not certainly better, by {gain}."
     if compared == CLIP:
         return chosen, f"Take {best}: it is better than the untouched model, by {gain}."

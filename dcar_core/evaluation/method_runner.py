@@ -77,10 +77,8 @@ class MethodRunner:
         Raises:
             DivergedError: the run diverged, now or when it was recorded.
         """
-        directory, config = (
-            self.directory(method, seed, lr),
-            replace(self.config, seed=seed, lr=lr),
-        )
+        directory = self.directory(method, seed, lr)
+        config = replace(self.config, seed=seed, lr=lr)
         record_file = directory / "training.json"
         if not record_file.is_file():
             directory.mkdir(parents=True, exist_ok=True)
@@ -121,11 +119,10 @@ class MethodRunner:
         """Return the record of a run with its results on the test split, read once.
         Raise DivergedError as `train`.
         """
-        record, directory = (
-            self.train(method, seed, lr),
-            self.directory(method, seed, lr),
-        )
-        results_file, data = directory / "test.json", self.splits["test"]
+        record = self.train(method, seed, lr)
+        directory = self.directory(method, seed, lr)
+        results_file = directory / "test.json"
+        data = self.splits["test"]
         if not results_file.is_file():
             # another backbone, with other features
             is_merged = find_method(method.method).changes is not None
@@ -198,7 +195,8 @@ def analyse(model: DCAR, data: Dataset, split: PreparedSplit) -> dict[str, Any]:
         stage.
     """
     model.eval()
-    text, image = encode_captions(model, split), encode_images(model, split)
+    text = encode_captions(model, split)
+    image = encode_images(model, split)
     again = rerank(model, split, text, image) if model.config.rerank.blocks else None
     return {
         **_by_ranks(data, split, compute_ranks(text, image, split.image_of)),
@@ -232,11 +230,9 @@ def serving_cost(model: DCAR) -> dict[str, Any]:
             or "encoded again".
     """
     own = model.changes is not None
-    weights = (
-        model.backbone.clip.state_dict().values()
-        if own
-        else [parameter for _, parameter in model.served()]
-    )
+    weights = [parameter for _, parameter in model.served()]
+    if own:
+        weights = [*model.backbone.clip.state_dict().values()]
     again = "unchanged" if model.image_adapter is None else "recomputed"
     return {
         "bytes": sum(weight.numel() * weight.element_size() for weight in weights),

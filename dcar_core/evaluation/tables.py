@@ -54,17 +54,17 @@ def all_tables(results: Results) -> str:
 
 def results_markdown(results: Results, plot: str) -> str:
     """Return results.md. plot: Markdown behind the table of recall."""
-    pairs, settings, best = results["pairs"], results["training"], best_method(results)
-    tuning = (
-        ", learning rates tuned on validation with equal budgets"
-        if results["grid"]
-        else ""
-    )
-    loss = (
-        ""
-        if results["loss"] == "both"
-        else f" Only the {results['loss']} contrastive loss is used."
-    )
+    pairs = results["pairs"]
+    settings = results["training"]
+    best = best_method(results)
+    if results["grid"]:
+        tuning = ", learning rates tuned on validation with equal budgets"
+    else:
+        tuning = ""
+    if results["loss"] == "both":
+        loss = ""
+    else:
+        loss = f" Only the {results['loss']} contrastive loss is used."
     summary = (
         f"Backbone {results['backbone']}; {pairs['train']:,} training pairs,"
         f" {pairs['val']:,} validation pairs, {pairs['test']:,} test pairs among"
@@ -127,10 +127,8 @@ def significance_rows(results: Results) -> Rows:
         ["method", "mean R@1 (95 % interval)", "difference to clip (95 % interval)"]
     ]
     for name, method in results["methods"].items():
-        own, difference = (
-            Estimate(*method["intervals"]["mean_r1"]),
-            method["difference"],
-        )
+        own = Estimate(*method["intervals"]["mean_r1"])
+        difference = method["difference"]
         rows.append(
             [
                 name,
@@ -156,10 +154,8 @@ def settings_rows(results: Results) -> Rows:
     ]
     rows[0] += ["seconds per run", "learning rate"]
     for name, method in results["methods"].items():
-        cost, rate = (
-            method["serving"],
-            "-" if method["lr"] is None else f"{method['lr']:g}",
-        )
+        cost = method["serving"]
+        rate = "-" if method["lr"] is None else f"{method['lr']:g}"
         seconds = f"{np.mean([run['seconds'] for run in method['runs']]):.0f}"
         own = [
             f"{method['trainable']:,}",
@@ -190,11 +186,9 @@ def category_rows(results: Results, name: str) -> Rows:
         [category, str(c["pairs"]), f"{c['t2i_r1']:.1f}", f"{c['i2t_r1']:.1f}"]
         for category, c in weakest
     ]
-    return (
-        [["category", "pairs", "text-to-image R@1", "image-to-text R@1"], *rows]
-        if rows
-        else []
-    )
+    if rows:
+        return [["category", "pairs", "text-to-image R@1", "image-to-text R@1"], *rows]
+    return []
 
 
 def best_method(results: Results) -> str:
@@ -294,10 +288,8 @@ def plot_recall(results: Results, path: Path) -> str:
             axes.set_xlabel("percent")
             for row, method in enumerate(methods.values()):
                 for column in (f"{direction}_r{k}" for k in (1, 5, 10)):
-                    mean, seeds = (
-                        method["mean"][column],
-                        [run["test"][column] for run in method["runs"]],
-                    )
+                    mean = method["mean"][column]
+                    seeds = [run["test"][column] for run in method["runs"]]
                     axes.errorbar(
                         mean,
                         row,

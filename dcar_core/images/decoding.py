@@ -83,7 +83,8 @@ class OpenedImage:
         """Read the header of a file of one of these formats. Raise ImageError for
         another one, and without a header.
         """
-        self.data, self.format = data, _accepted_format(data, formats)
+        self.data = data
+        self.format = _accepted_format(data, formats)
         self.width, self.height = (
             _webp_size(data) if self.format == ImageFormat.WEBP else self.image.size
         )
@@ -109,11 +110,10 @@ class OpenedImage:
         """
         orientation = 1
         with suppress(Exception):  # damaged
-            orientation = (
-                1
-                if self.format in _TURNED_BY_DECODER
-                else self._exif.get(ExifTags.Base.Orientation, 1)
-            )
+            if self.format in _TURNED_BY_DECODER:
+                orientation = 1
+            else:
+                orientation = self._exif.get(ExifTags.Base.Orientation, 1)
         return orientation if orientation in _TURNS else 1
 
     @property
@@ -129,11 +129,9 @@ class OpenedImage:
     @property
     def upright_size(self) -> tuple[int, int]:
         """Width and height when it is upright."""
-        return (
-            (self.height, self.width)
-            if self.orientation > 4
-            else (self.width, self.height)
-        )
+        if self.orientation > 4:
+            return (self.height, self.width)
+        return (self.width, self.height)
 
     @property
     def memory(self) -> int:
@@ -168,9 +166,10 @@ def open_image(
     if isinstance(source, Image.Image):
         require_size(source, max_pixels)
         return _to_rgb(ImageOps.exif_transpose(source), at_least)
-    opened = (
-        source if isinstance(source, OpenedImage) else OpenedImage(_bytes_of(source))
-    )
+    if isinstance(source, OpenedImage):
+        opened = source
+    else:
+        opened = OpenedImage(_bytes_of(source))
     require_size(opened, max_pixels)
     image = opened.image
     with _broken():
@@ -218,11 +217,10 @@ def _bytes_of(source: Path | str | bytes) -> bytes:
     try:
         return source if isinstance(source, bytes) else Path(source).read_bytes()
     except OSError as error:
-        fault = (
-            ImageFault.MISSING
-            if isinstance(error, FileNotFoundError)
-            else ImageFault.UNREADABLE
-        )
+        if isinstance(error, FileNotFoundError):
+            fault = ImageFault.MISSING
+        else:
+            fault = ImageFault.UNREADABLE
         raise ImageError((error.strerror or str(error)).lower(), fault) from error
 
 
@@ -247,7 +245,8 @@ def _webp_size(data: bytes) -> tuple[int, int]:
     """Return width and height by the header; Pillow's decoder takes the memory of both
     canvases to tell them.
     """
-    kind, bits = data[12:16], int.from_bytes(data[21:25], "little")
+    kind = data[12:16]
+    bits = int.from_bytes(data[21:25], "little")
     if kind == b"VP8X":
         return 1 + int.from_bytes(data[24:27], "little"), 1 + int.from_bytes(
             data[27:30], "little"

@@ -30,12 +30,15 @@ def index_tar(path: Path | str, file: BinaryIO | None = None) -> Mapping[str, Ta
         DataError: not a tar, a compressed tar, one with sparse files, or one with more
             data behind its last member.
     """
-    members, last, end = dict[str, TarSpan](), "its start", 0
+    members = dict[str, TarSpan]()
+    last = "its start"
+    end = 0
     try:
         with tarfile.open(path, "r:", fileobj=file) as tar:
             for member in tar:
                 tar.members.clear()  # type: ignore[attr-defined]  # tarfile would keep all, at a kilobyte each
-                last, end = member.name, tar.offset
+                last = member.name
+                end = tar.offset
                 if member.issparse():
                     raise tarfile.ReadError(
                         "it is a sparse file, as tar's option -S makes them"
@@ -114,11 +117,9 @@ class ImageRoot:
         of its own, even if missing.
         """
         member = self._members.get(name)
-        return (
-            (self.path / name, None)
-            if member is None
-            else (member[0], member[1].offset)
-        )
+        if member is None:
+            return (self.path / name, None)
+        return (member[0], member[1].offset)
 
     def read(self, name: str) -> bytes:
         """Return the bytes of an image. Raise ImageError if there is no such file or

@@ -173,7 +173,8 @@ class DecodeWorker:
         )
 
     def _stop(self) -> int | None:
-        process, self.process = self.process, None
+        process = self.process
+        self.process = None
         if process is None:
             return None
         # closes its pipes, into one of which nothing more can be written
@@ -223,13 +224,12 @@ def _answer(pipe: IO[bytes] | None) -> Decoded:
         raise LargeImageError
     if "reason" in answer:
         raise ImageError(answer["reason"], ImageFault(answer["fault"]))
-    content, shape = read_exactly(pipe, size), answer["shape"]
-    result = (
-        bytes(content)
-        if shape is None
-        else np.frombuffer(content, np.uint8).reshape(shape)
-    )
-    return Decoded(result, *answer["about"])
+    content = read_exactly(pipe, size)
+    shape = answer["shape"]
+    if shape is None:
+        return Decoded(bytes(content), *answer["about"])
+    pixels = np.frombuffer(content, np.uint8).reshape(shape)
+    return Decoded(pixels, *answer["about"])
 
 
 def work() -> None:
@@ -241,7 +241,8 @@ def work() -> None:
     from PIL import AvifImagePlugin
 
     os.nice(_NICE)
-    requests, answers = os.fdopen(0, "rb"), os.fdopen(os.dup(1), "wb")
+    requests = os.fdopen(0, "rb")
+    answers = os.fdopen(os.dup(1), "wb")
     for stream in (1, 2):  # decoders write to both
         os.dup2(os.open(os.devnull, os.O_WRONLY), stream)
     for name in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):  # the parent decides
@@ -261,7 +262,8 @@ def work() -> None:
 def _decode(
     convert: Convert, data: bytes, limits: Limits
 ) -> tuple[dict[str, Any], memoryview]:
-    nothing, opened = memoryview(b""), None
+    nothing = memoryview(b"")
+    opened = None
     with contextlib.suppress(ValueError, OSError):  # a lower limit of the user
         hard = resource.getrlimit(resource.RLIMIT_DATA)[1]
         resource.setrlimit(resource.RLIMIT_DATA, (_IDLE_BYTES + limits.memory, hard))

@@ -61,22 +61,18 @@ class Backbone(nn.Module):
     ) -> None:
         super().__init__()
         self.clip = clip.requires_grad_(False)
-        self.source, self.tokenizer, self.embed_dim, self._settings = (
-            source,
-            tokenizer,
-            embed_dim,
-            settings,
-        )
+        self.source = source
+        self.tokenizer = tokenizer
+        self.embed_dim = embed_dim
+        self._settings = settings
         self.preprocess = Preprocess.from_open_clip(self.visual.preprocess_cfg)
         self.text_tower, self.image_tower = select_towers(
             self.clip, tokenizer.layout, self.preprocess.size
         )
         self.layout = self.text_tower.layout
         self.context_length = self.layout.context_length
-        self.text_width, self.vision_width = (
-            self.text_tower.width,
-            self.image_tower.width,
-        )
+        self.text_width = self.text_tower.width
+        self.vision_width = self.image_tower.width
         self.level: Level = "full" if self.vision_width else "text"
 
     @property
@@ -210,7 +206,8 @@ def select_towers(
         1, 3, size, size, generator=torch.Generator().manual_seed(0)
     ).to(device)
     try:
-        text, image = _text_tower(clip, layout), _image_tower(clip, size)
+        text = _text_tower(clip, layout)
+        image = _image_tower(clip, size)
         with torch.no_grad():
             _require_equal(
                 text.encode(tokens), clip.encode_text(whole, normalize=False)
@@ -230,15 +227,14 @@ def _text_tower(clip: Any, layout: TextLayout) -> TextTower:
     text = getattr(clip, "text", clip)
     if type(text).__name__ == "HFTextEncoder":
         return HfText(text, layout)
-    return (
-        NativeText(text, layout)
-        if getattr(text, "cls_emb", None) is None
-        else CocaText(text, layout)
-    )
+    if getattr(text, "cls_emb", None) is None:
+        return NativeText(text, layout)
+    return CocaText(text, layout)
 
 
 def _image_tower(clip: Any, size: int) -> ImageTower:
-    visual, trunk = clip.visual, getattr(clip.visual, "trunk", None)
+    visual = clip.visual
+    trunk = getattr(clip.visual, "trunk", None)
     if type(visual).__name__ == "VisionTransformer":
         return NativeImage(visual)
     if type(trunk).__name__ in ("VisionTransformer", "Eva") and not getattr(

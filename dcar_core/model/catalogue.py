@@ -55,7 +55,8 @@ SOURCES = {
     "MetaCLIP 2": _GITHUB + "facebookresearch/MetaCLIP",
     "Marqo": _GITHUB + "marqo-ai/marqo-ecommerce-embeddings",
 }
-_MARQO, _SHOPS = "hf-hub:Marqo/marqo-ecommerce-embeddings-", "R@10 on GoogleShopping"
+_MARQO = "hf-hub:Marqo/marqo-ecommerce-embeddings-"
+_SHOPS = "R@10 on GoogleShopping"
 RECOMMENDED = (
     Recommended(
         "ViT-B-32",
@@ -189,17 +190,18 @@ def list_catalogue() -> list[CatalogueEntry]:
     from dcar_core.model.backbone import level_of_config
     from dcar_core.model.open_clip_source import builtin_models
 
-    counts, entries = json.loads(PARAMETERS.read_text(encoding="utf-8")), []
+    counts = json.loads(PARAMETERS.read_text(encoding="utf-8"))
+    entries = []
     for name, (config, tags) in builtin_models().items():
-        vision, text = config["vision_cfg"], config["text_cfg"]
+        vision = config["vision_cfg"]
+        text = config["text_cfg"]
         needs = ["timm"] * ("timm_model_name" in vision) + ["transformers"] * (
             "hf_model_name" in text
         )
-        size, length = (
-            int(vision.get("image_size", 224)),
-            int(text.get("context_length", 77)),
-        )
-        level, languages = level_of_config(config), languages_of(name)
+        size = int(vision.get("image_size", 224))
+        length = int(text.get("context_length", 77))
+        level = level_of_config(config)
+        languages = languages_of(name)
         entries.append(
             CatalogueEntry(
                 name,

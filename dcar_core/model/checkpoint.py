@@ -30,7 +30,8 @@ if TYPE_CHECKING:  # torch takes seconds, and reading a checkpoint does not need
 
 Trainables = dict[str, NDArray[np.float32]]
 
-CONFIG, WEIGHTS = "config.json", "trainables.safetensors"
+CONFIG = "config.json"
+WEIGHTS = "trainables.safetensors"
 # folder with what runs the model without PyTorch; see `encoder.encoder`
 PORTABLE = "portable"
 FORMAT = 1
@@ -155,7 +156,8 @@ def read_verified(
     """Read what was learned on a backbone, with its fingerprint. Raise CheckpointError
     unless all belong together.
     """
-    content, trainables = read_config(path), read_trainables(path)
+    content = read_config(path)
+    trainables = read_trainables(path)
     if backbone_hash != content["backbone"]["sha256"]:
         raise CheckpointError(
             f"{path} was trained on another backbone than {source.model} is now, by its"
@@ -199,11 +201,10 @@ def load_checkpoint(
         path, backbone.source, backbone.content_hash()
     )
     try:
-        create = (
-            find_method(config.method).encoders
-            if any(name.startswith("encoders.") for name in weights)
-            else None
-        )
+        if any(name.startswith("encoders.") for name in weights):
+            create = find_method(config.method).encoders
+        else:
+            create = None
         model = DCAR(backbone, config, encoders=create and create(backbone))
     except (ModelError, ValueError, KeyError, TypeError) as error:
         raise CheckpointError(f"{path} cannot be read: {error}") from error
@@ -326,11 +327,9 @@ def _describe(backbone: "Backbone | ClipFiles", path: Path) -> dict[str, str | N
 
 
 def _relative(value: str | None, base: Path) -> str | None:
-    return (
-        Path(os.path.relpath(value, base)).as_posix()
-        if value and Path(value).exists()
-        else value
-    )
+    if value and Path(value).exists():
+        return Path(os.path.relpath(value, base)).as_posix()
+    return value
 
 
 def _absolute(value: str | None, base: Path) -> str | None:

@@ -222,7 +222,8 @@ def _read(
     if (config_file := find(MODEL_CONFIG)) is None:
         return None
     content = json.loads(config_file.read_text(encoding="utf-8"))
-    model, preprocess = content["model_cfg"], content.get("preprocess_cfg", {})
+    model = content["model_cfg"]
+    preprocess = content.get("preprocess_cfg", {})
     vision, text = ({**defaults, **model[part]} for part, defaults in _TOWERS.items())
     settings = text.pop("tokenizer_kwargs", None) or {}
     if not (
@@ -244,11 +245,10 @@ def _read(
     if (weights_file := find(WEIGHTS_FILE)) is None:
         return None
     weights = map_tensors(weights_file)
-    shapes = (
-        _shapes(model["embed_dim"], vision, text)
-        if vision["layers"] + text["layers"] < len(weights)
-        else {}
-    )
+    if vision["layers"] + text["layers"] < len(weights):
+        shapes = _shapes(model["embed_dim"], vision, text)
+    else:
+        shapes = {}
     if {name: value.shape for name, value in weights.items()} != shapes:
         return None
     tokenizer, identity = load_tokenizer(model, directory)
@@ -298,7 +298,9 @@ def _shapes(
     width: int, vision: Mapping[str, Any], text: Mapping[str, Any]
 ) -> dict[str, tuple[int, ...]]:
     """Return the shape of every weight by its name. width: E."""
-    v, t, patch = vision["width"], text["width"], vision["patch_size"]
+    v = vision["width"]
+    t = text["width"]
+    patch = vision["patch_size"]
     norms = {"ln_final": t, "visual.ln_pre": v, "visual.ln_post": v}
     shapes: dict[str, tuple[int, ...]] = {
         "logit_scale": (),

@@ -217,8 +217,6 @@ class BackboneSource:
     @property
     def weights_file(self) -> Path:
         """Place of local weights, where nothing may be."""
-        return (
-            self.directory / WEIGHTS_FILE
-            if self.directory
-            else Path(self.pretrained or "")
-        )
+        if self.directory:
+            return self.directory / WEIGHTS_FILE
+        return Path(self.pretrained or "")

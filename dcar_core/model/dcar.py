@@ -27,7 +27,9 @@ from dcar_core.model.weight_changes import WeightChanges
 from dcar_core.util.arrays import Floats, Pixels
 
 INITIAL_TEXT = "a photo of a"
-PROMPTED, LATE = 0.25, 0.1  # weights of the two parts of the second score
+# weights of the two parts of the second score
+PROMPTED = 0.25
+LATE = 0.1
 _INNER = 64
 
 
@@ -104,10 +106,8 @@ class BlockAdapters(nn.Module):
 
     def __init__(self, backbone: Backbone, inner: int) -> None:
         super().__init__()
-        shape, width = (
-            (backbone.image_tower.blocks, inner, backbone.vision_width),
-            backbone.vision_width,
-        )
+        shape = (backbone.image_tower.blocks, inner, backbone.vision_width)
+        width = backbone.vision_width
         self.down = nn.Parameter(torch.randn(shape) / width**0.5)
         self.up = nn.Parameter(torch.zeros(shape))
 
@@ -142,15 +142,15 @@ class QueryPrompts(nn.Module):
 
     def __init__(self, backbone: Backbone, blocks: int) -> None:
         super().__init__()
-        dim, width = backbone.embed_dim, backbone.vision_width
+        dim = backbone.embed_dim
+        width = backbone.vision_width
         self.blocks = blocks
-        self.down, self.up = nn.Linear(dim, _INNER), nn.Linear(_INNER, blocks * width)
+        self.down = nn.Linear(dim, _INNER)
+        self.up = nn.Linear(_INNER, blocks * width)
         nn.init.zeros_(self.up.weight)
         nn.init.zeros_(self.up.bias)
-        self.word, self.patch = (
-            nn.Linear(dim, _INNER, bias=False),
-            nn.Linear(width, _INNER, bias=False),
-        )
+        self.word = nn.Linear(dim, _INNER, bias=False)
+        self.patch = nn.Linear(width, _INNER, bias=False)
         # log of 1 / temperature of late interaction in the loss
         self.late_scale = nn.Parameter(torch.tensor(3.0))
 
@@ -196,12 +196,12 @@ class DCAR(nn.Module):
     ) -> None:
         super().__init__()
         require_runnable(config, backbone)
-        self.backbone, self.config = backbone, config
-        self.query_weights, self.rerank_weight = (
-            config.reweight.query,
-            config.rerank.weight,
-        )
-        prompt, rerank = config.prompt, config.rerank
+        self.backbone = backbone
+        self.config = config
+        self.query_weights = config.reweight.query
+        self.rerank_weight = config.rerank.weight
+        prompt = config.prompt
+        rerank = config.rerank
         self.prompts = DualPrompts(backbone, prompt) if any(prompt.depths) else None
         self.head = (
             TokenWeightHead(backbone.text_width, config.reweight)
@@ -222,7 +222,8 @@ class DCAR(nn.Module):
         self.query_prompts = (
             QueryPrompts(backbone, rerank.blocks) if rerank.blocks else None
         )
-        self.changes, self.encoders = changes, encoders
+        self.changes = changes
+        self.encoders = encoders
         # A text adapter whose queries are unprompted, as the captions of L_cate are,
         # serves both.
         is_shared = self.text_adapter is not None and self.text_is_frozen
@@ -324,9 +325,10 @@ class DCAR(nn.Module):
     def image_features(self, pixels: Tensor, *, rows: bool = False) -> Tensor:
         """As `encode_image`, before the image adapter."""
         prompts = self.prompts.image_prompts() if self.prompts is not None else None
-        adapters = (
-            self.block_adapters.matrices() if self.block_adapters is not None else None
-        )
+        if self.block_adapters is not None:
+            adapters = self.block_adapters.matrices()
+        else:
+            adapters = None
         return F.normalize(
             self._run("encode_image", pixels, prompts, adapters, rows), dim=-1
         )
@@ -339,11 +341,10 @@ class DCAR(nn.Module):
         """
         if self.encoders is not None:
             return getattr(self.encoders, name)(self.backbone, inputs[0], inputs[-1])  # type: ignore[no-any-return]
-        changed = (
-            self.changes.changed(self.backbone, image=name == "encode_image")
-            if self.changes is not None
-            else {}
-        )
+        if self.changes is not None:
+            changed = self.changes.changed(self.backbone, image=name == "encode_image")
+        else:
+            changed = {}
         encoded: Tensor = torch.func.functional_call(
             self.backbone, changed, (name, *inputs)
         )
@@ -403,7 +404,8 @@ class SecondStage:
 
     def __init__(self, model: DCAR) -> None:
         assert model.query_prompts is not None
-        self.model, self.layers = model, model.query_prompts
+        self.model = model
+        self.layers = model.query_prompts
         self.tower = cast(NativeImage, model.backbone.image_tower)
         self.block = self.tower.blocks - self.layers.blocks
         self.adapters = (

@@ -100,10 +100,12 @@ def interpolate(changes: WeightChanges, recall: Callable[[], float]) -> None:
     WiSE-FT (Wortsman et al. 2022): weights between the frozen and the trained ones are
     often better, and forget less.
     """
-    recalls, before = dict[float, float](), 1.0
+    recalls = dict[float, float]()
+    before = 1.0
     for share in _SHARES:
         changes.shrink(share / before)
-        recalls[share], before = recall(), share
+        recalls[share] = recall()
+        before = share
     changes.shrink(max(recalls, key=lambda share: recalls[share]) / before)
 
 
@@ -238,11 +240,9 @@ def default_method(backbone: Backbone) -> str:
     """Return the name of the method that `dcar train` uses by default."""
     if backbone.level == "text":
         return "dcar+-text"
-    return (
-        DEFAULT
-        if has_second_stage(backbone, METHODS[DEFAULT].config)
-        else "block-adapters+"
-    )
+    if has_second_stage(backbone, METHODS[DEFAULT].config):
+        return DEFAULT
+    return "block-adapters+"
 
 
 def comparable_methods(backbone: Backbone) -> list[str]:
@@ -274,7 +274,8 @@ def require_runnable(config: ModelConfig, backbone: Backbone) -> None:
     """Raise ModelError, which names another method, if the towers of a model cannot run
     a method.
     """
-    prompt, model = config.prompt, backbone.source.model
+    prompt = config.prompt
+    model = backbone.source.model
     needs_rows = (
         prompt.depths[1] > 0
         or config.reweight.image_feature == "patches"

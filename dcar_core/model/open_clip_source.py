@@ -119,7 +119,8 @@ def load_open_clip(
 
 def read_config(source: BackboneSource) -> dict[str, Any]:
     """Read and check a model's `model_cfg`."""
-    content, directory = {}, source.directory
+    content = {}
+    directory = source.directory
     file = directory / MODEL_CONFIG if directory else None
     if (
         source.model.startswith(HUB)
@@ -130,11 +131,10 @@ def read_config(source: BackboneSource) -> dict[str, Any]:
         )
     if file is not None:
         content = json.loads(file.read_text(encoding="utf-8"))
-    config = (
-        content["model_cfg"]
-        if file is not None
-        else open_clip.get_model_config(source.model)
-    )
+    if file is not None:
+        config = content["model_cfg"]
+    else:
+        config = open_clip.get_model_config(source.model)
     for fault in _faults(config, content.get("preprocess_cfg", {}), directory):
         raise ModelError(f"the configuration of {source.model} {fault}")
     return dict(config)
@@ -166,7 +166,9 @@ def vector_settings(clip: Any, config: Mapping[str, Any], tokenizer: str) -> byt
 
 
 def _require_known(source: BackboneSource) -> None:
-    name, pretrained, directory = source.model, source.pretrained, source.directory
+    name = source.model
+    pretrained = source.pretrained
+    directory = source.directory
     if directory is not None and not (directory / MODEL_CONFIG).is_file():
         raise ModelError(
             f"{directory} is not a model directory: it has no {MODEL_CONFIG}"
@@ -236,7 +238,8 @@ def _create(
     """Create the model from the checked configuration, even if its source has changed
     since.
     """
-    is_random, directory = source.pretrained == RANDOM, source.directory
+    is_random = source.pretrained == RANDOM
+    directory = source.directory
     towers = {
         name: dict(config[name])
         for name in ("vision_cfg", "text_cfg", "multimodal_cfg")
@@ -264,7 +267,8 @@ def _create(
 
 def _faults(config: Any, preprocess: Any, directory: Path | None) -> Iterator[str]:
     """Yield what a configuration may not have, as the end of a sentence."""
-    text, vision = config["text_cfg"], config["vision_cfg"]
+    text = config["text_cfg"]
+    vision = config["vision_cfg"]
     settings = text.get("tokenizer_kwargs") or {}
     for part, values, allowed in (
         ("preprocess_cfg", preprocess, _PREPROCESS_FIELDS),

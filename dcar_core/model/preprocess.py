@@ -153,24 +153,25 @@ class Preprocess:
             return (side, side), 0, 0
         shortest = min(width, height)
         # rounded down, as torchvision does
-        across, down = int(side * width / shortest), int(side * height / shortest)
+        across = int(side * width / shortest)
+        down = int(side * height / shortest)
         return (across, down), round((across - side) / 2), round((down - side) / 2)
 
     def _fit(self, image: Image.Image) -> Image.Image:
-        side, how = self.size, _FILTERS[self.interpolation]
+        side = self.size
+        how = _FILTERS[self.interpolation]
         gap = None if self.exact else _REDUCED
         width, height = image.size
         if self.resize == "squash" or width == height:
-            return (
-                image
-                if (width, height) == (side, side)
-                else image.resize((side, side), how, None, gap)
-            )
+            if (width, height) == (side, side):
+                return image
+            return image.resize((side, side), how, None, gap)
         if self.resize == "shortest":
             scaled, left, top = self._scaled(image.size)
             if not self.exact or scaled[0] * scaled[1] > MAX_SCALED_PIXELS:
                 # source pixels a pixel of the result
-                across, down = width / scaled[0], height / scaled[1]
+                across = width / scaled[0]
+                down = height / scaled[1]
                 box = (
                     left * across,
                     top * down,
@@ -210,8 +211,10 @@ def decode_image(
         open_image(opened, max_pixels=decoder.max_pixels),
         box,
     )
-    left, top = int(x * image.width), int(y * image.height)
-    right, bottom = round((x + width) * image.width), round((y + height) * image.height)
+    left = int(x * image.width)
+    top = int(y * image.height)
+    right = round((x + width) * image.width)
+    bottom = round((y + height) * image.height)
     return decoder.decode(
         image.crop((left, top, max(left + 1, right), max(top + 1, bottom)))
     )

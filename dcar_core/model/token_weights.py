@@ -34,11 +34,9 @@ def image_features(
     the frozen image encoder.
     """
     by_patches = config.image_feature == "patches"
-    return (
-        backbone.encode_image(pixels, rows=True)[:, 1:]
-        if by_patches
-        else backbone.encode_image(pixels)
-    )
+    if by_patches:
+        return backbone.encode_image(pixels, rows=True)[:, 1:]
+    return backbone.encode_image(pixels)
 
 
 def pair_weights(token_features: Tensor, image: Tensor, blank: Tensor) -> Tensor:

@@ -29,15 +29,19 @@ from dcar_core.util.arrays import TokenIds
 from dcar_core.util.errors import ModelError
 from dcar_core.util.hub import fetch
 
-TOKENIZER, SETTINGS = "tokenizer.json", "tokenizer_config.json"
+TOKENIZER = "tokenizer.json"
+SETTINGS = "tokenizer_config.json"
 _SPLIT = r"(?i)'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+"
-_WORD_END, _START, _END = "</w>", "<start_of_text>", "<end_of_text>"
+_WORD_END = "</w>"
+_START = "<start_of_text>"
+_END = "<end_of_text>"
 # a version line, then more merges than used
 CLIP_VOCABULARY = Path(__file__).with_name("bpe_simple_vocab_16e6.txt.gz")
 # sha256 of it, unpacked
 _CLIP_DIGEST = "67603cfda2e032ad77b5f8808af37789d590db664b26df8705d2bf8b3c553fc8"
 _COMMON_WORDS = 12_000  # of the words of CLIP's vocabulary; later ones are rare names
-_CLIP_CONTEXT, _CLIP_VOCABULARY = 77, 49_408
+_CLIP_CONTEXT = 77
+_CLIP_VOCABULARY = 49_408
 _WITHOUT_PUNCTUATION = str.maketrans("", "", string.punctuation)
 
 # By the names of open_clip's `tokenizer_kwargs.clean`.
@@ -152,11 +156,9 @@ class TextTokenizer:
         # One at a time: a text takes microseconds, and the library's threads would
         # compete with the model's.
         ids: list[int] = self.tokenizer.encode(normal, add_special_tokens=False).ids
-        return (
-            [token for token in ids if token not in self.special_ids]
-            if self.special_ids
-            else ids
-        )
+        if self.special_ids:
+            return [token for token in ids if token not in self.special_ids]
+        return ids
 
     def exceeds_limit(self, text: str) -> bool:
         """True if a text would be cut."""
@@ -216,19 +218,13 @@ def load_tokenizer(
     hash.
     """
     text = config["text_cfg"]
-    settings, limit = (
-        text.get("tokenizer_kwargs") or {},
-        int(text.get("context_length", 77)),
-    )
+    settings = text.get("tokenizer_kwargs") or {}
+    limit = int(text.get("context_length", 77))
     if name := text.get("hf_tokenizer_name"):
-        normalizer, strip_end = (
-            settings.get("clean", "whitespace"),
-            bool(settings.get("strip_sep_token")),
-        )
-        file, settings_file = (
-            _find(name, directory, TOKENIZER),
-            _find(name, directory, SETTINGS),
-        )
+        normalizer = settings.get("clean", "whitespace")
+        strip_end = bool(settings.get("strip_sep_token"))
+        file = _find(name, directory, TOKENIZER)
+        settings_file = _find(name, directory, SETTINGS)
         if file is None:
             raise ModelError(
                 f"{directory or name} has no {TOKENIZER}, and no other tokenizer is"
@@ -239,18 +235,18 @@ def load_tokenizer(
         )
         decisive = normalizer, tokenizer.start_ids, tokenizer.end_id, tokenizer.pad_id
         return tokenizer, f"{hashlib.sha256(file.read_bytes()).hexdigest()} {decisive}"
-    normalizer, own = settings.get("clean", "lower"), settings.get("bpe_path")
+    normalizer = settings.get("clean", "lower")
+    own = settings.get("bpe_path")
     file = directory / own if own and directory is not None else CLIP_VOCABULARY
     tokenizer = replace(
         load_byte_pairs(file) if own else TextTokenizer.for_clip(),
         limit=limit,
         normalizer=normalizer,
     )
-    digest = (
-        hashlib.sha256(gzip.decompress(file.read_bytes())).hexdigest()
-        if own
-        else _CLIP_DIGEST
-    )
+    if own:
+        digest = hashlib.sha256(gzip.decompress(file.read_bytes())).hexdigest()
+    else:
+        digest = _CLIP_DIGEST
     return tokenizer, f"{digest} {normalizer}"
 
 
@@ -317,11 +313,10 @@ def load_hub_tokenizer(
     tokenizer = Tokenizer.from_file(str(file))
     tokenizer.no_padding()
     tokenizer.no_truncation()
-    settings = (
-        json.loads(settings_file.read_text(encoding="utf-8"))
-        if settings_file is not None
-        else {}
-    )
+    if settings_file is not None:
+        settings = json.loads(settings_file.read_text(encoding="utf-8"))
+    else:
+        settings = {}
     start, end = _ends(tokenizer)
     # a text, or an object with it
     tokens = {kind: settings.get(f"{kind}_token") for kind in ("bos", "eos", "pad")}

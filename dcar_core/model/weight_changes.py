@@ -53,7 +53,9 @@ class WeightChanges(nn.Module):
                 f"{backbone.source.model} has none of the weights that this method"
                 " changes; use clip-adapter"
             )
-        self.names, self.low, self.rank = list(chosen), nn.ParameterDict(), rank
+        self.names = list(chosen)
+        self.low = nn.ParameterDict()
+        self.rank = rank
         # whole differences, or the upper factors of low-rank ones
         self.high = nn.ParameterDict()
         for name, weight in chosen.items():
@@ -107,7 +109,8 @@ def merge(backbone: Backbone, changes: WeightChanges, parent: Path) -> Backbone:
     """
     from dcar_core.model.open_clip_source import read_config
 
-    directory, config = parent / "model.part", read_config(backbone.source)
+    directory = parent / "model.part"
+    config = read_config(backbone.source)
     directory.mkdir(parents=True, exist_ok=True)
     write_json(
         directory / MODEL_CONFIG,
@@ -149,11 +152,11 @@ def _copy_text_files(
     if vocabulary := (text.get("tokenizer_kwargs") or {}).get("bpe_path"):
         repositories[vocabulary] = None
     for name, repository in repositories.items():
-        file = (
-            source / name
-            if source is not None
-            else repository and fetch(repository, Path(name).name)
-        )
+        file = None
+        if source is not None:
+            file = source / name
+        elif repository:
+            file = fetch(repository, Path(name).name)
         if file and file.is_file():
             (target / name).parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(file, target / name)

@@ -44,7 +44,8 @@ if TYPE_CHECKING:  # torch takes seconds, and letters need none
 
 Mode = Literal["auto", "missing", "all", "off"]
 NameVectors = NDArray[np.floating[Any]]
-COUNT, OTHERS_TRIED = 4, 16
+COUNT = 4
+OTHERS_TRIED = 16
 MOST_RANKED = 100  # of a meta-category
 CATEGORY = "the caption with another category"
 CAPTION = "another caption of the category"
@@ -127,12 +128,10 @@ def load_taxonomy(file: Path) -> Taxonomy:
         raise DataError(
             f"the taxonomy {file} cannot be read as JSON: {error}"
         ) from error
-    parts = (
-        [*content.values()]
-        if isinstance(content, dict)
-        and content.keys() <= {"meta_categories", "similar"}
-        else []
-    )
+    if isinstance(content, dict) and content.keys() <= {"meta_categories", "similar"}:
+        parts = [*content.values()]
+    else:
+        parts = []
     lists = [
         names
         for part in parts
@@ -177,10 +176,8 @@ def rank_categories(
         DataError: the taxonomy has none of the data's categories.
     """
     names: dict[str, str] = {}
-    metas, negatives = (
-        defaultdict[str, Counter[str]](Counter),
-        defaultdict[str, Counter[str]](Counter),
-    )
+    metas = defaultdict[str, Counter[str]](Counter)
+    negatives = defaultdict[str, Counter[str]](Counter)
     for sample in (sample for sample in samples if sample.category):
         key = fold_name(sample.category)
         names.setdefault(key, sample.category)
@@ -215,11 +212,9 @@ def rank_categories(
         key: sorted(counts, key=lambda other: (-counts[other], other))
         for key, counts in negatives.items()
     }
-    similar, names, ranked = (
-        similar | tree.similar,
-        tree.names | names,
-        dict[str, list[str]](),
-    )
+    similar = similar | tree.similar
+    names = tree.names | names
+    ranked = dict[str, list[str]]()
     for members in map(sorted, groups.values()):
         vectors = functions.features([names[key] for key in members])
         row_of = {key: row for row, key in enumerate(members)}
@@ -262,12 +257,10 @@ class NegativeGenerator:
         count: int,
         seed: int,
     ) -> None:
-        self.ranked, self.count, self.seed, self._tokens = (
-            ranked,
-            count,
-            seed,
-            functions.tokens,
-        )
+        self.ranked = ranked
+        self.count = count
+        self.seed = seed
+        self._tokens = functions.tokens
         self.unnamed = 0  # captions without their category
         self._context = len(self._tokens(["a " * 1000])[0])
         self._read = lru_cache(maxsize=65536)(self._reading)
@@ -287,10 +280,8 @@ class NegativeGenerator:
         name = PurePosixPath(sample.image).name
         random = Random(f"{self.seed}\n{name}\n{sample.caption}")
         taken = set(self._own[sample.image])
-        swapped, changed = (
-            self._category_swaps(sample),
-            self._attribute_swaps(sample, random),
-        )
+        swapped = self._category_swaps(sample)
+        changed = self._attribute_swaps(sample, random)
         first = self._take(swapped, self.count - self.count // 2, taken)
         others = self._take(changed, self.count - len(first), taken)
         return [
@@ -323,7 +314,8 @@ class NegativeGenerator:
         return tokens if len(tokens) == self._context else text
 
     def _category_swaps(self, sample: Sample) -> Iterator[Negative]:
-        key, caption = fold_name(sample.category), sample.caption
+        key = fold_name(sample.category)
+        caption = sample.caption
         others = self.ranked.get(key, [])
         spans = find_mentions(caption, sample.category)
         if others and not spans:
@@ -445,7 +437,8 @@ def _completed(
     generator: NegativeGenerator,
     report: CleaningReport,
 ) -> Dataset:
-    samples, kinds = list(data.samples), Counter[str]()
+    samples = list(data.samples)
+    kinds = Counter[str]()
     for row in rows:
         made = generator.negatives(samples[row])
         kinds.update(negative.kind for negative in made)

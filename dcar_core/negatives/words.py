@@ -125,7 +125,8 @@ _A = re.compile(
     re.IGNORECASE,
 )
 _AN = re.compile(r"hour|honest|honou?r|heir|8|1[18]$", re.IGNORECASE)
-_VOWELS, _SPOKEN_WITH_A_VOWEL = frozenset("aeiou"), frozenset("AEFHILMNORSX")
+_VOWELS = frozenset("aeiou")
+_SPOKEN_WITH_A_VOWEL = frozenset("AEFHILMNORSX")
 
 # Bars separate groups of near-synonyms. Ambiguous words stand in phrases only: "left"
 # may be a verb.
@@ -175,11 +176,9 @@ def fold_name(name: str) -> str:
 
 def find_mentions(caption: str, name: str) -> list[tuple[int, int]]:
     """Return start and end of every mention."""
-    return (
-        [match.span() for match in _pattern(name).finditer(caption)]
-        if fold_name(name)
-        else []
-    )
+    if fold_name(name):
+        return [match.span() for match in _pattern(name).finditer(caption)]
+    return []
 
 
 def upper_first(text: str) -> str:
@@ -192,13 +191,15 @@ def replace_name(
     """Replace the mentions of `name` by `new`; keep their number, capitals and
     separators.
     """
-    folded, many = fold_name(name), fold_name(plural(name))
+    folded = fold_name(name)
+    many = fold_name(plural(name))
     for start, end in sorted(spans, reverse=True):
         written = caption[start:end]
         same = fold_name(written)
-        numbered = (
-            new if same == folded else plural(new) if same == many else singular(new)
-        )
+        if same == folded:
+            numbered = new
+        else:
+            numbered = plural(new) if same == many else singular(new)
         caption = splice_phrase(
             caption, start, end, _written_like(written, name, numbered)
         )
@@ -209,19 +210,17 @@ def splice_phrase(caption: str, start: int, end: int, new: str) -> str:
     """Replace caption[start:end] by `new`; keep a sentence's capital and correct the
     preceding article.
     """
-    head, old = caption[:start], caption[start:end]
+    head = caption[:start]
+    old = caption[start:end]
     if _SENTENCE_START.search(head) and old[:1].isupper():
         new = upper_first(new)
     before = _ARTICLE.search(head)
     if before:
         said = article(new)
-        said = (
-            said.upper()
-            if before[1] == "AN"
-            else said.capitalize()
-            if before[1][0].isupper()
-            else said
-        )
+        if before[1] == "AN":
+            said = said.upper()
+        elif before[1][0].isupper():
+            said = said.capitalize()
         head = head[: before.start()] + said + before[2]
     return head + new + caption[end:]
 
@@ -323,11 +322,10 @@ def _written_like(written: str, name: str, new: str) -> str:
             new = new.lower() if written.islower() else new.upper()
         elif written[:1].isupper():
             is_title = len(words) > 1 and all(word[:1].isupper() for word in words)
-            new = (
-                " ".join(map(upper_first, new.split()))
-                if is_title
-                else upper_first(new)
-            )
+            if is_title:
+                new = " ".join(map(upper_first, new.split()))
+            else:
+                new = upper_first(new)
     if "_" in written:
         return "_".join(new.split())
     is_hyphenated = (
@@ -367,11 +365,10 @@ def swap_attributes(
     ways = [(match, new) for match in places for new in CHOICES[match[0].lower()]]
     random.shuffle(ways)
     for match, new in ways:
-        cased = (
-            new.upper()
-            if match[0].isupper()
-            else upper_first(new)
-            if match[0][0].isupper()
-            else new
-        )
+        if match[0].isupper():
+            cased = new.upper()
+        elif match[0][0].isupper():
+            cased = upper_first(new)
+        else:
+            cased = new
         yield splice_phrase(caption, *match.span(), cased)

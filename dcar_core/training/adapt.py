@@ -86,7 +86,8 @@ class Verdict:
         return self.comparison.gain.value > 0
 
     def __str__(self) -> str:
-        compared, images = self.comparison, self.comparison.images
+        compared = self.comparison
+        images = self.comparison.images
         title = f"R@1 in % among {images:,} images"
         parts = [
             f"{title:32}{'text-to-image':24}{'image-to-text':24}mean",
@@ -98,10 +99,8 @@ class Verdict:
         if self.wider:
             parts.append(_describe_wider(*self.wider))
         if self.reranked:
-            recall, change = (
-                self.reranked.model["t2i_r1"],
-                self.reranked.difference["t2i_r1"],
-            )
+            recall = self.reranked.model["t2i_r1"]
+            change = self.reranked.difference["t2i_r1"]
             gain = (
                 f"R@1 of {recall} text-to-image, {change:+} over the search by vectors."
             )
@@ -113,11 +112,10 @@ class Verdict:
             # "clip-adapter" runs on every model, but learned less than block adapters
             # from any number of captions.
             own = find_method(self.method).config
-            other = (
-                ""
-                if own.adapter.text and own.prompt.length == 0
-                else "--method clip-adapter, "
-            )
+            if own.adapter.text and own.prompt.length == 0:
+                other = ""
+            else:
+                other = "--method clip-adapter, "
             next_steps = (
                 f"{other}--lr {self.config.lr / 4:g}, --epochs {2 * self.config.epochs}"
                 " --patience 0"
@@ -137,10 +135,8 @@ class Verdict:
         return "\n".join(parts)
 
     def _answer(self) -> str:
-        compared, pairs = (
-            self.comparison,
-            f"{self.comparison.queries:,} validation pairs",
-        )
+        compared = self.comparison
+        pairs = f"{self.comparison.queries:,} validation pairs"
         if compared.resampled < compared.images:
             pairs += f" of {compared.resampled:,} categories, resampled whole"
         gain = compared.gain.points(
@@ -299,12 +295,10 @@ def verdict_of(
     """Compare a model with the untouched one on the validation pairs, among their
     images and among all.
     """
-    scores, wider, images, reranked = (
-        list[Scores](),
-        list[tuple[Scores, Scores]](),
-        0,
-        None,
-    )
+    scores = list[Scores]()
+    wider = list[tuple[Scores, Scores]]()
+    images = 0
+    reranked = None
     group_of = new_categories(splits["train"], splits["val"])
 
     def scores_of(ranks: Ranks, k: int = 1) -> Scores:
@@ -317,11 +311,9 @@ def verdict_of(
             prepare_split(splits[name], tower, for_training=False, cache=cache)
             for name in ("train", "val")
         )
-        text, own, others = (
-            encode_captions(tower, val),
-            encode_images(tower, val),
-            encode_images(tower, train),
-        )
+        text = encode_captions(tower, val)
+        own = encode_images(tower, val)
+        others = encode_images(tower, train)
         scores.append(scores_of(compute_ranks(text, own, val.image_of)))
         if tower.config.rerank.blocks:
             reranked = Comparison.of(

@@ -41,10 +41,14 @@ Adapters = Sequence[nn.Module]  # of texts, and of images
 
 NEAREST = 30  # images of a caption from which its negatives are drawn
 NEGATIVES = 7
-EPOCHS, BATCH, LEARNING_RATE = 4, 64, 3e-3
+EPOCHS = 4
+BATCH = 64
+LEARNING_RATE = 3e-3
 # of the change; the first wins a tie. More than half costs recall on unseen images
 SHARES = (0.5, 0.25, 0.0)
-STAGE_EPOCHS, PROMPTS_RATE, LATE_RATE = 6, 1e-3, 3e-3
+STAGE_EPOCHS = 6
+PROMPTS_RATE = 1e-3
+LATE_RATE = 3e-3
 WEIGHTS = (0.0, 1.0, 0.5)  # of the second score; the first wins a tie
 # of images in memory: 5,700 for a ViT-B/32. Of more, a random part is learned from
 MAX_BYTES = 2 * 2**30
@@ -60,7 +64,8 @@ def tune_on_hard_negatives(
     assert model.text_adapter is not None  # every method with this stage has both
     assert model.image_adapter is not None
     adapters = (model.text_adapter, model.image_adapter)
-    before, features = deepcopy(adapters), tower_features(model, training)
+    before = deepcopy(adapters)
+    features = tower_features(model, training)
     own, (right, _) = (
         torch.from_numpy(training.image_of).to(features[0].device),
         training.right_answers(),
@@ -69,7 +74,8 @@ def tune_on_hard_negatives(
         model.adapt_text(features[0]), model.adapt_image(features[1]), right
     )
     learn(adapters, features, own, nearest, float(model.backbone.scale), seed)
-    after, held_out = deepcopy(adapters), tower_features(model, validation)
+    after = deepcopy(adapters)
+    held_out = tower_features(model, validation)
     recalls = dict[float, Recall]()
     for share in SHARES:
         interpolate(adapters, before, after, share)
@@ -191,11 +197,10 @@ def train_second_stage(
     """Train the second stage in place, and set its weight."""
     with torch.enable_grad():
         _learn(model, training, seed)
-    text, image = encode_captions(model, validation), encode_images(model, validation)
-    ranks, first = (
-        compute_ranks(text, image, validation.image_of),
-        first_images(model, validation, text, image),
-    )
+    text = encode_captions(model, validation)
+    image = encode_images(model, validation)
+    ranks = compute_ranks(text, image, validation.image_of)
+    first = first_images(model, validation, text, image)
     recalls = {
         weight: recall_of_ranks(
             ranks.reordered(first.rows, first.scores(weight), validation.image_of)
@@ -210,17 +215,13 @@ def _learn(model: DCAR, split: PreparedSplit, seed: int) -> None:
     """Minimise the cross-entropy of each caption's image among it and hard negatives,
     by each part of the score.
     """
-    stage, random, scale = (
-        SecondStage(model),
-        np.random.default_rng(seed),
-        model.backbone.scale,
-    )
+    stage = SecondStage(model)
+    random = np.random.default_rng(seed)
+    scale = model.backbone.scale
     kept, images = image_parts(stage, split, random)
     pairs = np.flatnonzero(np.isin(split.image_of, kept))
-    texts, own = (
-        caption_parts(stage, split.tokens[pairs]),
-        np.searchsorted(kept, split.image_of[pairs]),
-    )
+    texts = caption_parts(stage, split.tokens[pairs])
+    own = np.searchsorted(kept, split.image_of[pairs])
     right, _ = split.right_answers()
     answers = [np.flatnonzero(np.isin(kept, right[pair])) for pair in pairs]
     nearest = nearest_wrong_images(texts.vectors, stage.vectors(images), answers)
@@ -244,7 +245,8 @@ def _learn(model: DCAR, split: PreparedSplit, seed: int) -> None:
     total = STAGE_EPOCHS * math.ceil(len(own) / BATCH)
     for rows, shown in tqdm(batches, "training the second stage", total, unit="batch"):
         repeated = rows[:, None].expand_as(shown).flatten()
-        of_text, of_image = take(texts, repeated), take(images, shown.flatten())
+        of_text = take(texts, repeated)
+        of_image = take(images, shown.flatten())
         prompted = scale * stage.prompted(of_text, of_image).view_as(shown)
         words = stage.layers.late_scale.exp() * stage.layers.late(
             of_text, of_image.patches

@@ -34,11 +34,9 @@ def resolve_amp(amp: Amp, device: torch.device) -> Amp:
         return amp
     if device.type != "cuda":
         return "off"
-    return (
-        "bfloat16"
-        if torch.cuda.is_bf16_supported(including_emulation=False)
-        else "float16"
-    )
+    if torch.cuda.is_bf16_supported(including_emulation=False):
+        return "bfloat16"
+    return "float16"
 
 
 @cache
@@ -110,12 +108,14 @@ def _gradients_in_parts(
 
     with torch.no_grad():
         texts, images, _ = zip(*map(forward, parts), strict=True)
-    text, image = torch.cat(texts).requires_grad_(), torch.cat(images).requires_grad_()
+    text = torch.cat(texts).requires_grad_()
+    image = torch.cat(images).requires_grad_()
     batch = batch_terms(model, data, rows, text, image) + penalty_term(model)
     torch.autograd.backward(precision.scaler.scale(batch))
     assert text.grad is not None
     assert image.grad is not None
-    total, sizes = batch.detach(), [len(part) for part in parts]
+    total = batch.detach()
+    sizes = [len(part) for part in parts]
     gradients = torch.split(text.grad, sizes), torch.split(image.grad, sizes)
     for part, text_grad, image_grad in zip(parts, *gradients, strict=True):
         own_text, own_image, others = forward(part)
@@ -135,14 +135,15 @@ def batch_terms(
     model: DCAR, data: PreparedSplit, rows: Rows, text: Tensor, image: Tensor
 ) -> Tensor:
     """Return the loss terms that compare every pair of the batch with every other."""
-    scale, further, options = (
-        model.backbone.scale,
-        model.method.batch_loss,
-        model.config.loss,
-    )
+    scale = model.backbone.scale
+    further = model.method.batch_loss
+    options = model.config.loss
     positives = torch.from_numpy(data.positives(rows)).to(model.backbone.device)
     if options.late:
-        words, patches, text, image = text[:, 1:], image[:, 1:], text[:, 0], image[:, 0]
+        words = text[:, 1:]
+        patches = image[:, 1:]
+        text = text[:, 0]
+        image = image[:, 0]
     loss = contrastive_loss(text, image, positives, scale, options.direction)
     if options.late:
         loss = loss.lerp(
@@ -154,10 +155,8 @@ def batch_terms(
         and data.image_features is not None
         and data.text_features is not None
     ):
-        frozen_text, frozen_image = (
-            data.text_features[rows],
-            data.image_features[data.image_of[rows]],
-        )
+        frozen_text = data.text_features[rows]
+        frozen_image = data.image_features[data.image_of[rows]]
         loss = loss + further(text, image, frozen_text, frozen_image, scale)
     return loss
 
@@ -178,18 +177,18 @@ def encode_part(
     With late interaction, features are (b, 1 + n, E), 0 behind the caption's own
     tokens, and (b, 1 + P, E).
     """
-    loss, scale, late = (
-        model.config.loss,
-        model.backbone.scale,
-        model.config.loss.late > 0,
-    )
+    loss = model.config.loss
+    scale = model.backbone.scale
+    late = model.config.loss.late > 0
     share = len(part) / len(batch)
-    layout, tokens = model.backbone.layout, data.tokens[part]
+    layout = model.backbone.layout
+    tokens = data.tokens[part]
     length = int(layout.lengths(tokens).max())
     tokens = tokens[:, :length]
-    target_weights = (
-        data.pair_weights[part, :length] if data.pair_weights is not None else None
-    )
+    if data.pair_weights is not None:
+        target_weights = data.pair_weights[part, :length]
+    else:
+        target_weights = None
     predicted = model.predicted_weights(tokens)
     if model.text_is_frozen and data.text_features is not None and not late:
         text = model.adapt_text(data.text_features[part]).float()
@@ -200,8 +199,11 @@ def encode_part(
     if late:
         own = F.pad(layout.caption_mask(tokens), (1, 0), value=True)[..., None]
         compared = F.pad(text * own, (0, 0, 0, data.tokens.shape[1] - length)), image
-        text, image = text[:, 0], image[:, 0]
-    adapter, candidates, losses = model.category_adapter(), None, scale.new_zeros(())
+        text = text[:, 0]
+        image = image[:, 0]
+    adapter = model.category_adapter()
+    candidates = None
+    losses = scale.new_zeros(())
     if adapter is not None and data.candidate_features is not None:
         candidates = adapter(data.candidate_features[part]).float()
     # bfloat16 resolves logits at CLIP's scale to 0.1 to 0.5 only, so losses are
@@ -288,7 +290,8 @@ def late_interaction_loss(
         patches: L2-normalized features (B, P, E).
     """
     # [B, n]
-    similarity, own = torch.einsum("ane,bpe->abnp", words, patches), words.any(-1)
+    similarity = torch.einsum("ane,bpe->abnp", words, patches)
+    own = words.any(-1)
     by_words = (similarity.amax(3) * own[:, None]).sum(2) / own.sum(
         1, keepdim=True
     ).clamp(min=1)

@@ -18,6 +18,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -44,7 +45,8 @@ from dcar_core.util.files import atomic_writer, hash_json, write_bytes
 from dcar_core.util.machine import available_cores
 
 MAX_NEGATIVES = 8  # of a pair, in training
-IMAGE_BATCH, TEXT_BATCH = 64, 256
+IMAGE_BATCH = 64
+TEXT_BATCH = 256
 
 
 class FeatureCache:
@@ -175,7 +177,8 @@ def prepare_split(
     Raises:
         DataError: an image is missing or broken; the message names it.
     """
-    backbone, config = model.backbone, model.config
+    backbone = model.backbone
+    config = model.config
     cache = cache or FeatureCache(None, backbone)
     frozen = FrozenFeatures(data, backbone, cache)
     captions = [sample.caption for sample in data.samples]
@@ -189,9 +192,9 @@ def prepare_split(
     )
     has_pair_weights = for_training and config.reweight.train == "pair"
     has_candidates = for_training and model.category_adapter() is not None
-    candidates = (
-        frozen.candidates(config.loss.alpha) if has_candidates else (None, None)
-    )
+    candidates: tuple[Any, Any] = (None, None)
+    if has_candidates:
+        candidates = frozen.candidates(config.loss.alpha)
     return PreparedSplit(
         frozen.image_of,
         tokens,
@@ -282,7 +285,9 @@ class FrozenFeatures:
     """
 
     def __init__(self, data: Dataset, backbone: Backbone, cache: FeatureCache) -> None:
-        self.data, self.backbone, self.cache = data, backbone, cache
+        self.data = data
+        self.backbone = backbone
+        self.cache = cache
         self.names = data.images
         row_of = {name: row for row, name in enumerate(self.names)}
         self.image_of = np.array([row_of[sample.image] for sample in data.samples])
@@ -332,7 +337,8 @@ class FrozenFeatures:
         """Return features (N, 1 + M, E) of captions and negatives, and their
         category-matching weights (N, 1 + M).
         """
-        samples, device = self.data.samples, self.backbone.device
+        samples = self.data.samples
+        device = self.backbone.device
         width = min(MAX_NEGATIVES, max((len(s.negatives) for s in samples), default=0))
         places = [
             (i, j)
@@ -343,7 +349,8 @@ class FrozenFeatures:
             len(samples), 1 + width, self.backbone.embed_dim, device=device
         )
         weights = torch.zeros(len(samples), 1 + width, device=device)
-        features[:, 0], weights[:, 0] = self.texts([s.caption for s in samples]), 1
+        features[:, 0] = self.texts([s.caption for s in samples])
+        weights[:, 0] = 1
         if places:
             rows, columns = torch.tensor(places, device=device).T
             features[rows, 1 + columns] = self.texts(
@@ -378,7 +385,8 @@ class FrozenFeatures:
 
     @torch.no_grad()
     def _encode_images(self, pixels: Pixels) -> Tensor:
-        backbone, parts = self.backbone, []
+        backbone = self.backbone
+        parts = []
         for i in tqdm(
             range(0, len(pixels), IMAGE_BATCH), "frozen image features", leave=False
         ):
@@ -408,14 +416,13 @@ class FrozenFeatures:
                 self.backbone, self.backbone.standardized(pixels), config
             )
 
-        blank, parts = encode(self.backbone.preprocess.blank()[None])[0], []
+        blank = encode(self.backbone.preprocess.blank()[None])[0]
+        parts = []
         pooled = self.images() if config.image_feature == "pooled" else None
         size = TEXT_BATCH if pooled is not None else IMAGE_BATCH
         for i in tqdm(range(0, len(tokens), size), "token weights", leave=False):
-            words, rows = (
-                token_text_features(self.backbone, tokens[i : i + size], config),
-                self.image_of[i : i + size],
-            )
+            words = token_text_features(self.backbone, tokens[i : i + size], config)
+            rows = self.image_of[i : i + size]
             # Patch features are computed per batch: an image has dozens of patches, too
             # many to keep.
             images = pooled[rows] if pooled is not None else encode(self.pixels[rows])

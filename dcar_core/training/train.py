@@ -95,14 +95,14 @@ def train(
             (run / LOG_FILE).unlink(missing_ok=True)  # left by another method
         return TrainResult(evaluate(model, val_split), 0, 0.0, [])
     loop = _TrainingLoop(model, train_split, val_split, config)
-    identity = (
-        describe_run(model, training, validation, config, cache)
-        if run is not None
-        else {}
-    )
+    if run is not None:
+        identity = describe_run(model, training, validation, config, cache)
+    else:
+        identity = {}
     if run is not None and (run / STATE_FILE).is_file():
         loop.restore(run, identity)
-    label, steps = f"training {model.config.method}", loop.batches * config.epochs
+    label = f"training {model.config.method}"
+    steps = loop.batches * config.epochs
     with progress_bar(steps, label, "batch", initial=loop.batches * loop.epoch) as bar:
         while (
             loop.epoch < config.epochs
@@ -163,12 +163,10 @@ class _TrainingLoop:
         val_split: PreparedSplit,
         config: TrainConfig,
     ) -> None:
-        self.model, self.train_split, self.val_split, self.config = (
-            model,
-            train_split,
-            val_split,
-            config,
-        )
+        self.model = model
+        self.train_split = train_split
+        self.val_split = val_split
+        self.config = config
         self.parameters = [p for _, p in model.trainables()]
         self.lr = config.lr * model.method.lr_factor
         self.optimizer = torch.optim.AdamW(
@@ -176,11 +174,9 @@ class _TrainingLoop:
         )
         self.precision = MixedPrecision(config.amp, model.backbone.device)
         self.batches = math.ceil(len(train_split) / config.batch_size)
-        self.history, self.best_epoch, self.best_weights = (
-            list[dict[str, Any]](),
-            0,
-            self._copy_trainables(),
-        )
+        self.history = list[dict[str, Any]]()
+        self.best_epoch = 0
+        self.best_weights = self._copy_trainables()
         self.started = time.monotonic()
 
     @property
@@ -202,7 +198,8 @@ class _TrainingLoop:
             losses.append(self._step(np.sort(rows), batch))
             on_step()
         query, recall = choose_query_weights(self.model, self.val_split)
-        seconds, loss = time.monotonic() - self.started, float(np.mean(losses))
+        seconds = time.monotonic() - self.started
+        loss = float(np.mean(losses))
         self.history.append(
             {
                 "epoch": self.epoch + 1,
@@ -215,7 +212,8 @@ class _TrainingLoop:
         if self.best_epoch == 0 or mean_r1(recall) > mean_r1(
             self.history[self.best_epoch - 1]
         ):
-            self.best_epoch, self.best_weights = self.epoch, self._copy_trainables()
+            self.best_epoch = self.epoch
+            self.best_weights = self._copy_trainables()
 
     def _step(self, rows: Rows, batch: int) -> float:
         for options in self.optimizer.param_groups:
@@ -223,7 +221,8 @@ class _TrainingLoop:
                 batch, self.batches * self.config.epochs, self.config.warmup
             )
         self.optimizer.zero_grad(set_to_none=True)
-        parts, scaler = self.config.accumulate, self.precision.scaler
+        parts = self.config.accumulate
+        scaler = self.precision.scaler
         loss = accumulate_gradients(
             self.model, self.train_split, rows, parts=parts, precision=self.precision
         )
@@ -244,7 +243,8 @@ class _TrainingLoop:
         epochs, and return the result.
         """
         model = self.model.eval()
-        best, finish = self.history[self.best_epoch - 1], model.method.finish
+        best = self.history[self.best_epoch - 1]
+        finish = model.method.finish
         model.load_state_dict(self.best_weights, strict=False)
         model.query_weights = best["query"]
         recall = {name: value for name, value in best.items() if "_r" in name}
@@ -306,11 +306,10 @@ class _TrainingLoop:
         self.optimizer.load_state_dict(content["optimizer"])
         self.precision.scaler.load_state_dict(content["scaler"])
         torch.set_rng_state(content["random"].cpu())
-        self.history, self.best_epoch = content["history"], content["best_epoch"]
-        self.best_weights, self.started = (
-            content["best_weights"],
-            time.monotonic() - self.history[-1]["seconds"],
-        )
+        self.history = content["history"]
+        self.best_epoch = content["best_epoch"]
+        self.best_weights = content["best_weights"]
+        self.started = time.monotonic() - self.history[-1]["seconds"]
 
     def _copy_trainables(self) -> dict[str, Tensor]:
         return {name: p.detach().clone() for name, p in self.model.trainables()}

@@ -22,7 +22,9 @@ from dcar_core.util.metrics import Ranks, compute_ranks, first_targets, recall_a
 
 Recall = dict[str, float]
 RERANKED = 10  # first images of a caption that the second stage sorts
-BATCH, _IMAGES, _PAIRS = 128, 32, 256
+BATCH = 128
+_IMAGES = 32
+_PAIRS = 256
 
 
 @dataclass(frozen=True)
@@ -54,10 +56,8 @@ def rerank(model: DCAR, split: PreparedSplit, text: Floats, image: Floats) -> Ra
 
     text, image: vectors of the captions (N, E) and of the images (I, E).
     """
-    first, ranks = (
-        first_images(model, split, text, image),
-        compute_ranks(text, image, split.image_of),
-    )
+    first = first_images(model, split, text, image)
+    ranks = compute_ranks(text, image, split.image_of)
     return ranks.reordered(
         first.rows, first.scores(model.rerank_weight), split.image_of
     )
@@ -70,12 +70,11 @@ def first_images(
     """Search by vectors, and score the first images by the second stage; arguments as
     in `rerank`.
     """
-    stage, backbone = SecondStage(model), model.backbone
+    stage = SecondStage(model)
+    backbone = model.backbone
     rows = first_targets(text, image, RERANKED)
-    cosines, second = (
-        np.einsum("ne,nke->nk", text, image[rows]),
-        np.empty(rows.shape, np.float32),
-    )
+    cosines = np.einsum("ne,nke->nk", text, image[rows])
+    second = np.empty(rows.shape, np.float32)
     texts = caption_parts(stage, split.tokens)
     shown = np.unique(rows)
     for chunk in np.array_split(shown, range(_IMAGES, len(shown), _IMAGES)):

@@ -52,11 +52,10 @@ def run_command(command: Callable[[], object]) -> int:
         ):
             raise
         path = error.filename2 or error.filename
-        hint = (
-            f"; completed files are unchanged, {_RESUME}"
-            if error.errno in DISK_ERRORS
-            else ""
-        )
+        if error.errno in DISK_ERRORS:
+            hint = f"; completed files are unchanged, {_RESUME}"
+        else:
+            hint = ""
         _report(f"{f'{path}: ' if path else ''}{error.strerror}{hint}")
         return 1
     return 0
@@ -97,11 +96,9 @@ class _LogFormatter(logging.Formatter):
 
     def format(self, record: logging.LogRecord) -> str:
         message = super().format(record)
-        return (
-            message
-            if record.levelno <= logging.INFO
-            else f"{record.levelname.lower()}: {message}"
-        )
+        if record.levelno <= logging.INFO:
+            return message
+        return f"{record.levelname.lower()}: {message}"
 
 
 def _report(message: str) -> None:

@@ -11,7 +11,9 @@ from importlib.util import find_spec
 from pathlib import Path
 
 # names in a message, names of fields, characters of one
-_SHOWN, _SHOWN_FIELDS, _SHOWN_CHARS = 5, 40, 80
+_SHOWN = 5
+_SHOWN_FIELDS = 40
+_SHOWN_CHARS = 80
 
 
 class DcarError(Exception):

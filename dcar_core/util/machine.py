@@ -32,11 +32,9 @@ def available_cores() -> int:
     """Return the number of cores that this process may use; a container may have fewer
     than the machine.
     """
-    return (
-        len(os.sched_getaffinity(0))
-        if hasattr(os, "sched_getaffinity")
-        else os.cpu_count() or 1
-    )
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
 
 
 def missing_bf16() -> str | None:
@@ -58,7 +56,8 @@ def map_weights(model: "nn.Module", file: Path) -> None:
         return
     from safetensors.torch import load_file
 
-    mapped, loaded = load_file(str(file)), model.state_dict()
+    mapped = load_file(str(file))
+    loaded = model.state_dict()
     if {name: (t.shape, t.dtype) for name, t in mapped.items()} == {
         n: (t.shape, t.dtype) for n, t in loaded.items()
     }:
@@ -118,10 +117,9 @@ def trim_heap() -> None:
     """Return freed memory to the system; glibc keeps it for every thread that has
     loaded a model.
     """
-    malloc_trim = (
-        getattr(ctypes.CDLL(None), "malloc_trim", None)
-        if sys.platform == "linux"
-        else None
-    )
+    if sys.platform == "linux":
+        malloc_trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+    else:
+        malloc_trim = None
     if malloc_trim is not None:
         malloc_trim(0)

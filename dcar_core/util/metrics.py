@@ -117,7 +117,8 @@ def graded_measures(
         judged: every grade of each query.
     """
     k = grades.shape[1]
-    discounts, is_hit = 1 / np.log2(np.arange(2, k + 2)), grades > 0
+    discounts = 1 / np.log2(np.arange(2, k + 2))
+    is_hit = grades > 0
     best = [np.sort(grades)[: -k - 1 : -1] for grades in judged]
     ideal = np.array([ranked @ discounts[: len(ranked)] for ranked in best])
     relevant = np.array([np.count_nonzero(grades > 0) for grades in judged])
@@ -229,7 +230,8 @@ class Estimate:
 
     def points(self, of: str = "", note: str = "") -> str:
         """Return a difference in words: "+1.2 points (95 % interval -0.3 to +2.7)"."""
-        of, note = of and f" {of}", note and f"; {note}"
+        of = of and f" {of}"
+        note = note and f"; {note}"
         return (
             f"{self.value:+.1f} points{of} (95 % interval {self.low:+.1f} to"
             f" {self.high:+.1f}{note})"
@@ -294,7 +296,8 @@ def _resampled(units: int, resamples: int) -> Iterator[NDArray[np.int64]]:
     resamples.
     """
     yield np.ones((1, units), np.int64)
-    rng, shares = np.random.default_rng(0), np.full(units, 1 / units)
+    rng = np.random.default_rng(0)
+    shares = np.full(units, 1 / units)
     for start in range(0, resamples, _CHUNK):
         yield rng.multinomial(units, shares, size=min(_CHUNK, resamples - start))
 

@@ -61,11 +61,10 @@ def command(
     """Return a decorator that adds a function to a group of commands. examples: command
     lines below the help.
     """
-    epilog = (
-        "\n  ".join([f"\b\nExample{'s' * (len(examples) > 1)}:", *examples])
-        if examples
-        else ""
-    )
+    if examples:
+        epilog = "\n  ".join([f"\b\nExample{'s' * (len(examples) > 1)}:", *examples])
+    else:
+        epilog = ""
 
     def add(function: Function) -> Function:
         group.command(name, help=inspect.getdoc(function), epilog=epilog)(
@@ -111,11 +110,9 @@ def _declare(parameter: inspect.Parameter) -> inspect.Parameter:
     flags = settings.pop(
         "flags", (f"--{parameter.name.replace('_', '-')}",) if default is False else ()
     )
-    declare = (
-        typer.Option
-        if parameter.kind is inspect.Parameter.KEYWORD_ONLY
-        else typer.Argument
-    )
+    declare: Any = typer.Argument
+    if parameter.kind is inspect.Parameter.KEYWORD_ONLY:
+        declare = typer.Option
     type_ = str if "parser" in settings else parameter.annotation
     return inspect.Parameter(
         parameter.name,

@@ -26,11 +26,10 @@ def in_own_process(
     """Return the result of a function, called in a process of its own. Raise
     BrokenProcessPool if that died.
     """
-    method = (
-        "forkserver"
-        if "forkserver" in multiprocessing.get_all_start_methods()
-        else "spawn"
-    )
+    if "forkserver" in multiprocessing.get_all_start_methods():
+        method = "forkserver"
+    else:
+        method = "spawn"
     with ProcessPoolExecutor(
         1, mp_context=multiprocessing.get_context(method)
     ) as process:

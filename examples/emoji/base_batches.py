@@ -44,7 +44,9 @@ WITHOUT_COLOUR = {
 }
 RARER = 0.4  # weight of a style without colour when two images of an emoji are drawn
 UNSEEN = ("twemoji", "openmoji")
-SIDE, RENDERED = 48, 64  # pixels of the model's input and of the rendered images
+# pixels of the model's input and of the rendered images
+SIDE = 48
+RENDERED = 64
 # Subgroups whose mirror images mean something else, and words of labels that say so.
 DIRECTED = {
     "country-flag",
@@ -76,10 +78,8 @@ def load_images(
     They are packed into one file, which is memory-mapped, the first time and whenever
     images have come or gone.
     """
-    packed, names = (
-        renders / f"packed-{len(styles)}.npy",
-        renders / f"packed-{len(styles)}.json",
-    )
+    packed = renders / f"packed-{len(styles)}.npy"
+    names = renders / f"packed-{len(styles)}.json"
     files = [f for style in styles for f in sorted((renders / style).glob("*.png"))]
     rows = [(f.stem, f.parent.name) for f in files]
     if not names.exists() or names.read_text() != json.dumps(rows):
@@ -106,17 +106,14 @@ def augment(rgba: Tensor, may_flip: Tensor) -> Tensor:
         return torch.empty(n, *shape).uniform_(low, high)
 
     angle = uniform(-0.25, 0.25) * (torch.rand(n) < 0.5)
-    zoom, aspect = uniform(0.85, 1.35), uniform(-0.12, 0.12).exp()
+    zoom = uniform(0.85, 1.35)
+    aspect = uniform(-0.12, 0.12).exp()
     flip = torch.where((torch.rand(n) < 0.4) & may_flip, -1.0, 1.0)
     theta = torch.zeros(n, 2, 3)
-    theta[:, 0, 0], theta[:, 0, 1] = (
-        angle.cos() * zoom * aspect * flip,
-        -angle.sin() * zoom,
-    )
-    theta[:, 1, 0], theta[:, 1, 1] = (
-        angle.sin() * zoom * flip,
-        angle.cos() * zoom / aspect,
-    )
+    theta[:, 0, 0] = angle.cos() * zoom * aspect * flip
+    theta[:, 0, 1] = -angle.sin() * zoom
+    theta[:, 1, 0] = angle.sin() * zoom * flip
+    theta[:, 1, 1] = angle.cos() * zoom / aspect
     theta[:, :, 2] = uniform(-0.12, 0.12, 2)
     premultiplied = torch.cat([rgba[:, :3] * rgba[:, 3:], rgba[:, 3:]], 1)
     x = F.grid_sample(
@@ -124,7 +121,8 @@ def augment(rgba: Tensor, may_flip: Tensor) -> Tensor:
         F.affine_grid(theta, [n, 4, SIDE, SIDE], align_corners=False),
         align_corners=False,
     )
-    color, alpha = x[:, :3], x[:, 3:]
+    color = x[:, :3]
+    alpha = x[:, 3:]
 
     # A dark outline where colour or alpha changes, as in hand-drawn styles.
     edges = torch.cat([color, alpha], 1)
@@ -135,7 +133,8 @@ def augment(rgba: Tensor, may_flip: Tensor) -> Tensor:
         0.5, 1.0, 1, 1, 1
     )
     ink = (edges * uniform(1.0, 2.5, 1, 1, 1) - 0.15).clamp(0, 1) * outlined
-    color, alpha = color * (1 - ink), torch.maximum(alpha, ink)
+    color = color * (1 - ink)
+    alpha = torch.maximum(alpha, ink)
 
     kind = torch.rand(n, 1, 1, 1)
     background = torch.where(
@@ -148,10 +147,8 @@ def augment(rgba: Tensor, may_flip: Tensor) -> Tensor:
     )
     # Now and then the lines alone.
     lines = (torch.rand(n) < 0.06).float().view(n, 1, 1, 1)
-    color, alpha = (
-        color * (1 - lines),
-        alpha * (1 - lines) + lines * (2 * edges - 0.15).clamp(0, 1),
-    )
+    color = color * (1 - lines)
+    alpha = alpha * (1 - lines) + lines * (2 * edges - 0.15).clamp(0, 1)
     x = color + background * (1 - alpha)
 
     gray = x.mean(1, keepdim=True)
@@ -195,7 +192,8 @@ class Sampler:
         for name in self.base:
             self.subgroups.setdefault(emoji[name]["subgroup"], []).append(name)
         self.facts = {name: facts(emoji[name]) for name in self.images}
-        self.emoji, self.rng = emoji, random.Random(seed)
+        self.emoji = emoji
+        self.rng = random.Random(seed)
         self.may_flip = {
             name: (
                 emoji[name]["subgroup"] not in DIRECTED

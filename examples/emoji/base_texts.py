@@ -44,24 +44,22 @@ class Texts:
     def __init__(
         self, renders: Path, emoji: dict, names: list[str], rng: random.Random
     ) -> None:
-        self.emoji, self.rng, self.places = (
-            emoji,
-            rng,
-            {name: place for place, name in enumerate(names)},
-        )
+        self.emoji = emoji
+        self.rng = rng
+        self.places = {name: place for place, name in enumerate(names)}
         self.known: dict[str, np.ndarray] = {}
         for place, name in enumerate(names):
             for fact in facts(emoji[name]):
                 self.known.setdefault(fact, np.zeros(len(names), bool))[place] = True
-        record, arrays = (
-            json.loads((renders / "phrases.json").read_text()),
-            np.load(renders / "phrases.npz"),
-        )
-        self.phrases, kinds = record["phrases"], np.array(record["kinds"])
+        record = json.loads((renders / "phrases.json").read_text())
+        arrays = np.load(renders / "phrases.npz")
+        self.phrases = record["phrases"]
+        kinds = np.array(record["kinds"])
         self.kinds = {kind: np.flatnonzero(kinds == kind) for kind in KINDS}
         seen = np.array([name in self.places for name in record["base"]])
         self.base = torch.tensor([self.places.get(name, 0) for name in record["base"]])
-        self.vectors, self.rows = arrays["vectors"], arrays["rows"]
+        self.vectors = arrays["vectors"]
+        self.rows = arrays["rows"]
         self.scores = np.where(
             seen[self.rows], arrays["scores"].astype(np.float32), -1.0
         )
@@ -70,7 +68,8 @@ class Texts:
         """Return a caption of each emoji, the captions as typed, and bool (captions,
         emoji) of which it is true.
         """
-        texts, true = [], torch.zeros(len(names), len(self.places), dtype=torch.bool)
+        texts = []
+        true = torch.zeros(len(names), len(self.places), dtype=torch.bool)
         for row, name in enumerate(names):
             text, required = self._caption(self.emoji[name])
             texts.append(text.lower())
@@ -122,7 +121,8 @@ class TextEncoder:
     def __init__(
         self, model: open_clip.CLIP, tokenizer: open_clip.SimpleTokenizer
     ) -> None:
-        self.model, self.tokenizer = model, tokenizer
+        self.model = model
+        self.tokenizer = tokenizer
 
     def __call__(self, texts: list[str]) -> tuple[Tensor, Tensor]:
         """Return the tower's output (n, width) and the normalised features (n, dim)."""
@@ -138,7 +138,8 @@ class TextEncoder:
     def _encode(self, texts: list[str]) -> Tensor:
         tokens = self.tokenizer(texts)
         ends = tokens.argmax(1)
-        length, model = int(ends.max()) + 1, self.model
+        length = int(ends.max()) + 1
+        model = self.model
         with torch.autocast("cpu", torch.bfloat16, enabled=model.training):
             x = (
                 model.token_embedding(tokens[:, :length])

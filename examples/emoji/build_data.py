@@ -168,7 +168,8 @@ def write_annotations(domain: str, names: list[str], emoji: dict) -> dict[str, i
     lines = []
     for name in names:
         own = emoji[name]
-        split, category = split_of(own["base"]), plain_label(own["base_label"])
+        split = split_of(own["base"])
+        category = plain_label(own["base_label"])
         swapped = negatives(name, emoji, siblings, random.Random(name))
         file = f"{name}.png"
         gender = [GENDERS[own["gender"]]] if own["gender"] in GENDERS else []

@@ -90,7 +90,8 @@ def sample_caption(
         The caption, and for tags alone the `facts` that an emoji must have for the
         caption to be true of it; otherwise None.
     """
-    label, tags = plain_label(emoji["label"]), emoji["tags"]
+    label = plain_label(emoji["label"])
+    tags = emoji["tags"]
     names = [
         name.replace("_", " ").replace("-", " ").lower() for name in emoji["names"]
     ]
@@ -166,8 +167,11 @@ def with_typo(text: str, rng: random.Random) -> str:
         return text
     place = rng.choice(places)
     word = words[place]
-    at, kind = rng.randrange(1, len(word)), rng.random()
-    head, letter, tail = word[:at], word[at], word[at + 1 :]
+    at = rng.randrange(1, len(word))
+    kind = rng.random()
+    head = word[:at]
+    letter = word[at]
+    tail = word[at + 1 :]
     if kind < 0.25:
         word = head + tail
     elif kind < 0.50 and tail:

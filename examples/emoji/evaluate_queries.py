@@ -36,7 +36,8 @@ from dcar_core import Encoder
 HERE = Path(__file__).parent
 DOMAINS = ("twemoji", "openmoji")
 TONES = dict.fromkeys(range(0x1F3FB, 0x1F400))
-JOINER, VARIATION = "\u200d", "\ufe0f"
+JOINER = "\u200d"
+VARIATION = "\ufe0f"
 METRICS = ("hit@1", "hit@5", "nDCG@10")
 
 
@@ -81,7 +82,8 @@ def answer_test(answer: str) -> Callable[[dict], bool]:
     begins with X. @X is any person whose second part begins with X, such as a
     profession. %NAME is any emoji of the subgroup.
     """
-    form, text = answer[0], answer[1:].replace(VARIATION, "")
+    form = answer[0]
+    text = answer[1:].replace(VARIATION, "")
     if form == "%":
         return lambda row: row["meta_category"] == text
     if form == "=":
@@ -273,10 +275,8 @@ def main() -> None:
                 row for row, each in enumerate(rows) if each["split"] == args.split
             ]
             queries = among(queries, chosen)
-            rows, images = (
-                [rows[row] for row in chosen],
-                [images[row] for row in chosen],
-            )
+            rows = [rows[row] for row in chosen]
+            images = [images[row] for row in chosen]
         models = {"zero-shot": args.base}
         if args.checkpoints:
             models |= {
@@ -285,10 +285,8 @@ def main() -> None:
             }
         elif not args.zero_shot:
             models["adapted"] = HERE / domain / "checkpoint"
-        captions, texts = (
-            [row["caption"] for row in rows],
-            [query.text for query in queries],
-        )
+        captions = [row["caption"] for row in rows]
+        texts = [query.text for query in queries]
         if args.encoder is not None:
             from phrases import SentenceEncoder
 

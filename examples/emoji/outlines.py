@@ -25,7 +25,8 @@ from scipy import ndimage
 HERE = Path(__file__).parent
 NOTO = HERE / "node_modules" / "@fontsource" / "noto-emoji" / "files"
 RENDERED = 64  # pixels
-FONT_SIZE, MARGIN = 200, 20
+FONT_SIZE = 200
+MARGIN = 20
 FIRST = 0x203C  # The code points before it are digits and letters.
 FILLED = {
     "noto-filled": ("noto-mono-400", ("noto", "fluent-emoji-flat")),
@@ -41,10 +42,8 @@ def draw_glyphs(files: list[Path], folder: Path, emoji: list[str]) -> int:
     folder.mkdir(exist_ok=True)
     drawn = 0
     for file in files:
-        known, font = (
-            TTFont(file).getBestCmap(),
-            ImageFont.truetype(str(file), FONT_SIZE),
-        )
+        known = TTFont(file).getBestCmap()
+        font = ImageFont.truetype(str(file), FONT_SIZE)
         for name in emoji:
             target = folder / f"{name}.png"
             if (
@@ -90,11 +89,14 @@ def colour(outline: np.ndarray, coloured: np.ndarray) -> np.ndarray | None:
     """
     ink = outline[..., 3:] / 255
     areas, count = ndimage.label(np.pad(ink[..., 0] <= 0.35, 1, constant_values=True))
-    outside, areas = areas[0, 0], areas[1:-1, 1:-1]
+    outside = areas[0, 0]
+    areas = areas[1:-1, 1:-1]
     opaque = coloured[..., 3] > 128
     if not opaque.any():
         return None
-    fill, alpha, filled = np.zeros((*areas.shape, 3)), np.zeros((*areas.shape, 1)), 0
+    fill = np.zeros((*areas.shape, 3))
+    alpha = np.zeros((*areas.shape, 1))
+    filled = 0
     for number in range(1, count + 1):
         area = areas == number
         if number == outside or area.sum() < 6:
@@ -109,7 +111,8 @@ def colour(outline: np.ndarray, coloured: np.ndarray) -> np.ndarray | None:
         filled += area.sum()
     if filled < 40:
         return None
-    rgb, alpha = fill * (1 - ink) + 20 * ink, np.maximum(alpha, ink)
+    rgb = fill * (1 - ink) + 20 * ink
+    alpha = np.maximum(alpha, ink)
     return np.concatenate([rgb, 255 * alpha], axis=2).round().astype(np.uint8)
 
 

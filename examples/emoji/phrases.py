@@ -201,10 +201,8 @@ def collect(
             if 1 < len(text) < 90:
                 phrases.setdefault(text, kind)
 
-    labels, tags = (
-        [each[0] for each in words],
-        sorted({word for each in words for word in each}),
-    )
+    labels = [each[0] for each in words]
+    tags = sorted({word for each in words for word in each})
     add("own", tags)
     add("own", names)
     add("own", [", ".join(each[: 2 + rng.randrange(5)]) for each in words])
@@ -226,7 +224,8 @@ def collect(
                 [f"{people} flag" for people in sorted(net.peoples.get(country, ()))],
             )
     add("replaced", [net.replace_word(rng.choice(labels), rng) for _ in range(30_000)])
-    adjectives, things = ADJECTIVES.split(), THINGS.split()
+    adjectives = ADJECTIVES.split()
+    things = THINGS.split()
     short = [
         [word for word in each if len(word.split()) <= 4 and word.isascii()] or each
         for each in words
@@ -329,7 +328,9 @@ def main() -> None:
     )
     encoder = SentenceEncoder(args.encoder)
     ranking = Ranking(encoder, words)
-    kept, parts, started = [], [], time.time()
+    kept = []
+    parts = []
+    started = time.time()
     for start in range(0, len(phrases), BATCH):
         chunk = phrases[start : start + BATCH]
         vectors = encoder.encode([text for text, _ in chunk])

@@ -61,7 +61,9 @@ MODEL = {
     },
 }
 MEAN = STD = (0.5, 0.5, 0.5)
-SAVE_EVERY, LOG_EVERY = 400, 50  # steps
+# steps
+SAVE_EVERY = 400
+LOG_EVERY = 50
 AVERAGE = 0.997  # of the weights, per step
 
 
@@ -128,7 +130,8 @@ class Trainer:
     """The model with its moving average, and what a step needs."""
 
     def __init__(self, args: argparse.Namespace) -> None:
-        self.args, self.step = args, 0
+        self.args = args
+        self.step = 0
         self.emoji = json.loads((args.renders / "emoji.json").read_text())
         self.images, rows = load_images(args.renders, STYLES)
         self.sampler = Sampler(rows, self.emoji, args.seed)
@@ -279,7 +282,8 @@ class Trainer:
         state = torch.load(path, weights_only=True)
         self.model.load_state_dict(state["model"])
         self.head.load_state_dict(state["head"])
-        self.average, self.step = state["average"], state["step"]
+        self.average = state["average"]
+        self.step = state["step"]
         for optimizer, saved in zip(self.optimizers, state["optimizers"], strict=True):
             optimizer.load_state_dict(saved)
         self.sampler.rng.seed(self.args.seed + self.step)
@@ -351,10 +355,13 @@ def main() -> None:
     torch.manual_seed(args.seed)
     if args.threads:
         torch.set_num_threads(args.threads)
-    trainer, validation = Trainer(args), Validation(args.renders)
+    trainer = Trainer(args)
+    validation = Validation(args.renders)
     trainer.resume()
     trainer.start_means()
-    first_step, started, losses = trainer.step, time.time(), []
+    first_step = trainer.step
+    started = time.time()
+    losses = []
     while trainer.step < args.steps:
         losses.append(trainer.take_step())
         step = trainer.step

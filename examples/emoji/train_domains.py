@@ -80,10 +80,8 @@ def test_recall(
     model: DCAR, domain: str, splits: Mapping[str, Dataset]
 ) -> dict[str, dict[str, float]]:
     """Return recall on all test images, and on the base emoji alone."""
-    test, rows = (
-        splits["test"],
-        map(json.loads, (HERE / domain / "metadata.jsonl").read_text().splitlines()),
-    )
+    test = splits["test"]
+    rows = map(json.loads, (HERE / domain / "metadata.jsonl").read_text().splitlines())
     base = {row["file_name"] for row in rows if row["base"]}
     parts = (
         test,

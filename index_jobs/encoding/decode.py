@@ -77,7 +77,8 @@ def decode_windows(
 ) -> Generator[DecodedWindow, None, None]:
     """Decode the windows of a gallery in order, with `workers` from `worker_count`."""
     processes = [DecodeWorker() for _ in range(workers)]
-    turns, mine = iter(processes), threading.local()
+    turns = iter(processes)
+    mine = threading.local()
 
     def take_worker() -> None:
         mine.worker = next(turns, None)
@@ -122,7 +123,9 @@ def _decode_window(
     worker: DecodeWorker | None,
 ) -> DecodedWindow:
     """Read and decode the images of a window."""
-    stacked, records, failed = [], [], []
+    stacked = []
+    records = []
+    failed = []
     for location, data in zip(locations, read_images(root, locations), strict=True):
         image = _decode_image(location.row, data, preprocess, worker)
         if isinstance(image, FailedImage):
@@ -146,9 +149,10 @@ def _decode_image(
     if isinstance(data, ImageError):
         return FailedImage(row, str(data), data.fault)
     if isinstance(data, Exception):
-        reason = (
-            str(data) if isinstance(data, OSError) else f"{type(data).__name__}: {data}"
-        )
+        if isinstance(data, OSError):
+            reason = str(data)
+        else:
+            reason = f"{type(data).__name__}: {data}"
         return FailedImage(
             row, getattr(data, "strerror", None) or reason, ImageFault.UNREADABLE
         )

@@ -106,17 +106,17 @@ def encode_windows(
 
     def encode(encoder: Encoder, window: DecodedWindow) -> EncodedWindow:
         has_images = len(window.pixels) > 0
-        features = (
-            encoder.image_features(window.pixels)
-            if has_images
-            else np.empty((0, encoder.dim), np.float32)
-        )
+        if has_images:
+            features = encoder.image_features(window.pixels)
+        else:
+            features = np.empty((0, encoder.dim), np.float32)
         return EncodedWindow(window.images, features, window.failed)
 
     if len(replicas) == 1:
         yield from (encode(replicas[0], window) for window in windows)
         return
-    turns, mine = iter(replicas), threading.local()
+    turns = iter(replicas)
+    mine = threading.local()
 
     def take_replica() -> None:
         mine.encoder = next(turns)
@@ -146,11 +146,9 @@ class EncodedGallery:
         self, gallery: Gallery, encoder: Encoder, work: Path, options: BuildOptions
     ) -> None:
         self.store = ShardStore(gallery, encoder, work, options)
-        self.gallery, self._options, self._adapt = (
-            gallery,
-            options,
-            encoder.state.adapt_images,
-        )
+        self.gallery = gallery
+        self._options = options
+        self._adapt = encoder.state.adapt_images
         self.shards = [self.store.load(number) for number in range(len(self.store))]
         reusable = ReusableVectors(self.store.other_folders())
         for number in self._unfinished() if len(reusable) else ():
@@ -193,7 +191,8 @@ class EncodedGallery:
 
     def windows(self, number: int) -> list[list[ImageLocation]]:
         """Return the images of a shard that must be encoded, in windows."""
-        locations, batch = self._locations(number), self._options.batch_size
+        locations = self._locations(number)
+        batch = self._options.batch_size
         return [
             locations[start : start + batch]
             for start in range(0, len(locations), batch)
@@ -217,12 +216,15 @@ class EncodedGallery:
 
     def _check_failed(self, *, final: bool = False) -> None:
         """Compare the failures with the limit; final: no image follows."""
-        gallery, count, total = self.gallery, len(self.failed), len(self.gallery)
+        gallery = self.gallery
+        count = len(self.failed)
+        total = len(self.gallery)
         limit = self._options.spec.max_failed
         if count <= limit * total and not (final and count == total):
             return
         self.store.path.mkdir(parents=True, exist_ok=True)
-        path, names = self.store.path / FAILED, gallery.table["name"]
+        path = self.store.path / FAILED
+        names = gallery.table["name"]
         self.write_failed(path)
         examples = "; ".join(
             f"{names[failure.row].as_py()}: {failure.reason}"
@@ -230,12 +232,11 @@ class EncodedGallery:
         )
         if limit < 1:
             fault = f"{count:,} of {total:,} failed, at most {limit:.1%} may"
-            fault, remedy = (
-                f"too few images of {gallery.location} can be read: {fault}",
-                ", or raise --max-failed",
-            )
+            fault = f"too few images of {gallery.location} can be read: {fault}"
+            remedy = ", or raise --max-failed"
         else:
-            fault, remedy = f"none of the {total:,} images to encode can be read", ""
+            fault = f"none of the {total:,} images to encode can be read"
+            remedy = ""
         raise DataError(
             f"{fault}. {examples}. {path} lists them; repair or remove them{remedy}"
         )
@@ -261,10 +262,8 @@ class EncodedGallery:
         """
         table = self.gallery.table
         if (dated := self.images[self.images["taken"] != b""]).size:
-            metadata, position = (
-                table["metadata"].to_pylist(),
-                table.schema.get_field_index("metadata"),
-            )
+            metadata = table["metadata"].to_pylist()
+            position = table.schema.get_field_index("metadata")
             for row, taken in zip(
                 dated["row"].tolist(), dated["taken"].astype(str).tolist(), strict=True
             ):

@@ -143,11 +143,10 @@ def _encode_shards(
     room = ray.cluster_resources()
     gpus = int(room.get("GPU", 0)) if options.device in {"auto", "cuda"} else 0
     count = options.workers or gpus or max(1, int(room.get("CPU", 1)) // _CORES)
-    share = (
-        {"num_gpus": 1}
-        if gpus
-        else {"num_cpus": max(1, int(room.get("CPU", 1)) // count)}
-    )
+    if gpus:
+        share = {"num_gpus": 1}
+    else:
+        share = {"num_cpus": max(1, int(room.get("CPU", 1)) // count)}
     kind = ray.remote(ShardWorker).options(
         max_restarts=-1, max_task_retries=-1, **share
     )
@@ -155,7 +154,8 @@ def _encode_shards(
     pending: dict[Any, tuple[Any, int | None]] = {
         worker.__ray_ready__.remote(): (worker, None) for worker in workers
     }
-    todo, left = iter(gallery.todo), len(gallery.todo)
+    todo = iter(gallery.todo)
+    left = len(gallery.todo)
     while left:
         (done,), _ = ray.wait([*pending])
         (worker, number), windows = pending.pop(done), ray.get(done)

@@ -60,11 +60,9 @@ class Shard:
         """
         try:
             with path.open("rb") as file, np.load(file, allow_pickle=False) as parts:
-                images, vectors, span = (
-                    parts["images"],
-                    parts["vectors"],
-                    range(*parts["span"].tolist()),
-                )
+                images = parts["images"]
+                vectors = parts["vectors"]
+                span = range(*parts["span"].tolist())
             if (images.dtype, vectors.dtype, vectors.ndim) != (
                 IMAGE,
                 np.float32,
@@ -93,11 +91,9 @@ class ShardStore:
         self, gallery: Gallery, encoder: Encoder, work: Path, options: BuildOptions
     ) -> None:
         batch = options.batch_size
-        self.count, self.dim, self.shard_rows = (
-            len(gallery),
-            encoder.dim,
-            -(-options.shard_rows // batch) * batch,
-        )
+        self.count = len(gallery)
+        self.dim = encoder.dim
+        self.shard_rows = -(-options.shard_rows // batch) * batch
         pixels = asdict(encoder.preprocess)
         self._encoder_key = hash_json(
             [FORMAT, encoder.image_key, encoder.runtime.name, pixels, encoder.dim]
@@ -126,11 +122,9 @@ class ShardStore:
         is done.
         """
         path = self.path_of(number)
-        return (
-            Shard.read(path)
-            if path.exists()
-            else Shard(path, self.span(number), np.empty(0, IMAGE))
-        )
+        if path.exists():
+            return Shard.read(path)
+        return Shard(path, self.span(number), np.empty(0, IMAGE))
 
     def other_folders(self) -> list[Path]:
         """Return the folders of shards that the same encoder made of other galleries,
@@ -142,17 +136,18 @@ class ShardStore:
         """Add images with their vectors, float32 (m, E), to a shard, and write it in
         place of the earlier file.
         """
-        shard, path = self.load(number), self.path_of(number)
-        before = (
-            shard.vectors()
-            if len(shard.images)
-            else np.empty((0, self.dim), np.float32)
-        )
+        shard = self.load(number)
+        path = self.path_of(number)
+        if len(shard.images):
+            before = shard.vectors()
+        else:
+            before = np.empty((0, self.dim), np.float32)
         images, vectors = map(
             np.concatenate, zip((shard.images, before), *parts, strict=True)
         )
         order = np.argsort(images["row"])
-        images, span = images[order], np.array([shard.span.start, shard.span.stop])
+        images = images[order]
+        span = np.array([shard.span.start, shard.span.stop])
         self.path.mkdir(parents=True, exist_ok=True)
         with atomic_writer(path, shared=True) as file:
             np.savez(
@@ -208,10 +203,8 @@ class ReusableVectors:
         near = np.searchsorted(self._hashes, wanted).clip(max=len(self) - 1)
         known = np.flatnonzero(self._hashes[near] == wanted)
         positions = self._positions[near[known]]
-        images, vectors = (
-            self._images[positions],
-            np.empty((len(known), dim), np.float32),
-        )
+        images = self._images[positions]
+        vectors = np.empty((len(known), dim), np.float32)
         images["row"] = [locations[i].row for i in known.tolist()]
         numbers = np.searchsorted(self._starts, positions, side="right") - 1
         for number in np.unique(numbers).tolist():

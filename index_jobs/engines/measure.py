@@ -57,7 +57,8 @@ def text_queries(table: pa.Table, encoder: Encoder) -> HeldOutQueries:
 def sample_vectors(blocks: Blocks, count: int, size: int) -> Floats:
     """Return at most `size` vectors, evenly spread."""
     step = max(1, -(-count // size))
-    parts, start = [], 0
+    parts = []
+    start = 0
     for block in blocks():
         parts.append(np.array(block[-start % step :: step]))
         start += len(block)
@@ -81,23 +82,20 @@ class Benchmark:
         1.
         """
         self.aim = target + _RECALL_MARGIN * (1 - target)
-        self.queries, self.target, self.is_exact, self._blocks = (
-            queries,
-            target,
-            exact,
-            blocks,
-        )
+        self.queries = queries
+        self.target = target
+        self.is_exact = exact
+        self._blocks = blocks
         self._scores = (
             np.empty((0, NEIGHBOURS), np.float32)
             if exact
             else find_neighbours(blocks, queries.vectors)[0]
         )
         everything = np.arange(len(queries.vectors))
-        divided = (
-            (everything[::2], everything[1::2])
-            if len(everything) >= _MIN_DIVIDED
-            else (everything, everything)
-        )
+        if len(everything) >= _MIN_DIVIDED:
+            divided = (everything[::2], everything[1::2])
+        else:
+            divided = (everything, everything)
         self.tuning_queries, self._measuring_queries = divided
 
     def measure(
@@ -121,10 +119,8 @@ class Benchmark:
         """
         if self.is_exact:
             return 1.0
-        queries, exact = (
-            np.ascontiguousarray(self.queries.vectors[chosen]),
-            self._scores[chosen],
-        )
+        queries = np.ascontiguousarray(self.queries.vectors[chosen])
+        exact = self._scores[chosen]
         rows = index.search(queries, NEIGHBOURS)[1]
         scores = np.einsum("qe,qke->qk", queries, self._vectors(rows))
         hits = (rows >= 0) & (scores >= exact[:, -1:] - TIE_TOLERANCE)
@@ -135,10 +131,8 @@ class Benchmark:
         """Return the vectors of rows (...): (..., E). One block is in memory at a
         time.
         """
-        vectors, start = (
-            np.zeros((*rows.shape, self.queries.vectors.shape[1]), np.float32),
-            0,
-        )
+        vectors = np.zeros((*rows.shape, self.queries.vectors.shape[1]), np.float32)
+        start = 0
         for block in self._blocks():
             inside = (rows >= start) & (rows < start + len(block))
             vectors[inside] = block[rows[inside] - start]
@@ -148,12 +142,10 @@ class Benchmark:
 
 def find_neighbours(blocks: Blocks, queries: Floats) -> ScoredRows:
     """Return the ten nearest neighbours of queries (q, E) by brute force."""
-    start, best = (
-        0,
-        (
-            np.empty((len(queries), 0), np.float32),
-            np.empty((len(queries), 0), np.int64),
-        ),
+    start = 0
+    best = (
+        np.empty((len(queries), 0), np.float32),
+        np.empty((len(queries), 0), np.int64),
     )
     for block in blocks():
         if not len(block):
@@ -173,7 +165,8 @@ def measure_latency(index: Any, vectors: Floats) -> dict[str, float]:
     """Return latencies in milliseconds of one query at a time on one core, as in a
     service without load.
     """
-    times, threads = [], faiss.omp_get_max_threads()
+    times = []
+    threads = faiss.omp_get_max_threads()
     faiss.omp_set_num_threads(1)
     try:
         for vector in vectors:
@@ -210,7 +203,8 @@ def tune(benchmark: Benchmark, index: Any, tunable: Any) -> dict[str, Any]:
 
 def _choose(benchmark: Benchmark, index: Any, tunable: Any) -> dict[str, int]:
     """Set and return the fastest parameters that reach the aim."""
-    target, aim = benchmark.target, benchmark.aim
+    target = benchmark.target
+    aim = benchmark.aim
     timed = benchmark.queries.vectors[benchmark.tuning_queries][: TIMED_QUERIES // 2]
     points = list[tuple[float, float, dict[str, int]]]()  # recall, latency, parameters
     width: int | None = None
@@ -232,9 +226,10 @@ def _choose(benchmark: Benchmark, index: Any, tunable: Any) -> dict[str, int]:
         if latency > _SLOWER * min(point[1] for point in points):
             break
     highest = max(recall for recall, _, _ in points)
-    required = (
-        highest if highest < target else max(target, min(aim, highest - 2 * _NOISE))
-    )
+    if highest < target:
+        required = highest
+    else:
+        required = max(target, min(aim, highest - 2 * _NOISE))
     best = min(
         (point for point in points if point[0] >= required), key=lambda point: point[1]
     )[2]
@@ -251,7 +246,9 @@ def _narrowest(
     """
     if not (name := tunable.width):
         return benchmark.recall(index, benchmark.tuning_queries), None
-    aim, recalls = benchmark.aim, dict[int, float]()  # by width
+    # by width
+    aim = benchmark.aim
+    recalls = dict[int, float]()
 
     def measure(width: int) -> float:
         tunable.set(name, width)

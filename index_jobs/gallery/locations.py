@@ -82,11 +82,9 @@ def join_location(root: str, location: str) -> str:
 
 
 def parent_folder(location: str) -> str:
-    return (
-        location.rpartition("/")[0] + "/"
-        if is_url(location)
-        else str(Path(location).parent)
-    )
+    if is_url(location):
+        return location.rpartition("/")[0] + "/"
+    return str(Path(location).parent)
 
 
 def file_suffix(location: str) -> str:

@@ -97,7 +97,8 @@ class GalleryMetadata:
         a split may not be annotations, so faults are warnings there; those of a table
         named `pairs` are errors.
         """
-        records, files = dict[str, Record](), list[Path]()
+        records = dict[str, Record]()
+        files = list[Path]()
         try:
             files = [
                 file
@@ -126,11 +127,9 @@ class GalleryMetadata:
         for record in records.values():
             if len(record["captions"]) == 1:
                 (record["caption"],) = record.pop("captions")
-        return (
-            cls(", ".join(sorted({str(file) for file in files})), records)
-            if records
-            else None
-        )
+        if records:
+            return cls(", ".join(sorted({str(file) for file in files})), records)
+        return None
 
     @classmethod
     def of_folder(cls, folder: str, names: Collection[str]) -> "GalleryMetadata | None":
@@ -212,10 +211,8 @@ def read_changes(location: str, by: str = "id") -> Iterator[tuple[str, Record]]:
     An empty cell of a CSV or Parquet table changes nothing, nor does a file name. Raise
     DataError for a row without an id, and if two rows have the same.
     """
-    has_nulls, seen = (
-        PurePosixPath(location).suffix.lower() == ".jsonl",
-        dict[str, int](),
-    )
+    has_nulls = PurePosixPath(location).suffix.lower() == ".jsonl"
+    seen = dict[str, int]()
     for number, record in read_gallery_records(location):
         filled = {
             name: value
@@ -276,11 +273,9 @@ def split_fields(fields: Record, where: str) -> tuple[str, str, str, Record]:
 
 
 def _to_text(value: Any) -> str:
-    return (
-        ""
-        if value is None or (isinstance(value, float) and math.isnan(value))
-        else str(value).strip()
-    )
+    if value is None or (isinstance(value, float) and math.isnan(value)):
+        return ""
+    return str(value).strip()
 
 
 def _to_json(value: Any) -> Any:
@@ -297,8 +292,6 @@ def _to_json(value: Any) -> Any:
         return value.isoformat()
     if isinstance(value, dict):
         return {str(key): _to_json(item) for key, item in value.items()}
-    return (
-        [_to_json(item) for item in value]
-        if isinstance(value, list | tuple)
-        else str(value)
-    )
+    if isinstance(value, list | tuple):
+        return [_to_json(item) for item in value]
+    return str(value)

@@ -143,7 +143,8 @@ class Gallery:
 
     def filter(self, mask: pa.ChunkedArray) -> "Gallery":
         """Return some of the images as a gallery; mask: bool (n,)."""
-        table, root = self.table.filter(mask), self.root if is_url(self.root) else ""
+        table = self.table.filter(mask)
+        root = self.root if is_url(self.root) else ""
         vectors = _signature(table, _VECTOR_COLUMNS, root)
         return replace(
             self,
@@ -166,12 +167,10 @@ def scan(gallery: str | Path | Sequence[str]) -> Gallery:
             no column of images, or holds a compressed tar; or two have one name.
         MissingExtraError: its URL needs a package that is not installed.
     """
-    names, locations, roots, tables = (
-        list[str](),
-        list[str](),
-        list[str](),
-        list[pa.Table](),
-    )
+    names = list[str]()
+    locations = list[str]()
+    roots = list[str]()
+    tables = list[pa.Table]()
     for text in (
         [str(gallery)] if isinstance(gallery, str | Path) else map(str, gallery)
     ):
@@ -281,10 +280,13 @@ def _list_images(location: str) -> tuple[str, Iterable[GalleryImage]]:
     """Return the root of a gallery and its images, with a warning of files that may be
     missed.
     """
-    suffix, remote, skipped = file_suffix(location), is_url(location), Counter[str]()
+    suffix = file_suffix(location)
+    remote = is_url(location)
+    skipped = Counter[str]()
     if not remote and not Path(location).exists():
         raise DataError(f"the gallery {location} does not exist")
-    is_file, root = remote or Path(location).is_file(), parent_folder(location)
+    is_file = remote or Path(location).is_file()
+    root = parent_folder(location)
     if is_file and suffix in RECORD_SUFFIXES:
         return root, _list_rows(location)
     if is_file and suffix == ".tar":
@@ -296,7 +298,8 @@ def _list_images(location: str) -> tuple[str, Iterable[GalleryImage]]:
             skipped,
         )
     elif remote or Path(location).is_dir():
-        root, images = location, _folder_images(location, skipped)
+        root = location
+        images = _folder_images(location, skipped)
     else:
         kinds = ", ".join(sorted(RECORD_SUFFIXES))
         raise DataError(
@@ -419,7 +422,9 @@ def _folder_images(root: str, skipped: Counter[str]) -> list[GalleryImage]:
 
 def _list_rows(listing: str) -> Iterator[GalleryImage]:
     """Yield the images of a list, in its order."""
-    root, line, protocols = parent_folder(listing), 0, set[str]()
+    root = parent_folder(listing)
+    line = 0
+    protocols = set[str]()
     for line, name, fields in _read_list(listing):
         location = _row_location(listing, line, name)
         size = version = 0
@@ -445,7 +450,8 @@ def _list_rows(listing: str) -> Iterator[GalleryImage]:
 
 def _read_list(listing: str) -> Iterator[tuple[int, str, Record]]:
     """Yield the line, the name and the fields of each image of a list."""
-    root, column = parent_folder(listing), ""
+    root = parent_folder(listing)
+    column = ""
     for line, record in read_gallery_records(listing):
         column = column or next((name for name in _PATH_COLUMNS if name in record), "")
         if not column:

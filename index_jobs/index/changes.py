@@ -49,11 +49,9 @@ class FieldChanges:
     """Changed fields of items of a version. records: all fields of the changed rows."""
 
     def __init__(self, version: IndexVersion) -> None:
-        self._version, self._types, self._names = (
-            version,
-            dict(version.fields),
-            set[str](),
-        )
+        self._version = version
+        self._types = dict(version.fields)
+        self._names = set[str]()
         self.records: dict[int, dict[str, Any]] = {}
 
     @property
@@ -68,7 +66,9 @@ class FieldChanges:
         Raise DataError, and change none, for a value of another type than its field, or
         too many levels or bytes.
         """
-        merged, types, names = dict[int, dict[str, Any]](), dict[str, str](), set[str]()
+        merged = dict[int, dict[str, Any]]()
+        types = dict[str, str]()
+        names = set[str]()
         for rows, fields in changes:
             if not rows:
                 continue
@@ -126,21 +126,18 @@ class FieldChanges:
         self, new: NewVersion, change: str, *, keep: int, origin: str = ""
     ) -> Manifest:
         """Publish a version with the changes."""
-        version, manifest, texts = (
-            self._version,
-            self._version.manifest,
-            dict[int, str](),
-        )
+        version = self._version
+        manifest = self._version.manifest
+        texts = dict[int, str]()
         new.link(version)
         prefixes = ["", *(f"{addition.folder}/" for addition in manifest.additions)]
         for prefix, part in zip(prefixes, version.parts, strict=True):
-            rows, start = (
-                [row for row in sorted(self.records) if row in part.rows],
-                part.rows.start,
-            )
+            rows = [row for row in sorted(self.records) if row in part.rows]
+            start = part.rows.start
             if not rows:
                 continue
-            path, positions = new.folder / f"{prefix}{ITEMS}", np.array(rows) - start
+            path = new.folder / f"{prefix}{ITEMS}"
+            positions = np.array(rows) - start
             part.items.write_changed(
                 path, {row - start: self.records[row] for row in rows}, self._names
             )
@@ -159,10 +156,8 @@ class FieldChanges:
             )
         if texts:
             write_lexical(new.folder / LEXICAL, texts)
-        change, changed = (
-            f"{change} {origin}".rstrip(),
-            manifest.changed + len(self.records),
-        )
+        change = f"{change} {origin}".rstrip()
+        changed = manifest.changed + len(self.records)
         return new.publish(
             replace(manifest, changed=changed, change=change, origin=origin), keep=keep
         )
@@ -182,10 +177,8 @@ def rows_with(
             value: [] if (row := version.row_of(value)) is None else [row]
             for value in rows
         }
-    column, ending = (
-        version.column(by).to_pylist(),
-        ".0" if version.fields[by] == "double" else "",
-    )
+    column = version.column(by).to_pylist()
+    ending = ".0" if version.fields[by] == "double" else ""
     same = {value.removesuffix(ending): chosen for value, chosen in rows.items()}
     for row in np.flatnonzero(version.live).tolist():
         if column[row] is not None:
@@ -208,11 +201,10 @@ def change_metadata(
     index, or a value does not fit its field; other errors as of `update.remove`.
     """
     with report_os_errors(index), new_version(index) as new:
-        current, changes = open_current(index), [*changes]
-        merged, rows = (
-            FieldChanges(current),
-            rows_with(current, by, (value for value, _ in changes)),
-        )
+        current = open_current(index)
+        changes = [*changes]
+        merged = FieldChanges(current)
+        rows = rows_with(current, by, (value for value, _ in changes))
         unknown = [value for value in rows if not rows[value]]
         if len(unknown) == len(rows):
             example = f", such as {unknown[0]!r}" if unknown else ""
@@ -221,7 +213,8 @@ def change_metadata(
                 f" index{example}"
             )
         merged.merge((rows[value], fields) for value, fields in changes)
-        manifest, count = current.manifest, len(merged.records)
+        manifest = current.manifest
+        count = len(merged.records)
         if count:
             manifest = merged.publish(
                 new,

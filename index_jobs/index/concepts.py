@@ -18,7 +18,8 @@ from index_jobs.index.stores import Directory, Storage, store_of, swap
 T = TypeVar("T")
 
 MAX_CONCEPTS = 200
-_CONCEPTS, _LOCK = "concepts.json", ".concepts.lock"
+_CONCEPTS = "concepts.json"
+_LOCK = ".concepts.lock"
 
 
 @dataclass(frozen=True)

@@ -28,7 +28,9 @@ from index_jobs.spec import IndexSpec
 logger = logging.getLogger(__name__)
 
 _DESCRIPTION = "collection.json"
-_NEW, _OLD, _LOCK = ".new-", ".old-", ".lock"
+_NEW = ".new-"
+_OLD = ".old-"
+_LOCK = ".lock"
 _DROP_S = 2.0
 
 
@@ -70,10 +72,8 @@ def create_collection(folder: Path, name: str, checkpoint: Path) -> None:
     """Create a collection without items, with a copy of a checkpoint, unless there is
     one of this name.
     """
-    target, staging = (
-        folder / hashlib.sha256(name.encode()).hexdigest()[:32],
-        folder / f"{_NEW}{secrets.token_hex(8)}",
-    )
+    target = folder / hashlib.sha256(name.encode()).hexdigest()[:32]
+    staging = folder / f"{_NEW}{secrets.token_hex(8)}"
     with hold_lock(
         folder / _LOCK, f"another collection is being created in {folder}", wait_s=-1
     ):

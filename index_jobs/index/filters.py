@@ -87,7 +87,8 @@ def match_column(column: pa.ChunkedArray, condition: Any, field: str) -> Mask:
         raise FilterError(
             field, f"is empty; give a value, a list of values, or one of {_OPERATORS}"
         )
-    mask, ranges = np.ones(len(column), np.bool_), dict[str, Any]()
+    mask = np.ones(len(column), np.bool_)
+    ranges = dict[str, Any]()
     for name, operand in condition.items():
         if name == "not":
             mask &= ~match_column(column, operand, field)
@@ -208,11 +209,10 @@ def _match_ranges(column: pa.ChunkedArray, ranges: dict[str, Any], field: str) -
                 f"{name!r} takes a number or a text, and a field of numbers or texts",
             )
         bound = _checked_value(bound, member_type, field)
-        compared = (
-            members.cast(pa.float64(), safe=False)
-            if isinstance(bound, float)
-            else members
-        )
+        if isinstance(bound, float):
+            compared = members.cast(pa.float64(), safe=False)
+        else:
+            compared = members
         mask &= _to_mask(
             pc.call_function(_RANGES[name], [compared, pa.scalar(bound, compared.type)])
         )
@@ -221,11 +221,9 @@ def _match_ranges(column: pa.ChunkedArray, ranges: dict[str, Any], field: str) -
 
 def _is_present(members: pa.ChunkedArray, field: str) -> Mask:
     """Return False where an empty text means a missing value."""
-    return (
-        _to_mask(pc.not_equal(members, ""))
-        if field in EMPTY_IS_MISSING
-        else np.ones(len(members), np.bool_)
-    )
+    if field in EMPTY_IS_MISSING:
+        return _to_mask(pc.not_equal(members, ""))
+    return np.ones(len(members), np.bool_)
 
 
 def _checked_value(value: Any, member_type: pa.DataType, field: str) -> Any:

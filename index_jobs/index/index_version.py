@@ -127,7 +127,8 @@ class ImageAccess:
         read, or the file is too large.
         """
         if is_url(location):
-            url, folder = urlsplit(location), location.rpartition("/")[0] + "/"
+            url = urlsplit(location)
+            folder = location.rpartition("/")[0] + "/"
             if ".." not in location.split("/") and any(
                 folder.startswith(root.rstrip("/") + "/") for root in roots
             ):
@@ -194,13 +195,13 @@ class IndexVersion:
         changed: Rows = NO_ROWS,
         image_access: ImageAccess | None = None,
     ) -> None:
-        self.index, self.manifest, self.parts, self.image_access = (
-            index,
-            manifest,
-            parts,
-            image_access,
-        )
-        self.removed, self.changed, self._items = removed, changed, dict[int, Item]()
+        self.index = index
+        self.manifest = manifest
+        self.parts = parts
+        self.image_access = image_access
+        self.removed = removed
+        self.changed = changed
+        self._items = dict[int, Item]()
         # fields of lists of texts that no item stores
         self.computed: Mapping[str, Callable[[], pa.ChunkedArray]] = {}
         self.rows = parts[-1].rows.stop if parts else 0
@@ -223,7 +224,8 @@ class IndexVersion:
             (f"{addition.folder}/", own, addition.roots)
             for addition in manifest.additions
         ]
-        parts, start = list[Part](), 0
+        parts = list[Part]()
+        start = 0
         for prefix, root, roots in places:
             vectors = engine.open(manifest.paths(index, prefix), manifest.spec.kind)
             items = Items(manifest.path(index, f"{prefix}{ITEMS}"))
@@ -333,10 +335,8 @@ class IndexVersion:
             rows = self.live_rows
         if len(self.parts) == 1:
             return self.parts[0].vectors.search(vectors, k, rows, is_narrow=is_narrow)
-        scores, nearest = (
-            [np.empty((len(vectors), 0), np.float32)],
-            [np.empty((len(vectors), 0), np.int64)],
-        )
+        scores = [np.empty((len(vectors), 0), np.float32)]
+        nearest = [np.empty((len(vectors), 0), np.int64)]
         for part in self.parts:
             chosen = None if rows is None else rows.part(part.rows)
             part_scores, positions = part.vectors.search(
@@ -420,7 +420,8 @@ class IndexVersion:
             raise DataError(
                 f"no item has the field {name!r}; there are: {list_fields(self.fields)}"
             )
-        target, chunks = self._types[name], list[pa.Array]()
+        target = self._types[name]
+        chunks = list[pa.Array]()
         for span, _, items, *_ in self.parts:
             table = pa.table(
                 {
@@ -505,10 +506,8 @@ class IndexVersion:
         """
         try:
             root, location, offset, size = self._location_parts(row)
-            joined, state = (
-                join_location(root, location),
-                f"version {self.manifest.version}",
-            )
+            joined = join_location(root, location)
+            state = f"version {self.manifest.version}"
             if not is_url(joined):
                 status = Path(joined).stat()
                 state = f"{status.st_mtime_ns}-{status.st_size}"
@@ -524,7 +523,8 @@ class IndexVersion:
         not encode this index.
         """
         if fingerprint != self.manifest.spec.fingerprint:
-            index, spec = location_of(self.index), self.manifest.spec
+            index = location_of(self.index)
+            spec = self.manifest.spec
             raise ArtifactError(
                 f"version {self.manifest.version} of {index} was built by encoder"
                 f" {spec.fingerprint[:12]}, not by {fingerprint[:12]}; run: python -m"
@@ -546,11 +546,10 @@ def check_files(index: Path, manifest: Manifest) -> None:
         path = index / info.key
         size = path.stat().st_size if path.is_file() else None
         if size != info.size:
-            state = (
-                "is missing"
-                if size is None
-                else f"has {size:,} bytes, not {info.size:,}"
-            )
+            if size is None:
+                state = "is missing"
+            else:
+                state = f"has {size:,} bytes, not {info.size:,}"
             raise ArtifactError(
                 f"{path} {state}: {name} of version {manifest.version}; roll back, or"
                 " rebuild the index"

@@ -60,7 +60,8 @@ def infer_types(metadata: pa.ChunkedArray) -> dict[str, pa.DataType]:
     """Return the types of the most frequent fields of a column of JSON objects, by
     their sorted names.
     """
-    frequency, types = Counter[str](), dict[str, pa.DataType]()
+    frequency = Counter[str]()
+    types = dict[str, pa.DataType]()
     for record in _records(metadata):
         for name, value in record.items():
             if value is not None:
@@ -106,11 +107,9 @@ def type_of(value: Any) -> pa.DataType:
         return pa.int64() if -(2**63) <= value < 2**63 else _TEXT
     if isinstance(value, float):
         return pa.float64()
-    return (
-        _LIST
-        if isinstance(value, list) and all(isinstance(part, str) for part in value)
-        else _TEXT
-    )
+    if isinstance(value, list) and all(isinstance(part, str) for part in value):
+        return _LIST
+    return _TEXT
 
 
 def common_type(first: pa.DataType, second: pa.DataType) -> pa.DataType:
@@ -146,11 +145,11 @@ def _replaced(
     """Return the batches of a column as a type, with other values in some rows,
     ascending.
     """
-    replaced, start = [], 0
+    replaced = []
+    start = 0
     for array in arrays:
-        array = (
-            array if array.type == target else typed_array(array.to_pylist(), target)
-        )
+        if array.type != target:
+            array = typed_array(array.to_pylist(), target)
         low, high = np.searchsorted(rows, [start, start + len(array)])
         if low < high:
             order = np.arange(len(array))
@@ -172,7 +171,8 @@ def take_rows(table: pa.Table, rows: Rows) -> pa.Table:
     if (np.diff(rows) < 0).any():
         raise ValueError("rows must ascend")
     first = int(rows[0]) if len(rows) else 0
-    chosen, start = [], first
+    chosen = []
+    start = first
     for batch in table.slice(
         first, int(rows[-1]) + 1 - first if len(rows) else 0
     ).to_batches():
@@ -325,18 +325,14 @@ class Items:
         """Return the row of an id, or None, by binary search over UTF-8 bytes, which is
         Arrow's sort order.
         """
-        target, ids, order = (
-            item_id.encode(errors="surrogatepass"),
-            self.columns["id"],
-            self.columns[_BY_ID],
-        )
+        target = item_id.encode(errors="surrogatepass")
+        ids = self.columns["id"]
+        order = self.columns[_BY_ID]
 
         def id_at(rank: int) -> bytes:
             return bytes(ids[order[rank].as_py()].as_buffer())
 
         rank = bisect_left(range(len(self)), target, key=id_at)
-        return (
-            int(order[rank].as_py())
-            if rank < len(self) and id_at(rank) == target
-            else None
-        )
+        if rank < len(self) and id_at(rank) == target:
+            return int(order[rank].as_py())
+        return None

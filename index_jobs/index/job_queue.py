@@ -37,7 +37,8 @@ from index_jobs.index.versions import open_version, version_numbers
 
 logger = logging.getLogger(__name__)
 
-JOBS, IMAGES = "jobs.sqlite", "images"
+JOBS = "jobs.sqlite"
+IMAGES = "images"
 BATCH_ITEMS = 2000
 # of a job whose process has died more often, it is applied by itself
 MAX_STARTS_TOGETHER = 3
@@ -89,7 +90,9 @@ class JobQueue:
     """
 
     def __init__(self, index: Path) -> None:
-        self.index, self.images, self._path = index, index / IMAGES, index / JOBS
+        self.index = index
+        self.images = index / IMAGES
+        self._path = index / JOBS
 
     @contextmanager
     def database(self) -> Iterator[sqlite3.Connection]:
@@ -132,10 +135,8 @@ class JobQueue:
         items, filter, fields, by: as in `Job`, without `image`. images: of a put, the
         image file of each item. notes: what the status of the job shows as well.
         """
-        job, names = (
-            secrets.token_hex(16),
-            [hashlib.sha256(data).hexdigest() for data in images],
-        )
+        job = secrets.token_hex(16)
+        names = [hashlib.sha256(data).hexdigest() for data in images]
         if images:
             items = [
                 {**item, "image": f"{IMAGES}/{name}"}
@@ -173,7 +174,8 @@ class JobQueue:
         A job with a filter or another field than `id` is by itself, since it depends on
         the jobs before it; no two put the same item.
         """
-        batch, ids = list[Job](), set[str]()
+        batch = list[Job]()
+        ids = set[str]()
         query = (
             "SELECT number, kind, body, coalesce(starts, 0) FROM jobs LEFT JOIN"
             " progress ON job = number"
@@ -245,10 +247,8 @@ class JobQueue:
 
     def end(self, jobs: Sequence[Job], outcomes: Sequence[Mapping[str, Any]]) -> None:
         """Record how jobs ended, all at once."""
-        now, texts = (
-            time.time(),
-            [json.dumps({"ended": _now(), **outcome}) for outcome in outcomes],
-        )
+        now = time.time()
+        texts = [json.dumps({"ended": _now(), **outcome}) for outcome in outcomes]
         ends = [(text, now, job.number) for job, text in zip(jobs, texts, strict=True)]
         with self.database() as database:
             database.executemany(
@@ -270,10 +270,8 @@ class JobQueue:
         )
         if not self.index.is_dir():  # the lock would make it
             raise gone
-        file, message = (
-            self.index / ".jobs.lock",
-            f"another process applies the jobs of {self.index}; wait for its end",
-        )
+        file = self.index / ".jobs.lock"
+        message = f"another process applies the jobs of {self.index}; wait for its end"
         with hold_lock(file, message, wait_s):
             # it was dropped, and the lock has made it
             if [path.name for path in self.index.iterdir()] == [file.name]:
@@ -285,7 +283,8 @@ class JobQueue:
         """Remove pictures that no version shows and no waiting job puts; within `lock`,
         at most once in `older_s`.
         """
-        mark, now = self.images / ".swept", time.time()
+        mark = self.images / ".swept"
+        now = time.time()
         if not self.images.is_dir() or (
             mark.exists() and now - mark.stat().st_mtime < older_s
         ):

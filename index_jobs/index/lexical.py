@@ -71,7 +71,8 @@ _STOP_WORDS = frozenset(
 _MAX_TERM = 64  # characters
 _MAX_QUERY_TERMS = 64
 
-_ROW, _TERMS = "row", "terms"
+_ROW = "row"
+_TERMS = "terms"
 _ANALYZER = "terms"
 _HEAP_BYTES = 128_000_000  # of the writer; a segment is written when it is full
 _FUZZY_FROM = 4  # characters of a term that may match others one edit away
@@ -182,26 +183,23 @@ def write_lexical(
     Raise ArtifactError if the index cannot be read, and OSError if the disk is full or
     cannot be written.
     """
-    is_new, some = not (path / "meta.json").exists(), isinstance(texts, Mapping)
+    is_new = not (path / "meta.json").exists()
+    some = isinstance(texts, Mapping)
     path.mkdir(exist_ok=True)
     try:
-        index = (
-            _prepare(tantivy.Index(_schema(), path=str(path)))
-            if is_new
-            else _open(path, str(path))
-        )
-        writer, kind = (
-            index.writer(heap_size=_HEAP_BYTES, num_threads=1),
-            tantivy.FieldType.Unsigned,
-        )
+        if is_new:
+            index = _prepare(tantivy.Index(_schema(), path=str(path)))
+        else:
+            index = _open(path, str(path))
+        writer = index.writer(heap_size=_HEAP_BYTES, num_threads=1)
+        kind = tantivy.FieldType.Unsigned
         later = tantivy.Query.range_query(
             index.schema, _ROW, kind, lower_bound=first_row, upper_bound=2**62
         )
-        replaced = (
-            tantivy.Query.term_set_query(index.schema, _ROW, [*texts])
-            if some
-            else later
-        )
+        if some:
+            replaced = tantivy.Query.term_set_query(index.schema, _ROW, [*texts])
+        else:
+            replaced = later
         writer.delete_documents_by_query(replaced)
         for row, text in (
             texts.items() if isinstance(texts, Mapping) else enumerate(texts, first_row)
@@ -245,7 +243,8 @@ class LexicalIndex:
         """
         self.name = name or str(path)
         index = _open(path, self.name)
-        self._searcher, self._schema = index.searcher(), index.schema
+        self._searcher = index.searcher()
+        self._schema = index.schema
 
     def __len__(self) -> int:
         return int(self._searcher.num_docs)
@@ -326,7 +325,10 @@ class LexicalIndex:
 
         The best score is that of an item of average length with every term.
         """
-        count, best, matches, parts = len(self), 0.0, 0, list[Any]()
+        count = len(self)
+        best = 0.0
+        matches = 0
+        parts = list[Any]()
         for term in query_terms(text, self._is_known):
             frequency = self._frequency(term)
             best += math.log1p((count - frequency + 0.5) / (frequency + 0.5))

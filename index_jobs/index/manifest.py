@@ -14,11 +14,19 @@ from dcar_core.util.files import hash_json
 from index_jobs.spec import IndexSpec
 
 FORMAT = 5
-CURRENT, VERSIONS, BLOBS = "CURRENT", "versions", "blobs"
-ITEMS, REMOVED, CHANGED = "items.arrow", "removed.npy", "changed.npy"
-CHECKPOINT, FAILED, LEXICAL = "checkpoint", "failed.jsonl", "lexical"
+CURRENT = "CURRENT"
+VERSIONS = "versions"
+BLOBS = "blobs"
+ITEMS = "items.arrow"
+REMOVED = "removed.npy"
+CHANGED = "changed.npy"
+CHECKPOINT = "checkpoint"
+FAILED = "failed.jsonl"
+LEXICAL = "lexical"
 _HASH = re.compile("[0-9a-f]{64}")
-OVER_HTTP, BY_WATCH = "over HTTP", "by a watch"  # origins of changes
+# origins of changes
+OVER_HTTP = "over HTTP"
+BY_WATCH = "by a watch"
 # why a watch takes no more changes, written again while it lasts
 WAITING = "watch-waits.txt"
 
@@ -137,11 +145,9 @@ class Manifest:
     @property
     def created_s(self) -> float | None:
         """`created` in Unix seconds; None without items."""
-        return (
-            datetime.datetime.fromisoformat(self.created).timestamp()
-            if self.created
-            else None
-        )
+        if self.created:
+            return datetime.datetime.fromisoformat(self.created).timestamp()
+        return None
 
     @property
     def is_as_built(self) -> bool:
@@ -200,7 +206,8 @@ class Manifest:
                 file: FileInfo(**info) for file, info in values.pop("files").items()
             }
             for file, info in files.items():
-                path, is_hash = PurePosixPath(file), _HASH.fullmatch(info.sha256)
+                path = PurePosixPath(file)
+                is_hash = _HASH.fullmatch(info.sha256)
                 if path.is_absolute() or ".." in path.parts or not is_hash:
                     raise ArtifactError(
                         f"{name} is corrupted: it names the file {file!r}"

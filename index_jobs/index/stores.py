@@ -110,7 +110,8 @@ class Directory(Storage):
     """An index on this disk. Who writes to it holds a lock."""
 
     def __init__(self, path: Path) -> None:
-        self.path, self.name = path, str(path)
+        self.path = path
+        self.name = str(path)
 
     def read(self, key: str) -> bytes | None:
         try:
@@ -165,9 +166,10 @@ class Directory(Storage):
 
     def entries(self, folder: str) -> dict[str, Stored]:
         path = self.path / folder
-        files = (
-            [file for file in path.iterdir() if file.is_file()] if path.is_dir() else []
-        )
+        if path.is_dir():
+            files = [file for file in path.iterdir() if file.is_file()]
+        else:
+            files = []
         return {file.name: Stored(file.stat().st_size) for file in files}
 
     def delete(self, keys: Collection[str]) -> None:
@@ -343,7 +345,8 @@ def swap(index: Path, key: str, before: bytes | None, data: bytes) -> None:
     """Replace a file of an index, first in its store. Raise LockedError if it is not as
     before.
     """
-    store, local = store_of(index), Directory(index)
+    store = store_of(index)
+    local = Directory(index)
     (store or local).swap(key, before, data)
     if store is not None:
         local.write(key, data)
@@ -360,7 +363,8 @@ def copy_blobs(
     """Put the blobs that a storage lacks, or may collect before a manifest names them.
     named: hashes that stay.
     """
-    stored, safe = target.entries(BLOBS), time.time() - GRACE_S / 2
+    stored = target.entries(BLOBS)
+    safe = time.time() - GRACE_S / 2
     for info in dict.fromkeys(infos):
         blob = stored.get(info.sha256, Stored(-1))
         if blob.size != info.size or (blob.written < safe and info.sha256 not in named):

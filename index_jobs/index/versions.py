@@ -67,9 +67,12 @@ logger = logging.getLogger(__name__)
 # compared one by one in every search, in addition to the built index
 ADDED_ROWS = 20_000
 # beyond these, a rebuild is recommended
-_MAX_ADDITIONS, _ADDED_SHARE, _HIDDEN_SHARE = 8, 0.2, 0.2
+_MAX_ADDITIONS = 8
+_ADDED_SHARE = 0.2
+_HIDDEN_SHARE = 0.2
 _NAMED_ROWS = 20_000  # also beyond this many rows that each search names to an engine
-_LOCK, _PULL_LOCK = ".lock", ".pull.lock"
+_LOCK = ".lock"
+_PULL_LOCK = ".pull.lock"
 _KEPT = 3  # versions on the disk of a replica: those that were in use last
 
 
@@ -127,7 +130,8 @@ def version_numbers(index: Path) -> list[int]:
 
 def read_manifest(index: Path, version: int) -> Manifest:
     """Return a manifest. Raise ArtifactError if it is missing or damaged."""
-    data, name = Directory(index).read(manifest_key(version)), location_of(index)
+    data = Directory(index).read(manifest_key(version))
+    name = location_of(index)
     if data is None:
         available = ", ".join(map(str, version_numbers(index))) or "none"
         raise ArtifactError(f"{name} has no version {version}; it has {available}")
@@ -152,7 +156,8 @@ def verify_index(index: Path) -> list[Manifest]:
     Raise ArtifactError for a fault.
     """
     pull_history(index)
-    storage, known = store_of(index) or Directory(index), set[FileInfo]()
+    storage = store_of(index) or Directory(index)
+    known = set[FileInfo]()
     read_manifest(
         index, Current.parse(storage.read(CURRENT), location_of(index)).version
     )
@@ -199,7 +204,8 @@ def collect_blobs(storage: Storage, index: Path) -> None:
     them. Its publisher writes unnamed blobs older than half a day again.
     """
     # before the manifests, which are written first
-    entries, oldest = storage.entries(BLOBS), time.time() - GRACE_S
+    entries = storage.entries(BLOBS)
+    oldest = time.time() - GRACE_S
     manifests = list_versions(index)
     if len(manifests) < len(version_numbers(index)):
         return  # who knows which blobs an unreadable one names
@@ -238,11 +244,9 @@ class NewVersion:
     """
 
     def __init__(self, index: Path) -> None:
-        self.index, self.folder, self._base = (
-            index,
-            index / BLOBS / ".new",
-            Directory(index).read(CURRENT),
-        )
+        self.index = index
+        self.folder = index / BLOBS / ".new"
+        self._base = Directory(index).read(CURRENT)
         self._replaced = _parsed(self._base, index)
         self.number = max([*version_numbers(index), self._replaced or 0]) + 1
 
@@ -275,7 +279,8 @@ class NewVersion:
         in. Raise ArtifactError if the version does not open, or does not read back as
         it was written.
         """
-        files, known = dict[str, FileInfo](), set[FileInfo]()
+        files = dict[str, FileInfo]()
+        known = set[FileInfo]()
         for path in sorted(self.folder.rglob("*")):
             # tantivy may hold its locks for a moment after it has written
             if path.is_dir() or path.suffix == ".lock":
@@ -326,24 +331,26 @@ class NewVersion:
         the one that it replaces first, then the newest. Changes that are older than
         every build that is kept go with the builds.
         """
-        index, local, store = self.index, Directory(self.index), store_of(self.index)
+        index = self.index
+        local = Directory(self.index)
+        store = store_of(self.index)
         manifests = {
             known.version: known for known in [*list_versions(index), manifest]
         }
         displaced = _displaced(manifest, version_numbers(index), manifests, keep)
         if store is not None:
-            base = (
-                manifests[manifest.replaced].files
-                if manifest.replaced in manifests
-                else {}
-            )
+            if manifest.replaced in manifests:
+                base = manifests[manifest.replaced].files
+            else:
+                base = {}
             copy_blobs(
                 local,
                 store,
                 manifest.files.values(),
                 [info.sha256 for info in base.values()],
             )
-        storage, key = store or local, manifest_key(manifest.version)
+        storage = store or local
+        key = manifest_key(manifest.version)
         storage.create(key, manifest.to_bytes())
         if store is not None:
             local.write(key, manifest.to_bytes())
@@ -352,10 +359,8 @@ class NewVersion:
         except LockedError:
             storage.delete([key])
             raise
-        kept, replaced = (
-            {*manifests} - displaced,
-            manifests.get(manifest.replaced or 0, manifest),
-        )
+        kept = {*manifests} - displaced
+        replaced = manifests.get(manifest.replaced or 0, manifest)
         if replaced.spec.engine == manifest.spec.engine:
             # services search it until they have loaded the new one
             kept.add(replaced.version)
@@ -390,11 +395,9 @@ def _rebuild_reasons(manifest: Manifest, hidden: int) -> Iterator[str]:
     """Yield why a rebuild is recommended. hidden: rows that are removed, or changed
     since an engine stored them.
     """
-    rows, added, limit = (
-        manifest.rows,
-        sum(part.count for part in manifest.additions),
-        _HIDDEN_SHARE * manifest.rows,
-    )
+    rows = manifest.rows
+    added = sum(part.count for part in manifest.additions)
+    limit = _HIDDEN_SHARE * manifest.rows
     if len(manifest.additions) >= _MAX_ADDITIONS:
         yield f"every search goes through {len(manifest.additions)} additions"
     if added > max(_ADDED_SHARE * (rows - added), ADDED_ROWS):

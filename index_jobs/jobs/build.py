@@ -124,10 +124,8 @@ class RebuildSummary:
         if self.gate:
             lines.append(f"compared with the previous version: {self.gate['reason']}")
         if self.measured.get("parameters"):
-            recall, source = (
-                100 * self.measured["recall_at_10"],
-                self.measured["query_source"],
-            )
+            recall = 100 * self.measured["recall_at_10"]
+            source = self.measured["query_source"]
             lines.append(
                 f"searches are tuned by {source}, and return {recall:.1f} % of their"
                 " ten nearest images"
@@ -179,11 +177,9 @@ def rebuild(
         DcarError: the output cannot be written, or does not read back; published
             versions are unchanged.
     """
-    out, settings, start = (
-        index_path(out),
-        BuildOptions.of(options),
-        time.perf_counter(),
-    )
+    out = index_path(out)
+    settings = BuildOptions.of(options)
+    start = time.perf_counter()
     if not isinstance(gallery, Gallery):
         logger.info("looking for images")
         gallery = scan(gallery)
@@ -204,8 +200,12 @@ class _Build:
         new: versions.NewVersion,
         start: float,
     ) -> None:
-        self.options, self.gallery, self.new, self.start = options, gallery, new, start
-        self.out, self.origin = new.index, checkpoint.absolute()
+        self.options = options
+        self.gallery = gallery
+        self.new = new
+        self.start = start
+        self.out = new.index
+        self.origin = checkpoint.absolute()
         self.served = self._open_served()
         self.checkpoint = self._with_retraining(checkpoint)
 
@@ -261,11 +261,10 @@ class _Build:
                 .get("from", ())
             )
             if lineage and read_config(checkpoint)["fingerprint"] in lineage:
-                outcome = (
-                    "is lost, by --force"
-                    if self.options.force
-                    else "is kept; --force goes back to the checkpoint"
-                )
+                if self.options.force:
+                    outcome = "is lost, by --force"
+                else:
+                    outcome = "is kept; --force goes back to the checkpoint"
                 logger.warning(
                     "the served model was retrained from %s: what it learned %s",
                     checkpoint,
@@ -294,12 +293,10 @@ class _Build:
 
     def run(self) -> RebuildSummary:
         """Build and publish a version."""
-        options, gallery, new, served = (
-            self.options,
-            self.gallery,
-            self.new,
-            self.served,
-        )
+        options = self.options
+        gallery = self.gallery
+        new = self.new
+        served = self.served
         if served is not None and self._is_published():
             return self._summarize(served.manifest)
         _require_fields(gallery, self.spec)  # before a model is loaded
@@ -310,11 +307,10 @@ class _Build:
                 # an export would load with any backbone
                 Encoder.load(copy, device="cpu")
             # The fastest runtime here may not run on a cluster.
-            runtime = (
-                "torch"
-                if options.ray and self.spec.runtime == AUTO
-                else self.spec.runtime
-            )
+            if options.ray and self.spec.runtime == AUTO:
+                runtime = "torch"
+            else:
+                runtime = self.spec.runtime
             replicas = load_replicas(
                 copy, options.device, exact=self.spec.exact, runtime=runtime
             )
@@ -374,11 +370,9 @@ class _Build:
         )
 
     def _served_ids(self) -> pa.ChunkedArray:
-        return (
-            self.served.column("id").filter(self.served.live)
-            if self.served
-            else pa.chunked_array([], pa.string())
-        )
+        if self.served:
+            return self.served.column("id").filter(self.served.live)
+        return pa.chunked_array([], pa.string())
 
     def _count_changes(self, ids: pa.ChunkedArray) -> dict[str, int] | None:
         """Compare the ids of the new version with those of the served one."""
@@ -391,7 +385,8 @@ class _Build:
         """Return whether items of the served version were changed, removed or added by
         others than the gallery.
         """
-        manifest, ids = served.manifest, served.column("id")
+        manifest = served.manifest
+        ids = served.column("id")
         removed = {*ids.filter(~served.live).to_pylist()} - {
             *self._served_ids().to_pylist()
         }
@@ -408,7 +403,9 @@ class _Build:
         """Raise GalleryShrunkError if too many of the served items are gone, unless
         forced.
         """
-        served, limit, ids = self.served, self.options.max_vanished, self._served_ids()
+        served = self.served
+        limit = self.options.max_vanished
+        ids = self._served_ids()
         gone = ids.filter(pc.invert(pc.is_in(ids, self.gallery.table["id"])))
         if (
             served is not None
@@ -470,10 +467,8 @@ class _Build:
             return None
         version = self.served.manifest.version
         logger.info("comparing with version %d", version)
-        before, after = (
-            (self.served, encoder.encode_text),
-            (built, self.encoder.encode_text),
-        )
+        before = (self.served, encoder.encode_text)
+        after = (built, self.encoder.encode_text)
         verdict = gate.compare(before, after, self.pairs, self.options.margin)
         if not verdict.passed:
             raise GateError(
@@ -498,7 +493,8 @@ class _Build:
 
         A model that comes with an export keeps it.
         """
-        served, copy = self.served, new.folder / CHECKPOINT
+        served = self.served
+        copy = new.folder / CHECKPOINT
         is_wanted = self.spec.runtime in (AUTO, *EXPORTED)
         if not is_wanted or has_portable(copy) or not is_installed("openvino"):
             return
@@ -514,14 +510,13 @@ class _Build:
 
     def _write(self, new: versions.NewVersion, encoded: EncodedGallery) -> Manifest:
         """Write vectors, items and failures, and return their manifest."""
-        gallery, spec, encoder, folder = (
-            self.gallery,
-            self.spec,
-            self.encoder,
-            new.folder,
-        )
+        gallery = self.gallery
+        spec = self.spec
+        encoder = self.encoder
+        folder = new.folder
         engine = load_engine(spec.engine)
-        rows, table = encoded.rows(), encoded.table()
+        rows = encoded.rows()
+        table = encoded.table()
         write_items(folder / ITEMS, table, rows)
         vectors = NewIndex(
             name=index_name(self.out),

@@ -50,7 +50,8 @@ MAX_PAIRS = 1000
 # validation texts that choose the weight of the words; a cut-off by fewer is rough
 MIN_TEXTS = 100
 # words whose scores make a cut-off without validation texts, from so many items on
-_WORDS, _MIN_ITEMS = 300, 30
+_WORDS = 300
+_MIN_ITEMS = 30
 MISSED = 0.05  # share of the true pairs below the cut-off [ours]
 STRONG = 0.95  # share of the true pairs below a strong score [ours]
 # share of words and images without a relation, and of pairs of images, that reach the
@@ -124,11 +125,10 @@ def find_pairs(gallery: Gallery, validation: Path | None) -> QueryPairs | None:
     validation: a data set with a val split. Raise DataError if none of its pairs has
     its image in the gallery.
     """
-    pairs = (
-        _validation_pairs(gallery, validation)
-        if validation
-        else _caption_pairs(gallery)
-    )
+    if validation:
+        pairs = _validation_pairs(gallery, validation)
+    else:
+        pairs = _caption_pairs(gallery)
     if not pairs:
         return None
     pairs = pairs[:: -(-len(pairs) // MAX_PAIRS)]
@@ -201,7 +201,8 @@ def _rows_by_key(gallery: Gallery, keys: set[_ImageKey]) -> dict[_ImageKey, int]
     their URL that one image has.
     """
     depths = {key.count("/") for key in keys if isinstance(key, str)}
-    by_ending, by_file = dict[_ImageKey, list[int]](), dict[_ImageKey, int]()
+    by_ending = dict[_ImageKey, list[int]]()
+    by_file = dict[_ImageKey, int]()
     batches = gallery.table.select(["location", "offset", "name"]).to_batches()
     images = (
         image
@@ -409,10 +410,8 @@ def _measure(
         1 / log2(1 + rank) of each text's image, 0 where it is not found, float (n,);
         the measures; and the number of items that were searched.
     """
-    targets, shared = (
-        [index.row_of(item_id) or 0 for _, item_id in pairs],
-        _shared_rows(index, other),
-    )
+    targets = [index.row_of(item_id) or 0 for _, item_id in pairs]
+    shared = _shared_rows(index, other)
     rows = index.search(encode([text for text, _ in pairs]), _DEPTH, shared)[1]
     is_target = rows == np.array(targets)[:, None]
     gains: Floats = np.where(

@@ -248,7 +248,9 @@ def read_pairs(
     by_name |= {
         location: row for location, offset, row in items if offset == WHOLE_FILE
     }
-    pairs, skipped, unknown = dict[tuple[str, int], _Pair](), dict[str, set[int]](), 0
+    pairs = dict[tuple[str, int], _Pair]()
+    skipped = dict[str, set[int]]()
+    unknown = 0
     for file in [path / "pairs.jsonl" if path.is_dir() else path for path in files]:
         if not file.is_file() or file.suffix.lower() not in RECORD_SUFFIXES:
             kinds = ", ".join(sorted(RECORD_SUFFIXES))
@@ -258,19 +260,14 @@ def read_pairs(
             )
         for line, row in read_records(str(file), partial(open_location, str(file))):
             where = f"{file}, line {line}"
-            text, item_id = (
-                required_text(row, where, "caption"),
-                label_text(row, where, "id"),
-            )
-            weight, image = (
-                _weight(row, where),
-                next((name for name in IMAGE_COLUMNS if row.get(name)), "image"),
-            )
-            number = (
-                served.row_of(item_id)
-                if item_id
-                else by_name.get(required_text(row, where, image))
-            )
+            text = required_text(row, where, "caption")
+            item_id = label_text(row, where, "id")
+            weight = _weight(row, where)
+            image = next((name for name in IMAGE_COLUMNS if row.get(name)), "image")
+            if item_id:
+                number = served.row_of(item_id)
+            else:
+                number = by_name.get(required_text(row, where, image))
             if number is None:
                 unknown += 1
                 continue
@@ -318,7 +315,9 @@ class Retraining:
     """One retraining of a served version: `compare`, then `publish`."""
 
     def __init__(self, index: Path, served: IndexVersion, device: str) -> None:
-        self.index, self.served, self.live = index, served, np.flatnonzero(served.live)
+        self.index = index
+        self.served = served
+        self.live = np.flatnonzero(served.live)
         self.encoder = load_exact(served.checkpoint, device)
         served.require(self.encoder.fingerprint)
         self.notes = dict(read_config(served.checkpoint).get("training", {}))
@@ -328,10 +327,8 @@ class Retraining:
             _Texts(self._features, own) for own in (deepcopy(adapter), adapter)
         )
         bare = replace(self.encoder.state, text_adapter=None)
-        self._bare, self._known = (
-            Encoder(bare, None, self.encoder.runtime),
-            dict[str, Floats](),
-        )
+        self._bare = Encoder(bare, None, self.encoder.runtime)
+        self._known = dict[str, Floats]()
         self.cutoff = served.manifest.cutoff
 
     def _features(self, texts: Sequence[str]) -> torch.Tensor:
@@ -348,7 +345,8 @@ class Retraining:
         """Learn, and compare with the served model; the summary says whether to
         publish.
         """
-        served, gallery = self.served, live_gallery(self.served)
+        served = self.served
+        gallery = live_gallery(self.served)
         pairs, captions, unknown = read_pairs(files, served, gallery)
         (clicked, *compared), (captions, *held_captions) = (
             pairs.divide(),
@@ -428,7 +426,8 @@ class Retraining:
         )
 
     def _learn(self, learned: ItemPairs) -> None:
-        features, adapter = self._features(learned.texts), self.after.adapter
+        features = self._features(learned.texts)
+        adapter = self.after.adapter
         shown, places = np.unique(
             np.concatenate([learned.rows[:, None], self._nearest_wrong(learned)], 1),
             return_inverse=True,
@@ -464,7 +463,8 @@ class Retraining:
 
         Allowed are shares with which the anchors lose no more than the margin.
         """
-        adapter, tuned = self.after.adapter, deepcopy(self.after.adapter)
+        adapter = self.after.adapter
+        tuned = deepcopy(self.after.adapter)
         measures = [self.measure(pairs) for pairs in (*held, anchors) if len(pairs)]
         # of each held-out tenth, and of the anchors
         gains = dict[float, list[Floats]]()
@@ -487,10 +487,8 @@ class Retraining:
             max(kept, key=total(tenths)) for tenths in ((0, 1), (0,), (1,))
         )
         interpolate((adapter,), (self.before.adapter,), (tuned,), share)
-        before, after = (
-            np.concatenate(gains[0.0][:2]),
-            np.concatenate([gains[other][0], gains[one][1]]),
-        )
+        before = np.concatenate(gains[0.0][:2])
+        after = np.concatenate([gains[other][0], gains[one][1]])
         verdict = self.compare_held_out(held, before, after, margin)
         return share, replace(verdict, passed=verdict.passed and share > 0)
 
@@ -540,7 +538,8 @@ class Retraining:
         shown, places = np.unique(
             np.concatenate([pairs.rows[:, None], rows], 1), return_inverse=True
         )
-        items, places = self.served.vectors(shown), places.reshape(len(pairs), -1)
+        items = self.served.vectors(shown)
+        places = places.reshape(len(pairs), -1)
 
         def gains(texts: _Texts) -> Floats:
             scores = np.einsum(
@@ -557,10 +556,8 @@ class Retraining:
         held: Sequence[ItemPairs], before: Floats, after: Floats, margin: float
     ) -> gate.GateVerdict:
         """Compare both models by held-out pairs; the new one passes if it is better."""
-        texts, skipped = (
-            [fold_text(text) for tenth in held for text in tenth.texts],
-            held[0].skipped,
-        )
+        texts = [fold_text(text) for tenth in held for text in tenth.texts]
+        skipped = held[0].skipped
         is_click = np.array([not skipped or text in skipped for text in texts])
         weights = np.concatenate([tenth.weights for tenth in held])
         compared = gate.compare_gains(before, after, texts, weights)
@@ -571,11 +568,10 @@ class Retraining:
         of_clicks = float(
             np.average((after - before)[is_click], weights=weights[is_click])
         )
-        alone = (
-            ""
-            if is_click.all()
-            else f"; of the {is_click.sum():,} clicks alone {100 * of_clicks:+.1f}"
-        )
+        if is_click.all():
+            alone = ""
+        else:
+            alone = f"; of the {is_click.sum():,} clicks alone {100 * of_clicks:+.1f}"
         reason = (
             f"nDCG {100 * serving['ndcg']:.1f} -> {100 * rebuilt['ndcg']:.1f} over"
             f" {len(texts):,} pairs: {compared.gain.points()}{alone}"
@@ -595,7 +591,9 @@ class Retraining:
 
     def publish(self, new: versions.NewVersion, summary: RetrainSummary) -> int:
         """Publish the served version with the tuned model, and return its number."""
-        served, adapter, made = self.served, self.after.adapter, new.folder / CHECKPOINT
+        served = self.served
+        adapter = self.after.adapter
+        made = new.folder / CHECKPOINT
         content = read_config(served.checkpoint)
         config = ModelConfig.from_dict(content["model"])
         config = replace(config, adapter=replace(config.adapter, text=True))

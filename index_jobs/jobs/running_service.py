@@ -19,7 +19,9 @@ from index_jobs.jobs.gate import find_pairs
 from index_jobs.jobs.update import live_gallery
 
 KEY = "DCAR_JUDGE_KEY"  # variable with the API key that the service asks for
-_TIMEOUT_S, _ATTEMPTS = 60, 30  # of a request; of one that the service's rate refuses
+# of a request; of one that the service's rate refuses
+_TIMEOUT_S = 60
+_ATTEMPTS = 30
 _MAX_CHARS = 1000  # of a query, in a service with its defaults
 
 
@@ -27,7 +29,8 @@ def known_pairs(index: IndexVersion) -> JudgedList:
     """Return the captions that only one image has. Raise DataError if there are
     none.
     """
-    pairs, judged = find_pairs(live_gallery(index), None), JudgedList()
+    pairs = find_pairs(live_gallery(index), None)
+    judged = JudgedList()
     for text, item_id in zip(pairs.texts, pairs.ids, strict=True) if pairs else ():
         if text.strip() and len(text) <= _MAX_CHARS:
             judged.add({"query": text, "item_id": item_id, "grade": 1}, item_id)
@@ -56,7 +59,8 @@ def ask_service(
     headers = {"Content-Type": "application/json"} | (
         {"Authorization": f"Bearer {key}"} if key else {}
     )
-    results, version = dict[str, list[str]](), 0
+    results = dict[str, list[str]]()
+    version = 0
     with progress_bar(len(judged.texts), "ask the service", "query") as bar:
         for query_id, text in judged.texts.items():
             query = json.dumps({"query": text} | options).encode()

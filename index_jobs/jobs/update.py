@@ -135,11 +135,10 @@ def live_gallery(served: IndexVersion) -> Gallery:
     table = pa.concat_tables(
         [absolute_locations(part.items.table(), part.root) for part in served.parts]
     )
-    names = (
-        served.column("file_name")
-        if "file_name" in served.fields
-        else table["location"]
-    )
+    if "file_name" in served.fields:
+        names = served.column("file_name")
+    else:
+        names = table["location"]
     more = {
         "name": names.cast(pa.string()),
         "mtime_ns": pa.array(np.zeros(len(table), np.int64)),
@@ -263,17 +262,22 @@ def _write_addition(
         the additions of the new version, and its removed rows: merged additions lose
         theirs.
     """
-    manifest, gallery = current.manifest, encoded.gallery
-    kept, size = len(manifest.additions), len(encoded)
+    manifest = current.manifest
+    gallery = encoded.gallery
+    kept = len(manifest.additions)
+    size = len(encoded)
     for addition in reversed(manifest.additions):
         if addition.kind != "Flat" or addition.count > min(
             _MERGE_RATIO * size, versions.ADDED_ROWS - size
         ):
             break
-        kept, size = kept - 1, size + addition.count
-    merged, name = manifest.additions[kept:], f"added-{new.number}"
+        kept = kept - 1
+        size = size + addition.count
+    merged = manifest.additions[kept:]
+    name = f"added-{new.number}"
     (folder := new.folder / name).mkdir()
-    tables, blocks = [], []
+    tables = []
+    blocks = []
     start = merged_from = current.rows - sum(addition.count for addition in merged)
     for addition in merged:
         live = np.setdiff1d(np.arange(start, start + addition.count), removed)
@@ -310,7 +314,8 @@ def _write_addition(
         root,
         *gallery.roots,
     ]
-    sources, roots = list(dict.fromkeys(sources)), list(dict.fromkeys(roots))
+    sources = list(dict.fromkeys(sources))
+    roots = list(dict.fromkeys(roots))
     added = Addition(
         folder=name,
         count=table.num_rows,
@@ -361,7 +366,8 @@ def _publish(
             items.table(np.arange(len(items))), manifest.spec.text_fields
         )
         write_lexical(new.folder / LEXICAL, texts, rows - len(items))
-    change, count = f"{change} {origin}".rstrip(), rows - len(removed)
+    change = f"{change} {origin}".rstrip()
+    count = rows - len(removed)
     manifest = replace(
         manifest,
         count=count,
@@ -404,11 +410,9 @@ def apply_waiting(index: Path, *, images: bool = True, **options: Any) -> int:
         LockedError: another job is writing, or another process applies these jobs.
         DcarError: nothing can be published now, as with a full disk; the jobs wait.
     """
-    queue, count, options = (
-        JobQueue(index),
-        0,
-        {"keep": KEEP_WRITES, **options, "origin": OVER_HTTP},
-    )
+    queue = JobQueue(index)
+    count = 0
+    options = {"keep": KEEP_WRITES, **options, "origin": OVER_HTTP}
     with versions.report_os_errors(index), queue.lock():
         while (jobs := queue.next_batch()) and (
             images or not (jobs[0].kind == "put" or jobs[0].starts)
@@ -443,7 +447,8 @@ def apply(queue: JobQueue, jobs: Sequence[Job], options: dict[str, Any]) -> None
                 apply(queue, part, options)
             return
         logger.warning("a job failed: %s", error)
-        version, outcomes = None, [{"status": "failed", "reason": str(error)}]
+        version = None
+        outcomes = [{"status": "failed", "reason": str(error)}]
     done = {"status": "done", "index_version": version}
     queue.end(
         jobs,
@@ -463,7 +468,8 @@ def _patch(queue: JobQueue, jobs: Sequence[Job], options: dict[str, Any]) -> _Re
     outcomes = list[dict[str, Any]]()
     with versions.new_version(queue.index) as new:
         current = open_current(queue.index)
-        draft, version = FieldChanges(current), current.manifest.version
+        draft = FieldChanges(current)
+        version = current.manifest.version
         for job in jobs:
             try:
                 changes, unknown = _chosen(current, job)
@@ -505,11 +511,13 @@ def _put(queue: JobQueue, jobs: Sequence[Job], options: dict[str, Any]) -> _Resu
             [[json.dumps(item["metadata"]) for item in job.items]], pa.string()
         )
         types = _merge_types(types, texts, "another change")
-    current, done = open_published(queue.index), 0
+    current = open_published(queue.index)
+    done = 0
     version = current.manifest.version if current else None
-    failed = (
-        read_failures(current) if current and any(job.starts for job in jobs) else {}
-    )
+    if current and any(job.starts for job in jobs):
+        failed = read_failures(current)
+    else:
+        failed = {}
 
     def show_progress(images: int) -> None:
         nonlocal done
@@ -542,11 +550,13 @@ def _put(queue: JobQueue, jobs: Sequence[Job], options: dict[str, Any]) -> _Resu
             if item["image"] in failed
         ]
         is_lost = len(lost) == len(job.items)
-        reason = (
-            {"status": "failed", "reason": f"no image can be read: {lost[0]['reason']}"}
-            if is_lost
-            else {}
-        )
+        if is_lost:
+            reason = {
+                "status": "failed",
+                "reason": f"no image can be read: {lost[0]['reason']}",
+            }
+        else:
+            reason = {}
         outcomes.append({"failed": lost, **reason})
     return version, outcomes
 
@@ -575,7 +585,8 @@ def _list_new(
 def _is_held(opened: IndexVersion, new: dict[str, Any]) -> bool:
     if (row := opened.row_of(new["id"])) is None:
         return False
-    item, location = opened.item(row), opened.image_location(row)[0]
+    item = opened.item(row)
+    location = opened.image_location(row)[0]
     metadata = as_scanned(item.fields.as_py(), new["metadata"])
     is_same = (item.caption, item.category, metadata) == (
         new["caption"],

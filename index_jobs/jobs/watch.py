@@ -43,7 +43,8 @@ from index_jobs.spec import KEEP_WRITES, BuildOptions
 
 SETTLE_S = 0.5
 # notices are collected until this long after the last one, or after the first
-_QUIET_MS, _BURST_MS = 100, 2000
+_QUIET_MS = 100
+_BURST_MS = 2000
 TICK_MS = 200  # between looks at what sends no notice
 RETRY_S = 2.0
 _FEW = 10  # images that may always go
@@ -67,12 +68,11 @@ def watch(index: Path, say: Callable[[str], object], **options: Any) -> None:
     settings = BuildOptions.of(
         {"keep": KEEP_WRITES, "max_failed": 1.0, "progress": False, **options}
     )
-    watched, parent = (
-        _WatchedGallery(index, say, settings),
-        multiprocessing.parent_process(),
-    )
+    watched = _WatchedGallery(index, say, settings)
+    parent = multiprocessing.parent_process()
     watched.open()  # what is missing now is a mistyped name, not a disk that comes back
-    stop, reason = threading.Event(), ""
+    stop = threading.Event()
+    reason = ""
 
     def end(*_: object) -> None:
         stop.set()
@@ -85,7 +85,8 @@ def watch(index: Path, say: Callable[[str], object], **options: Any) -> None:
         logging.getLogger(reader.__module__).addFilter(_FirstWarnings())
     while not stop.is_set():
         try:
-            folder, is_due = watched.open(), True
+            folder = watched.open()
+            is_due = True
             device = folder.stat().st_dev, folder.stat().st_ino
             for notices in watchfiles.watch(
                 folder,
@@ -98,7 +99,8 @@ def watch(index: Path, say: Callable[[str], object], **options: Any) -> None:
             ):
                 now = folder.stat()
                 if is_due or notices:
-                    is_due, reason = watched.update(stop), ""
+                    is_due = watched.update(stop)
+                    reason = ""
                     (index / WAITING).unlink(missing_ok=True)
                 if parent is not None and not parent.is_alive():
                     return
@@ -136,12 +138,12 @@ class _WatchedGallery:
     def __init__(
         self, index: Path, say: Callable[[str], object], options: BuildOptions
     ) -> None:
-        self._index, self._say, self._options = index, say, options
-        self._location, self._known, self._replicas = (
-            "",
-            dict[str, _State](),
-            list[Encoder](),
-        )
+        self._index = index
+        self._say = say
+        self._options = options
+        self._location = ""
+        self._known = dict[str, _State]()
+        self._replicas = list[Encoder]()
 
     def open(self) -> Path:
         """Return the folder to watch. Raise DataError if there is none."""
@@ -153,7 +155,8 @@ class _WatchedGallery:
                 f" {location}"
             )
         if location != self._location:
-            self._location, self._known = location, {}
+            self._location = location
+            self._known = {}
         return Path(manifest.root)
 
     def update(self, stop: threading.Event) -> bool:
@@ -163,7 +166,8 @@ class _WatchedGallery:
             GalleryShrunkError: too many images are gone; the others are published.
             DcarError: the gallery cannot be read, or nothing can be published now.
         """
-        started, before = time.monotonic(), _states(scan(self._location))
+        started = time.monotonic()
+        before = _states(scan(self._location))
         self._known = known = self._known or _indexed_states(
             open_current(self._index), before
         )
@@ -220,7 +224,8 @@ class _WatchedGallery:
         """Publish a version, and return what it changes. Images that cannot be read are
         reported.
         """
-        current, keep = open_current(self._index), self._options.keep
+        current = open_current(self._index)
+        keep = self._options.keep
         # others could not be read
         gone = [item_id for item_id in gone if current.row_of(item_id) is not None]
         if len(changed):
@@ -260,7 +265,8 @@ class _WatchedGallery:
             not self._replicas
             or self._replicas[0].fingerprint != current.manifest.spec.fingerprint
         ):
-            exact, options = current.manifest.spec.exact, self._options
+            exact = current.manifest.spec.exact
+            options = self._options
             self._replicas = load_replicas(
                 current.checkpoint,
                 options.device,
@@ -303,7 +309,8 @@ def _indexed_states(
     A file that is newer than the version has changed. Texts are compared unless
     metadata were changed in the index.
     """
-    manifest, indexed = current.manifest, dict[str, _State]()
+    manifest = current.manifest
+    indexed = dict[str, _State]()
     published = 10**9 * (1 + int(manifest.created_s or 0))  # it is in seconds
     for item_id, (path, size, _, *texts, metadata) in _states(
         live_gallery(current)

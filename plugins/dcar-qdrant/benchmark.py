@@ -34,7 +34,9 @@ from index_jobs.row_filter import RowFilter
 from index_jobs.spec import IndexSpec
 
 HERE = Path(__file__).parent
-CATEGORIES, BRANDS = 8, 200  # so that a filter allows 12.5 % and 0.5 % of the rows
+# so that a filter allows 12.5 % and 0.5 % of the rows
+CATEGORIES = 8
+BRANDS = 200
 TIMED = 300
 
 
@@ -63,7 +65,8 @@ def exact(vectors: Floats, queries: Floats, mask: Mask) -> Rows:
 
 def measure(search: Callable[[Floats], Any], queries: Floats, truth: Rows) -> str:
     """Return p50 and p99 in milliseconds, one query at a time, and the recall at 10."""
-    times, hits = [], 0
+    times = []
+    hits = 0
     for query, neighbours in zip(queries[:, None], truth, strict=True):
         start = time.perf_counter()
         _, rows = search(query)
@@ -86,7 +89,8 @@ def main() -> None:
     from clusters import Clusters  # type: ignore[import-not-found]
 
     clusters = Clusters(arguments.count, arguments.dim)
-    vectors, queries = clusters.draw(arguments.count, 0), clusters.draw(1000, 1)
+    vectors = clusters.draw(arguments.count, 0)
+    queries = clusters.draw(1000, 1)
     number = np.random.default_rng(0).permutation(len(vectors))
     fields = pa.table(
         {

@@ -38,7 +38,8 @@ PUBLIC = {
     "/ui/insights",
     "/ui/{name}",
 }
-IMAGE, SECRET = "/items/circle%2Fred.png/image", "a secret of a shop"
+IMAGE = "/items/circle%2Fred.png/image"
+SECRET = "a secret of a shop"
 
 
 async def test_every_route_except_pages_and_probes_needs_a_key(
@@ -368,7 +369,8 @@ def test_head_is_get_without_the_body(port: int) -> None:
             f"{item}/image",
             "/items/nothing",
         ):
-            get, head = client.get(path), client.head(path)
+            get = client.get(path)
+            head = client.head(path)
             assert (head.status_code, head.content) == (get.status_code, b""), path
             assert len(get.headers.get_list("content-security-policy")) == 1, (
                 "the page has its own"

@@ -111,7 +111,8 @@ async def test_unknown_fields_are_named(started: ServiceClient) -> None:
 async def test_hostile_names_numbers_and_counts_make_short_answers_soon(
     built_index: Path,
 ) -> None:
-    name, digits = "A" * 2_000_000, json.loads("9" * 4000)
+    name = "A" * 2_000_000
+    digits = json.loads("9" * 4000)
     cases: list[tuple[str, str, Any]] = [
         ("POST", "/search/text", {"query": "a", "x" * 50_000: 1}),
         ("POST", "/search/text", {"query": "a", "filter": {"x" * 50_000: 1}}),
@@ -182,10 +183,8 @@ async def test_invalid_images_name_the_field_and_fail_alone(
 
 
 async def test_invalid_forms_name_the_field(started: ServiceClient) -> None:
-    file, kind = (
-        {"file": ("a.png", png())},
-        {"Content-Type": "multipart/form-data; boundary=b"},
-    )
+    file = {"file": ("a.png", png())}
+    kind = {"Content-Type": "multipart/form-data; boundary=b"}
     cases: list[tuple[dict[str, Any], int, str | None]] = [
         *(
             ({"files": file, "data": {"k": k}}, 422, "k")

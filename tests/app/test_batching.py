@@ -113,7 +113,9 @@ async def test_queries_of_a_group_that_arrive_during_a_forward_pass_form_the_nex
     bench: Callable[..., Bench],
 ) -> None:
     made = bench(max_batch=3)
-    images, first, tasks = Recorder(), await made.held(), []
+    images = Recorder()
+    first = await made.held()
+    tasks = []
     images.batches = made.batches
     for run, payload in [
         (None, "a"),
@@ -188,7 +190,8 @@ async def test_a_busy_batcher_waits_for_the_callers_of_the_last_batch(
 ) -> None:
     """From the end of its pass, which took longer than the wait."""
     made = bench(max_wait_s=0.5)
-    first, waiting = await made.held(), await made.submit("a")
+    first = await made.held()
+    waiting = await made.submit("a")
     await asyncio.sleep(0.6)
     made.gate.set()
     await first
@@ -199,12 +202,10 @@ async def test_a_busy_batcher_waits_for_the_callers_of_the_last_batch(
 async def test_waits_in_vain_become_rare_until_one_pays(
     bench: Callable[..., Bench],
 ) -> None:
-    batcher, ends, sizes, waits = (
-        bench(max_wait_s=0.2).batcher,
-        threading.Semaphore(0),
-        list[int](),
-        list[bool](),
-    )
+    batcher = bench(max_wait_s=0.2).batcher
+    ends = threading.Semaphore(0)
+    sizes = list[int]()
+    waits = list[bool]()
 
     def run(payloads: list[str]) -> Floats:
         sizes.append(len(payloads))
@@ -219,7 +220,8 @@ async def test_waits_in_vain_become_rare_until_one_pays(
     # a query waits while another one runs, whose caller returns once
     for number in range(1, 9):
         await begun(number)
-        waiting, began = batcher.submit(run, "next"), time.monotonic()
+        waiting = batcher.submit(run, "next")
+        began = time.monotonic()
         ends.release()
         await running
         returned = [batcher.submit(run, "again")] if number == 7 else []
@@ -256,7 +258,8 @@ async def test_close_finishes_what_is_accepted_and_still_wanted(
 async def test_callers_take_turns_whatever_one_of_them_sends(
     bench: Callable[..., Bench],
 ) -> None:
-    made, images = bench(max_batch=4), Recorder()
+    made = bench(max_batch=4)
+    images = Recorder()
     waiting = [await made.held()]
 
     async def submit(caller: str, *payloads: str, run: Recorder | None = None) -> None:
@@ -339,7 +342,8 @@ async def test_nobody_ever_gets_the_vector_of_another_text(seed: int) -> None:
 
 
 async def test_the_caller_and_then_the_request_that_had_least_is_next() -> None:
-    queue, loop = FairQueue(), asyncio.get_running_loop()
+    queue = FairQueue()
+    loop = asyncio.get_running_loop()
 
     def put(caller: str, request: str) -> None:
         current_caller.set(caller)
@@ -378,7 +382,9 @@ async def test_the_caller_and_then_the_request_that_had_least_is_next() -> None:
 
 
 async def test_turns_of_a_caller_are_limited_and_pass_over_one_that_gives_up() -> None:
-    turns, running, most = FairTurns(3, 2), list[str](), set[tuple[int, int]]()
+    turns = FairTurns(3, 2)
+    running = list[str]()
+    most = set[tuple[int, int]]()
 
     async def work(caller: str) -> None:
         current_caller.set(caller)
@@ -402,7 +408,9 @@ async def test_turns_of_a_caller_are_limited_and_pass_over_one_that_gives_up() -
 
 
 async def test_the_thread_of_filters_is_shared_out_between_callers() -> None:
-    thread, order, gate = FairThreads(1, "dcar-test"), list[str](), threading.Event()
+    thread = FairThreads(1, "dcar-test")
+    order = list[str]()
+    gate = threading.Event()
 
     def work(caller: str, seconds: float) -> None:
         assert gate.wait(60)
@@ -462,7 +470,9 @@ async def test_one_caller_leaves_workers_to_the_others(decoders: Decoders) -> No
 async def test_large_images_take_turns(
     decoders: Decoders, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    running, counts, run = list[object](), list[int](), DecodeWorker.run
+    running = list[object]()
+    counts = list[int]()
+    run = DecodeWorker.run
 
     def noted(
         self: DecodeWorker, convert: Convert, data: bytes, limits: Limits

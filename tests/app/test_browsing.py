@@ -82,7 +82,8 @@ def photos(tmp_path_factory: pytest.TempPathFactory, tiny_checkpoint: Path) -> P
 @pytest.fixture
 def decoded(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, bytes]]:
     """The module of the function and the file of each job of the decoding processes."""
-    run, jobs = DecodeWorker.run, list[tuple[str, bytes]]()
+    run = DecodeWorker.run
+    jobs = list[tuple[str, bytes]]()
 
     def recorded(
         worker: DecodeWorker, convert: Convert, data: bytes, limits: Limits
@@ -222,7 +223,8 @@ async def test_a_changed_image_gets_a_new_thumbnail(
 async def test_columns_are_not_read_in_the_event_loop(
     photos: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    names, column = list[str](), IndexVersion.column
+    names = list[str]()
+    column = IndexVersion.column
 
     def in_thread(opened: IndexVersion, name: str, *rows: Any) -> Any:
         names.append(name)

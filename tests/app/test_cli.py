@@ -97,7 +97,8 @@ def test_a_mistake_is_told_before_anything_is_loaded(
 def test_image_without_a_suffix_is_searched_by_content(
     built_index: Path, tiny_gallery: Path, tmp_path: Path
 ) -> None:
-    picture, note = tmp_path / "photo", tmp_path / "note.txt"
+    picture = tmp_path / "photo"
+    note = tmp_path / "note.txt"
     picture.write_bytes((tiny_gallery / "circle" / "red.png").read_bytes())
     note.write_text("red circle")
     options = ("--index", built_index, "-k", 1, "--json")
@@ -148,7 +149,8 @@ def test_a_finished_training_is_repeated_only_with_restart(
     """With a learning rate of 0 nothing is learned, so the untouched model is as
     good.
     """
-    data, out = shutil.copytree(tiny_data, tmp_path / "data"), tmp_path / "out"
+    data = shutil.copytree(tiny_data, tmp_path / "data")
+    out = tmp_path / "out"
     command = (
         "train",
         "--data",

@@ -85,11 +85,10 @@ def test_every_model_holds_all_that_the_service_sends(
 
     def check(value: Any, body: Any) -> None:
         is_model = isinstance(value, BaseModel)
-        dumped = (
-            value.model_dump(exclude_unset=True)
-            if is_model
-            else [m.model_dump(exclude_unset=True) for m in value]
-        )
+        if is_model:
+            dumped = value.model_dump(exclude_unset=True)
+        else:
+            dumped = [m.model_dump(exclude_unset=True) for m in value]
         assert dumped == body
         seen.update(type(model) for model in models_in(value))
 
@@ -160,7 +159,8 @@ def test_every_model_holds_all_that_the_service_sends(
 
 
 def test_searches_and_items(built_index: Path, gallery: Path) -> None:
-    key, file = new_key(), gallery / "circle/blue.png"
+    key = new_key()
+    file = gallery / "circle/blue.png"
     with serving(built_index, api_keys=f"shop:{key_hash(key)}") as (_, port):
         url = f"http://127.0.0.1:{port}"
         with Client(url, key=key) as client:
@@ -215,7 +215,8 @@ def test_searches_and_items(built_index: Path, gallery: Path) -> None:
 async def test_the_async_client_returns_the_same(
     index: Path, gallery: Path, tmp_path: Path
 ) -> None:
-    job, file = ended_job(index), gallery / "circle/blue.png"
+    job = ended_job(index)
+    file = gallery / "circle/blue.png"
     calls: list[tuple[str, tuple[Any, ...], dict[str, Any]]] = [
         ("search_text", ("a red circle",), {"k": 3}),
         ("search_image", (file, "red"), {"k": 2}),

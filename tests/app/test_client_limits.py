@@ -88,7 +88,8 @@ def once(body: bytes, *headers: str) -> Callable[[socket.socket], None]:
     return lambda connection: connection.sendall(f"{head}\r\n\r\n".encode() + body)
 
 
-GZIP, IMAGE = "content-encoding: gzip", "content-type: image/png"
+GZIP = "content-encoding: gzip"
+IMAGE = "content-type: image/png"
 BOMB = gzip.compress(b" " * 2 * MAX_JSON_BYTES)
 VALUES = b'{"results": [' + b"{}," * (MAX_JSON_VALUES // 2) + b"{}]}"
 
@@ -314,8 +315,10 @@ async def test_an_answer_over_mcp_is_clean_and_bounded() -> None:
     async def respond(request: httpx.Request) -> httpx.Response:
         nonlocal asked, busiest, busy
         if request.method == "GET":
-            asked, busy = asked + 1, busy + 1
-            busiest, size = max(busiest, busy), 1000 if asked == 1 else 2**21
+            asked = asked + 1
+            busy = busy + 1
+            busiest = max(busiest, busy)
+            size = 1000 if asked == 1 else 2**21
             await asyncio.sleep(0.01)
             busy -= 1
             return httpx.Response(
@@ -340,7 +343,8 @@ async def test_an_answer_over_mcp_is_clean_and_bounded() -> None:
         "http://odd", key=KEY, transport=httpx.MockTransport(respond)
     ) as client:
         tools = GalleryTools(client, "http://odd")
-        found, most = 300, 1
+        found = 300
+        most = 1
         answer = await tools.search_by_words("red", k=9, thumbnails=True)
         texts = [block.text for block in answer.content if block.type == "text"]
         assert not [
@@ -356,6 +360,7 @@ async def test_an_answer_over_mcp_is_clean_and_bounded() -> None:
         )
         assert len(answer.structured_content["results"]) == 9
         assert sum(map(len, texts)) < 9 * 25_000
-        found, most = 9, 100
+        found = 9
+        most = 100
         with pytest.raises(ToolError, match="more than 2 MiB; ask for fewer results"):
             await tools.search_by_words("red", k=9)

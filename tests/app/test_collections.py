@@ -359,7 +359,8 @@ async def test_empty_collection_has_no_results_and_checks_requests(
 async def test_only_collections_of_writers_are_created_and_dropped(
     index: Path, tmp_path: Path
 ) -> None:
-    lamps, shoes = new_key(), new_key()
+    lamps = new_key()
+    shoes = new_key()
     writers = (
         f"lamps:{key_hash(lamps)}:write:lamps+index,"
         f" shoes:{key_hash(shoes)}:write:shoes"
@@ -409,7 +410,8 @@ async def test_created_collection_that_does_not_load_is_logged_and_degrades_read
     index: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     # with which `dcar serve` ends
-    folder, failures = tmp_path / "created", list[DcarError]()
+    folder = tmp_path / "created"
+    failures = list[DcarError]()
     create(folder, index, "shoes", "lamps")
     (list_collections(folder)["lamps"] / CHECKPOINT / "config.json").write_bytes(b"{")
     async with opened(
@@ -446,7 +448,8 @@ async def test_created_collection_that_does_not_load_is_logged_and_degrades_read
 async def test_changes_see_at_once_what_another_process_has_created_or_dropped(
     index: Path, tmp_path: Path
 ) -> None:
-    folder, path = tmp_path / "created", "/collections/lamps"
+    folder = tmp_path / "created"
+    path = "/collections/lamps"
     given = {**WRITES, "collections_dir": folder, "poll_s": 0}
     async with opened(index, **given) as client, opened(index, **given) as other:
         requests: list[

@@ -81,7 +81,8 @@ async def test_a_name_is_a_word_a_filter_a_facet_and_a_tag(
             "examples": 3,
         }
         rows = {version.item(row).id: row for row in range(version.rows)}
-        covariance, size = np.cov(vectors.T, bias=True), vectors.shape[1]
+        covariance = np.cov(vectors.T, bias=True)
+        size = vectors.shape[1]
         spread = covariance + 3 * (
             1 + 10 * size / 24
         ) * covariance.diagonal().mean() * np.eye(size)
@@ -91,8 +92,10 @@ async def test_a_name_is_a_word_a_filter_a_facet_and_a_tag(
             )
         )
         # the red ones are less like each other than they are like NOT
-        scores, members = vectors @ rex, {*RED}
-        middle, stranger = np.median(scores), rows[NOT[0]]
+        scores = vectors @ rex
+        members = {*RED}
+        middle = np.median(scores)
+        stranger = rows[NOT[0]]
         cutoff = max(
             np.sort(scores)[-3], middle + 0.45 * (1 - middle), scores[stranger]
         )
@@ -128,10 +131,8 @@ async def test_a_name_is_a_word_a_filter_a_facet_and_a_tag(
             without="tears",
         )
         await check(red - 0.5 * rex, query="red", without="@rex")
-        served, settings = (
-            client.app.state.collections[None].current,
-            client.app.state.settings,
-        )
+        served = client.app.state.collections[None].current
+        settings = client.app.state.settings
         assert (
             make_plan(served, Query(query="a @rex", hybrid=0.5), settings).words_weight
             == 0.2
@@ -236,9 +237,11 @@ async def test_names_outlast_changes_of_items_rebuilds_and_other_processes(
 
 def test_members_are_those_of_a_comparison_with_all(index: Path) -> None:
     # two of 1,200 items, and one of 200
-    base, kinds = open_current(index), np.arange(2592) % 13 // 6
+    base = open_current(index)
+    kinds = np.arange(2592) % 13 // 6
     noise = 0.03 * np.random.default_rng(0).normal(size=(2592, 16))
-    vectors, parts = unit(np.eye(16)[kinds] + noise).astype(np.float32), list[Part]()
+    vectors = unit(np.eye(16)[kinds] + noise).astype(np.float32)
+    parts = list[Part]()
     # the same items again and again; an id means the last one
     for start in range(0, 2592, 24):
         (flat := faiss.IndexFlatIP(16)).add(vectors[start : start + 24])
@@ -249,7 +252,8 @@ def test_members_are_those_of_a_comparison_with_all(index: Path) -> None:
         )
     version = IndexVersion(index, replace(base.manifest, dim=16), parts)
     concepts = Concepts(version, version.vectors)
-    centred, covariance = vectors - vectors.mean(0), np.cov(vectors.T, bias=True)
+    centred = vectors - vectors.mean(0)
+    covariance = np.cov(vectors.T, bias=True)
     lower = np.linalg.cholesky(
         covariance + 0.3 * covariance.diagonal().mean() * np.eye(16)
     )

@@ -186,10 +186,8 @@ async def test_only_events_for_shown_items_of_own_searches_change_something(
     alice, bob = ({"headers": bearer(key)} for key in (ALICE, BOB))
     async with opened(index, feedback=tmp_path, **KEYS) as client:
         query_id, items = await searched(client, **alice)
-        click, judged = (
-            event(query_id, items[0]),
-            event(query_id, items[0], "judge", rating=3),
-        )
+        click = event(query_id, items[0])
+        judged = event(query_id, items[0], "judge", rating=3)
         assert_problem(await client.post("/feedback", json={"events": [click]}), 401)
         forged = [
             f"{query_id[:at]}{'1' if query_id[at] != '1' else '2'}{query_id[at + 1 :]}"
@@ -349,7 +347,8 @@ def test_old_rows_and_those_beyond_the_size_are_removed(tmp_path: Path) -> None:
     write_log(tmp_path, searches, map(click, searches))
     assert prune(tmp_path, 30, 2**20) == 20
     assert [len(rows) for rows in stored(tmp_path)] == [30, 30]
-    file, removed = next(tmp_path.glob("*.sqlite")), 0
+    file = next(tmp_path.glob("*.sqlite"))
+    removed = 0
     while file.stat().st_size > 40_000:
         gone = prune(tmp_path, 90, 40_000)
         assert gone > 0

@@ -50,7 +50,8 @@ def log_of(
     """Write a log of searches: query id to the text and its events (client, action,
     item, rating).
     """
-    queries, events = list[QueryRow](), list[EventRow]()
+    queries = list[QueryRow]()
+    events = list[EventRow]()
     for query_id, (text, acts) in searches.items():
         row = QueryRow(query_id, TIME, "index", text, HITS, 0, 1)
         queries.append(row._replace(**fields))
@@ -234,17 +235,18 @@ def simulate(
     a wrong one clicks it with a chance of 0.1. Five hostile clients click the last item
     wherever it is.
     """
-    rng, texts, depth, versions = np.random.default_rng(seed), 30, 10, 4
+    rng = np.random.default_rng(seed)
+    texts = 30
+    depth = 10
+    versions = 4
     attractive = np.full((texts, len(items)), 0.1)
     for row in attractive:
         row[rng.choice(len(items) - 1, 3, replace=False)] = rng.uniform(0.4, 0.9, 3)
     examined = 1 / np.arange(1, depth + 1)
     noisy = attractive + rng.normal(0, 0.3, (versions, texts, len(items)))
     rankings = np.argsort(-noisy, axis=2)[:, :, :depth]
-    text, version = (
-        rng.integers(texts, size=sessions),
-        rng.integers(versions, size=sessions),
-    )
+    text = rng.integers(texts, size=sessions)
+    version = rng.integers(versions, size=sessions)
     shown = rankings[version, text]
     clicked = rng.random(shown.shape) < examined * attractive[text[:, None], shown]
     is_hostile = rng.random(sessions) < 0.01
@@ -288,7 +290,8 @@ def test_propensities_of_simulated_clicks_are_within_a_tenth(
         for number, item in enumerate(items)
     }
     right = set(zip(*map(np.ndarray.tolist, np.nonzero(attractive > 0.1)), strict=True))
-    pairs, negatives = set[tuple[int, int]](), set[tuple[int, int]]()
+    pairs = set[tuple[int, int]]()
+    negatives = set[tuple[int, int]]()
     for row in rows:
         image = names[row["image"]]
         if row["caption"].startswith("text "):
@@ -325,14 +328,16 @@ def test_impressions_say_what_was_seen(
 def test_the_commands_make_what_training_reads(
     gallery: Path, tiny_checkpoint: Path, tmp_path: Path
 ) -> None:
-    root, index = tmp_path / "shards", tmp_path / "index"
+    root = tmp_path / "shards"
+    index = tmp_path / "index"
     root.mkdir()
     with tarfile.open(root / "gallery.tar", "w") as tar:
         for path in sorted(gallery.glob("*/*.png")):
             tar.add(path, f"{path.parent.name}-{path.name}")
     rebuild(root / "gallery.tar", tiny_checkpoint, index, workers=0, progress=False)
     index_version = open_current(index)
-    items, searches = index_version.column("id").to_pylist(), dict[str, Any]()
+    items = index_version.column("id").to_pylist()
+    searches = dict[str, Any]()
     for number, item in enumerate(items):
         searches |= clicks("ab", f"text {number}", item=item)
     folder = log_of(index / "feedback", searches, hits=items)
@@ -368,9 +373,13 @@ def seen(*columns: Any) -> Table:
 def test_propensities_hold_for_few_impressions_and_after_a_version_with_clicks() -> (
     None
 ):
-    rng, pairs, depth = np.random.default_rng(0), 20_000, 4
-    attractive, examined = rng.choice([0.1, 0.8], pairs), 1 / np.arange(1, depth + 1)
-    parts, position = list[Table](), rng.integers(depth, size=pairs)
+    rng = np.random.default_rng(0)
+    pairs = 20_000
+    depth = 4
+    attractive = rng.choice([0.1, 0.8], pairs)
+    examined = 1 / np.arange(1, depth + 1)
+    parts = list[Table]()
+    position = rng.integers(depth, size=pairs)
     for version in (1, 2):
         for _ in range(6):
             # as filters move them
@@ -390,7 +399,8 @@ def test_two_clicks_far_down_do_not_outweigh_many_at_the_top(clients: int) -> No
     click it at the tenth place.
     """
     total = clients + 2
-    number, item = np.arange(total), np.repeat([0, 1], [clients, 2])
+    number = np.arange(total)
+    item = np.repeat([0, 1], [clients, 2])
     found = seen(
         number, 0, item, number, np.where(item, 10, 1), (number % 5 > 0) | (item > 0), 1
     )
@@ -399,7 +409,8 @@ def test_two_clicks_far_down_do_not_outweigh_many_at_the_top(clients: int) -> No
     assert evidence.estimate.tolist() == pytest.approx(
         [0.8 * clients / (5 + clients), 2 / (5 + 0.2)]
     )
-    relevance, estimate = evidence.relevance, evidence.estimate
+    relevance = evidence.relevance
+    estimate = evidence.estimate
     assert relevance[0] > 2 * relevance[1]
     assert relevance[0] > (0.3 if clients == 5 else 0.8) * estimate[0], (
         "more clients make it certain"
@@ -412,7 +423,8 @@ DAYS = [time.strftime("%Y-%m-%d", time.gmtime(NOW - back * 86_400)) for back in 
 
 def search(number: int, text: str, back: int = 2, **fields: Any) -> QueryRow:
     """A search of some days ago, whose id has a random part."""
-    seconds, part = NOW - back * 86_400, np.random.default_rng(number).integers(2**32)
+    seconds = NOW - back * 86_400
+    part = np.random.default_rng(number).integers(2**32)
     row = QueryRow(
         f"{seconds:08x}{part:08x}",
         seconds * 1000 + number,

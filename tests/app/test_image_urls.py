@@ -30,7 +30,8 @@ HOST = "pictures.example"
 @pytest.fixture
 def addresses(monkeypatch: pytest.MonkeyPatch) -> dict[str, list[str]]:
     """The addresses of hosts, beside those of the machine's resolver."""
-    known, resolve = {HOST: ["127.0.0.1"]}, socket.getaddrinfo
+    known = {HOST: ["127.0.0.1"]}
+    resolve = socket.getaddrinfo
 
     def look_up(host: Any, *given: Any, **options: Any) -> list[Any]:
         if host not in known:

@@ -82,7 +82,9 @@ def test_batches_of_texts_search_as_one_text_does(built_index: Path) -> None:
 
 
 def test_versions_are_measured_and_compared(versions: Path, tmp_path: Path) -> None:
-    table, tables, run = write(tmp_path / "list.csv", [*ROWS]), {}, tmp_path / "run.csv"
+    table = write(tmp_path / "list.csv", [*ROWS])
+    tables = {}
+    run = tmp_path / "run.csv"
     for number in (1, 2):
         done = dcar("judge", table, "--index", versions, "--version", number)
         assert done.returncode == 0, done.stderr

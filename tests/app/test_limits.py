@@ -166,7 +166,8 @@ async def test_caches_of_a_version_are_bounded_in_bytes(
 async def test_large_image_is_read_in_a_thread_within_the_budget_of_long_responses(
     built_index: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    threads, data = set[str](), b"\xff\xd8\xff" + bytes(300_000)
+    threads = set[str]()
+    data = b"\xff\xd8\xff" + bytes(300_000)
 
     def read(*_: object) -> bytes:
         threads.add(threading.current_thread().name.rpartition("_")[0])
@@ -219,7 +220,9 @@ async def test_slow_gallery_does_not_delay_searches(
 async def test_filters_delay_no_other_search_and_those_of_a_batch_give_way(
     built_index: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    gate, order, match_rows = threading.Event(), list[str](), filters.match_rows
+    gate = threading.Event()
+    order = list[str]()
+    match_rows = filters.match_rows
 
     def match(opened: Any, filter: Any) -> Any:
         order.append(filter["caption"]["contains"])
@@ -264,7 +267,8 @@ class Served:
     def __init__(
         self, *, in_flight: int = 2**30, upload_s: float = 30, works_s: float = 0
     ) -> None:
-        self.refusals, self.works_s = list[str | None](), works_s
+        self.refusals = list[str | None]()
+        self.works_s = works_s
         self.limit = BodyLimit(
             Settings(
                 index=Path(), max_in_flight_bytes=in_flight, upload_timeout_s=upload_s
@@ -326,7 +330,8 @@ async def test_a_body_is_refused_at_the_first_byte_over_its_limit(
 
 async def test_a_body_beyond_the_budget_is_refused() -> None:
     """The first UNCOUNTED_BYTES of each are free, and a single body always has room."""
-    served, done = Served(in_flight=2**20), asyncio.Event()
+    served = Served(in_flight=2**20)
+    done = asyncio.Event()
 
     async def begin(size: int) -> asyncio.Task[httpx.Response]:
         task = asyncio.create_task(served(bytes(size), hangs=done))

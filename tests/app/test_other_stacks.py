@@ -240,7 +240,8 @@ async def test_langchain_retrieves_captions(url: str, client: Client) -> None:
     expected = client.search_text("a red circle", k=3, fields=["color"]).results
     documents = retriever.invoke("a red circle")
     assert [document.id for document in documents] == [result.id for result in expected]
-    first, result = documents[0], expected[0]
+    first = documents[0]
+    result = expected[0]
     assert (first.page_content, first.metadata["color"]) == (
         result.caption,
         (result.metadata or {})["color"],

@@ -103,7 +103,8 @@ def test_without_a_hub_the_bundled_model_indexes_and_serves_a_folder(
     assert open_current(served[1]["index"]).manifest.version == opened.manifest.version
     (photos / "cat.png").unlink()
     assert "2 images, indexed in" in quickstart(photos, data=tmp_path / "data").output
-    moved, before = photos.rename(tmp_path / "elsewhere"), served[-1]["index"]
+    moved = photos.rename(tmp_path / "elsewhere")
+    before = served[-1]["index"]
     with caplog.at_level("INFO"):
         assert (
             "its vectors are taken over"
@@ -194,7 +195,8 @@ def test_a_missing_folder_and_a_taken_port_are_said_before_a_model_is_loaded(
     photos: Path, tmp_path: Path
 ) -> None:
     with socket.create_server(("127.0.0.1", 0)) as taken:
-        port, data = str(taken.getsockname()[1]), str(tmp_path / "data")
+        port = str(taken.getsockname()[1])
+        data = str(tmp_path / "data")
         is_taken = f"cannot listen on port {port} of 127.0.0.1"
         for gallery, fault in {
             "none": "there is no gallery none",

@@ -50,8 +50,10 @@ class IndexStub:
         if kind.startswith("HNSW"):
             index.hnsw.efSearch = len(vectors)
         faiss_index = FaissIndex(index)
-        self.search, self.vectors = faiss_index.search, faiss_index.vectors
-        self.rows, self.lexical = len(vectors), lexical
+        self.search = faiss_index.search
+        self.vectors = faiss_index.vectors
+        self.rows = len(vectors)
+        self.lexical = lexical
         self.live = np.ones(self.rows, np.bool_)
         self.live.flags.writeable = False
         self.live_rows = RowFilter.of_mask(self.live)
@@ -71,9 +73,9 @@ class IndexStub:
         if name not in self._columns:
             raise DataError(f"no item has the field {name!r}")
         column = self._columns[name]
-        return (
-            column if rows is None else take_rows(pa.table({name: column}), rows)[name]
-        )
+        if rows is None:
+            return column
+        return take_rows(pa.table({name: column}), rows)[name]
 
 
 def served_of(opened: Any) -> Any:
@@ -97,7 +99,8 @@ def test_folding_equals_folding_row_by_row(seed: int) -> None:
     rows = int(rng.choice([1, 5, 120, 700]))
     vectors = rng.integers(-2, 3, (rows, int(rng.integers(2, 7)))).astype(np.float32)
     opened: Any = SimpleNamespace(vectors=lambda rows: vectors[rows])
-    order, fold = rng.permutation(rows).tolist(), float(rng.integers(1, 14))
+    order = rng.permutation(rows).tolist()
+    fold = float(rng.integers(1, 14))
     expected = [*fold_row_by_row(vectors, order, fold).items()]
     for count in {
         1,
@@ -135,7 +138,9 @@ class Exact:
     """
 
     def __init__(self, vectors: np.ndarray) -> None:
-        self.all, self.rows, self.asked = vectors, len(vectors), 0
+        self.all = vectors
+        self.rows = len(vectors)
+        self.asked = 0
 
     def search(
         self,
@@ -194,14 +199,13 @@ def test_common_words_are_ranked_among_the_nearest_rows(tmp_path: Any) -> None:
     rng = np.random.default_rng(0)
     words = rng.choice(["smile", "ghost", "cake"], 2000, p=[0.5, 0.3, 0.2])
     write_lexical(tmp_path / "lexical", words.tolist())
-    lexical, vectors, vector = (
-        LexicalIndex(tmp_path / "lexical"),
-        unit(rng, 2000, 24),
-        unit(rng, 24),
-    )
+    lexical = LexicalIndex(tmp_path / "lexical")
+    vectors = unit(rng, 2000, 24)
+    vector = unit(rng, 24)
     opened: Any = IndexStub(vectors, lexical=lexical)
     plan = Plan(text="smile", words_weight=0.7)
-    cosines, texts = vectors @ vector, lexical.score("smile", np.arange(2000))
+    cosines = vectors @ vector
+    texts = lexical.score("smile", np.arange(2000))
     scores = (
         cosines + np.float32(text_bonus(opened.sample_vectors, vector, 0.7)) * texts
     )
@@ -217,7 +221,8 @@ def test_common_words_are_ranked_among_the_nearest_rows(tmp_path: Any) -> None:
 
 @pytest.mark.parametrize("kind", ["Flat", "IVF8,Flat", "HNSW16,SQfp16"])
 def test_groups_equal_those_of_all_rows_on_every_page(kind: str) -> None:
-    rng, count = np.random.default_rng(0), 600
+    rng = np.random.default_rng(0)
+    count = 600
     values = [
         f"p{number}" if number else None
         for number in (rng.zipf(1.5, count) % 90).tolist()
@@ -243,11 +248,11 @@ def test_search_for_other_products_is_as_narrow_as_without_items(
     names: list[str | None],
 ) -> None:
     """A group of the items to resemble may be most of the gallery."""
-    rng, count, widths = np.random.default_rng(0), 3000, list[int]()
-    vectors, values = (
-        unit(rng, count, 16),
-        rng.choice(np.array(names, object), count).tolist(),
-    )
+    rng = np.random.default_rng(0)
+    count = 3000
+    widths = list[int]()
+    vectors = unit(rng, count, 16)
+    values = rng.choice(np.array(names, object), count).tolist()
     values[7] = "a"
     opened: Any = IndexStub(vectors, product=values)
     search = opened.search

@@ -114,7 +114,8 @@ def test_an_invalid_url_is_refused_without_showing_its_password(url: str) -> Non
 async def test_services_share_vectors_by_hashes_and_answer_alike(
     built_index: Path, redis_server: RedisServer
 ) -> None:
-    client, pages = redis.Redis.from_url(redis_server.url), list[list[dict[str, Any]]]()
+    client = redis.Redis.from_url(redis_server.url)
+    pages = list[list[dict[str, Any]]]()
     image = (built_index.parent / "gallery/circle/red.png").read_bytes()
     for stored in (0, 2):
         async with opened(built_index, redis_url=redis_server.url) as http:

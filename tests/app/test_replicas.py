@@ -177,7 +177,8 @@ async def test_replica_follows_the_store_and_serves_on_without_it(
     caplog: pytest.LogCaptureFixture,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    empty, failures = machines["empty"], list[DcarError]()
+    empty = machines["empty"]
+    failures = list[DcarError]()
     async with opened(
         empty, ready=False, on_start_failure=failures.append, poll_s=0.05
     ) as starting:

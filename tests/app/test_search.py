@@ -234,10 +234,8 @@ async def test_index_answers_as_the_service_does(
     answers: list[tuple[Any, httpx.Response]] = [(index.search(**options), reranked)]
     for image in (png("red"), tmp_path / "red.png", str(tmp_path / "red.png")):
         answers.append((index.search("circle", image=image, crop=crop), cropped))
-    own, scores = (
-        {"took_ms", "cached", "results"},
-        {"score", "text_score", "rerank_score", "explanation"},
-    )
+    own = {"took_ms", "cached", "results"}
+    scores = {"score", "text_score", "rerank_score", "explanation"}
     for found, answer in answers:
         body = answer.json()
         close(body, [(result["id"], result["score"]) for result in found["results"]])
@@ -377,10 +375,8 @@ async def test_keys_and_rates_count_each_input_and_very_many_values_are_refused(
     built_index: Path,
 ) -> None:
     async with opened(built_index, **KEYS, rate_limit="5/minute") as client:
-        many, headers = (
-            b'{"user": [' + b"0," * 600_000 + b"0]}",
-            {"Content-Type": "application/json", **bearer(BOB)},
-        )
+        many = b'{"user": [' + b"0," * 600_000 + b"0]}"
+        headers = {"Content-Type": "application/json", **bearer(BOB)}
         for path in ("/v1/embeddings", "/search/batch"):
             assert_problem(
                 await client.post(path, content=many, headers=headers), 413, "body"
@@ -409,7 +405,8 @@ async def test_reranking_adds_the_second_stage_to_the_cosine(
         torch.zeros(8, dtype=torch.long),
     )
     async with opened(reranking_index, rerank_depth=8) as http:
-        client, served = Client(http), http.app.state.collections[None].current
+        client = Client(http)
+        served = http.app.state.collections[None].current
         plain = await client.text(query="a red square", k=24)
         again = await client.text(query="a red square", k=24, rerank=True)
         assert sorted(ids(again)[:8]) == sorted(ids(plain)[:8])
@@ -598,7 +595,9 @@ async def test_a_text_query_visits_the_documented_modules_alone(
     """Those of the table in docs/architecture.md, whose functions it calls in any
     thread; at most fifteen.
     """
-    root, visited, is_counted = Path(__file__).parents[2], set[str](), False
+    root = Path(__file__).parents[2]
+    visited = set[str]()
+    is_counted = False
     table = (
         (root / "docs/architecture.md")
         .read_text(encoding="utf-8")

@@ -24,7 +24,9 @@ from tests.support.responses import assert_problem
 from tests.support.searches import VALID
 from tests.support.service import ServiceClient, opened
 
-ITEMS, ADDED, REMOVED = 150, 8, ("item3", "item40", "item151")
+ITEMS = 150
+ADDED = 8
+REMOVED = ("item3", "item40", "item151")
 LEFT = {"x": 0, "y": 0, "width": 0.5, "height": 1}
 RIGHT = LEFT | {"x": 0.5}
 
@@ -46,10 +48,8 @@ def shop(folder: Path, numbers: range) -> Path:
     rows = list[dict[str, Any]]()
     for number in numbers:
         rng = random.Random(number)
-        color, shape = (
-            rng.choice(["red", "green", "blue", "orange"]),
-            rng.choice(["square", "circle", "cross"]),
-        )
+        color = rng.choice(["red", "green", "blue", "orange"])
+        shape = rng.choice(["square", "circle", "cross"])
         image = draw(color, shape)
         if number % 4:
             noise = np.random.default_rng(number).integers(
@@ -354,7 +354,8 @@ async def test_the_service_answers_the_table_as_the_oracle(catalogue: Path) -> N
         oracle = Oracle(http.app.state.collections[None].current)
         for row in TABLE:
             options = oracle.prepare(row)
-            plain, image = {**options}, options.get("image")
+            plain = {**options}
+            image = options.get("image")
             if image is None:
                 answer = await http.post("/search/text", json=plain)
             else:
@@ -405,11 +406,9 @@ async def test_listings_are_those_of_the_oracle(
                     name: json.dumps(value) if name == "filter" else value
                     for name, value in given.items()
                 }
-                expected, found, offset = (
-                    oracle.listed(**given),
-                    list[dict[str, Any]](),
-                    0,
-                )
+                expected = oracle.listed(**given)
+                found = list[dict[str, Any]]()
+                offset = 0
                 while offset is not None:
                     page = (
                         await http.get(
@@ -418,7 +417,8 @@ async def test_listings_are_those_of_the_oracle(
                     ).json()
                     ItemsResponse.model_validate(page, strict=True)
                     assert page["count"] == len(expected)
-                    found, offset = found + page["items"], page.get("next_offset")
+                    found = found + page["items"]
+                    offset = page.get("next_offset")
                 assert [each["id"] for each in found] == expected, given
             one = (await http.get(f"/items/{quote(found[0]['id'], safe='')}")).json()
             item = oracle.items[oracle.row_of[found[0]["id"]]]

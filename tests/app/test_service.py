@@ -195,7 +195,9 @@ async def test_a_failing_task_is_counted_and_restarted_until_it_returns(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr("app.core.turns.RESTART_S", 0.01)
-    metrics, errors, runs = Metrics(), list[BaseException](), 0
+    metrics = Metrics()
+    errors = list[BaseException]()
+    runs = 0
 
     async def run() -> None:
         nonlocal runs
@@ -238,7 +240,8 @@ async def test_served_file_that_is_cut_off_is_reported_once_until_it_is_whole(
     index: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.setattr("app.service.collections.CHECK_S", 0.1)
-    items, started = file_of(index, "items.arrow"), time.time()
+    items = file_of(index, "items.arrow")
+    started = time.time()
     async with opened(index, poll_s=0.02) as client:
         aside = items.rename(index / "aside")  # still mapped
         items.write_bytes(aside.read_bytes()[:-1])
@@ -285,12 +288,10 @@ async def test_swaps_under_load_drop_no_request_and_free_what_they_replace(
     rollback(index, 1)
     sizes = itertools.cycle(range(40, 90))
     words = (f"a red square {number}" for number in itertools.count())  # never cached
-    seen, expected, asked, done = (
-        list[tuple[int, weakref.ref[Any]]](),
-        dict[Path, Any](),
-        0,
-        False,
-    )
+    seen = list[tuple[int, weakref.ref[Any]]]()
+    expected = dict[Path, Any]()
+    asked = 0
+    done = False
 
     async with opened(index, poll_s=0, deadline_ms=60_000, **ADMIN_ONLY) as client:
 
@@ -313,10 +314,8 @@ async def test_swaps_under_load_drop_no_request_and_free_what_they_replace(
                 ]
                 response = await sent[number]()
                 assert response.status_code == 200, response.text
-                checkpoint, results = (
-                    checkpoints[response.json()["index_version"]],
-                    response.json()["results"],
-                )
+                checkpoint = checkpoints[response.json()["index_version"]]
+                results = response.json()["results"]
                 assert number or results == expected.setdefault(checkpoint, results), (
                     "results of one version"
                 )

@@ -114,7 +114,8 @@ def test_a_published_version_is_served_and_changed_without_pytorch(
         workers=0,
         progress=False,
     )
-    texts, photo = ["a red square", "naïve 😿"], base64.b64encode(png("red")).decode()
+    texts = ["a red square", "naïve 😿"]
+    photo = base64.b64encode(png("red")).decode()
     encoder = Encoder.load(reranking_checkpoint, device="cpu")
     expected = np.concatenate(
         [encoder.encode_text(texts), encoder.encode_images([png("red")])]

@@ -25,7 +25,9 @@ class Service:
     """A service of two workers. folder: where it keeps temporary files."""
 
     def __init__(self, process: Command, url: str, folder: Path) -> None:
-        self.process, self.url, self._folder = process, url, folder
+        self.process = process
+        self.url = url
+        self._folder = folder
 
     def pids(self) -> set[int]:
         """Return the ids of the workers that run and have counted."""

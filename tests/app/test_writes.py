@@ -49,7 +49,8 @@ ITEMS = "/collections/lamps/items"
 async def test_items_are_patched_put_replaced_and_deleted_by_jobs(
     index: Path, in_process: list[int]
 ) -> None:
-    first, second = "circle/red.png", "circle/blue.png"
+    first = "circle/red.png"
+    second = "circle/blue.png"
     async with opened(index, **WRITES) as client:
         before = (await client.get("/items/circle%2Fred.png")).json()
 
@@ -606,14 +607,13 @@ async def test_only_the_admin_and_keys_that_may_write_change_items(
             403,
         ]
         assert await statuses("wrong") == [401] * 10
-        path, ids = "/collections/other/concepts/rex", {"ids": ["circle/red.png"]}
+        path = "/collections/other/concepts/rex"
+        ids = {"ids": ["circle/red.png"]}
         assert (
             await client.put(path, json=ids, headers=bearer(other))
         ).status_code == 200
-        url, named = (
-            "/collections/other/search/text",
-            {"query": "@rex", "filter": {"concept": "rex"}, "k": 24},
-        )
+        url = "/collections/other/search/text"
+        named = {"query": "@rex", "filter": {"concept": "rex"}, "k": 24}
         results = (await client.post(url, json=named, headers=bearer(ALICE))).json()[
             "results"
         ]

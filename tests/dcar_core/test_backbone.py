@@ -75,10 +75,8 @@ def test_prompts_of_word_embeddings_equal_the_prefixed_sentence(
 
 def test_adapters_start_without_effect(backbone: Backbone) -> None:
     model = DCAR(backbone, find_method("block-adapters").config)
-    tokens, pixels = (
-        backbone.tokenize(TEXTS),
-        torch.randn(3, 3, 32, 32, generator=torch.Generator().manual_seed(0)),
-    )
+    tokens = backbone.tokenize(TEXTS)
+    pixels = torch.randn(3, 3, 32, 32, generator=torch.Generator().manual_seed(0))
     assert model.text_is_frozen
     assert not model.image_is_frozen
     assert model.block_adapters is not None
@@ -345,7 +343,9 @@ def test_the_configuration_of_a_hub_model_is_checked_alike(
         load_backbone(BackboneSource("hf-hub:a/model"))
 
 
-SIGLIP2, XLM, PLAIN = "ViT-B-16-SigLIP2", "xlm-roberta-base-ViT-B-32", "ViT-B-32"
+SIGLIP2 = "ViT-B-16-SigLIP2"
+XLM = "xlm-roberta-base-ViT-B-32"
+PLAIN = "ViT-B-32"
 # Of training alone, or names of what is identified by its content.
 WITHOUT_EFFECT = {
     "patch_dropout",
@@ -361,7 +361,8 @@ WITHOUT_EFFECT = {
 
 
 def test_every_setting_that_may_change_a_vector_is_in_the_hash() -> None:
-    config, clip = open_clip.get_model_config(PLAIN), nn.Identity()
+    config = open_clip.get_model_config(PLAIN)
+    clip = nn.Identity()
     usual = vector_settings(clip, config, "a tokenizer")
     for part, kind in (("vision_cfg", CLIPVisionCfg), ("text_cfg", CLIPTextCfg)):
         for field in fields(kind):

@@ -60,7 +60,8 @@ def test_results_are_reproduced_by_the_checkpoints(
 ) -> None:
     out, results = compared
     assert json.loads((out / "results.json").read_text()) == results
-    methods, text = results["methods"], (out / "results.md").read_text()
+    methods = results["methods"]
+    text = (out / "results.md").read_text()
     assert [len(found["runs"]) for found in methods.values()] == [1, 2, 2]
     for name, found in methods.items():
         for column in COLUMNS:
@@ -215,10 +216,8 @@ def test_another_configuration_of_a_method_is_another_run(
     runs = MethodRunner(backbone, splits, tmp_path, QUICK, FeatureCache(None, backbone))
     coop = find_method("coop").config
     shorter = replace(coop, prompt=PromptConfig(length=2, image=False))
-    one_way, held = (
-        coop.with_loss_direction("image-to-text"),
-        replace(coop, loss=replace(coop.loss, anchor=0.5)),
-    )
+    one_way = coop.with_loss_direction("image-to-text")
+    held = replace(coop, loss=replace(coop.loss, anchor=0.5))
     assert (
         len(
             {
@@ -241,7 +240,8 @@ def test_another_configuration_of_a_method_is_another_run(
 def test_tuning_has_equal_budgets_and_reads_validation_only(
     backbone: Backbone, tiny_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    messages, starts = list[str](), dict[str, list[torch.Tensor]]()
+    messages = list[str]()
+    starts = dict[str, list[torch.Tensor]]()
 
     def noted(
         model: DCAR, training: Dataset, validation: Dataset, *given: Any, **more: Any
@@ -252,7 +252,8 @@ def test_tuning_has_equal_budgets_and_reads_validation_only(
         return train(model, training, validation, *given, **more)
 
     monkeypatch.setattr("dcar_core.evaluation.method_runner.train", noted)
-    grid, names = (1e-4, 1e-2, 1e30), ["dual", "clip-adapter"]
+    grid = (1e-4, 1e-2, 1e30)
+    names = ["dual", "clip-adapter"]
     results = compare(
         backbone,
         tiny_data,
@@ -289,7 +290,8 @@ def test_tuning_has_equal_budgets_and_reads_validation_only(
 def test_a_diverged_method_leaves_the_others_in_the_table(
     backbone: Backbone, tiny_data: Path, tmp_path: Path
 ) -> None:
-    wild, messages = replace(QUICK, lr=1e30, epochs=1), list[str]()
+    wild = replace(QUICK, lr=1e30, epochs=1)
+    messages = list[str]()
     results = compare(
         backbone,
         tiny_data,
@@ -356,7 +358,8 @@ def test_the_plot_shows_every_method(
 def test_the_cheapest_method_that_is_not_certainly_worse_is_recommended(
     dear: int, cheap: int, advice: str
 ) -> None:
-    methods, scores = dict[str, Any](), dict[str, list[Scores]]()
+    methods = dict[str, Any]()
+    scores = dict[str, list[Scores]]()
     for name, right, size in (("dear", dear, 9), ("cheap", cheap, 3), ("clip", 0, 0)):
         scores[name] = [
             Scores(np.ones((2, 100)), np.array([np.arange(100) < right] * 2, float))
@@ -374,10 +377,8 @@ def test_the_cheapest_method_that_is_not_certainly_worse_is_recommended(
 def test_weak_categories_are_means_over_seeds_and_those_of_few_pairs_are_left_out() -> (
     None
 ):
-    known, rare = (
-        {"pairs": 3, "t2i_r1": 90.0, "i2t_r1": 80.0},
-        {"pairs": 2, "t2i_r1": 0.0, "i2t_r1": 0.0},
-    )
+    known = {"pairs": 3, "t2i_r1": 90.0, "i2t_r1": 80.0}
+    rare = {"pairs": 2, "t2i_r1": 0.0, "i2t_r1": 0.0}
     weak = (
         {"pairs": 4, "t2i_r1": recall, "i2t_r1": recall + 10} for recall in (20.0, 40.0)
     )
@@ -403,10 +404,8 @@ def analysed(
     samples = [
         replace(s, category=c) for s, c in zip(data.samples, categories, strict=False)
     ]
-    model, data = (
-        seeded_model(backbone, find_method("clip").config, 0),
-        replace(data, samples=samples),
-    )
+    model = seeded_model(backbone, find_method("clip").config, 0)
+    data = replace(data, samples=samples)
     negatives = [
         image[-1:],
         image[:0],
@@ -605,7 +604,8 @@ def test_new_categories_are_resampled_whole(
         (pairs[1], None),
         (replace(pairs[1], samples=new), len(new) // 3),
     ):
-        splits, cache = {"train": pairs[0], "val": val}, FeatureCache(None, backbone)
+        splits = {"train": pairs[0], "val": val}
+        cache = FeatureCache(None, backbone)
         found = verdict_of(adapted, untouched, splits, cache, TrainConfig())
         assert (found.comparison.images, found.comparison.resampled) == (
             len(new),

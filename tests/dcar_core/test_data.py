@@ -70,7 +70,8 @@ def read(path: Path, split: str = "train") -> tuple[Dataset, CleaningReport]:
     return Annotations(path).load(split, "ignore")
 
 
-RED, VAN = "a red car", ("a van",)
+RED = "a red car"
+VAN = ("a van",)
 LEFT_OUT = (
     "negatives that are empty, repeated, or equal to a caption or an attribute of their"
     " image, left out"
@@ -198,7 +199,8 @@ def test_rows_of_every_form_become_pairs_and_what_was_left_out_is_told(
 
 
 def test_repeated_keys_are_kept_and_bad_rows_left_out(tmp_path: Path) -> None:
-    one, two = json.dumps(entry(positive="one")), json.dumps(entry(positive="two"))
+    one = json.dumps(entry(positive="one"))
+    two = json.dumps(entry(positive="two"))
     bad = json.dumps(entry(negative_class=["van", "bus"]))
     more = ",".join(f'"{n}": {json.dumps(entry(positive=str(n)))}' for n in range(7))
     (tmp_path / "train.json").write_text(
@@ -214,7 +216,8 @@ def test_repeated_keys_are_kept_and_bad_rows_left_out(tmp_path: Path) -> None:
 def test_metadata_survives_reading_and_writing(tmp_path: Path) -> None:
     write_image(tmp_path / "a.png")
     more = {"meta_category": "vehicles", "attributes": ["red", "vintage"]}
-    negatives, categories = ["a red van", "a red truck"], ["van", "truck"]
+    negatives = ["a red van", "a red truck"]
+    categories = ["van", "truck"]
     write_json(
         tmp_path / "fdrd" / "train.json",
         {"a": entry(negative=negatives, negative_class=categories, **more)},
@@ -727,10 +730,8 @@ def test_directory_without_annotations_is_an_error(tmp_path: Path) -> None:
 
 
 def test_parquet_that_cannot_be_used_is_named(tmp_path: Path) -> None:
-    file, good = (
-        tmp_path / "train.parquet",
-        pa.table({"image": ["a.png"], "caption": ["a"]}),
-    )
+    file = tmp_path / "train.parquet"
+    good = pa.table({"image": ["a.png"], "caption": ["a"]})
     pq.write_table(good, file)
     damaged = file.read_bytes()
     for content, message in (

@@ -77,10 +77,8 @@ def test_vectors_are_normalised_and_independent_of_the_batch(
 def test_fingerprint_covers_vectors_and_nothing_else() -> None:
     weights = {"prompts.text": np.zeros((1, 4, 8), np.float32)}
     fingerprint = compute_fingerprint("backbone", ModelConfig(), weights)
-    loss, options = (
-        LossConfig(category=0.1, anchor=2.0),
-        ReweightConfig(token_feature="alone", image_feature="patches"),
-    )
+    loss = LossConfig(category=0.1, anchor=2.0)
+    options = ReweightConfig(token_feature="alone", image_feature="patches")
     assert (
         compute_fingerprint(
             "backbone", ModelConfig(loss=loss, reweight=options), weights
@@ -115,7 +113,8 @@ def test_checkpoint_can_move_together_with_its_backbone(
     """A model's directory and a file of weights are both found from where the
     checkpoint is.
     """
-    here, there = tmp_path / "here", tmp_path / "there"
+    here = tmp_path / "here"
+    there = tmp_path / "there"
     base = Path(shutil.copytree(tiny_model, here / "base"))
     model = DCAR(load_backbone(BackboneSource(str(base))), ModelConfig())
     fingerprint = save_checkpoint(model, here / "checkpoint")
@@ -141,10 +140,8 @@ def test_broken_checkpoints_are_refused_with_the_reason(
     )
     good = (tmp_path / CONFIG).read_text()
     content = json.loads(good)
-    incomplete, model = (
-        "is not complete, or not of format 1; copy it again",
-        content["model"],
-    )
+    incomplete = "is not complete, or not of format 1; copy it again"
+    model = content["model"]
 
     def part(name: str, **values: object) -> dict[str, object]:
         return {"model": {**model, name: {**model[name], **values}}}
@@ -354,7 +351,8 @@ def test_weights_are_mapped_from_their_file_and_released(
     assert not any(
         weight.requires_grad for weight in encoder.model.backbone.parameters()
     )
-    texts, pixels = ["a red square"], np.zeros((1, 3, 32, 32), np.uint8)
+    texts = ["a red square"]
+    pixels = np.zeros((1, 3, 32, 32), np.uint8)
     before = encoder.encode_text(texts), encoder.encode_pixels(pixels)
     assert mapped(file) > 0
     encoder.release()

@@ -45,10 +45,8 @@ def checkpoint(exported_model: Path, tmp_path_factory: pytest.TempPathFactory) -
     weights.
     """
     path = tmp_path_factory.mktemp("cached") / "checkpoint"
-    adapters, predicted = (
-        AdapterConfig(text=True, image=True),
-        ReweightConfig(query="predicted"),
-    )
+    adapters = AdapterConfig(text=True, image=True)
+    predicted = ReweightConfig(query="predicted")
     config = ModelConfig(
         prompt=PromptConfig(length=3, depth=2), adapter=adapters, reweight=predicted
     )
@@ -83,7 +81,8 @@ def is_from_cache(encoder: Encoder) -> bool:
 
 
 def test_cached_adapter_gives_the_models_vectors(checkpoint: Path, cache: Path) -> None:
-    whole, quick = Encoder.load(checkpoint, device="cpu"), load(checkpoint, cache)
+    whole = Encoder.load(checkpoint, device="cpu")
+    quick = load(checkpoint, cache)
     assert quick.fingerprint == whole.fingerprint
     assert quick.preprocess == replace(whole.preprocess, resizer="pillow")
     np.testing.assert_allclose(

@@ -54,11 +54,9 @@ class Hub(http.server.ThreadingHTTPServer):
 
     def __init__(self, files: Mapping[str, bytes]) -> None:
         super().__init__(("127.0.0.1", 0), Handler)
-        self.files, self.url, self.token = (
-            files,
-            f"http://127.0.0.1:{self.server_port}",
-            "",
-        )
+        self.files = files
+        self.url = f"http://127.0.0.1:{self.server_port}"
+        self.token = ""
         self.asked: list[str] = []
 
 

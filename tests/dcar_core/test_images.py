@@ -95,11 +95,10 @@ def test_the_transparent_colour_of_a_png_is_drawn_white(mode: str) -> None:
     drawn = np.zeros((64, 96), bool)
     drawn[8:24, 40:80] = True
     deep = np.where(drawn, 1000, 0).astype(np.uint16)
-    image = (
-        Image.fromarray(deep)
-        if mode == "I;16"
-        else Image.fromarray(drawn).convert(mode)
-    )
+    if mode == "I;16":
+        image = Image.fromarray(deep)
+    else:
+        image = Image.fromarray(drawn).convert(mode)
     data = encoded(image, transparency=(0, 0, 0) if mode == "RGB" else 0)
     expected = np.where(drawn & (mode == "I;16"), 1000 // 257 + 1, 255)
     np.testing.assert_array_equal(
@@ -115,7 +114,8 @@ def test_images_are_read_from_folders_and_tars(tmp_path: Path) -> None:
         member.size = len(data)
         tar.addfile(member, io.BytesIO(data))
         again = tarfile.TarInfo("./c.png")  # as tar packs a hard link
-        again.type, again.linkname = tarfile.LNKTYPE, "b.png"
+        again.type = tarfile.LNKTYPE
+        again.linkname = "b.png"
         tar.addfile(again)
     root = ImageRoot(tmp_path)
     assert root.read("sub/a.png") == root.read("b.png") == root.read("c.png") == data
@@ -145,10 +145,8 @@ def test_members_that_several_tars_have_are_known_by_their_tar_alone(
     assert (root.read("a.tar/1.png"), root.read("b.tar/1.png")) == (b"a", b"b")
     with pytest.raises(ImageError, match=r"no file 1\.png"):
         root.read("1.png")
-    finder, names = (
-        ImageFinder(root, frozenset()),
-        ("1.png", "other/1.png", "other/a.png", "b.tar/1.png"),
-    )
+    finder = ImageFinder(root, frozenset())
+    names = ("1.png", "other/1.png", "other/a.png", "b.tar/1.png")
     assert [finder.find(name) for name in names] == [None, None, "a.png", "b.tar/1.png"]
 
 
@@ -294,10 +292,8 @@ def test_a_damaged_time_is_none() -> None:
         assert (
             OpenedImage(encoded(noisy(8, 8), "JPEG", exif=exif_of(text))).taken == ""
         ), text
-    valid, rng = (
-        encoded(noisy(8, 8), "JPEG", exif=exif_of("2024:07:01 10:20:30")),
-        np.random.default_rng(0),
-    )
+    valid = encoded(noisy(8, 8), "JPEG", exif=exif_of("2024:07:01 10:20:30"))
+    rng = np.random.default_rng(0)
     for at in rng.integers(
         valid.index(b"Exif"), valid.index(b"2024:07:01") - 2, 300
     ).tolist():
@@ -429,7 +425,8 @@ def test_pytorch_resizes_as_pillow_does_and_small_images_are_equal_in_both_modes
         assert by_torch.resizer == "torch"
     for width, height in ((110, 70), (97, 131), (48, 48), (30, 20), (251, 250), (1, 1)):
         picture = noisy(width, height)
-        before, after = exact(picture).astype(int), by_torch(picture)
+        before = exact(picture).astype(int)
+        after = by_torch(picture)
         assert after.shape == before.shape
         assert after.flags.c_contiguous
         assert np.abs(before - after).max() <= 2
@@ -484,7 +481,8 @@ def test_a_models_own_settings_are_followed_and_are_in_the_hash() -> None:
 
 
 def test_long_image_is_cropped_while_scaling(monkeypatch: pytest.MonkeyPatch) -> None:
-    exact, rng = Preprocess(48, HALF, HALF), np.random.default_rng(0)
+    exact = Preprocess(48, HALF, HALF)
+    rng = np.random.default_rng(0)
     pictures = [
         Image.fromarray(rng.integers(90, 160, size, dtype=np.uint8))
         for size in ((3, 500, 3), (700, 20, 3))
@@ -643,7 +641,8 @@ def test_a_conversion_that_misbehaves_fails_one_image(
 def test_half_an_answer_is_never_that_of_the_next_image(
     worker: DecodeWorker, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    read, sizes = workers.read_exactly, list[int]()
+    read = workers.read_exactly
+    sizes = list[int]()
 
     def fails_once(pipe: Any, size: int) -> bytearray:
         sizes.append(size)

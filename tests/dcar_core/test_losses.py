@@ -58,7 +58,9 @@ def test_contrastive_loss_equals_a_hand_calculation(positives: str) -> None:
     """Caption 0 may also match image 1, caption 1 only its own: rows and columns have
     different targets.
     """
-    text, image, own = features(3, 0), features(3, 1), torch.eye(3, dtype=torch.bool)
+    text = features(3, 0)
+    image = features(3, 1)
+    own = torch.eye(3, dtype=torch.bool)
     own[0, 1] = positives == "asymmetric"
     logits = SCALE * text @ image.T
     to_image = F.cross_entropy(logits, own / own.sum(1, keepdim=True))
@@ -72,7 +74,8 @@ def test_contrastive_loss_equals_a_hand_calculation(positives: str) -> None:
 
 
 def test_category_loss_equals_a_hand_calculation_and_ignores_padding() -> None:
-    image, scale = features(1, 0), torch.tensor(10.0)
+    image = features(1, 0)
+    scale = torch.tensor(10.0)
     captions = features(3, 1).unsqueeze(0)
     weights = torch.tensor([[1.0, 1.0, 1.5]])
     scores = 10 * captions[0] @ image[0]
@@ -91,21 +94,19 @@ def test_late_interaction_is_the_mean_of_the_best_similarities() -> None:
     """One pair after the other; the second caption has two words, and padding, the
     third none.
     """
-    words, patches = features(12, 0).reshape(3, 4, 8), features(15, 1).reshape(3, 5, 8)
-    words[1, 2:], words[2], scale, own = (
-        0,
-        0,
-        torch.tensor(10.0),
-        torch.eye(3, dtype=torch.bool),
-    )
-    by_words, by_patches = torch.zeros(3, 3), torch.full((3, 3), -1.0)
+    words = features(12, 0).reshape(3, 4, 8)
+    patches = features(15, 1).reshape(3, 5, 8)
+    words[1, 2:] = 0
+    words[2] = 0
+    scale = torch.tensor(10.0)
+    own = torch.eye(3, dtype=torch.bool)
+    by_words = torch.zeros(3, 3)
+    by_patches = torch.full((3, 3), -1.0)
     for i, count in ((0, 4), (1, 2)):
         for j in range(3):
             cosines = words[i, :count] @ patches[j].T
-            by_words[i, j], by_patches[i, j] = (
-                cosines.max(1).values.mean(),
-                cosines.max(0).values.mean(),
-            )
+            by_words[i, j] = cosines.max(1).values.mean()
+            by_patches[i, j] = cosines.max(0).values.mean()
     to_image = F.cross_entropy(10 * by_words, torch.arange(3))
     to_text = F.cross_entropy(10 * by_patches.T, torch.arange(3))
     torch.testing.assert_close(
@@ -117,7 +118,8 @@ def test_late_interaction_is_the_mean_of_the_best_similarities() -> None:
 
 
 def test_anchor_and_head_loss_equal_a_hand_calculation() -> None:
-    frozen, real = features(4, 0), torch.tensor([[False, True, True, False]])
+    frozen = features(4, 0)
+    real = torch.tensor([[False, True, True, False]])
     assert anchor_loss(frozen, frozen).abs() < 1e-6
     torch.testing.assert_close(anchor_loss(-frozen, frozen), torch.tensor(2.0))
     weights = torch.tensor([[9.0, 1.0, 2.0, 9.0]])
@@ -143,10 +145,8 @@ def test_pair_weights_and_their_blend_equal_a_hand_calculation() -> None:
     # a white image
     assert blend(torch.zeros(1, 4), real, ReweightConfig()).isfinite().all()
     words = torch.tensor([[[1.0, 0.0], [0.0, 1.0]]])
-    patches, white = (
-        torch.tensor([[[3.0, 4.0], [0.0, -1.0]]]),
-        torch.tensor([[1.0, 0.0], [5.0, 12.0]]),
-    )
+    patches = torch.tensor([[[3.0, 4.0], [0.0, -1.0]]])
+    white = torch.tensor([[1.0, 0.0], [5.0, 12.0]])
     best = pair_weights(words, patches, white)  # by the most similar patch
     torch.testing.assert_close(best, torch.tensor([[1 - 0.6, 12 / 13 - 0.8]]))
 
@@ -218,15 +218,17 @@ def test_loss_equals_the_pairs_one_by_one(
     )
     torch.manual_seed(0)
     model, data = move_weights(DCAR(backbone, config), described_twice)
-    used, adapter, candidates = (
-        data.pair_weights,
-        model.category_adapter(),
-        data.candidate_weights,
-    )
+    used = data.pair_weights
+    adapter = model.category_adapter()
+    candidates = data.candidate_weights
     assert (used is None) == (weights == "none")
     assert adapter is not None
     assert candidates is not None
-    texts, images, frozen_texts, frozen_images, captions = [], [], [], [], []
+    texts = []
+    images = []
+    frozen_texts = []
+    frozen_images = []
+    captions = []
     for i, sample in enumerate(described_twice.samples):
         picture = backbone.preprocess(described_twice.read(sample.image))[None]
         pixels = torch.from_numpy(backbone.preprocess.standardize(picture))
@@ -251,7 +253,8 @@ def test_loss_equals_the_pairs_one_by_one(
         captions.append(
             F.pad(adapter(read), (0, 0, 0, candidates.shape[1] - len(read)))
         )
-    text, image = torch.cat(texts), torch.cat(images)
+    text = torch.cat(texts)
+    image = torch.cat(images)
     positives = torch.from_numpy(data.positives(np.arange(len(data))))
     wanted = contrastive_loss(text, image, positives, backbone.scale)
     wanted = wanted + 0.3 * category_loss(
@@ -277,21 +280,18 @@ def test_loss_equals_the_pairs_one_by_one(
 def test_loss_of_a_method_has_its_terms(
     name: str, backbone: Backbone, described_twice: Dataset
 ) -> None:
-    config, samples = (
-        find_method(name).config.with_loss_direction("image-to-text"),
-        described_twice.samples,
-    )
+    config = find_method(name).config.with_loss_direction("image-to-text")
+    samples = described_twice.samples
     model, data = move_weights(seeded_model(backbone, config, 0), described_twice)
     pixels = backbone.standardized(
         np.stack(
             [backbone.preprocess(described_twice.read(each.image)) for each in samples]
         )
     )
-    tokens, positives = (
-        data.tokens,
-        torch.from_numpy(data.positives(np.arange(len(data)))),
-    )
-    text, image = model.encode_text(tokens), model.encode_image(pixels)
+    tokens = data.tokens
+    positives = torch.from_numpy(data.positives(np.arange(len(data))))
+    text = model.encode_text(tokens)
+    image = model.encode_image(pixels)
     wanted = contrastive_loss(text, image, positives, backbone.scale, "image-to-text")
     if name == "filip":
         words = (
@@ -350,7 +350,8 @@ def test_mixed_precision_is_close_to_full(
 def test_losses_are_full_precision_in_a_mixed_pass(
     backbone: Backbone, training: Dataset, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    names, seen = ("category_loss", "head_loss", "anchor_loss", "contrastive_loss"), []
+    names = ("category_loss", "head_loss", "anchor_loss", "contrastive_loss")
+    seen = []
 
     def spy(name: str, whole: Any, *given: Any) -> Tensor:
         dtypes = {

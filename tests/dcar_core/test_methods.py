@@ -51,10 +51,8 @@ def changed_model(backbone: Backbone, name: str) -> DCAR:
 def test_a_checkpoint_holds_the_merged_model_and_the_shared_backbone_stays(
     name: str, text_is_frozen: bool, backbone: Backbone, pixels: Tensor, tmp_path: Path
 ) -> None:
-    before, tokens = (
-        backbone.content_hash(),
-        backbone.tokenize(["a red square", "a blue cross"]),
-    )
+    before = backbone.content_hash()
+    tokens = backbone.tokenize(["a red square", "a blue cross"])
     frozen = [
         F.normalize(each, dim=-1)
         for each in (backbone.encode_image(pixels), backbone.encode_text(tokens))
@@ -70,7 +68,8 @@ def test_a_checkpoint_holds_the_merged_model_and_the_shared_backbone_stays(
     model = changed_model(backbone, name)
     assert (model.text_is_frozen, model.image_is_frozen) == (text_is_frozen, False)
     assert not torch.allclose(model.encode_image(pixels), frozen[0], atol=1e-3)
-    saved, published = tmp_path / "saved", tmp_path / "published"
+    saved = tmp_path / "saved"
+    published = tmp_path / "published"
     save_checkpoint(model, saved)
     copy_checkpoint(saved, published)
     # another training leaves the copy's merged model alone

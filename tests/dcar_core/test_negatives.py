@@ -75,7 +75,8 @@ def test_negatives_swap_categories_and_captions(tmp_path: Path) -> None:
         tmp_path / "t.json", {"meta_categories": FELINE, "similar": similar}
     )
     samples, report = made(CATS, tmp_path, taxonomy=tree)
-    first, last = samples[0], samples[4]
+    first = samples[0]
+    last = samples[4]
     assert first.negatives[:2] == (
         "A Maine Coon with green eyes on a chair.",
         "A Ragdoll with green eyes on a chair.",
@@ -236,7 +237,8 @@ def test_negatives_that_differ_beyond_the_context_alone_are_left_out(
     backbone: Backbone, tmp_path: Path
 ) -> None:
     """The tiny model reads 32 tokens."""
-    functions, long = backbone_functions(backbone), "Sphynx " + "a " * 40
+    functions = backbone_functions(backbone)
+    long = "Sphynx " + "a " * 40
     features = functions.features(["cat", "dog"])
     np.testing.assert_allclose(np.linalg.norm(features, axis=1), np.ones(2))
     samples, _ = made(
@@ -337,7 +339,8 @@ def test_training_makes_negatives_and_skips_unusable_images(
 def test_command_writes_what_train_reads(
     tiny_model: Path, tiny_data: Path, tmp_path: Path, backbone: Backbone
 ) -> None:
-    data, out = bare_data(tiny_data, tmp_path / "data"), tmp_path / "out"
+    data = bare_data(tiny_data, tmp_path / "data")
+    out = tmp_path / "out"
     done = dcar(
         "data", "negatives", data, "--model", tiny_model, "--out", out, "--show", "1"
     )

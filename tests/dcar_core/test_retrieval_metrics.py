@@ -51,7 +51,8 @@ def test_nan_vectors_are_no_hits() -> None:
     assert set(
         recall_at_k(text, np.full_like(image, np.nan), np.arange(20)).values()
     ) == {0}
-    text, image = np.eye(20, dtype=np.float32), np.eye(20, dtype=np.float32)
+    text = np.eye(20, dtype=np.float32)
+    image = np.eye(20, dtype=np.float32)
     image[0] = np.nan
     found = recall_at_k(text, image, np.arange(20), ks=(1,))
     # the broken image may come before any other
@@ -85,10 +86,8 @@ def test_hard_negative_accuracy_and_scores_that_differ_in_the_last_bit() -> None
     depends on its library.
     """
     below = np.nextafter(np.float32(1), np.float32(0))
-    same, almost = (
-        np.array([[1, 0], [1, 0]], np.float32),
-        np.array([[1, 0], [below, 0]], np.float32),
-    )
+    same = np.array([[1, 0], [1, 0]], np.float32)
+    almost = np.array([[1, 0], [below, 0]], np.float32)
     assert set(recall_at_k(same, almost, np.arange(2), ks=(1,)).values()) == {0}
     assert hard_negative_accuracy(same, same, [almost[1:], almost[1:]]) == 0
     image = np.eye(2, dtype=np.float32)
@@ -115,10 +114,8 @@ def test_hits_of_ranks_have_the_recall_of_the_ranks() -> None:
     ranks = compute_ranks(text, image, image_of_text)
     found = Scores.of_ranks(ranks, image_of_text)
     assert found.queries.tolist() == [[2, 3, 1, 2, 1], [1] * 5]
-    recall, estimate = (
-        recall_of_ranks(ranks),
-        Comparison.of(found, found, resamples=10).model,
-    )
+    recall = recall_of_ranks(ranks)
+    estimate = Comparison.of(found, found, resamples=10).model
     for measure in ("t2i_r1", "i2t_r1"):
         assert estimate[measure].value == pytest.approx(recall[measure])
     assert estimate["mean_r1"].value == pytest.approx(
@@ -130,8 +127,11 @@ def test_a_comparison_is_the_bootstrap_of_the_mean_over_seeds_by_groups() -> Non
     """Computed here query by query: units are drawn, and all captions and images of a
     drawn unit count.
     """
-    rng, units, resamples = np.random.default_rng(3), 12, 50
-    captions, group_of = rng.integers(1, 4, 30), np.sort(rng.integers(0, units, 30))
+    rng = np.random.default_rng(3)
+    units = 12
+    resamples = 50
+    captions = rng.integers(1, 4, 30)
+    group_of = np.sort(rng.integers(0, units, 30))
     # of two models, three seeds: the share of each image's captions that are hits
     runs = rng.random((2, 3, 30))
     sides = [
@@ -155,7 +155,8 @@ def test_a_comparison_is_the_bootstrap_of_the_mean_over_seeds_by_groups() -> Non
     expected = []
     for times in [np.ones(units, np.int64), *drawn]:
         images = np.repeat(np.arange(30), times[group_of])
-        shares, hits = runs.mean(1)[:, images], (runs > 0.5).mean(1)[:, images]
+        shares = runs.mean(1)[:, images]
+        hits = (runs > 0.5).mean(1)[:, images]
         recalls = np.array(
             [np.average(shares, axis=1, weights=captions[images]), hits.mean(1)]
         )
@@ -175,7 +176,8 @@ def test_a_comparison_is_the_bootstrap_of_the_mean_over_seeds_by_groups() -> Non
 
 
 def test_a_difference_in_words_and_against_the_other() -> None:
-    better, worse = scores([1.0] * 50), scores([0.0] * 50)
+    better = scores([1.0] * 50)
+    worse = scores([0.0] * 50)
     found = Comparison.of(better, worse, resamples=999)
     assert f"{found.gain}" == "100.0 (100.0 to 100.0)"
     assert (
@@ -288,7 +290,9 @@ def test_measures_equal_those_of_ir_measures(seed: int) -> None:
     """
     tools = importlib.import_module("ir_measures")
     rng = np.random.default_rng(seed)
-    judged, run, found = JudgedList(), list[object](), np.zeros((40, 10), np.int64)
+    judged = JudgedList()
+    run = list[object]()
+    found = np.zeros((40, 10), np.int64)
     for query in range(40):
         items = rng.permutation(60)
         for item in items[: rng.integers(1, 50)]:

@@ -74,7 +74,8 @@ class Case:
 
     def __init__(self, model: DCAR, cache: Path) -> None:
         backbone_hash = model.backbone.content_hash()
-        self.model, self.state = model, extract_state(model, "f" * 64, backbone_hash)
+        self.model = model
+        self.state = extract_state(model, "f" * 64, backbone_hash)
         self.export = partial(ensure_export, model, backbone_hash, cache)
 
     def open(self, name: str) -> Encoder:
@@ -126,7 +127,9 @@ def test_rows_of_several_adapters_share_a_batch(
     exported_model: Path, cache: Path, name: str
 ) -> None:
     first, second = (moved(exported_model, DEEP, cache, seed) for seed in (1, 2))
-    one, other, runtime = first.state, second.state, first.open(name).runtime
+    one = first.state
+    other = second.state
+    runtime = first.open(name).runtime
     tokens = one.tokens(["a red square", "a green circle", "a red square"])[
         :, one.skipped :
     ]
@@ -218,10 +221,8 @@ def test_gpu_gives_the_same_vectors(
     given = Encoder.load(
         exported_checkpoint, device="cuda", runtime=name, cache=tmp_path
     )
-    texts, pixels = (
-        [" ".join("abcdefghij"[: 1 + i % 10]) for i in range(40)],
-        np.tile(probe_images(32), (10, 1, 1, 1)),
-    )
+    texts = [" ".join("abcdefghij"[: 1 + i % 10]) for i in range(40)]
+    pixels = np.tile(probe_images(32), (10, 1, 1, 1))
 
     def both(encoder: Encoder) -> NDArray[np.float32]:
         parts = [encoder.encode_pixels(pixels[:n]) for n in (1, 7, 40)]

@@ -68,7 +68,8 @@ def test_hard_negatives_move_the_feature_adapters_alone_and_cost_no_validation_r
 ) -> None:
     model = untrained(backbone, "block-adapters+")
     split = prepare_split(training, model, for_training=True)
-    start, before = weights(model), evaluate(model, split)
+    start = weights(model)
+    before = evaluate(model, split)
     found = tune_on_hard_negatives(model, split, split, 0)
     assert moved(model, start) == {"text_adapter", "image_adapter"}
     assert mean_r1(found) >= mean_r1(before)
@@ -112,18 +113,16 @@ def image_rows(model: DCAR, count: int = 3) -> torch.Tensor:
 def test_a_pair_costs_one_row_and_equals_whole_passes_over_unprompted_patches(
     model: DCAR,
 ) -> None:
-    stage, tower, adapters = (
-        SecondStage(model),
-        model.backbone.image_tower,
-        model.block_adapters,
-    )
-    rows, prompts = image_rows(model), torch.randn(3, 2, model.backbone.vision_width)
+    stage = SecondStage(model)
+    tower = model.backbone.image_tower
+    adapters = model.block_adapters
+    rows = image_rows(model)
+    prompts = torch.randn(3, 2, model.backbone.vision_width)
     assert adapters is not None
-    run, blocks = (
-        PromptRows(None, 0, adapters.matrices()),
-        list(tower.module.transformer.resblocks),
-    )
-    plain, prompted = rows, rows[:, :1]
+    run = PromptRows(None, 0, adapters.matrices())
+    blocks = list(tower.module.transformer.resblocks)
+    plain = rows
+    prompted = rows[:, :1]
     for i, block in enumerate(blocks[-2:]):
         whole = torch.cat([prompted + prompts[:, i, None], plain[:, 1:]], 1)
         plain, prompted = (
@@ -140,10 +139,8 @@ def test_a_pair_costs_one_row_and_equals_whole_passes_over_unprompted_patches(
 
 def test_late_interaction_is_the_mean_of_the_best_patches(model: DCAR) -> None:
     stage = SecondStage(model)
-    texts, images = (
-        stage.texts(model.backbone.tokenize(["a red square", "dog"])),
-        stage.images(image_rows(model, 2)),
-    )
+    texts = stage.texts(model.backbone.tokenize(["a red square", "dog"]))
+    images = stage.images(image_rows(model, 2))
     found = stage.layers.late(texts, images.patches).detach()
     patches = (
         F.layer_norm(images.patches, images.patches.shape[-1:])
@@ -158,10 +155,8 @@ def test_late_interaction_is_the_mean_of_the_best_patches(model: DCAR) -> None:
 def test_a_pair_alone_scores_like_its_chunk_and_without_prompts_like_its_vector(
     model: DCAR, pairs: tuple[Dataset, Dataset]
 ) -> None:
-    split, stage = (
-        prepare_split(pairs[1], model, for_training=False),
-        SecondStage(model),
-    )
+    split = prepare_split(pairs[1], model, for_training=False)
+    stage = SecondStage(model)
     assert split.pixels is not None
     images = encode_images(model, split)
     found = stage.vectors(
@@ -190,7 +185,8 @@ def test_training_learns_the_second_stage_alone_and_costs_no_validation_recall(
 ) -> None:
     model = untrained(backbone)
     split = prepare_split(training, model, for_training=True)
-    start, before = weights(model), evaluate(model, split)
+    start = weights(model)
+    before = evaluate(model, split)
     margins = []
     for epochs in (1, 60):
         monkeypatch.setattr(hard_negatives, "STAGE_EPOCHS", epochs)
@@ -237,7 +233,8 @@ def test_images_beyond_the_memory_limit_are_left_out(
 ) -> None:
     model = seeded_model(backbone, find_method("query-prompts").config, 0).eval()
     split = prepare_split(training, model, for_training=True)
-    stage, random = SecondStage(model), np.random.default_rng
+    stage = SecondStage(model)
+    random = np.random.default_rng
     _, whole = hard_negatives.image_parts(stage, split, random(0))
     monkeypatch.setattr(
         hard_negatives, "MAX_BYTES", sum(each[:5].nbytes for each in whole)
@@ -267,7 +264,8 @@ def test_a_checkpoint_keeps_the_stage_and_its_weight(
 
 
 def test_the_stage_orders_the_first_images_alone() -> None:
-    image_of, first = np.array([0, 1, 2]), np.array([[3, 0], [1, 0], [0, 1]])
+    image_of = np.array([0, 1, 2])
+    first = np.array([[3, 0], [1, 0], [0, 1]])
     ranks = Ranks(np.array([1, 0, 2]), np.zeros(3, np.int64), np.arange(3))
     scores = np.array([[0.1, 0.2], [0.5, 0.5], [0.9, 0.8]], np.float32)
     found = ranks.reordered(first, scores, image_of)
@@ -297,10 +295,8 @@ def test_training_and_comparison_report_both_stages(
 ) -> None:
     # whatever validation prefers
     monkeypatch.setattr(hard_negatives, "WEIGHTS", (1.0,))
-    source, config = (
-        BackboneSource(str(tiny_model)),
-        TrainConfig(epochs=1, batch_size=6),
-    )
+    source = BackboneSource(str(tiny_model))
+    config = TrainConfig(epochs=1, batch_size=6)
     done = adapt(tiny_data, source, tmp_path / "adapted", config)
     assert done is not None
     assert "adapted (query-prompts)" in done.verdict

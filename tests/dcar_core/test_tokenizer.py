@@ -84,7 +84,8 @@ def test_numbers_are_open_clips(backbone: Backbone) -> None:
     ]
     simple = open_clip.SimpleTokenizer(str(EXAMPLE / "base" / "bpe.txt.gz"))
     for prompts in (0, 4):
-        tokens, odd = backbone.text_tokenizer(prompts), []
+        tokens = backbone.text_tokenizer(prompts)
+        odd = []
         for text in texts:
             wanted = simple([clean_text(text)], context_length=tokens.limit).numpy()
             if not np.array_equal(
@@ -104,10 +105,8 @@ def test_numbers_are_open_clips(backbone: Backbone) -> None:
 @pytest.mark.slow
 def test_clips_vocabulary_needs_no_open_clip(tmp_path: Path) -> None:
     reference = open_clip.get_tokenizer("ViT-B-32")
-    wanted, found = (
-        reference([clean_text(text) for text in HARD]).numpy(),
-        TextTokenizer.for_clip()(HARD),
-    )
+    wanted = reference([clean_text(text) for text in HARD]).numpy()
+    found = TextTokenizer.for_clip()(HARD)
     np.testing.assert_array_equal(found, wanted[:, : found.shape[1]])
     assert LETTER_FUNCTIONS.tokens(["a red car"]) == [
         reference("a red car")[0, :5].tolist()

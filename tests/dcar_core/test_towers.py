@@ -65,7 +65,8 @@ def test_towers_equal_open_clip_and_take_prompts(name: str, directory: Path) -> 
         == level
         == ("full" if image.width else "text")
     )
-    whole, pixels = model.tokens(3, 9), model.pixels(2)
+    whole = model.tokens(3, 9)
+    pixels = model.pixels(2)
     trimmed = whole[:, : int(text.layout.lengths(whole).max())]
     with torch.no_grad():
         stock = model.clip.encode_text(whole, normalize=False)
@@ -80,11 +81,10 @@ def test_towers_equal_open_clip_and_take_prompts(name: str, directory: Path) -> 
         rows = text.encode(trimmed, rows=True)
         assert rows[:, 1:].shape == (*trimmed.shape, stock.shape[1])
         close(rows[:, 0], stock)
-    start, one = model.layout.start, trimmed[1:]
-    words, rest = (
-        text.embed(one[:, start : start + 4]),
-        torch.cat([one[:, :start], one[:, start + 4 :]], 1),
-    )
+    start = model.layout.start
+    one = trimmed[1:]
+    words = text.embed(one[:, start : start + 4])
+    rest = torch.cat([one[:, :start], one[:, start + 4 :]], 1)
     close(text.encode(rest, words), text.encode(one))
     check_prompts(lambda rows, prompts: text.encode(trimmed[rows], prompts), 2, WIDTH)
     if image.width:
@@ -124,7 +124,8 @@ def check_prompts(
 
 
 def check_image_prompts(image: Any, pixels: Tensor) -> None:
-    width, patches = image.width, image.patch_grid**2
+    width = image.width
+    patches = image.patch_grid**2
     check_prompts(lambda rows, prompts: image.encode(pixels[rows], prompts), 2, width)
     check_prompts(
         lambda rows, both: image.encode(pixels[rows], None, both),
@@ -138,14 +139,10 @@ def check_image_prompts(image: Any, pixels: Tensor) -> None:
         rows = image.encode(pixels, prompts, rows=True)
         assert rows.shape == (2, 1 + patches, WIDTH)
         close(rows[:, 0], image.encode(pixels, prompts))
-        features, starts = (
-            image.encode(pixels, rows=True)[:, 1:],
-            image.blank_rows(pixels[:1], 5),
-        )
-        mean, entering = (
-            image.embed(pixels[:1])[0, -patches:].mean(0),
-            image.entry_norm(starts[0]),
-        )
+        features = image.encode(pixels, rows=True)[:, 1:]
+        starts = image.blank_rows(pixels[:1], 5)
+        mean = image.embed(pixels[:1])[0, -patches:].mean(0)
+        entering = image.entry_norm(starts[0])
     assert starts.shape == (5, width), "more than the blocks of a shrunk tower"
     assert torch.cosine_similarity(entering, mean, dim=0) > 0.9
     assert features.shape == (2, patches, WIDTH)

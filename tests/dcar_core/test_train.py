@@ -241,9 +241,9 @@ def test_query_weights_are_chosen_by_validation(
     pictures = np.eye(len(data), dtype=np.float32)
 
     def captions(model: DCAR, data: PreparedSplit) -> np.ndarray:
-        return (
-            pictures if better in ("neither", model.query_weights) else pictures[::-1]
-        )
+        if better in ("neither", model.query_weights):
+            return pictures
+        return pictures[::-1]
 
     monkeypatch.setattr(validation, "encode_captions", captions)
     monkeypatch.setattr(validation, "encode_images", lambda *_: pictures)
@@ -271,7 +271,8 @@ def test_split_is_encoded_like_its_queries_and_images_one_by_one(
         for _, parameter in model.trainables():
             parameter.add_(0.1 * torch.randn_like(parameter))
     data = prepared(training, model)
-    text, image = encode_captions(model, data), encode_images(model, data)
+    text = encode_captions(model, data)
+    image = encode_images(model, data)
     with torch.no_grad():
         for row, sample in enumerate(training.samples):
             alone = model.encode_query(
@@ -349,7 +350,8 @@ def test_killed_training_ends_with_the_same_weights(
     assert dcar(*command, "--out", killed).returncode in (0, 3)
     assert column(killed, "seconds")[: len(before)] == before, "it did not start anew"
     assert column(killed, "epoch") == [1, 2, 3, 4, 5, 6]
-    expected, found = weights(whole), weights(killed)
+    expected = weights(whole)
+    found = weights(killed)
     assert expected.keys() == found.keys()
     assert all(torch.equal(expected[name], found[name]) for name in expected)
 
@@ -462,9 +464,8 @@ def test_token_weights_are_of_each_caption_with_its_own_image(
         )
         found = found[:, 1:] if name == "dcar-patches" else found
         words = backbone.encode_text(data.tokens, rows=True)[:, 1:]
-        words = (
-            backbone.lone_token_features(data.tokens) if name == "dcar-alone" else words
-        )
+        if name == "dcar-alone":
+            words = backbone.lone_token_features(data.tokens)
         raw = pair_weights(words, found[:-1], found[-1])
     assert data.pair_weights is not None
     wanted = blend(
@@ -601,7 +602,8 @@ def test_feature_cache_misses_for_other_images_texts_and_weights(
 def test_digest_of_a_split_covers_all_training_data(
     backbone: Backbone, training: Dataset
 ) -> None:
-    cache, first = FeatureCache(None, backbone), training.samples[0]
+    cache = FeatureCache(None, backbone)
+    first = training.samples[0]
     lists = dict.fromkeys(
         ("negatives", "negative_categories", "attributes"), ("other",)
     )

@@ -88,10 +88,8 @@ def large_index(
     gallery.mkdir()
     rows = []
     for number in range(COUNT):
-        name, shape = (
-            f"{number:03}.png",
-            ("square", "circle", "triangle", "cross")[number % 4],
-        )
+        name = f"{number:03}.png"
+        shape = ("square", "circle", "triangle", "cross")[number % 4]
         draw(("red", "green", "blue", "orange", "purple")[number % 5], shape).save(
             gallery / name
         )

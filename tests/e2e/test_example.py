@@ -44,7 +44,8 @@ def data(run_folder: Path) -> tuple[Path, str]:
     """The folder of a first `dcar demo`, for all processes of a run, and what it
     printed.
     """
-    folder, printed = run_folder / "demo", run_folder / "demo.txt"
+    folder = run_folder / "demo"
+    printed = run_folder / "demo.txt"
     with FileLock(f"{folder}.lock"):
         if not printed.exists():
             with start_demo(folder) as (_, said):
@@ -270,7 +271,8 @@ def test_the_page_s_own_examples_and_first_images_fit(
     """
     fields = httpx.get(f"{demo[0]}/ui/catalogue").json()["fields"]
     assert {"char", "meta_category"} <= {field["name"] for field in fields}
-    url, script = demo[0], (ROOT / "app/ui/start.js").read_text()
+    url = demo[0]
+    script = (ROOT / "app/ui/start.js").read_text()
     examples = re.findall(
         r'\["(.+?)", "(.+?)"\]', script.split("const BUNDLED = [")[1].split("];")[0]
     )

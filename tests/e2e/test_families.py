@@ -70,10 +70,8 @@ def trained(name: str, data: Path, path: Path) -> Path:
         ).config,
         0,
     )
-    training, validation = (
-        Annotations(data).load("train")[0],
-        Annotations(data).load("val")[0],
-    )
+    training = Annotations(data).load("train")[0]
+    validation = Annotations(data).load("val")[0]
     found = train(model, training, validation, TrainConfig(epochs=1, batch_size=6))
     assert len(found.history) == 1
     save_checkpoint(model, path / "checkpoint")

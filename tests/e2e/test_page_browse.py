@@ -131,7 +131,8 @@ def test_numbers_are_filtered_from_a_least_to_a_greatest_one(
 
 
 def test_facets_count_and_filter(both: Page, site: str, large: str) -> None:
-    page, shapes = both, ("circle", "cross", "square", "triangle")
+    page = both
+    shapes = ("circle", "cross", "square", "triangle")
     query = {"filter": json.dumps({"category": "circle", "color": "blue"})}
     blue_circles = [
         item["id"] for item in httpx.get(f"{site}/items", params=query).json()["items"]

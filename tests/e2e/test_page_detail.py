@@ -198,7 +198,8 @@ def test_card_is_one_tab_stop_and_keys_move_between_cards(
         )
 
     page.open(site, 24)
-    shown, columns = page.ids(), page.js(COLUMNS)
+    shown = page.ids()
+    columns = page.js(COLUMNS)
     page.js("document.querySelector('#results .open').focus()")
     for keys, place in (
         ([Keys.TAB], 1),
@@ -256,7 +257,8 @@ def test_explained_photos_keep_their_shape_under_a_map_of_what_the_model_sees(
     explained = [each for each in page.js(BOXES) if each["map"]["width"]]
     assert len(explained) == 8
     for each in explained:
-        image, frame = each["image"], each["frame"]
+        image = each["image"]
+        frame = each["frame"]
         assert frame["height"] == pytest.approx(plain[0]["frame"]["height"], abs=0.5), (
             "explaining moves no image"
         )
@@ -273,7 +275,8 @@ def test_explained_photos_keep_their_shape_under_a_map_of_what_the_model_sees(
 def test_images_teach_a_name_that_answers_sharpen(
     both: Page, indexes: dict[str, Path], tmp_path: Path
 ) -> None:
-    page, index = both, Path(shutil.copytree(indexes["shapes"], tmp_path / "index"))
+    page = both
+    index = Path(shutil.copytree(indexes["shapes"], tmp_path / "index"))
     with (
         served(index, page_hybrid=False, **WRITES) as site,
         served(index, page_hybrid=False) as reading,

@@ -25,26 +25,27 @@ def write_days(folder: Path, name: str, ids: list[str], days: int = 12) -> None:
     """Write a log of some days, in which the first results are clicked most, and one
     query never.
     """
-    rng, queries, clicks = np.random.default_rng(0), list[QueryRow](), list[EventRow]()
+    rng = np.random.default_rng(0)
+    queries = list[QueryRow]()
+    clicks = list[EventRow]()
     for back in range(days):
         seconds = int(time.time()) - back * 86_400
         for number in range(int(rng.integers(20, 60))):
             text = ["a red circle", 'a "blue", round square', "green", "a zebra"][
                 number % 4
             ]
-            hits, query_id, moment = (
-                rng.permutation(ids)[:10].tolist(),
-                f"{seconds:08x}{number:08x}",
-                seconds * 1000,
-            )
+            hits = rng.permutation(ids)[:10].tolist()
+            query_id = f"{seconds:08x}{number:08x}"
+            moment = seconds * 1000
             queries.append(
                 QueryRow(query_id, moment, name, text, hits, 0, 1, text == "a zebra")
             )
-            places = (
-                np.flatnonzero(rng.random(10) < 0.4 / np.arange(1, 11)).tolist()
-                if number % 2 == 0
-                else []
-            )
+            if number % 2 == 0:
+                places = np.flatnonzero(
+                    rng.random(10) < 0.4 / np.arange(1, 11)
+                ).tolist()
+            else:
+                places = []
             clicks += [
                 EventRow(query_id, moment, "c", "click", hits[place], None)
                 for place in places

@@ -93,7 +93,8 @@ def test_dropped_and_pasted_pictures_are_searched(page: Page, site: str) -> None
 
 
 def test_part_of_the_picture_is_searched(both: Page, site: str, tmp_path: Path) -> None:
-    page, picture = both, tmp_path / "halves.png"
+    page = both
+    picture = tmp_path / "halves.png"
     image = Image.new("RGB", (400, 200), "blue")
     image.paste("red", (0, 0, 200, 200))
     image.save(picture)
@@ -112,7 +113,8 @@ def test_part_of_the_picture_is_searched(both: Page, site: str, tmp_path: Path) 
     )
     searches([])
     assert not page.has("#whole")
-    width, height = frame.size["width"], frame.size["height"]
+    width = frame.size["width"]
+    height = frame.size["height"]
     if page.js("return matchMedia('(pointer: coarse)').matches"):
         place = frame.rect
         corners = [

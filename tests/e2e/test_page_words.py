@@ -32,7 +32,8 @@ def test_typing_searches_and_a_result_leads_to_similar_ones(
     page.similar(23)
     assert not page.has("#detail")
     assert page.value("#query") == ""
-    link, item = page.url, page.parameter("item")
+    link = page.url
+    item = page.parameter("item")
     page.back(2)
     page.settled(24)
     assert page.value("#query") == "red circle"
@@ -81,10 +82,8 @@ def test_without_removes_results_and_is_offered_for_words(
     both: Page, site: str
 ) -> None:
     page = both
-    plain, reduced = (
-        searched(site, query="a circle"),
-        searched(site, query="a circle", without="red"),
-    )
+    plain = searched(site, query="a circle")
+    reduced = searched(site, query="a circle", without="red")
     page.open(f"{site}/#q=a+circle")
     page.shows(plain)
     assert not page.has("#offer")

@@ -31,7 +31,8 @@ from tests.support.paths import ROOT
 from tests.support.processes import free_port
 from tests.support.shown import Shown, assert_shown, shown_blocks
 
-TRAIN, EVALUATE = "--epochs 10 --lr 0.005 --batch-size 16", "--epochs 2 --batch-size 64"
+TRAIN = "--epochs 10 --lr 0.005 --batch-size 16"
+EVALUATE = "--epochs 2 --batch-size 64"
 KEY = "dcar_" + "a" * 43
 HASH = hashlib.sha256(KEY.encode()).hexdigest()
 BIRDS = {
@@ -111,7 +112,8 @@ class Reader:
     """
 
     def __init__(self, model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-        self._model, self._monkeypatch = model, monkeypatch
+        self._model = model
+        self._monkeypatch = monkeypatch
         self._server: commands.Command | None = None
         self._address = ""
 
@@ -194,7 +196,8 @@ class Reader:
     def _serve(self, words: list[str]) -> str:
         """Start the service on a free port, and return the first lines of its log."""
         self.close()
-        port, log = free_port(), Path("serve.log").absolute()
+        port = free_port()
+        log = Path("serve.log").absolute()
         log.write_text("")
         streams: dict[str, Any] = {
             "stdout": os.devnull,

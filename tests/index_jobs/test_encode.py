@@ -30,7 +30,8 @@ class Counting(Encoder):
 
     def __init__(self, encoder: Encoder, die_at: int | None = None) -> None:
         super().__init__(encoder.state, encoder.model, encoder.runtime)
-        self.die_at, self.calls = die_at, 0
+        self.die_at = die_at
+        self.calls = 0
 
     def image_features(self, pixels: NDArray[np.uint8]) -> Floats:
         self.calls += 1
@@ -81,10 +82,8 @@ def test_broken_images_are_listed_and_others_keep_their_rows(
     encoder: Encoder, gallery: Path, tmp_path: Path
 ) -> None:
     """Also where a whole shard, of circles, has no image that can be read."""
-    whole, circles = (
-        encode(gallery, encoder, tmp_path / "a"),
-        sorted((gallery / "circle").glob("*.png")),
-    )
+    whole = encode(gallery, encoder, tmp_path / "a")
+    circles = sorted((gallery / "circle").glob("*.png"))
     broken = {f"circle/{path.name}" for path in circles} | {"square/blue.png"}
     for name in broken:
         (gallery / name).write_bytes(b"this is no picture")
@@ -219,6 +218,7 @@ def test_a_gpu_gives_the_cpus_vectors(
         )
 
     assert len(load_replicas(tiny_checkpoint, "auto")) == 2 * torch.cuda.device_count()
-    on_cpu, on_gpu = run("cpu"), run("auto")
+    on_cpu = run("cpu")
+    on_gpu = run("auto")
     # float16 has three bits more than bfloat16
     assert (on_cpu * on_gpu).sum(1).min() > 0.999

@@ -46,14 +46,16 @@ def installed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
 def test_an_installed_engine_builds_searches_updates_and_follows_versions(
     installed: Any, published: Path, build: Build, tmp_path: Path
 ) -> None:
-    index, name = tmp_path / "index", index_name(tmp_path / "index")
+    index = tmp_path / "index"
+    name = index_name(tmp_path / "index")
     summary = build(engine="array=memory")
     assert (summary.kind, summary.measured["recall_at_10"], summary.count) == (
         "array",
         1.0,
         24,
     )
-    ours, faiss = open_current(index), open_current(published)
+    ours = open_current(index)
+    faiss = open_current(published)
     assert "index.faiss" not in ours.manifest.files
     rows = np.arange(24)
     for allowed in (None, RowFilter.of_mask(rows % 3 == 0)):

@@ -303,7 +303,8 @@ def test_broken_file_is_named(gallery: Floats, file: Path, keep: int | None) -> 
 def test_gpu_results_equal_those_of_the_processor(kind: str, tmp_path: Path) -> None:
     if not gpu_count():
         pytest.skip("FAISS's CPU build: pip install faiss-gpu")
-    vectors, file = clustered(5000), tmp_path / "index.faiss"
+    vectors = clustered(5000)
+    file = tmp_path / "index.faiss"
     build(file, vectors, *choose_kinds(kind, 5000, DIM), target=0.9)
     found, expected = (
         FaissIndex.open(file, on_gpu=on_gpu).search(vectors[:50], 10)
@@ -375,7 +376,8 @@ def test_results_beyond_the_tenth_score_are_misses_and_duplicates_are_not() -> N
         (np.full((30, 11), -1), 0),
     ):
         assert asked_of(once, rows) == share
-    twice, thrice = np.concatenate([once] * 2), np.concatenate([once] * 3)
+    twice = np.concatenate([once] * 2)
+    thrice = np.concatenate([once] * 3)
     assert (
         asked_of(twice, np.concatenate([order[:, :5], order[:, :5] + 2000], 1)) == 1.0
     )
@@ -478,7 +480,8 @@ def test_many_results_are_complete_and_near(
     kind: str, width: dict[str, int], lowest: float, vectors: Floats
 ) -> None:
     """An index tuned for ten results visits fewer than a hundred vectors."""
-    index, queries = FaissIndex(fill(vectors, kind, **width)), vectors[:40] + 0.02
+    index = FaissIndex(fill(vectors, kind, **width))
+    queries = vectors[:40] + 0.02
     is_graph = kind.startswith("HNSW")  # in which some rows may have no way to them
     for k in (11, 50, 200, 1000, *([] if is_graph else [COUNT])):
         scores, rows = index.search(queries, k)
@@ -493,10 +496,12 @@ def test_many_results_are_complete_and_near(
 def test_a_narrow_search_compares_no_more_vectors_than_one_for_few_results(
     kind: str, built: Callable[[str], Any], vectors: Floats
 ) -> None:
-    index, queries = FaissIndex(built(kind)), vectors[:20] + 0.02
-    stats = (
-        faiss.cvar.hnsw_stats if kind.startswith("HNSW") else faiss.cvar.indexIVF_stats
-    )
+    index = FaissIndex(built(kind))
+    queries = vectors[:20] + 0.02
+    if kind.startswith("HNSW"):
+        stats = faiss.cvar.hnsw_stats
+    else:
+        stats = faiss.cvar.indexIVF_stats
 
     def compared(k: int, *, is_narrow: bool = False) -> tuple[int, Rows]:
         stats.reset()

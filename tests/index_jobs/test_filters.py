@@ -294,11 +294,10 @@ def test_generated_lists_are_read_or_refused(suffix: str, tmp_path: Path) -> Non
         lambda each: json.dumps(each).encode()
     )
     table = st.lists(st.text('ab,"\n;\t1é', max_size=12).map(str.encode), max_size=5)
-    lines = (
-        st.lists(row | st.binary(max_size=30), max_size=5)
-        if suffix == ".jsonl"
-        else table
-    )
+    if suffix == ".jsonl":
+        lines = st.lists(row | st.binary(max_size=30), max_size=5)
+    else:
+        lines = table
 
     @bounded
     @given(

@@ -103,7 +103,8 @@ def test_rows_queries_fields_and_encoders_must_fit(
 
 def test_removed_version_stays_usable_while_open(index: Path) -> None:
     opened = open_current(index)
-    vector, lexical = opened.vectors(np.array([3])), opened.lexical
+    vector = opened.vectors(np.array([3]))
+    lexical = opened.lexical
     shutil.rmtree(index)
     assert opened.search(vector, 1)[1].tolist() == [[3]]
     assert lexical is not None
@@ -259,7 +260,8 @@ def test_versions_are_kept_listed_and_rolled_back(index: Path) -> None:
 def test_broken_version_is_neither_published_nor_rolled_back_to(
     index: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    before, current = sorted((index / "blobs").iterdir()), open_current(index)
+    before = sorted((index / "blobs").iterdir())
+    current = open_current(index)
     with new_version(index) as new:
         new.link(current)
         (new.folder / "items.arrow").unlink()
@@ -312,7 +314,8 @@ def test_reader_follows_when_its_version_is_removed_under_it(
     """CURRENT is read, then a writer publishes and removes that version, then the
     reader opens it.
     """
-    opened, ids = IndexVersion.open, open_current(index).column("id").to_pylist()
+    opened = IndexVersion.open
+    ids = open_current(index).column("id").to_pylist()
     remove(index, ids[:1])
 
     def late(index: Path, manifest: Manifest, *access: ImageAccess) -> IndexVersion:
@@ -348,10 +351,14 @@ def test_no_column_is_joined_for_a_part_of_its_rows(
     """Joined, texts of 2 GiB are more than Arrow holds, and every batch costs as much
     as all.
     """
-    batch, batches, text = 4, 32, 2**18  # 32 MiB of texts
+    # 32 MiB of texts
+    batch = 4
+    batches = 32
+    text = 2**18
     monkeypatch.setattr(items, "BATCH", batch)
     count = batch * batches
-    numbers, texts = pa.array([0] * count), pa.array([""] * count)
+    numbers = pa.array([0] * count)
+    texts = pa.array([""] * count)
     columns = dict.fromkeys(("caption", "category", "location"), texts) | dict.fromkeys(
         ("offset", "size"), numbers
     )
@@ -361,11 +368,10 @@ def test_no_column_is_joined_for_a_part_of_its_rows(
     metadata = pa.chunked_array(
         [[json.dumps({"about": "y" * text})] * batch for _ in range(batches)]
     )
-    table, rows = (
-        pa.table({**columns, "metadata": metadata}),
-        np.delete(np.arange(count), 7),
-    )
-    before, pool = pa.default_memory_pool(), pa.system_memory_pool()
+    table = pa.table({**columns, "metadata": metadata})
+    rows = np.delete(np.arange(count), 7)
+    before = pa.default_memory_pool()
+    pool = pa.system_memory_pool()
     assert pool.max_memory() < 8 * batch * text  # unused so far
     try:
         pa.set_memory_pool(pool)

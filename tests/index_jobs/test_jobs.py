@@ -113,7 +113,8 @@ def test_jobs_change_items_in_their_order_by_ids_and_by_filter(index: Path) -> N
         delete(index, filter={"price": 7}),
     ]
     apply_waiting(index, workers=0)
-    found, after = [status(index, job) for job in jobs], items_of(index)
+    found = [status(index, job) for job in jobs]
+    after = items_of(index)
     assert [each["status"] for each in found] == ["done"] * 3 + ["failed"] * 2 + [
         "done"
     ] * 6
@@ -242,7 +243,8 @@ def test_two_processes_never_apply_the_same_jobs(index: Path) -> None:
 
 
 def test_service_leaves_images_and_begun_jobs_to_a_process(index: Path) -> None:
-    queue, first = JobQueue(index), next(iter(items_of(index)))
+    queue = JobQueue(index)
+    first = next(iter(items_of(index)))
     patch(index, first, price=1)
     queue.show_progress(queue.next_batch())  # as before a kill
     assert status(index, queue.newest(1)[0]["id"])["progress"] == {

@@ -155,13 +155,12 @@ def _apply(_: Given, index: Path) -> None:
 
 
 def _require_applied(given: Given, index: Path) -> None:
-    jobs, opened = JobQueue(index).newest(9)[::-1], open_current(index)
+    jobs = JobQueue(index).newest(9)[::-1]
+    opened = open_current(index)
     assert [job["status"] for job in jobs] == ["done"] * 5
     assert [each["id"] for each in jobs[0]["failed"]] == ["bad"]
-    published, manifests = (
-        [opened.manifest],
-        {each.version: each for each in list_versions(index)},
-    )
+    published = [opened.manifest]
+    manifests = {each.version: each for each in list_versions(index)}
     while published[-1].replaced:
         published.append(manifests[published[-1].replaced])
     assert len(published) == 5, "nothing is published twice"
@@ -198,7 +197,8 @@ class CountedStore:
     """The obstore object of an index, whose writes are counted."""
 
     def __init__(self, real: Any, step: Callable[[], object]) -> None:
-        self._real, self._step = real, step
+        self._real = real
+        self._step = step
 
     def __getattr__(self, method: str) -> Any:
         if method in ("put", "delete"):
@@ -254,7 +254,9 @@ def attempt(name: str, folder: Path, given: Given, number: int) -> int:
     """Kill a job at its n-th call, 0 for never, and return the number of calls if it
     has ended before.
     """
-    case, counted, prepared = CASES[name], folder / "count", folder / "index"
+    case = CASES[name]
+    counted = folder / "count"
+    prepared = folder / "index"
     (place := folder / f"{number}").mkdir()
     os.environ["DCAR_RUNTIME_CACHE"] = str(place / "cache")
     made = _forked(lambda: prepared.write_text(str(case.prepare(given, place))))

@@ -189,10 +189,8 @@ def test_only_allowed_rows_are_found(tmp_path: Path, first: int) -> None:
         tmp_path / "lexical",
         [f"face {'ghost' if row % 3 == 0 else 'cat'}" for row in range(300)],
     )
-    lexical, ghosts = (
-        LexicalIndex(tmp_path / "lexical"),
-        {*range(first + -first % 3, 300, 3)},
-    )
+    lexical = LexicalIndex(tmp_path / "lexical")
+    ghosts = {*range(first + -first % 3, 300, 3)}
     allowed = np.arange(300) >= first
     for k in (7, 100):
         scores, rows = lexical.search("ghost", k, allowed)
@@ -242,7 +240,8 @@ def test_chosen_metadata_fields_are_looked_up(build: Build, tmp_path: Path) -> N
 
 
 def test_an_index_that_cannot_be_written_is_read(published: Path) -> None:
-    before, folders = sorted(published.rglob("*")), (published, published / "blobs")
+    before = sorted(published.rglob("*"))
+    folders = (published, published / "blobs")
     for mode in (0o555, 0o755):
         for folder in folders:
             folder.chmod(mode)

@@ -197,7 +197,8 @@ def test_an_http_gallery_gives_the_vectors_of_its_folder(
     local = build(root / "g", out=tmp_path / "a")
     remote = build(f"{url}/g/", out=tmp_path / "b")
     assert (remote.count, remote.failed) == (local.count, 0)
-    ours, theirs = open_current(tmp_path / "a"), open_current(tmp_path / "b")
+    ours = open_current(tmp_path / "a")
+    theirs = open_current(tmp_path / "b")
     for row in range(local.count):
         assert ours.item(row) == theirs.item(row)
         assert ours.image_bytes(row) == theirs.image_bytes(row)
@@ -357,11 +358,9 @@ def test_locations_are_joined_split_and_cut() -> None:
     )
 
 
-HOSTS, SMALL, REMOTE = (
-    {"hosts": frozenset({"shop.example"})},
-    {"max_bytes": 4},
-    "s3://bucket/images",
-)
+HOSTS = {"hosts": frozenset({"shop.example"})}
+SMALL = {"max_bytes": 4}
+REMOTE = "s3://bucket/images"
 ALLOWED: list[tuple[dict[str, Any], str, str, tuple[int, int], str]] = [
     ({}, "G", "a.png", (WHOLE_FILE, 0), "G/a.png"),
     ({}, "G", "link.png", (WHOLE_FILE, 0), "G/a.png"),

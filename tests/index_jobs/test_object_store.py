@@ -85,7 +85,8 @@ def before(
     """Call `act` before a machine's first call of a method of its store, for a key or
     for any.
     """
-    found, acted = remote(mirror), list[bool]()
+    found = remote(mirror)
+    acted = list[bool]()
 
     class Store:
         def __getattr__(self, name: str) -> Any:
@@ -189,7 +190,9 @@ def test_what_one_machine_builds_others_read_change_and_roll_back(
 def test_one_of_sixteen_racing_publishers_wins(
     mirror: Path, machines: Machines
 ) -> None:
-    ready, outcomes, refusals = threading.Barrier(16), list[str](), list[str]()
+    ready = threading.Barrier(16)
+    outcomes = list[str]()
+    refusals = list[str]()
     mirrors = [machines[f"publisher {number}"] for number in range(16)]
 
     def publish(mirror: Path) -> None:
@@ -235,11 +238,9 @@ def test_publication_after_a_rollback_elsewhere_is_refused_without_a_version(
 def test_current_names_a_version_that_the_store_has_whoever_comes_first(
     mirror: Path, machines: Machines, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    operator, reader, rolled_back = (
-        machines["operator"],
-        machines["reader"],
-        list[int](),
-    )
+    operator = machines["operator"]
+    reader = machines["reader"]
+    rolled_back = list[int]()
     publish_copy(mirror)
 
     def roll_back(*_: object) -> None:
@@ -278,7 +279,8 @@ def test_write_whose_response_is_lost_is_no_lost_race(
 ) -> None:
     from obstore.exceptions import GenericError
 
-    real, lost = store(mirror), list[str]()
+    real = store(mirror)
+    lost = list[str]()
 
     class Store:
         def __getattr__(self, name: str) -> Any:
@@ -303,7 +305,8 @@ def test_version_that_a_loser_takes_back_meanwhile_does_not_end_another_job(
 ) -> None:
     publish_copy(mirror)
     rollback(mirror)
-    key, other = "versions/2.json", machines["other"]
+    key = "versions/2.json"
+    other = machines["other"]
     pull(other, history=True)
     with before(other, "get", lambda: store(mirror).delete(key), key=key):
         assert publish_copy(other) == 2
@@ -430,7 +433,8 @@ def test_index_that_is_rebuilt_under_its_old_number_is_pulled(
 def test_messages_name_url_and_fault(
     machines: Machines, published: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    mirror, url = machines["machine"], machines.url
+    mirror = machines["machine"]
+    url = machines.url
     assert Machines(mirror.parents[5], url.replace("s3", "S3"))["machine"] == mirror
     with pytest.raises(
         ArtifactError,

@@ -63,11 +63,10 @@ def models(
         for name in ("recall_at_1", "recall_at_10")
     ]
     assert max(map(abs, lost)) > 0.02, "two random models that rank alike show nothing"
-    order = (
-        (tiny_checkpoint, other_checkpoint)
-        if max(lost) > 0.02
-        else (other_checkpoint, tiny_checkpoint)
-    )
+    if max(lost) > 0.02:
+        order = (tiny_checkpoint, other_checkpoint)
+    else:
+        order = (other_checkpoint, tiny_checkpoint)
     served = tmp_path_factory.mktemp("served") / "index"
     rebuild(tiny_gallery, order[0], served, progress=False)
     return Models(*order, served)
@@ -116,7 +115,8 @@ def test_a_worse_index_is_published_by_force_alone_and_recalls_are_of_the_two_mo
         24,
         0,
     ), "the vectors of the rejected one are kept"
-    verdict, table = allowed.gate or {}, scan(tiny_gallery).table
+    verdict = allowed.gate or {}
+    table = scan(tiny_gallery).table
     images = [tiny_gallery / name for name in table["name"].to_pylist()]
     for checkpoint, side in zip(models, ("serving", "rebuilt"), strict=False):
         ranks = ranks_of(checkpoint, table["caption"].to_pylist(), images)
@@ -146,7 +146,8 @@ def test_removed_items_are_not_compared(index: Path, tiny_gallery: Path) -> None
     whole = open_current(index)
     encoder = Encoder.load(whole.checkpoint, device="cpu")
     remove(index, [whole.item(3).id])
-    pairs, encode = gate.find_pairs(scan(tiny_gallery), None), encoder.encode_text
+    pairs = gate.find_pairs(scan(tiny_gallery), None)
+    encode = encoder.encode_text
     verdict = gate.compare((whole, encode), (open_current(index), encode), pairs)
     assert (verdict.pool, verdict.pairs) == (23, 23)
     assert verdict.serving == verdict.rebuilt
@@ -162,10 +163,8 @@ def test_missing_served_model_is_an_error_before_encoding(
     tmp_path: Path,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    index, base = (
-        tmp_path / "served",
-        Path(shutil.copytree(tiny_model, tmp_path / "models" / tiny_model.name)),
-    )
+    index = tmp_path / "served"
+    base = Path(shutil.copytree(tiny_model, tmp_path / "models" / tiny_model.name))
     checkpoint = shutil.copytree(
         tiny_checkpoint, tmp_path / "models" / tiny_checkpoint.name
     )
@@ -228,10 +227,8 @@ def test_what_cannot_be_compared_is_published(
 
 def test_loss_of_exactly_the_margin_passes() -> None:
     for loss in range(1, 99):
-        served, found = (
-            {"recall_at_1": (loss + 1) / 100},
-            {"recall_at_1": (loss - 1) / 100},
-        )
+        served = {"recall_at_1": (loss + 1) / 100}
+        found = {"recall_at_1": (loss - 1) / 100}
         assert gate.losses(served, found, 0.02) == []
         assert gate.losses(served, found, 0.0199) == ["recall_at_1"]
 
@@ -407,10 +404,8 @@ def test_cutoff_is_calibrated_on_validation_pairs(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
     """On those whose image can be read."""
-    data, index = (
-        Path(shutil.copytree(tiny_data, tmp_path / "data")),
-        tmp_path / "index",
-    )
+    data = Path(shutil.copytree(tiny_data, tmp_path / "data"))
+    index = tmp_path / "index"
     broken, *samples = Annotations(data).load("val")[0].samples
     (data / broken.image).write_bytes(b"no picture")
     build(data, max_failed=0.1)
@@ -468,7 +463,8 @@ class Stored:
     """An index of these vectors."""
 
     def __init__(self, vectors: np.ndarray) -> None:
-        self.count, self.vectors = len(vectors), vectors.__getitem__
+        self.count = len(vectors)
+        self.vectors = vectors.__getitem__
 
 
 def test_two_in_a_thousand_pairs_are_strong_but_the_same_image_always_is() -> None:

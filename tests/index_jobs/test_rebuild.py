@@ -70,7 +70,8 @@ def same_as_anew(build: Build, gallery: Path, index: Path, **options: Any) -> No
         f"{index.name} of {open_current(index).manifest.version} anew"
     )
     build(gallery, out=anew, **options)
-    here, there = open_current(index), open_current(anew)
+    here = open_current(index)
+    there = open_current(anew)
     rows = np.arange(there.manifest.count)
     assert [here.item(row) for row in rows.tolist()] == [
         there.item(row) for row in rows.tolist()
@@ -82,7 +83,8 @@ def same_as_anew(build: Build, gallery: Path, index: Path, **options: Any) -> No
 def test_other_kind_or_captions_need_no_encoding(
     build: Build, gallery: Path, encoder: Encoder, tmp_path: Path
 ) -> None:
-    index, first = tmp_path / "index", build(gallery)
+    index = tmp_path / "index"
+    first = build(gallery)
     assert (first.version, first.count, first.failed, first.reused, first.encoded) == (
         1,
         24,
@@ -290,7 +292,8 @@ def test_another_model_and_damaged_shards_are_encoded_anew(
 
 def interrupt(build: Build, gallery: Path, shards: int) -> None:
     """Run a job that ends before it saves another shard than so many."""
-    saved, extend = 0, ShardStore.extend
+    saved = 0
+    extend = ShardStore.extend
 
     def dies(self: ShardStore, *given: Any) -> object:
         nonlocal saved
@@ -341,11 +344,9 @@ def test_missing_disk_space_is_an_error_before_encoding(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """24 vectors of 32 take 3,072 bytes as shards, and as many again in the index."""
-    index, usage, table = (
-        tmp_path / "index",
-        shutil.disk_usage(tmp_path),
-        scan(gallery).table.nbytes,
-    )
+    index = tmp_path / "index"
+    usage = shutil.disk_usage(tmp_path)
+    table = scan(gallery).table.nbytes
 
     def left(free: int) -> None:
         monkeypatch.setattr(
@@ -432,7 +433,8 @@ def test_training_behind_the_image_tower_needs_no_encoding(
     build: Build, gallery: Path, tiny_model: Path, tmp_path: Path
 ) -> None:
     """The features of the frozen tower stay, and an adapter is applied to them."""
-    backbone, encoded = load_backbone(BackboneSource(str(tiny_model))), list[int]()
+    backbone = load_backbone(BackboneSource(str(tiny_model)))
+    encoded = list[int]()
     images = [gallery / place for place in scan(gallery).table["name"].to_pylist()[:3]]
     for name in ("clip", "clip-adapter", "coop", "dual"):
         model = seeded_model(backbone, find_method(name).config, 0)
@@ -441,10 +443,8 @@ def test_training_behind_the_image_tower_needs_no_encoding(
                 parameter.add_(0.1 * torch.randn_like(parameter))
         save_checkpoint(model, checkpoint := tmp_path / name)
         encoded.append(build(gallery, checkpoint, margin=1).encoded)
-        opened, encoder = (
-            open_current(tmp_path / "index"),
-            Encoder.load(checkpoint, device="cpu"),
-        )
+        opened = open_current(tmp_path / "index")
+        encoder = Encoder.load(checkpoint, device="cpu")
         opened.require(encoder.fingerprint)
         np.testing.assert_allclose(
             opened.vectors(np.arange(3)), encoder.encode_images(images), atol=1e-5
@@ -468,7 +468,8 @@ def test_the_first_process_of_a_container_is_interrupted_by_sigterm(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     # as the kernel does for this process
-    own, before = os.getpid(), signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    own = os.getpid()
+    before = signal.signal(signal.SIGTERM, signal.SIG_IGN)
     monkeypatch.setattr(os, "getpid", lambda: 1)
     monkeypatch.setattr(
         "index_jobs.jobs.build.rebuild", lambda *_, **__: os.kill(own, signal.SIGTERM)
@@ -561,10 +562,8 @@ def test_every_failure_has_its_exit_code_and_one_line(
     tmp_path: Path,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    out, broken = (
-        tmp_path / "index",
-        Path(shutil.copytree(tiny_checkpoint, tmp_path / "broken")),
-    )
+    out = tmp_path / "index"
+    broken = Path(shutil.copytree(tiny_checkpoint, tmp_path / "broken"))
     (broken / "trainables.safetensors").write_bytes(b"no tensors")
     (tmp_path / "file").write_text("")
 
@@ -619,7 +618,8 @@ def test_killed_ray_worker_changes_no_vector(
     build: Build, tiny_checkpoint: Path, tmp_path: Path
 ) -> None:
     """Of images that are slow to decode, one of them broken."""
-    index, gallery = tmp_path / "index", tmp_path / "gallery"
+    index = tmp_path / "index"
+    gallery = tmp_path / "gallery"
     cells = np.random.default_rng(0).integers(0, 256, (8, 30, 40, 3), dtype=np.uint8)
     write_file(gallery / "broken.png", b"no picture")
     for number in range(IMAGES):

@@ -85,7 +85,8 @@ def test_a_better_model_is_published_with_the_vectors_of_a_full_build(
         == published.manifest.spec.fingerprint
     )
     rebuild(tiny_gallery, published.checkpoint, tmp_path / "slow", progress=False)
-    slow, rows = open_current(tmp_path / "slow"), np.arange(published.rows)
+    slow = open_current(tmp_path / "slow")
+    rows = np.arange(published.rows)
     assert slow.manifest.spec.fingerprint == published.manifest.spec.fingerprint
     np.testing.assert_array_equal(slow.vectors(rows), published.vectors(rows))
     again = retrain(index, [pairs], device="cpu")
@@ -102,10 +103,8 @@ def test_clicks_are_held_out_alone_among_skipped_items_and_captions_only_teach(
     index: Path, pairs: Path, tiny_gallery: Path, tmp_path: Path
 ) -> None:
     rows = [json.loads(line) for line in pairs.read_text().splitlines()]
-    captions, count = (
-        write_pairs(tmp_path / "captions.jsonl", tiny_gallery, ["all about"]),
-        len(rows) // len(WORDS),
-    )
+    captions = write_pairs(tmp_path / "captions.jsonl", tiny_gallery, ["all about"])
+    count = len(rows) // len(WORDS)
     last = rows[-len(WORDS) :]
     for row in rows:
         row["relevance"] = 0.5
@@ -141,7 +140,8 @@ def test_better_captions_do_not_make_up_for_worse_clicks() -> None:
         np.ones(2, np.float32),
         {"clicked": {1}},
     )
-    before, after = np.array([0.9, 0.5], np.float32), np.array([0.8, 0.9], np.float32)
+    before = np.array([0.9, 0.5], np.float32)
+    after = np.array([0.8, 0.9], np.float32)
     for margin, passed in ((0.05, False), (0.2, True)):
         verdict = Retraining.compare_held_out([pairs], before, after, margin)
         assert (verdict.passed, verdict.pairs) == (passed, 2)
@@ -154,7 +154,8 @@ def test_model_that_learned_nothing_is_refused_with_a_report(
 ) -> None:
     noise = write_pairs(tmp_path / "noise.jsonl", tiny_gallery)
     rows = [json.loads(line) for line in noise.read_text().splitlines()]
-    places, ones = np.arange(len(rows)), np.ones(len(rows), np.float32)
+    places = np.arange(len(rows))
+    ones = np.ones(len(rows), np.float32)
     # texts of any image
     learned = ItemPairs([row["caption"] for row in rows], places, ones).divide()[0].rows
     images = [
@@ -231,10 +232,8 @@ def test_a_build_with_the_former_checkpoint_keeps_what_was_learned(
         retrain(index, [each], margin=1, device="cpu").version
         for each in (fewer, pairs)
     ] == [2, 3]
-    learned, earlier = (
-        open_current(index).manifest.spec.fingerprint,
-        open_version(index, 2),
-    )
+    learned = open_current(index).manifest.spec.fingerprint
+    earlier = open_version(index, 2)
     assert build().reused, "a scheduled build without changes"
     draw("pink", "square").save(gallery / "pink.png")
     for checkpoint in (

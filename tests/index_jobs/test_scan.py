@@ -40,7 +40,8 @@ def test_signatures_tell_changed_images_from_changed_captions_and_places(
     root = Path(
         shutil.copytree(tiny_gallery, tmp_path / "g", copy_function=shutil.copy2)
     )
-    before, moved = scan(tiny_gallery), scan(root)
+    before = scan(tiny_gallery)
+    moved = scan(root)
     assert (moved.table["id"], moved.vectors_signature) == (
         before.table["id"],
         before.vectors_signature,

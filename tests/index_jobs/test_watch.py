@@ -123,7 +123,8 @@ def test_new_changed_renamed_and_removed_files_are_one_update_each(
 def test_file_in_copy_waits_and_a_broken_one_is_tried_again(
     gallery: Path, index: Path, watch: Watch
 ) -> None:
-    watching, data = watch(), encoded(draw("pink", "circle"))
+    watching = watch()
+    data = encoded(draw("pink", "circle"))
     assert watching.is_silent()
     with (gallery / "slow.png").open("wb", buffering=0) as file:
         for start in range(0, len(data), 1 + len(data) // 8):
@@ -147,7 +148,8 @@ def test_file_in_copy_waits_and_a_broken_one_is_tried_again(
 def test_a_gallery_that_is_gone_or_mostly_gone_empties_no_index(
     gallery: Path, index: Path, watch: Watch
 ) -> None:
-    watching, aside = watch(), gallery.parent / "aside"
+    watching = watch()
+    aside = gallery.parent / "aside"
     assert watching.is_silent()
     gallery.rename(aside)
     line = watching.line()

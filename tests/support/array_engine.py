@@ -34,11 +34,10 @@ class ArrayIndex(VectorIndex):
         *,
         is_narrow: bool = False,
     ) -> ScoredRows:
-        numbers = (
-            np.arange(self.count)
-            if rows is None
-            else np.where(rows.mask, np.arange(self.count), -1)
-        )
+        if rows is None:
+            numbers = np.arange(self.count)
+        else:
+            numbers = np.where(rows.mask, np.arange(self.count), -1)
         return merge_top_k(
             [vectors @ self._array.T], [np.tile(numbers, (len(vectors), 1))], k
         )

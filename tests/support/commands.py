@@ -105,7 +105,8 @@ class Command:
     def communicate(self, timeout: float = 240) -> tuple[str, str]:
         """Read both streams to their ends, wait, and return them."""
         with self.stdout, self.stderr, ThreadPoolExecutor(2) as pool:
-            out, errors = pool.submit(self.stdout.read), pool.submit(self.stderr.read)
+            out = pool.submit(self.stdout.read)
+            errors = pool.submit(self.stderr.read)
             self.wait(timeout)
             return out.result(), errors.result()
 
@@ -158,11 +159,10 @@ def _execute(
     os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
     sys.stdin = open(0, encoding="utf-8", closefd=False)  # noqa: SIM115  # open to the end
     for number, stream in ((1, streams[0]), (2, streams[1])):
-        opened = (
-            stream.fileno()
-            if isinstance(stream, Connection)
-            else os.open(stream, os.O_WRONLY)
-        )
+        if isinstance(stream, Connection):
+            opened = stream.fileno()
+        else:
+            opened = os.open(stream, os.O_WRONLY)
         os.dup2(opened, number)
         stream.close() if isinstance(stream, Connection) else os.close(opened)
     sys.stdout, sys.stderr = (_stream(number) for number in (1, 2))
@@ -186,14 +186,10 @@ def _execute(
 
 def _stream(number: int) -> io.TextIOWrapper:
     """Open a standard stream as the interpreter does at its start."""
-    unbuffered, raw = (
-        bool(os.environ.get("PYTHONUNBUFFERED")),
-        io.FileIO(number, "w", closefd=False),
-    )
-    encoding, errors = (
-        os.environ.get("PYTHONIOENCODING", "utf-8"),
-        "backslashreplace" if number == 2 else "strict",
-    )
+    unbuffered = bool(os.environ.get("PYTHONUNBUFFERED"))
+    raw = io.FileIO(number, "w", closefd=False)
+    encoding = os.environ.get("PYTHONIOENCODING", "utf-8")
+    errors = "backslashreplace" if number == 2 else "strict"
     buffer: Any = raw if unbuffered else io.BufferedWriter(raw)
     return io.TextIOWrapper(
         buffer, encoding, errors, line_buffering=number == 2, write_through=unbuffered

@@ -32,7 +32,8 @@ print(peak() - before)
 def draw(color: str, shape: str, side: int = 48) -> Image.Image:
     """Draw one of conftest's shapes on white."""
     image = Image.new("RGB", (side, side), "white")
-    pen, box = ImageDraw.Draw(image), (8, 8, side - 8, side - 8)
+    pen = ImageDraw.Draw(image)
+    box = (8, 8, side - 8, side - 8)
     if shape == "square":
         pen.rectangle(box, fill=color)
     elif shape == "circle":

@@ -89,7 +89,8 @@ class Machines:
     """Machines with a disk each: the mirrors of one index in a store."""
 
     def __init__(self, folder: Path, url: str) -> None:
-        self._folder, self.url = folder, url
+        self._folder = folder
+        self.url = url
 
     def cache(self, name: str) -> dict[str, str]:
         return {"DCAR_RUNTIME_CACHE": str(self._folder / name)}

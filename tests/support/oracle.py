@@ -104,7 +104,9 @@ class Oracle:
     """All rows of a version, and plain computations over them."""
 
     def __init__(self, served: ServedVersion) -> None:
-        self.served, self.index, self.encoder = served, served.index, served.encoder
+        self.served = served
+        self.index = served.index
+        self.encoder = served.encoder
         self.live: list[int] = np.flatnonzero(self.index.live).tolist()
         self.vectors = np.zeros((self.index.rows, self.encoder.dim), np.float32)
         self.vectors[self.live] = self.index.vectors(np.array(self.live))
@@ -143,9 +145,8 @@ class Oracle:
             rows = plain_sort(
                 rows, self.values(sort.removeprefix("-")), sort.startswith("-")
             )
-        group_by = (
-            self.index.manifest.spec.group_field if group_by is None else group_by
-        )
+        if group_by is None:
+            group_by = self.index.manifest.spec.group_field
         return [
             self.items[row].id
             for row in (
@@ -154,7 +155,8 @@ class Oracle:
         ]
 
     def vector(self, query: Query, image: bytes | None) -> np.ndarray:
-        weights, total = query.weights, np.zeros(self.vectors.shape[1])
+        weights = query.weights
+        total = np.zeros(self.vectors.shape[1])
         for weight, text in (
             (weights.text, query.query),
             (-weights.without, query.without),
@@ -260,28 +262,25 @@ class Oracle:
     ) -> None:
         """Assert that the body of a search is what its options ask for."""
         query = Query(**options)
-        manifest, vector = self.index.manifest, self.vector(query, image)
+        manifest = self.index.manifest
+        vector = self.vector(query, image)
         cosines = self.vectors @ vector
         weight = DEFAULT_WEIGHT if query.hybrid is True else float(query.hybrid)
-        texts = (
-            self.index.lexical.score(query.query, np.arange(self.index.rows))
-            if weight
-            else 0 * cosines
-        )
+        if weight:
+            texts = self.index.lexical.score(query.query, np.arange(self.index.rows))
+        else:
+            texts = 0 * cosines
         relevance = (
             cosines
             + (text_bonus(self.index.sample_vectors, vector, weight) if weight else 0)
             * texts
         )
-        group_by = (
-            manifest.spec.group_field
-            if query.group_by is None and query.fold is None
-            else query.group_by or ""
-        )
-        groups, values = (
-            self.values(group_by),
-            self.values(query.sort.removeprefix("-")),
-        )
+        if query.group_by is None and query.fold is None:
+            group_by = manifest.spec.group_field
+        else:
+            group_by = query.group_by or ""
+        groups = self.values(group_by)
+        values = self.values(query.sort.removeprefix("-"))
         owners = [
             ("row", row) if value is None else value for row, value in enumerate(groups)
         ]
@@ -292,20 +291,19 @@ class Oracle:
         allowed = self.allowed(query.filter)
         scores = {row: round(float(cosines[row]), 6) for row in allowed}
         levels = self.level(query, max(scores.values(), default=np.inf), image)
-        min_score = (
-            self.cutoff(query, image)["min_score"]
-            if query.min_score == "auto"
-            else query.min_score
-        )
-        lowest, contained = -1.1 if min_score is None else min_score, np.inf
+        if query.min_score == "auto":
+            min_score = self.cutoff(query, image)["min_score"]
+        else:
+            min_score = query.min_score
+        lowest = -1.1 if min_score is None else min_score
+        contained = np.inf
         if query.sort and min_score is None:
             lowest = levels[1] if levels else np.inf
             known = self.index.lexical.known_share(query.query) if weight else 1
-            contained = (
-                (levels[2] if levels else 0.6 if known >= 0.5 else 0.4)
-                if weight
-                else np.inf
-            )
+            if weight:
+                contained = levels[2] if levels else 0.6 if known >= 0.5 else 0.4
+            else:
+                contained = np.inf
         fitting = [row for row in allowed if owners[row] not in left_out]
         fitting = [
             row for row in fitting if scores[row] >= lowest or texts[row] >= contained
@@ -314,12 +312,12 @@ class Oracle:
         if query.sort:
             order = plain_sort(order, values, query.sort.startswith("-"))
         order = first_of_each(order, owners)
-        near = (
-            fold_row_by_row(self.vectors, order, query.fold)
-            if query.fold is not None
-            else {}
-        )
-        shown, end = [*near] if near else order, query.offset + query.k
+        if query.fold is not None:
+            near = fold_row_by_row(self.vectors, order, query.fold)
+        else:
+            near = {}
+        shown = [*near] if near else order
+        end = query.offset + query.k
         if not query.sort:
             levels = self.level(
                 query,
@@ -327,7 +325,8 @@ class Oracle:
                 image,
             )
 
-        results, page = body["results"], shown[query.offset : end]
+        results = body["results"]
+        page = shown[query.offset : end]
         rows = [self.row_of[each["id"]] for each in results]
         assert len({owners[row] for row in rows}) == len(rows) == len(page)
         assert [str(values[row]).lower() for row in rows] == [
@@ -348,15 +347,14 @@ class Oracle:
                 abs(result.get("text_score", -1) - (texts[row] if weight else -1))
                 < CLOSE
             )
-            wanted = (
-                item.metadata
-                if "*" in query.fields
-                else {
+            if "*" in query.fields:
+                wanted = item.metadata
+            else:
+                wanted = {
                     field: item.metadata[field]
                     for field in query.fields
                     if field in item.metadata
                 }
-            )
             assert result.get("metadata") == (wanted if query.fields else None)
             assert result["level"] == self.level_of(levels, scores[row], texts[row])
             size = sum(owners[each] == owners[row] for each in allowed)
@@ -386,9 +384,10 @@ class Oracle:
             if self.level_of(levels, scores[row], texts[row]) == "likely"
         ]
         assert body["nothing_fits"] == (levels is not None and not likely)
-        counted = (
-            fitting if query.sort else [row for row in allowed if scores[row] >= lowest]
-        )
+        if query.sort:
+            counted = fitting
+        else:
+            counted = [row for row in allowed if scores[row] >= lowest]
         for facet in query.facets:
             self.check_facet(body["facets"][facet], facet, counted, owners)
         assert (body.get("facets") or {}).keys() == {*query.facets}

@@ -44,7 +44,8 @@ def until(condition: Any, seconds: float = 60) -> Any:
     """
     from selenium.common.exceptions import WebDriverException
 
-    end, found = time.monotonic() + seconds, None
+    end = time.monotonic() + seconds
+    found = None
     while not found:
         assert time.monotonic() < end, f"it does not happen: {condition}"
         with suppress(WebDriverException, httpx.TransportError):

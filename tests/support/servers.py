@@ -54,7 +54,8 @@ def behind_nginx(folder: Path, *ports: int) -> Iterator[int]:
     """Run nginx, configured by nginx.conf, in front of the services on these ports, and
     yield its port.
     """
-    port, text = free_port(), (ROOT / "nginx.conf").read_text()
+    port = free_port()
+    text = (ROOT / "nginx.conf").read_text()
     for old, new in {
         "server dcar:8000 max_fails=0;": "".join(
             f"server 127.0.0.1:{each} max_fails=0;" for each in ports
@@ -96,7 +97,8 @@ def searching(url: str) -> Iterator[list[int]]:
     """Search from a few threads, over new connections and kept ones; yield the
     statuses. -1: results are missing.
     """
-    statuses, is_over = list[int](), threading.Event()
+    statuses = list[int]()
+    is_over = threading.Event()
 
     def search(number: int) -> None:
         with httpx.Client(timeout=20) as client:

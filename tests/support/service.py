@@ -27,7 +27,9 @@ from dcar_core.util.errors import DcarError
 from tests.support.commands import Command
 from tests.support.processes import free_port
 
-ALICE, BOB, ADMIN = new_key(), new_key(), "correct horse battery"
+ALICE = new_key()
+BOB = new_key()
+ADMIN = "correct horse battery"
 KEYS: dict[str, Any] = {
     "api_keys": f"alice:{key_hash(ALICE)}, bob:{key_hash(BOB)}",
     "admin_key": f"sha256:{key_hash(ADMIN)}",
@@ -69,7 +71,8 @@ async def until_ready(client: httpx.AsyncClient, **expected: Any) -> dict[str, A
 
 class _PatchedState:
     def __init__(self, state: Any, before: Callable[[list[str]], object]) -> None:
-        self.patched, self._before = state, before
+        self.patched = state
+        self._before = before
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self.patched, name)
@@ -95,7 +98,8 @@ def hold(encoder: Any) -> tuple[threading.Event, list[str]]:
     """Block text encoding until the returned event is set; also return the texts that
     arrive.
     """
-    gate, seen = threading.Event(), list[str]()
+    gate = threading.Event()
+    seen = list[str]()
 
     def held(texts: list[str]) -> None:
         seen.extend(texts)
@@ -145,7 +149,8 @@ async def opened(
         app.router.lifespan_context(app),
         ServiceClient(transport=transport, base_url="http://localhost") as client,
     ):
-        client.app, client.transport = app, transport
+        client.app = app
+        client.transport = transport
         if ready:
             await until(lambda: _is_ready(app))
         yield client
@@ -163,11 +168,10 @@ def serving(
 
     async def behind_proxy(scope: Any, receive: Any, send: Any) -> None:
         if scope["type"] == "http":
-            path = (
-                scope["path"].removeprefix(below)
-                if scope["path"].startswith(below)
-                else "/outside"
-            )
+            if scope["path"].startswith(below):
+                path = scope["path"].removeprefix(below)
+            else:
+                path = "/outside"
             scope = {**scope, "path": path, "raw_path": path.encode()}
         await app(scope, receive, send)
 
@@ -196,7 +200,8 @@ def _ready_client(
     port: int, process: subprocess.Popen[str] | None = None
 ) -> Iterator[httpx.Client]:
     with httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=20) as client:
-        end, is_ready = time.monotonic() + 150, False
+        end = time.monotonic() + 150
+        is_ready = False
         while not is_ready:
             assert process is None or process.poll() is None, process.communicate()[1]
             assert time.monotonic() < end, "it does not become ready"
@@ -213,7 +218,8 @@ def serving_process(
     """The service in a process of its own, a client of it, and its log, which has all
     lines once it has ended.
     """
-    port, log = free_port(), list[str]()
+    port = free_port()
+    log = list[str]()
     environment = {
         "DCAR_INDEX": str(index),
         "DCAR_PORT": str(port),

@@ -47,11 +47,9 @@ class Shown:
     @property
     def needs(self) -> str:
         """What the commands need that a test lacks, or ""."""
-        return (
-            self.lines[0].removeprefix("# Needs ")
-            if self.lines[0].startswith("# Needs ")
-            else ""
-        )
+        if self.lines[0].startswith("# Needs "):
+            return self.lines[0].removeprefix("# Needs ")
+        return ""
 
     @property
     def is_silent(self) -> bool:
@@ -75,7 +73,8 @@ def assert_shown(block: Shown, printed: str) -> None:
     """Fail unless the commands printed what the page shows."""
     assert block.output is not None, block.lines
     if block.is_json:
-        expected, found = _parse(_close(block.output)), _parse(printed)
+        expected = _parse(_close(block.output))
+        found = _parse(printed)
         assert (wrong := _differs(expected, found, "")) is None, (
             f"{block.lines}: {wrong} in\n{printed[:2000]}"
         )
@@ -130,7 +129,8 @@ def _close(shown: str) -> str:
 
 def _parse(text: str) -> list[Any]:
     """Parse the JSON values of several commands, one after the other."""
-    found, text = [], text.strip()
+    found = []
+    text = text.strip()
     while text:
         value, end = json.JSONDecoder().raw_decode(text)
         found.append(value)
@@ -144,10 +144,8 @@ def _differs(shown: Any, found: Any, place: str) -> str | None:
     if shown == "...":
         return None
     if isinstance(shown, dict) and isinstance(found, dict):
-        missing, more = (
-            shown.keys() - found.keys() - {"..."},
-            found.keys() - shown.keys(),
-        )
+        missing = shown.keys() - found.keys() - {"..."}
+        more = found.keys() - shown.keys()
         if missing or (more and "..." not in shown):
             return f"{place}: missing {sorted(missing)}, not shown {sorted(more)}"
         pairs = [(key, shown[key], found[key]) for key in shown if key != "..."]

@@ -33,7 +33,10 @@ from tokenizers import (
 from dcar_core.model.config import MODEL_CONFIG
 from dcar_core.model.tokenizer import TextLayout
 
-WIDTH, HEADS, LAYERS, VOCABULARY = 32, 2, 3, 120
+WIDTH = 32
+HEADS = 2
+LAYERS = 3
+VOCABULARY = 120
 
 _HF_CONFIGS: dict[str, dict[str, Any]] = {
     "roberta": {
@@ -145,7 +148,8 @@ def image_size(config: dict[str, Any]) -> int:
 def tiny_config(name: str, directory: Path) -> dict[str, Any]:
     """The configuration with small numbers; kinds of layers, pooling and masks stay."""
     config = copy.deepcopy(open_clip.get_model_config(name))
-    vision, text = config["vision_cfg"], config["text_cfg"]
+    vision = config["vision_cfg"]
+    text = config["text_cfg"]
     if "timm_model_name" in vision:
         vision |= {
             "image_size": _timm_size(vision["timm_model_name"]),
@@ -193,7 +197,8 @@ def layout_of(name: str, config: dict[str, Any]) -> TextLayout:
 @contextmanager
 def small_timm_models() -> Iterator[None]:
     """Within it, timm builds every model with few layers and small widths."""
-    whole, whole_stem = timm.create_model, ConvStem
+    whole = timm.create_model
+    whole_stem = ConvStem
 
     def create(name: str, **options: Any) -> Any:
         return whole(name, **_timm_sizes(name), **options)
@@ -327,11 +332,10 @@ def kind_of_tokenizer(name: str) -> Kind:
 
 def write_tokenizer(kind: Kind, directory: Path) -> int:
     """Write tokenizer.json and tokenizer_config.json; return the number of tokens."""
-    tokenizer = (
-        _unigram(*_UNIGRAMS[kind])
-        if kind in _UNIGRAMS
-        else {"gemma": _gemma, "bert": _bert}[kind]()
-    )
+    if kind in _UNIGRAMS:
+        tokenizer = _unigram(*_UNIGRAMS[kind])
+    else:
+        tokenizer = {"gemma": _gemma, "bert": _bert}[kind]()
     tokenizer.add_special_tokens(
         [AddedToken(token, special=True) for token in _NAMES[kind].values()]
     )
@@ -386,7 +390,8 @@ def write_tiny_model(name: str, directory: Path) -> Path:
     if encoder:
         text["hf_model_name"] = Path(encoder).name
     whole = open_clip.get_model_config(name) | config
-    size, half = image_size(config), [0.5, 0.5, 0.5]
+    size = image_size(config)
+    half = [0.5, 0.5, 0.5]
     preprocess = {
         "size": [size, size],
         "mean": half,

@@ -69,11 +69,9 @@ class ImageTower:
         added = PromptRows(prompts, x.shape[1], adapters)
         x = self.run(added.enter(x, self.entry_norm), added)
         features = self.project(self.pool(x))
-        return (
-            torch.cat([features[:, None], self.project_patches(x)], 1)
-            if rows
-            else features
-        )
+        if rows:
+            return torch.cat([features[:, None], self.project_patches(x)], 1)
+        return features
 
     def blank_rows(self, blank: Tensor, depth: int) -> Tensor:
         """Return the mean patch of a blank image (1, 3, S, S) before each of the first
@@ -127,10 +125,8 @@ class NativeImage(ImageTower):
 
     def __init__(self, visual: Any) -> None:
         self.module = visual
-        self.width, self.blocks = (
-            int(visual.conv1.out_channels),
-            len(visual.transformer.resblocks),
-        )
+        self.width = int(visual.conv1.out_channels)
+        self.blocks = len(visual.transformer.resblocks)
         self.patch_grid = int(visual.grid_size[0])
         self.entry_norm = visual.ln_pre
         is_plain = all(
@@ -167,12 +163,10 @@ class NativeImage(ImageTower):
         """Run the blocks from `block` on over `rows_before` (B, 1 + P, W_v), for
         `class_row_features`.
         """
-        first, rows, width, keys_values = (
-            x[:, 0],
-            PromptRows(None, 0, adapters),
-            self.width,
-            list[Tensor](),
-        )
+        first = x[:, 0]
+        rows = PromptRows(None, 0, adapters)
+        width = self.width
+        keys_values = list[Tensor]()
         for i, layer in enumerate(self.module.transformer.resblocks[block:], block):
             attention = layer.attn
             both = F.linear(
@@ -199,16 +193,19 @@ class NativeImage(ImageTower):
         unprompted ones: one row a pair.
         """
         # [B, 1, W_v]
-        x, rows = images.first[:, None].float(), PromptRows(None, 0, adapters)
+        x = images.first[:, None].float()
+        rows = PromptRows(None, 0, adapters)
         for i, layer in enumerate(self.module.transformer.resblocks[block:], block):
-            x, attention = x + prompts[:, i - block, None], layer.attn
+            x = x + prompts[:, i - block, None]
+            attention = layer.attn
             own = F.linear(
                 layer.ln_1(x), attention.in_proj_weight, attention.in_proj_bias
             )
             own = own.reshape(len(x), 1, 3, attention.num_heads, -1)
             query, key, value = own.permute(2, 0, 3, 1, 4)  # [B, H, 1, d]
             keys, values = images.keys_values[:, i - block].to(x.dtype).unbind(1)
-            keys, values = torch.cat([key, keys], 2), torch.cat([value, values], 2)
+            keys = torch.cat([key, keys], 2)
+            values = torch.cat([value, values], 2)
             read = (
                 F.scaled_dot_product_attention(query, keys, values)
                 .transpose(1, 2)
@@ -234,7 +231,8 @@ class TimmImage(ImageTower):
     def __init__(self, visual: Any) -> None:
         self.module = visual
         trunk = visual.trunk
-        self.width, self.blocks = int(trunk.embed_dim), len(trunk.blocks)
+        self.width = int(trunk.embed_dim)
+        self.blocks = len(trunk.blocks)
         self.patch_grid = int(trunk.patch_embed.grid_size[0])
         self.entry_norm = trunk.norm_pre
         self.has_rope = getattr(trunk, "rope", None) is not None
@@ -246,7 +244,8 @@ class TimmImage(ImageTower):
         return trunk.norm_pre(x[0] if self.is_eva else x)  # type: ignore[no-any-return]
 
     def run(self, x: Tensor, rows: PromptRows) -> Tensor:
-        trunk, blocks = self.module.trunk, self.module.trunk.blocks
+        trunk = self.module.trunk
+        blocks = self.module.trunk.blocks
         if self.has_rope:
             rope = _with_prompt_rows(trunk.rope.get_embed(), rows.count)
             blocks = [partial(block, rope=rope) for block in trunk.blocks]
@@ -259,7 +258,8 @@ class TimmImage(ImageTower):
         return self.module.head(self.module.trunk.head(x))  # type: ignore[no-any-return]
 
     def project_patches(self, x: Tensor) -> Tensor:
-        trunk, patches = self.module.trunk, x[:, self.module.trunk.num_prefix_tokens :]
+        trunk = self.module.trunk
+        patches = x[:, self.module.trunk.num_prefix_tokens :]
         if trunk.attn_pool is None:
             return self.project(trunk.fc_norm(patches))
         alone = trunk.attn_pool(patches.reshape(-1, 1, x.shape[-1]))

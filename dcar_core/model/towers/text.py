@@ -44,7 +44,9 @@ class PromptRows:
         start: int,
         adapters: AdapterMatrices | None = None,
     ) -> None:
-        self.prompts, self.start, self.adapters = prompts, start, adapters
+        self.prompts = prompts
+        self.start = start
+        self.adapters = adapters
         self.count = 0 if prompts is None else prompts.shape[-2]
 
     def enter(
@@ -73,7 +75,8 @@ class PromptRows:
         if self.adapters is None:
             return x
         # [r, W] or [B, r, W]
-        down, up = self.adapters[0][block], self.adapters[1][block]
+        down = self.adapters[0][block]
+        up = self.adapters[1][block]
         width = int(x.shape[-1])  # a constant in exports
         return x + F.relu(F.layer_norm(x, (width,)) @ down.transpose(-2, -1)) @ up
 
@@ -89,11 +92,9 @@ class PromptRows:
 
     def leave(self, x: Tensor) -> Tensor:
         """(B, n + k, W) -> (B, n, W)."""
-        return (
-            x
-            if self.prompts is None
-            else torch.cat([x[:, : self.start], x[:, self.start + self.count :]], 1)
-        )
+        if self.prompts is None:
+            return x
+        return torch.cat([x[:, : self.start], x[:, self.start + self.count :]], 1)
 
     def widen(self, values: Tensor, fill: int) -> Tensor:
         """(B, n) -> (B, n + k): ids or a mask, with `fill` in the prompts' places."""
@@ -127,7 +128,8 @@ class TextTower:
     def __init__(
         self, module: Any, layout: TextLayout, *, reads_padding: bool = False
     ) -> None:
-        self.module, self.layout = module, replace(layout, reads_padding=reads_padding)
+        self.module = module
+        self.layout = replace(layout, reads_padding=reads_padding)
 
     def encode(
         self,
@@ -148,7 +150,8 @@ class TextTower:
         Raises:
             ValueError: the text with its prompts exceeds the context.
         """
-        added, count = PromptRows(prompts, self.layout.start), tokens.shape[1]
+        added = PromptRows(prompts, self.layout.start)
+        count = tokens.shape[1]
         if count + added.count > self.layout.context_length:
             raise ValueError(
                 "more tokens with the prompts than the context holds"
@@ -289,11 +292,10 @@ class HfText(TextTower):
         # NLLB's table multiplies its rows
         scale = float(getattr(self.table, "embed_scale", 1.0))
         self.prompt_std = scale * float(self.table.weight[:1000].detach().float().std())
-        layers = (
-            encoder.encoder.layer
-            if hasattr(encoder, "encoder")
-            else getattr(encoder, "layers", None)
-        )
+        if hasattr(encoder, "encoder"):
+            layers = encoder.encoder.layer
+        else:
+            layers = getattr(encoder, "layers", None)
         for i, layer in enumerate(encoder.block if layers is None else layers):
             if i > 0:
                 layer.register_forward_pre_hook(_renew_before(i), with_kwargs=True)

@@ -50,7 +50,8 @@ _LARGE_GRAPH = 500_000
 _MAX_GRAPH_WIDTH = 4096
 # of a graph over lists; its default of 16 misses some of the nearest lists
 _COARSE_WIDTH = 64
-_CONSTRUCTION_WIDTH, _LARGE_CONSTRUCTION_WIDTH = 100, 200
+_CONSTRUCTION_WIDTH = 100
+_LARGE_CONSTRUCTION_WIDTH = 200
 FLAT_UP_TO = 20_000
 # beyond, only lists: at ten million a graph took 50 minutes and missed the target
 _GRAPH_UP_TO = 5_000_000
@@ -99,10 +100,8 @@ class FaissEngine(Engine):
 
     def create(self, spec: IndexSpec, new: NewIndex) -> CreatedIndex:
         """Build and tune the file."""
-        file, choices = (
-            new.folder / VECTORS,
-            choose_kinds(spec.kind, new.count, new.dim, memory=spec.memory),
-        )
+        file = new.folder / VECTORS
+        choices = choose_kinds(spec.kind, new.count, new.dim, memory=spec.memory)
         return build_index(
             file,
             new.blocks,
@@ -129,16 +128,16 @@ class SearchParameters:
         self._index, (self._inner, _) = index, unwrap(index)
         self.has_reranking = isinstance(index, faiss.IndexRefine)
         self.width: str | None = None
-        self.min_width, self.max_width = 1, 0
+        self.min_width = 1
+        self.max_width = 0
         if isinstance(self._inner, faiss.IndexIVF):
-            self.width, self.max_width = "nprobe", int(self._inner.nlist)
+            self.width = "nprobe"
+            self.max_width = int(self._inner.nlist)
             self.set("nprobe", int(self._inner.nprobe))
         elif isinstance(self._inner, faiss.IndexHNSW):
-            self.width, self.min_width, self.max_width = (
-                "efSearch",
-                16,
-                _MAX_GRAPH_WIDTH,
-            )
+            self.width = "efSearch"
+            self.min_width = 16
+            self.max_width = _MAX_GRAPH_WIDTH
 
     def set(self, name: str, value: int) -> None:
         """Set a parameter by its name."""
@@ -268,15 +267,12 @@ def choose_kinds(
         return _choose_automatically(
             count, dim, machine_memory() // 2 if memory is None else memory
         )
-    named, reason = (
-        _kinds(count, dim).get(kind.lower().removeprefix(_GPU)),
-        f"requested: {kind}",
-    )
-    choice = (
-        replace(named, reason=reason, on_gpu=kind.startswith(_GPU))
-        if named
-        else IndexChoice(kind, reason)
-    )
+    named = _kinds(count, dim).get(kind.lower().removeprefix(_GPU))
+    reason = f"requested: {kind}"
+    if named:
+        choice = replace(named, reason=reason, on_gpu=kind.startswith(_GPU))
+    else:
+        choice = IndexChoice(kind, reason)
     if choice.on_gpu and not gpu_count():
         raise DataError(
             f"{kind} needs an NVIDIA GPU and FAISS's build for it: pip install"
@@ -288,7 +284,8 @@ def choose_kinds(
 
 def _kinds(count: int, dim: int) -> dict[str, IndexChoice]:
     """Return the kinds of NAMED after "auto"; the reason of each describes it."""
-    ivf, entry = _ivf(count), _ENTRY_BYTES
+    ivf = _ivf(count)
+    entry = _ENTRY_BYTES
     long_code = dim // 2 if dim % 2 == 0 else dim  # parts: one for every two dimensions
     code = max(parts for parts in range(1, max(64, dim // 8) + 1) if dim % parts == 0)
     kinds = {  # factory, bytes of a vector, description
@@ -322,7 +319,8 @@ def _kinds(count: int, dim: int) -> dict[str, IndexChoice]:
 
 
 def _choose_automatically(count: int, dim: int, memory: int) -> list[IndexChoice]:
-    kinds, vectors = _kinds(count, dim), f"{count:,} vectors of {dim}"
+    kinds = _kinds(count, dim)
+    vectors = f"{count:,} vectors of {dim}"
     flat = kinds.pop("flat")
     if count <= FLAT_UP_TO:
         reason = (
@@ -330,7 +328,8 @@ def _choose_automatically(count: int, dim: int, memory: int) -> list[IndexChoice
             " two milliseconds"
         )
         return [replace(flat, reason=reason)]
-    choices, too_large = list[IndexChoice](), list[str]()
+    choices = list[IndexChoice]()
+    too_large = list[str]()
     for name, choice in kinds.items():
         if (name == "hnsw" and count > _GRAPH_UP_TO) or (name == "pq" and choices):
             continue

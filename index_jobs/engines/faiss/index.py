@@ -58,28 +58,31 @@ class FaissIndex(VectorIndex):
     def __init__(self, index: Any, *, on_gpu: bool = False) -> None:
         self._index = index
         # FAISS's GPU indexes are not safe for concurrent searches
-        self._on_gpu, self._turn = None, threading.Lock()
+        self._on_gpu = None
+        self._turn = threading.Lock()
         if on_gpu:
             self._resources = faiss.StandardGpuResources()  # must outlive the copy
             self._on_gpu = faiss.index_cpu_to_gpu(self._resources, 0, index)
-        self.count, self.dim = int(index.ntotal), int(index.d)
+        self.count = int(index.ntotal)
+        self.dim = int(index.d)
         innermost, self._factor = unwrap(index)
         self._has_lists = isinstance(innermost, faiss.IndexIVF)
         # nprobe or efSearch, and its largest useful value; 0 for kinds without either
         self._tuned = self._maximum = 0
         self._visited = 1 / self._factor  # rows that one more of the width visits
         if self._has_lists:
-            self._tuned, self._maximum = int(innermost.nprobe), int(innermost.nlist)
+            self._tuned = int(innermost.nprobe)
+            self._maximum = int(innermost.nlist)
             self._visited = self.count / innermost.nlist
         elif isinstance(innermost, faiss.IndexHNSW):
-            self._tuned, self._maximum = int(innermost.hnsw.efSearch), self.count
+            self._tuned = int(innermost.hnsw.efSearch)
+            self._maximum = self.count
         self._storage = index
         if isinstance(index, faiss.IndexRefine | faiss.IndexHNSW):
-            stored = (
-                index.refine_index
-                if isinstance(index, faiss.IndexRefine)
-                else index.storage
-            )
+            if isinstance(index, faiss.IndexRefine):
+                stored = index.refine_index
+            else:
+                stored = index.storage
             self._storage = faiss.downcast_index(stored)
 
     @classmethod
@@ -150,15 +153,14 @@ class FaissIndex(VectorIndex):
         share = count / self.count
         wanted = min(self.count, math.ceil(k / (_SPARSE * share)))
         if self._has_lists:
-            enough, limit = (
-                k,
-                _SCAN_RATIO * (count - self._factor * wanted) / self._visited,
-            )
+            enough = k
+            limit = _SCAN_RATIO * (count - self._factor * wanted) / self._visited
             width = min(
                 self._maximum, math.ceil(max(self._tuned, self._width_for(k)) / share)
             )
         else:
-            enough, limit = max(k, self._tuned), count / _GRAPH_COST
+            enough = max(k, self._tuned)
+            limit = count / _GRAPH_COST
             width = max(
                 round(_GRAPH_RESERVE * enough / share), round(self._factor * wanted)
             )
@@ -168,7 +170,8 @@ class FaissIndex(VectorIndex):
         scores, rows = merge_top_k([scores], [np.where(mask[rows], rows, -1)], k)
         for number in np.flatnonzero(rows[:, -1] < 0):
             # distant rows are many hops or lists away
-            vector, wider = vectors[number, None], _WIDENING**2 * width
+            vector = vectors[number, None]
+            wider = _WIDENING**2 * width
             while min(wider, self._maximum) <= limit:
                 found = self._search(
                     vector, enough, min(wider, self._maximum), _selector(mask)
@@ -178,7 +181,8 @@ class FaissIndex(VectorIndex):
                 wider *= _WIDENING
             else:
                 found = self._search_exactly(vector, k, mask)
-            scores[number], rows[number] = found[0][0, :k], found[1][0, :k]
+            scores[number] = found[0][0, :k]
+            rows[number] = found[1][0, :k]
         return scores, rows
 
     def _width_for(self, k: int) -> int:
@@ -203,10 +207,8 @@ class FaissIndex(VectorIndex):
                 vectors, k, params=faiss.SearchParameters(sel=_selector(mask))
             )
             return merge_top_k([scores], [rows], k)
-        scores, rows = (
-            np.empty((len(vectors), 0), np.float32),
-            np.empty((len(vectors), 0), np.int64),
-        )
+        scores = np.empty((len(vectors), 0), np.float32)
+        rows = np.empty((len(vectors), 0), np.int64)
         for start in range(0, len(selected), _BLOCK):
             block: Rows = selected[start : start + _BLOCK]
             decoded = self._index.reconstruct_batch(block)
@@ -243,7 +245,8 @@ def unwrap(index: Any) -> tuple[Any, float]:
     """Return the index inside transforms and refinements, and the factor of results
     that these request of it.
     """
-    index, factor = faiss.downcast_index(index), 1.0
+    index = faiss.downcast_index(index)
+    factor = 1.0
     while isinstance(index, faiss.IndexPreTransform | faiss.IndexRefine):
         is_refined = isinstance(index, faiss.IndexRefine)
         factor *= index.k_factor if is_refined else 1

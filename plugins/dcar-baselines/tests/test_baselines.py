@@ -77,15 +77,15 @@ def own_features(backbone: Backbone, tokens: Tensor, pixels: Tensor) -> list[Ten
 def test_mma_adds_adapters_with_a_shared_layer_to_the_last_blocks_of_both_towers(
     backbone: Backbone,
 ) -> None:
-    model, hooks = moved_model(backbone, "mma"), []
+    model = moved_model(backbone, "mma")
+    hooks = []
     own: dict[str, Any] = {
         name.removeprefix("encoders."): value for name, value in model.trainables()
     }
-    tokens, pixels = backbone.tokenize(TEXTS), torch.randn(2, 3, 32, 32)
-    frozen, vectors = (
-        own_features(backbone, tokens, pixels),
-        [model.encode_text(tokens), model.encode_image(pixels)],
-    )
+    tokens = backbone.tokenize(TEXTS)
+    pixels = torch.randn(2, 3, 32, 32)
+    frozen = own_features(backbone, tokens, pixels)
+    vectors = [model.encode_text(tokens), model.encode_image(pixels)]
     # of two blocks, two thirds are one
     for tower, (_, last) in blocks(backbone).items():
         hooks.append(
@@ -105,11 +105,14 @@ def test_mma_adds_adapters_with_a_shared_layer_to_the_last_blocks_of_both_towers
 def test_mmrl_puts_tokens_behind_the_first_row_of_the_last_blocks_and_reads_them_apart(
     backbone: Backbone,
 ) -> None:
-    model, hooks, read = moved_model(backbone, "mmrl"), [], []
+    model = moved_model(backbone, "mmrl")
+    hooks = []
+    read = []
     own: dict[str, Any] = {
         name.removeprefix("encoders."): value for name, value in model.trainables()
     }
-    tokens, pixels = backbone.tokenize(TEXTS), torch.randn(2, 3, 32, 32)
+    tokens = backbone.tokenize(TEXTS)
+    pixels = torch.randn(2, 3, 32, 32)
     vectors = [model.encode_text(tokens), model.encode_image(pixels)]
     both = model.encode_image(pixels, rows=True)
     for tower, (_, last) in blocks(backbone).items():
@@ -146,20 +149,18 @@ def test_mmrl_puts_tokens_behind_the_first_row_of_the_last_blocks_and_reads_them
 def test_the_loss_of_mmrl_is_that_of_the_paper(
     backbone: Backbone, tiny_data: Path, parts: int
 ) -> None:
-    model, pairs = (
-        moved_model(backbone, "mmrl"),
-        Annotations(tiny_data).load("train")[0],
-    )
-    data, rows = prepare_split(pairs, model, for_training=True), np.arange(4)
+    model = moved_model(backbone, "mmrl")
+    pairs = Annotations(tiny_data).load("train")[0]
+    data = prepare_split(pairs, model, for_training=True)
+    rows = np.arange(4)
     value = accumulate_gradients(model, data, rows, parts=parts)
     assert data.pixels is not None
     with torch.no_grad():
         pixels = backbone.standardized(data.pixels[data.image_of[rows]])
-        text, images = (
-            model.encode_text(data.tokens[rows]),
-            model.encode_image(pixels, rows=True),
-        )
-        truth, same = torch.arange(4), 0.0
+        text = model.encode_text(data.tokens[rows])
+        images = model.encode_image(pixels, rows=True)
+        truth = torch.arange(4)
+        same = 0.0
         assert len({pairs.samples[row].caption for row in rows}) == len(rows)
         for weight, image in zip((0.7, 0.3), images.unbind(1), strict=True):
             logits = backbone.scale * text @ image.T

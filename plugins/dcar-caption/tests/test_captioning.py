@@ -215,10 +215,8 @@ def test_command_writes_annotations_and_a_summary(photos: Path) -> None:
         }
         assert "photos" in server.asked[0].body["messages"][0]["content"][0]["text"]
     with VisionServer(lambda *_: "I'm sorry, I can't help.") as server:
-        command[3], command[command.index("--out") + 1] = (
-            server.url,
-            str(photos.parent / "none.json"),
-        )
+        command[3] = server.url
+        command[command.index("--out") + 1] = str(photos.parent / "none.json")
         done = dcar(*command, environment=environment)
         assert (done.returncode, "none.json: 0 captions" in done.stdout) == (1, True)
 
@@ -257,11 +255,9 @@ def test_rejected_draft_is_kept_with_its_reason_and_repeated(
 
 def test_no_two_images_share_a_caption(photos: Path) -> None:
     def behave(asked: Asked, n: int) -> str:
-        return (
-            f"a  {asked.category}."
-            if asked.kind == "draft" and asked.turn == 0
-            else good(asked)
-        )
+        if asked.kind == "draft" and asked.turn == 0:
+            return f"a  {asked.category}."
+        return good(asked)
 
     with VisionServer(behave) as server:
         found = ask(photos, server)
@@ -273,11 +269,9 @@ def test_no_two_images_share_a_caption(photos: Path) -> None:
 
 def test_judge_decides_within_a_limited_number_of_rounds(photos: Path) -> None:
     def behave(asked: Asked, n: int) -> str:
-        return (
-            '{"accept": false, "feedback": "It is dusk, not noon."}'
-            if asked.kind == "judge"
-            else good(asked)
-        )
+        if asked.kind == "judge":
+            return '{"accept": false, "feedback": "It is dusk, not noon."}'
+        return good(asked)
 
     with VisionServer(behave) as server:
         found = ask(one_image(photos), server, rounds=3)
@@ -762,11 +756,9 @@ def test_responses_are_kept_if_annotations_cannot_be_written(photos: Path) -> No
 
 def no_fantasy(asked: Asked, _: int = 0) -> str:
     """Return one caption for all images of a category, unless another is asked for."""
-    return (
-        f"Any {asked.category} on grass."
-        if asked.kind == "draft" and asked.turn == 0
-        else good(asked)
-    )
+    if asked.kind == "draft" and asked.turn == 0:
+        return f"Any {asked.category} on grass."
+    return good(asked)
 
 
 @pytest.mark.parametrize("to", ["owl/0.png", "birds/owl/1.png"])

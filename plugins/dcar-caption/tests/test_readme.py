@@ -28,7 +28,8 @@ def test_captions_of_a_vision_model_reach_the_index(
         (tmp_path / "photos" / shape).mkdir(parents=True, exist_ok=True)
         draw(color, shape).save(tmp_path / "photos" / shape / f"photo {number}.png")
     block, _ = shown_blocks("plugins/dcar-caption/README.md")
-    commands, printed = [line for line in block.lines if line.startswith("dcar ")], ""
+    commands = [line for line in block.lines if line.startswith("dcar ")]
+    printed = ""
     with VisionServer() as server:
         # 3: one epoch made it no better
         for command, status in zip(commands, ([0], [0, 3], [0]), strict=True):

@@ -75,7 +75,8 @@ class VisionServer:
     """
 
     def __init__(self, behave: Behave = good) -> None:
-        self.behave, self.asked = behave, list[Asked]()
+        self.behave = behave
+        self.asked = list[Asked]()
         self.at_once = self._under_way = 0  # the most requests at a time, and those now
         self._lock = threading.Lock()
         outer = self
@@ -157,11 +158,10 @@ class VisionServer:
                 )
             self.asked.append(asked)
         said = self.behave(asked, n)
-        raw = (
-            said
-            if isinstance(said, Raw)
-            else Raw(body=json.dumps(message(said) if isinstance(said, str) else said))
-        )
+        if isinstance(said, Raw):
+            raw = said
+        else:
+            raw = Raw(body=json.dumps(message(said) if isinstance(said, str) else said))
         time.sleep(raw.wait)
         if raw.silent:
             handler.close_connection = True

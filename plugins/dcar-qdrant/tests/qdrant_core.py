@@ -22,7 +22,8 @@ class CoreClient:
 
     def __init__(self, folder: Path) -> None:
         """Open the collections of a folder, as a server does when it starts."""
-        self._folder, self._aliases = folder, dict[str, str]()
+        self._folder = folder
+        self._aliases = dict[str, str]()
         self._shards = {
             path.name: core.EdgeShard.load(str(path))
             for path in sorted(folder.iterdir())

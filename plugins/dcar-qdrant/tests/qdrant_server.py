@@ -36,7 +36,9 @@ class QdrantServer:
     """
 
     def __init__(self, folder: Path) -> None:
-        self.failures, self.failure, self.calls = 0, 503, list[tuple[str, str, Any]]()
+        self.failures = 0
+        self.failure = 503
+        self.calls = list[tuple[str, str, Any]]()
         self.keys: list[str | None] = []
         self.client = CoreClient(folder)
         self._lock = threading.Lock()
@@ -96,7 +98,8 @@ class QdrantServer:
             return 200, self._result(method + rest, name, content)
 
     def _result(self, route: str, name: str, body: Any) -> Any:
-        client, done = self.client, {"operation_id": 0, "status": "completed"}
+        client = self.client
+        done = {"operation_id": 0, "status": "completed"}
         match route:
             case "GET/collections":
                 return client.get_collections().model_dump()

@@ -49,7 +49,8 @@ async def test_a_lost_qdrant_refuses_searches_until_it_is_back(
 async def test_lost_points_are_a_missing_store_and_no_index_without_vectors(
     index: Path, server: QdrantServer
 ) -> None:
-    client, name = server.client, server.client.get_collections().collections[0].name
+    client = server.client
+    name = server.client.get_collections().collections[0].name
     lost = client.retrieve(name, [3])[0]
     similar = f"/items/{quote(open_current(index).item(3).id, safe='')}/similar"
     async with opened(index) as service:
@@ -65,7 +66,8 @@ async def test_a_qdrant_that_hangs_holds_no_search_to_the_deadline_and_no_item(
     async with opened(index, poll_s=0.02) as client:
         await until_ready(client, status="ready")
         place = f"/items/{quote(open_current(index).item(0).id, safe='')}"
-        goes_on, respond = threading.Event(), server.respond
+        goes_on = threading.Event()
+        respond = server.respond
 
         def hang(method: str, path: str, body: bytes) -> tuple[int, object]:
             goes_on.wait()
@@ -93,7 +95,9 @@ def test_one_slow_search_stops_no_other(
     index: Path, server: QdrantServer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(connection, "REST_SECONDS", 60)
-    opened, respond, goes_on = open_current(index), server.respond, threading.Event()
+    opened = open_current(index)
+    respond = server.respond
+    goes_on = threading.Event()
     vectors = opened.vectors(opened.live.nonzero()[0])
 
     def hang(method: str, path: str, body: bytes) -> tuple[int, object]:

@@ -26,7 +26,9 @@ from index_jobs.rebuild import rebuild
 from index_jobs.row_filter import RowFilter
 from tests.support.versions import Build
 
-COUNT, ADDED, REQUESTS = 70, 15, 200
+COUNT = 70
+ADDED = 15
+REQUESTS = 200
 BRANDS = ["Löwe", "lynx", "Ibis & Co", "12", ""]
 TAGS = ["red", "soft", "new", "XL"]
 
@@ -35,11 +37,9 @@ def write_gallery(folder: Path, numbers: range) -> Path:
     """Draw images of noise, with fields of each type, some of them missing, and one
     with an awkward name.
     """
-    rng, noise, lines = (
-        random.Random(numbers.start),
-        np.random.default_rng(numbers.start),
-        [],
-    )
+    rng = random.Random(numbers.start)
+    noise = np.random.default_rng(numbers.start)
+    lines = []
     folder.mkdir()
     for number in numbers:
         Image.fromarray(noise.integers(0, 255, (24, 24, 3), np.uint8)).save(
@@ -122,10 +122,12 @@ def draw_condition(rng: random.Random, field: str) -> Any:
         "fresh": ["yes"],
         "gift": ["true", "wrapped"],
     }
-    some, is_number = [*values[field], None], field in ("price", "stock")
-    kinds = (
-        ["range"] * 3 if is_number else ["contains", "range"] if field in TEXTS else []
-    )
+    some = [*values[field], None]
+    is_number = field in ("price", "stock")
+    if is_number:
+        kinds = ["range"] * 3
+    else:
+        kinds = ["contains", "range"] if field in TEXTS else []
     match rng.choice(["value", "list", "in", "not", *kinds]):
         case "value":
             return rng.choice(some)
@@ -220,7 +222,8 @@ def response(index: Index, request: dict[str, Any]) -> Any:
 
 @pytest.mark.slow
 def test_random_requests_have_equal_responses(opened: tuple[Index, Index]) -> None:
-    rng, filled = random.Random(7), 0
+    rng = random.Random(7)
+    filled = 0
     for _ in range(REQUESTS):
         drawn = draw_request(rng)
         here, there = (response(index, drawn) for index in opened)
@@ -236,22 +239,19 @@ def test_random_requests_have_equal_responses(opened: tuple[Index, Index]) -> No
 def test_filters_are_conditions_that_name_only_rows_that_were_removed_or_changed(
     build: Build, server: QdrantServer, tmp_path: Path
 ) -> None:
-    index, gallery = tmp_path / "index", write_gallery(tmp_path / "many", range(20))
+    index = tmp_path / "index"
+    gallery = write_gallery(tmp_path / "many", range(20))
     build(gallery, engine=f"qdrant={server.url}")
     change_metadata(
         index, [("n3", {"price": 7.5, "brand": "lynx"}), ("n4", {"price": 1})], "a test"
     )
     remove(index, ["n5"])
-    opened, given = (
-        Index.open(index, device="cpu"),
-        {"price": {"gt": 6}, "brand": ["lynx", "12"]},
-    )
+    opened = Index.open(index, device="cpu")
+    given = {"price": {"gt": 6}, "brand": ["lynx", "12"]}
     server.calls.clear()
     assert opened.search("a lynx", filter=given)["results"]
-    sent, ids = (
-        server.searches()[0][0]["filter"]["should"],
-        opened.served.index.column("id").to_pylist(),
-    )
+    sent = server.searches()[0][0]["filter"]["should"]
+    ids = opened.served.index.column("id").to_pylist()
     assert {ids[row] for row in sent[0]["must_not"][0]["has_id"]} == {"n3", "n4", "n5"}
     conditions = json.dumps(sent[0]["must"], separators=(",", ":"))
     assert '"key":"price","range":{"gt":6.0}' in conditions
@@ -308,10 +308,8 @@ def test_many_searches_that_name_many_rows_are_sent_in_small_parts(
 ) -> None:
     build(engine=f"qdrant={server.url}")
     opened = open_current(tmp_path / "index")
-    vectors, rows = (
-        opened.vectors(np.arange(24)),
-        RowFilter.of_mask(np.arange(24) % 2 == 0),
-    )
+    vectors = opened.vectors(np.arange(24))
+    rows = RowFilter.of_mask(np.arange(24) % 2 == 0)
     whole = opened.search(vectors, 5, rows)
     monkeypatch.setattr(qdrant_index, "FILTER_BYTES", 500)
     server.calls.clear()

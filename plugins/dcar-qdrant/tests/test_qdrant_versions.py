@@ -6,7 +6,7 @@ import socket
 import subprocess
 import sys
 from collections.abc import Iterator
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -37,7 +37,8 @@ from tests.support.versions import Build, file_of
 
 def collections(url: str, index: Path) -> tuple[list[str], list[str]]:
     """Return the collections of an index, and those that its alias names."""
-    client, prefix = connect(url), collection_prefix(index_name(index))
+    client = connect(url)
+    prefix = collection_prefix(index_name(index))
     names = [
         known.name
         for known in client.get_collections().collections
@@ -61,7 +62,8 @@ def test_every_item_is_nearest_to_its_own_vector(
     monkeypatch.setattr(index, "BATCH", 7)
     monkeypatch.setattr(engine, "BATCH", 7)
     build(engine=f"qdrant={url}")
-    opened, rows = open_current(tmp_path / "index"), np.arange(24)
+    opened = open_current(tmp_path / "index")
+    rows = np.arange(24)
     assert "index.faiss" not in opened.manifest.files
     measured = opened.manifest.measured
     assert (opened.manifest.count, opened.manifest.kind, measured["recall_at_10"]) == (
@@ -125,10 +127,12 @@ def test_a_half_uploaded_version_is_never_served(
     build: Build, server: QdrantServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The next job succeeds, and drops what the failed one left."""
-    index, name = tmp_path / "index", f"qdrant={server.url}"
+    index = tmp_path / "index"
+    name = f"qdrant={server.url}"
     build(engine=name)
     monkeypatch.setattr(engine, "BATCH", 5)
-    upsert, uploads = server.client.upsert, list[int]()
+    upsert = server.client.upsert
+    uploads = list[int]()
 
     def failing(*given: Any) -> Any:
         uploads.append(1)
@@ -166,7 +170,8 @@ def test_the_replaced_version_is_searched_until_the_next_publication(
 ) -> None:
     index = tmp_path / "index"
     build(engine=f"qdrant={url}")
-    before, first = open_current(index), collection_of(index, 1)
+    before = open_current(index)
+    first = collection_of(index, 1)
     build(engine=f"qdrant={url}", force=True, keep=1)
     assert before.search(before.vectors(np.arange(1)), 1)[1].tolist() == [[0]]
     second = collection_of(index, 2)
@@ -187,7 +192,8 @@ def machines(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Machin
 def test_machines_of_one_store_share_collections_and_drop_none_newer_or_unread(
     build: Build, url: str, machines: Machines
 ) -> None:
-    one, other = machines["one"], machines["other"]
+    one = machines["one"]
+    other = machines["other"]
     build(out=one, engine=f"qdrant={url}")
     build(out=other, engine=f"qdrant={url}", force=True)
     found = collections(url, other)
@@ -332,19 +338,17 @@ def test_the_key_is_sent_without_its_newline_and_never_shown(
     server: QdrantServer, monkeypatch: pytest.MonkeyPatch, key: str, sent: str | None
 ) -> None:
     monkeypatch.setenv("QDRANT_API_KEY", key)
-    server.failures, server.failure = 1, 403
-    warns = (
-        pytest.warns(UserWarning, match="insecure connection")
-        if sent
-        else nullcontext()
-    )
+    server.failures = 1
+    server.failure = 403
+    warns: AbstractContextManager[object] = nullcontext()
+    if sent:
+        warns = pytest.warns(UserWarning, match="insecure connection")
     with warns, pytest.raises(StoreUnavailableError) as raised:
         connection.call(connect(server.url).get_collections)
-    reason = (
-        "has characters that no key has"
-        if sent == ""
-        else "it refuses the key of QDRANT_API_KEY: .*403"
-    )
+    if sent == "":
+        reason = "has characters that no key has"
+    else:
+        reason = "it refuses the key of QDRANT_API_KEY: .*403"
     assert re.search(reason, str(raised.value))
     assert "hidden" not in str(raised.value)
     assert server.keys == ([] if sent == "" else [sent])

@@ -91,12 +91,10 @@ class Client:
             **_address(url, key), timeout=timeout_s, transport=transport
         )
         end_at_deadline(self._http)
-        self._timeout_s, self._retries, self._max_wait_s, self._sleep = (
-            timeout_s,
-            retries,
-            max_wait_s,
-            sleep,
-        )
+        self._timeout_s = timeout_s
+        self._retries = retries
+        self._max_wait_s = max_wait_s
+        self._sleep = sleep
 
     def __enter__(self) -> Self:
         return self
@@ -352,12 +350,10 @@ class AsyncClient:
         self._http = httpx.AsyncClient(
             **_address(url, key), timeout=timeout_s, transport=transport
         )
-        self._timeout_s, self._retries, self._max_wait_s, self._sleep = (
-            timeout_s,
-            retries,
-            max_wait_s,
-            sleep,
-        )
+        self._timeout_s = timeout_s
+        self._retries = retries
+        self._max_wait_s = max_wait_s
+        self._sleep = sleep
 
     async def __aenter__(self) -> Self:
         return self

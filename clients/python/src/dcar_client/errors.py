@@ -33,9 +33,10 @@ class ServiceError(Exception):
         problem: ProblemResponse | None = None,
         request_id: str | None = None,
     ) -> None:
-        detail = (
-            problem.detail if problem is not None else "not a response of the service"
-        )
+        if problem is not None:
+            detail = problem.detail
+        else:
+            detail = "not a response of the service"
         super().__init__(
             f"{status}: {detail}" + (f" (request {request_id})" if request_id else "")
         )

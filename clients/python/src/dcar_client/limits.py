@@ -174,9 +174,10 @@ def secrets_of(headers: httpx.Headers) -> list[str]:
     is sent; they may have none.
     """
     kind, _, sent = headers.get("authorization", "").partition(" ")
-    password = (
-        base64.b64decode(sent).decode().partition(":")[2] if kind == "Basic" else ""
-    )
+    if kind == "Basic":
+        password = base64.b64decode(sent).decode().partition(":")[2]
+    else:
+        password = ""
     return [secret for secret in (sent, password) if secret]
 
 

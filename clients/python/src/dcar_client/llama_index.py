@@ -44,11 +44,13 @@ class DcarRetriever(BaseRetriever):
         options: SearchOptions | None = None,
     ) -> None:
         super().__init__()
-        self._client, self._async_client = client, async_client
+        self._client = client
+        self._async_client = async_client
         self._options = SearchOptions(**{"k": k, **(options or {})})
 
     def _retrieve(self, query_bundle: QueryBundle) -> list[NodeWithScore]:
-        query, image = query_bundle.query_str, query_bundle.image_path
+        query = query_bundle.query_str
+        image = query_bundle.image_path
         if image:
             return _nodes(self._client.search_image(image, query, **self._options))
         return _nodes(self._client.search_text(query, **self._options))
@@ -56,7 +58,8 @@ class DcarRetriever(BaseRetriever):
     async def _aretrieve(self, query_bundle: QueryBundle) -> list[NodeWithScore]:
         if self._async_client is None:
             return await asyncio.to_thread(self._retrieve, query_bundle)
-        query, image = query_bundle.query_str, query_bundle.image_path
+        query = query_bundle.query_str
+        image = query_bundle.image_path
         if image:
             return _nodes(
                 await self._async_client.search_image(image, query, **self._options)

@@ -113,7 +113,8 @@ class GalleryTools:
     def __init__(
         self, client: AsyncClient, url: str, folder: Path | None = None
     ) -> None:
-        self._client, self._folder = client, folder
+        self._client = client
+        self._folder = folder
         self._url = str(httpx.URL(url).copy_with(userinfo=b"")).rstrip("/")
         self._secrets = secrets_of(client._http.headers)
         self._turns = asyncio.Semaphore(THUMBNAILS_AT_A_TIME)
@@ -283,11 +284,9 @@ class GalleryTools:
                 clean(name, self._secrets): self._clean(each)
                 for name, each in value.items()
             }
-        return (
-            [self._clean(member) for member in value]
-            if isinstance(value, list)
-            else value
-        )
+        if isinstance(value, list):
+            return [self._clean(member) for member in value]
+        return value
 
 
 async def _plain(call: Awaitable[T]) -> T:

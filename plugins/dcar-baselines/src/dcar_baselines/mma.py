@@ -41,7 +41,8 @@ class Bottleneck(nn.Module):
 
     def __init__(self, width: int) -> None:
         super().__init__()
-        self.down, self.up = nn.Linear(width, INNER), nn.Linear(INNER, width)
+        self.down = nn.Linear(width, INNER)
+        self.up = nn.Linear(INNER, width)
 
     def forward(self, x: Tensor, shared: nn.Module) -> Tensor:
         """(B, n, W) -> (B, n, W)"""

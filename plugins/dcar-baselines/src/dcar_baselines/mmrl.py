@@ -36,7 +36,8 @@ from dcar_core.model.methods import Method
 from dcar_core.model.towers.text import PromptRows
 
 SHARE = 7 / 12  # of the blocks
-COUNT, WIDTH = 5, 512
+COUNT = 5
+WIDTH = 512
 ALPHA = 0.7  # of the class row in the loss
 
 
@@ -51,7 +52,8 @@ class RepresentationRows(PromptRows):
 
     def __init__(self, tokens: Tensor, *, is_causal: bool) -> None:
         super().__init__(None, 1)
-        self.tokens, self.is_causal = tokens, is_causal
+        self.tokens = tokens
+        self.is_causal = is_causal
 
     def run(self, x: Tensor, blocks: Iterable[Callable[..., Tensor]]) -> Tensor:
         blocks, (depth, k, _) = list(blocks), self.tokens.shape
@@ -64,10 +66,8 @@ class RepresentationRows(PromptRows):
                 [x[:, :1], tokens.to(x.dtype).expand(len(x), -1, -1), x[:, 1:]], 1
             )
             joined = block(joined, **options)
-            self.outputs, x = (
-                joined[:, 1 : 1 + k],
-                torch.cat([joined[:, :1], joined[:, 1 + k :]], 1),
-            )
+            self.outputs = joined[:, 1 : 1 + k]
+            x = torch.cat([joined[:, :1], joined[:, 1 + k :]], 1)
         return x
 
 
@@ -98,9 +98,9 @@ class RepresentationTokens(nn.Module):
         n, E).
         """
         features = encode_text(backbone, tokens, self._rows(self.text, is_causal=True))
-        return (
-            features[:, None].expand(-1, 1 + tokens.shape[1], -1) if rows else features
-        )
+        if rows:
+            return features[:, None].expand(-1, 1 + tokens.shape[1], -1)
+        return features
 
     def encode_image(self, backbone: Backbone, pixels: Tensor, rows: bool) -> Tensor:
         """(B, 3, S, S) -> the class row's feature (B, E), or with `rows` both features

@@ -56,7 +56,10 @@ class Endpoint:
                 f"a key ({KEYS}) has characters that are not printable ASCII; set it"
                 " again"
             )
-        self.model, self.usage, self._key, self._options = model, usage, key, options
+        self.model = model
+        self.usage = usage
+        self._key = key
+        self._options = options
         try:
             self.client = openai.AsyncOpenAI(
                 # for None it would send OPENAI_API_KEY, of another host
@@ -111,13 +114,12 @@ class Endpoint:
                 ]
                 self.usage.update(tokens_in=tokens[0], tokens_out=tokens[1])
             choice = answer["choices"][0]
-            text, refusal = (
-                choice["message"].get("content") or "",
-                choice["message"].get("refusal"),
-            )
-            finish = (
-                REFUSED if refusal and not text else choice.get("finish_reason") or ""
-            )
+            text = choice["message"].get("content") or ""
+            refusal = choice["message"].get("refusal")
+            if refusal and not text:
+                finish = REFUSED
+            else:
+                finish = choice.get("finish_reason") or ""
             return Completion((text or refusal or "").strip(), finish)
         except (AttributeError, LookupError, TypeError, ValueError):
             raise EndpointError(

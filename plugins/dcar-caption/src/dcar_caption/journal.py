@@ -16,7 +16,8 @@ class Journal:
     """
 
     def __init__(self, file: Path, settings: dict[str, Any]) -> None:
-        self._file, self._database = file, sqlite3.connect(file, isolation_level=None)
+        self._file = file
+        self._database = sqlite3.connect(file, isolation_level=None)
         self.close = self._database.close
         self._execute(
             "CREATE TABLE IF NOT EXISTS journal (image, kind, turn, value, PRIMARY KEY"

@@ -49,10 +49,8 @@ JUDGE_TEMPLATE = (
 _THOUGHT_BEGINS, _THOUGHT_ENDS = (
     re.compile(tag, re.IGNORECASE) for tag in ("<think(?:ing)?>", "</think(?:ing)?>")
 )
-_CONSENT, _NAME = (
-    "(?:sure|certainly|of course)",
-    r"(?:here(?:['\u2019]s| is)[^:\n]{0,60}|(?:the )?(?:image )?caption)",
-)
+_CONSENT = "(?:sure|certainly|of course)"
+_NAME = r"(?:here(?:['\u2019]s| is)[^:\n]{0,60}|(?:the )?(?:image )?caption)"
 _LABEL = re.compile(rf"^\W*(?:{_CONSENT}\b\W*{_NAME}?|{_NAME})\W*:\s*", re.IGNORECASE)
 _QUOTED = re.compile(
     "[\"\u201c]([^\"\u201c\u201d]*)[\"\u201d]|['\u2018]((?:[^'\u2018\u2019]|\\b['\u2019]\\b)*)['\u2019]"
@@ -141,11 +139,9 @@ def tidy_draft(answer: str) -> str:
     """
     text = _LABEL.sub("", _without_thoughts(answer))
     text = " ".join(re.sub(r"[*#`]+", "", text).split())
-    return (
-        (quoted[1] or quoted[2] or "").strip()
-        if (quoted := _QUOTED.fullmatch(text))
-        else text
-    )
+    if quoted := _QUOTED.fullmatch(text):
+        return (quoted[1] or quoted[2] or "").strip()
+    return text
 
 
 def read_verdict(answer: Completion) -> tuple[bool, str] | None:
@@ -159,11 +155,9 @@ def read_verdict(answer: Completion) -> tuple[bool, str] | None:
         return accepts, " ".join(str(said.get("feedback") or "").split())
     except (AttributeError, LookupError, TypeError, ValueError):
         word = _VERDICT.match(text)
-        return (
-            (word[1].casefold()[0] in "ay", " ".join(text[word.end() :].split()))
-            if word
-            else None
-        )
+        if word:
+            return (word[1].casefold()[0] in "ay", " ".join(text[word.end() :].split()))
+        return None
 
 
 def rejection(

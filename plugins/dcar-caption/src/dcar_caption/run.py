@@ -46,9 +46,13 @@ class CaptioningRun:
     """
 
     def __init__(self, options: CaptionOptions) -> None:
-        self.accepted, self.rejected, self.usage = 0, Counter[str](), Counter[str]()
-        self.failed, self.left_out = dict[str, str](), dict[str, str]()
-        self.options, self.endpoints = options, open_endpoints(options, self.usage)
+        self.accepted = 0
+        self.rejected = Counter[str]()
+        self.usage = Counter[str]()
+        self.failed = dict[str, str]()
+        self.left_out = dict[str, str]()
+        self.options = options
+        self.endpoints = open_endpoints(options, self.usage)
         self._keys = self._find_images(options.images)
         self._templates = questions.load_templates(options.templates)
         self._dataset = options.dataset or options.images.resolve().name.replace(
@@ -73,7 +77,8 @@ class CaptioningRun:
         paths = {
             path.relative_to(folder).as_posix(): path for path in folder.rglob("*")
         }
-        keys, copies = dict[str, str](), Counter[str]()
+        keys = dict[str, str]()
+        copies = Counter[str]()
         for name, path in sorted(paths.items()):
             if name.startswith(".") or "/." in name:
                 continue
@@ -167,7 +172,8 @@ class CaptioningRun:
         context = self.options.context
         words = max(8, int(0.6 * context))  # nearly always fits
         shown = {"category": category, "dataset": self._dataset, "words": words}
-        text, before = questions.question(self._templates, key, **shown), None
+        text = questions.question(self._templates, key, **shown)
+        before = None
         for turn in range(self.options.rounds):
             answer = await self._ask(
                 "draft", key, turn, questions.messages_for(text, uri, before)
@@ -182,14 +188,13 @@ class CaptioningRun:
                     "judge", key, turn, questions.messages_for(judged, uri)
                 )
                 accepts, feedback = questions.read_verdict(answer) or (False, "")
-                why = (
-                    None
-                    if accepts
-                    else (
+                if accepts:
+                    why = None
+                else:
+                    why = (
                         "rejected by the judge",
                         feedback or "it does not match the image.",
                     )
-                )
                 # meanwhile another image may have got the caption
                 why = why or self._duplicate(draft, key)
             if why is None:
@@ -203,11 +208,9 @@ class CaptioningRun:
     def _duplicate(self, draft: str, key: str) -> questions.Rejection | None:
         reason = "another image has the same caption"
         is_free = self._owners.get(fold_text(draft), key) == key
-        return (
-            None
-            if is_free
-            else (reason, f"{reason}; describe what is specific to this one.")
-        )
+        if is_free:
+            return None
+        return (reason, f"{reason}; describe what is specific to this one.")
 
     async def _ask(
         self, role: str, key: str, turn: int, messages: list[dict[str, Any]]
@@ -267,7 +270,8 @@ def _folders(name: str) -> tuple[str, str]:
 
 
 def _data_uri(file: Path, side: int) -> str:
-    image, buffer = open_image(file, at_least=side), io.BytesIO()
+    image = open_image(file, at_least=side)
+    buffer = io.BytesIO()
     image.thumbnail((side, side))
     image.save(buffer, "JPEG", quality=90)
     return "data:image/jpeg;base64," + base64.b64encode(buffer.getvalue()).decode()

@@ -60,11 +60,9 @@ def to_conditions(
     condition = models.Filter(
         must=stored, must_not=[_rows(rows.excluded)] if len(rows.excluded) else None
     )
-    return (
-        models.Filter(should=[condition, _rows(rows.included)])
-        if len(rows.included)
-        else condition
-    )
+    if len(rows.included):
+        return models.Filter(should=[condition, _rows(rows.included)])
+    return condition
 
 
 def _rows(rows: Rows) -> models.HasIdCondition:

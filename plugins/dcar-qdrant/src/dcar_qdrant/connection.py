@@ -26,7 +26,8 @@ CALL_SECONDS = 30
 READ_SECONDS = 4  # of one attempt, so that all end before a request of the service does
 REST_SECONDS = 1  # between reads of a server that does not respond
 PAUSE_SECONDS = 0.2  # before the second attempt; then twice as long each time
-_ATTEMPTS, _READ_ATTEMPTS = 4, 2
+_ATTEMPTS = 4
+_READ_ATTEMPTS = 2
 _BUSY = frozenset({429, 500, 502, 503, 504})
 
 T = TypeVar("T")
@@ -90,7 +91,9 @@ class Reads:
     """Reads from one server, for all threads."""
 
     def __init__(self) -> None:
-        self._fault, self._retry_at, self._responded = "", 0.0, 0.0
+        self._fault = ""
+        self._retry_at = 0.0
+        self._responded = 0.0
 
     def __call__(self, function: Callable[[], T]) -> T:
         """As `call`. While the server does not respond, one read at a time tries it,
@@ -108,12 +111,11 @@ class Reads:
             if not isinstance(error.__cause__, ResponseHandlingException):
                 self._fault = ""
             elif self._responded < began:  # to no read meanwhile
-                self._fault, self._retry_at = (
-                    str(error),
-                    time.monotonic() + REST_SECONDS,
-                )
+                self._fault = str(error)
+                self._retry_at = time.monotonic() + REST_SECONDS
             raise
-        self._responded, self._fault = time.monotonic(), ""
+        self._responded = time.monotonic()
+        self._fault = ""
         return result
 
 

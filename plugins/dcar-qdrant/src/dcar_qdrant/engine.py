@@ -42,7 +42,8 @@ logger = logging.getLogger(__name__)
 
 _KINDS = ("auto", "flat", "hnsw")
 _FLAT_UP_TO = 20_000  # vectors that `auto` compares one by one
-_DEGREE, _CONSTRUCTION_WIDTH = 24, 200
+_DEGREE = 24
+_CONSTRUCTION_WIDTH = 200
 _SETTINGS = frozenset({"shard_number", "replication_factor", "hnsw_ef"})
 _QUANTIZATIONS = {
     "int8": {"scalar": {"type": "int8", "always_ram": True}},
@@ -93,7 +94,8 @@ class QdrantEngine(Engine):
                 f"vectors in Qdrant can be of kind {', '.join(_KINDS)}, not"
                 f" {spec.kind!r}"
             )
-        is_url, name = "://" in self._location, Path(self._location).name
+        is_url = "://" in self._location
+        name = Path(self._location).name
         if (
             not is_url
             and re.fullmatch(r"[\w.-]+:\d+", name)
@@ -168,7 +170,8 @@ class QdrantEngine(Engine):
         """Point the alias to the built collection of the current version, and drop
         those that no version names.
         """
-        here, prefix = self._location, collection_prefix(name)
+        here = self._location
+        prefix = collection_prefix(name)
         alias = f"{prefix}_current"
         try:
             locations = {
@@ -218,11 +221,9 @@ class QdrantEngine(Engine):
         """Create a collection, upload points with their fields, and wait until they are
         indexed.
         """
-        settings, name, client = (
-            self._settings,
-            location.collection,
-            connect(location.location),
-        )
+        settings = self._settings
+        name = location.collection
+        client = connect(location.location)
         degree = _DEGREE if location.hnsw_ef else 0  # 0 builds no graph
         quantization: Any = (
             _QUANTIZATIONS[self._quantization] if location.is_quantized else None
@@ -245,10 +246,8 @@ class QdrantEngine(Engine):
             if is_server and field != _UNINDEXED:
                 schema = models.PayloadSchemaType(_INDEXES.get(kind, "keyword"))
                 call(partial(client.create_payload_index, name, key, schema))
-        fields, row = (
-            new.fields.rename_columns([key for key, _ in location.fields.values()]),
-            0,
-        )
+        fields = new.fields.rename_columns([key for key, _ in location.fields.values()])
+        row = 0
         for block in new.blocks():
             for start in range(0, len(block), BATCH):
                 points = make_points(
@@ -256,7 +255,8 @@ class QdrantEngine(Engine):
                 )
                 call(partial(client.upsert, name, points))
                 row += len(points)
-        deadline, greens = time.monotonic() + _INDEXING_SECONDS, 0
+        deadline = time.monotonic() + _INDEXING_SECONDS
+        greens = 0
         while is_server and degree and greens < 2:  # the first may precede the graphs
             status = call(lambda: client.get_collection(name)).status
             greens = greens + 1 if status == models.CollectionStatus.GREEN else 0

@@ -59,16 +59,19 @@ class QdrantIndex(VectorIndex):
     `index_jobs.engines.measure.tune` describes.
     """
 
-    width, min_width, max_width, has_reranking = "hnsw_ef", 16, 4096, False
+    width = "hnsw_ef"
+    min_width = 16
+    max_width = 4096
+    has_reranking = False
 
     def __init__(self, location: QdrantLocation) -> None:
         """Open a collection. Raise ArtifactError if it is missing or lacks vectors."""
-        self.count, self.dim, self.ef = location.count, location.dim, location.hnsw_ef
-        self._name, self._fields, self._is_quantized = (
-            location.collection,
-            location.fields,
-            location.is_quantized,
-        )
+        self.count = location.count
+        self.dim = location.dim
+        self.ef = location.hnsw_ef
+        self._name = location.collection
+        self._fields = location.fields
+        self._is_quantized = location.is_quantized
         where = location.location
         self._is_local = "://" not in where
         # the client would create it
@@ -77,7 +80,8 @@ class QdrantIndex(VectorIndex):
                 f"the folder {where} with the vectors is missing; restore it, or"
                 " rebuild the index"
             )
-        self._client, self._read = connect(where), reads(where)
+        self._client = connect(where)
+        self._read = reads(where)
         if not call(lambda: self._client.collection_exists(self._name)):
             raise ArtifactError(
                 f"{where} has no collection {self._name}; roll back, or rebuild the"
@@ -109,9 +113,10 @@ class QdrantIndex(VectorIndex):
         is_narrow: bool = False,
     ) -> ScoredRows:
         """As `VectorIndex.search`. Qdrant evaluates the conditions."""
-        conditions = (
-            None if rows is None else to_conditions(rows, self._fields, self.count)
-        )
+        if rows is None:
+            conditions = None
+        else:
+            conditions = to_conditions(rows, self._fields, self.count)
         parameters = None
         if not self._is_local:  # it has none
             rescoring = models.QuantizationSearchParams(
@@ -132,11 +137,10 @@ class QdrantIndex(VectorIndex):
             )
             for vector in np.asarray(vectors, np.float32).tolist()
         ]
-        size = (
-            len(conditions.model_dump_json(exclude_none=True))
-            if conditions and len(requests) > 1
-            else 0
-        )
+        if conditions and len(requests) > 1:
+            size = len(conditions.model_dump_json(exclude_none=True))
+        else:
+            size = 0
         step = max(1, min(BATCH, FILTER_BYTES // (size + 1)))
         for start in range(0, len(requests), step):
             part = requests[start : start + step]
