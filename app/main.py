@@ -32,7 +32,9 @@ from dcar_core.util.errors import DcarError
 
 
 def create_app(
-    settings: Settings, *, on_start_failure: Callable[[DcarError], None] | None = None
+    settings: Settings,
+    *,
+    on_start_failure: Callable[[DcarError], None] | None = None,
 ) -> FastAPI:
     """Return the ASGI application.
 
@@ -117,7 +119,9 @@ def create_app(
 
 
 def _add_gauges(
-    metrics: Metrics, collections: Collections, retriever: Retriever
+    metrics: Metrics,
+    collections: Collections,
+    retriever: Retriever,
 ) -> None:
     """Register gauges of searches in progress and of the served indexes."""
 
@@ -137,7 +141,10 @@ def _add_gauges(
     counts = partial(values, lambda served: served.index.manifest.count)
     metrics.add_gauge("dcar_index_version", "Served version.", "collection", versions)
     metrics.add_gauge(
-        "dcar_index_items", "Items in the served version.", "collection", counts
+        "dcar_index_items",
+        "Items in the served version.",
+        "collection",
+        counts,
     )
     metrics.add_gauge(
         "dcar_index_degraded",

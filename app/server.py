@@ -80,7 +80,9 @@ def _run_workers(settings: Settings, listener: socket.socket) -> None:
     threads = settings.threads or max(1, available_cores() // settings.workers)
     settings = settings.model_copy(update={"threads": threads})
     config = server_config(
-        partial(_start, settings), factory=True, workers=settings.workers
+        partial(_start, settings),
+        factory=True,
+        workers=settings.workers,
     )
     with tempfile.TemporaryDirectory(prefix="dcar-metrics-") as folder:
         os.environ[SHARED_FOLDER] = folder
@@ -202,7 +204,10 @@ def listen(host: str, port: int) -> socket.socket:
     family = socket.AF_INET6 if is_ipv6 else socket.AF_INET
     try:
         return socket.create_server(
-            (host, port), family=family, backlog=1024, dualstack_ipv6=is_ipv6
+            (host, port),
+            family=family,
+            backlog=1024,
+            dualstack_ipv6=is_ipv6,
         )
     except OSError as error:
         raise DcarError(

@@ -88,7 +88,11 @@ class Target:
         return time.monotonic() > self.until
 
     async def send(
-        self, pieces: Iterator[bytes], *, every_s: float = 0.0, is_read: bool = True
+        self,
+        pieces: Iterator[bytes],
+        *,
+        every_s: float = 0.0,
+        is_read: bool = True,
     ) -> bytes:
         """Send pieces over one connection, read until it is closed or the attack is
         over, and return the response.
@@ -96,7 +100,9 @@ class Target:
         response = b""
         with suppress(OSError):
             reader, writer = await asyncio.open_connection(
-                "127.0.0.1", self.port, local_addr=(address.get(), 0)
+                "127.0.0.1",
+                self.port,
+                local_addr=(address.get(), 0),
             )
             try:
                 for piece in pieces:
@@ -203,7 +209,10 @@ async def overload(target: Target) -> None:
     seconds = target.until - time.monotonic()
     answers = dict[bytes, bytes]()
     load = partial(
-        closed_loop, connections=256, seconds=seconds, check=answers.__setitem__
+        closed_loop,
+        connections=256,
+        seconds=seconds,
+        check=answers.__setitem__,
     )
     tally = await load(target.port, new_texts(time.time_ns()))
     target.outcomes.update(
@@ -245,7 +254,9 @@ def change(method: str, path: str, **body: object) -> bytes:
     """Return a request of a caller that has the admin key."""
     request = post(path, "application/json", json.dumps(body).encode() if body else b"")
     return request.replace(b"POST", method.encode(), 1).replace(
-        b"\r\n", f"\r\nX-API-Key: {ADMIN_KEY}\r\n".encode(), 1
+        b"\r\n",
+        f"\r\nX-API-Key: {ADMIN_KEY}\r\n".encode(),
+        1,
     )
 
 
@@ -326,11 +337,15 @@ def attacks() -> dict[str, Attack]:
         ),
         "whole pages": batch(query="cat", k=200, fields=["*"]),
         "all facets": batch(
-            query="cat", min_score=-1, facets=["id", "caption", "category"]
+            query="cat",
+            min_score=-1,
+            facets=["id", "caption", "category"],
         ),
         "batches of 12 megapixels": batch(image=picture),
         "nested JSON": post(
-            "/search/batch", "application/json", b'{"queries":' + b'{"a":[' * 4_000_000
+            "/search/batch",
+            "application/json",
+            b'{"queries":' + b'{"a":[' * 4_000_000,
         ),
         "long names": post(
             "/search/batch",
@@ -383,7 +398,10 @@ def attacks() -> dict[str, Attack]:
 
 
 def measure(
-    server: Server, port: int, attack: Attack | None, seconds: float
+    server: Server,
+    port: int,
+    attack: Attack | None,
+    seconds: float,
 ) -> tuple[str, list[str]]:
     """Run one attack beside honest requests; return the cells of its row, and what must
     not happen.
@@ -393,7 +411,9 @@ def measure(
     fork = multiprocessing.get_context("fork")
     receiver, sender = fork.Pipe(duplex=False)
     process = fork.Process(
-        target=_run_attack, args=(attack, target, sender), daemon=True
+        target=_run_attack,
+        args=(attack, target, sender),
+        daemon=True,
     )
     process.start()
     sender.close()
@@ -458,7 +478,9 @@ def _run_attack(attack: Attack | None, target: Target, sender: Connection) -> No
 
 
 async def _send_honest(
-    server: Server, port: int, seconds: float
+    server: Server,
+    port: int,
+    seconds: float,
 ) -> tuple[list[Tally], float]:
     """Send texts, images and probes; return their tallies, and the peak of the server's
     memory in MB.
@@ -477,7 +499,10 @@ async def _send_honest(
         texts = loop(new_texts(time.time_ns()), pause_s=0.05)
         images = loop(new_images(), pause_s=0.1)
         *tallies, _ = await asyncio.gather(
-            texts, images, loop(lambda: PROBE, pause_s=0.02), watch()
+            texts,
+            images,
+            loop(lambda: PROBE, pause_s=0.02),
+            watch(),
         )
     return tallies, peak
 
@@ -526,13 +551,21 @@ def main() -> None:
     )
     parser.add_argument("--index", type=Path, help="attack this index instead")
     parser.add_argument(
-        "--seconds", type=float, default=8.0, help="duration of each attack"
+        "--seconds",
+        type=float,
+        default=8.0,
+        help="duration of each attack",
     )
     parser.add_argument(
-        "--only", nargs="*", metavar="NAME", help="run these attacks alone"
+        "--only",
+        nargs="*",
+        metavar="NAME",
+        help="run these attacks alone",
     )
     parser.add_argument(
-        "--short", action="store_true", help="run some attacks, for one second each"
+        "--short",
+        action="store_true",
+        help="run some attacks, for one second each",
     )
     given = parser.parse_args()
     if given.short:

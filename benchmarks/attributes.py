@@ -130,7 +130,10 @@ def protocol(data: Path, split: str) -> Protocol:
     ]
     _, emoji = np.unique([facts[row][0].thing for row in wanted], return_inverse=True)
     return Protocol(
-        replace(splits[split], samples=samples), facts, np.array(wanted), emoji
+        replace(splits[split], samples=samples),
+        facts,
+        np.array(wanted),
+        emoji,
     )
 
 
@@ -156,7 +159,9 @@ def estimate(values: np.ndarray, emoji: np.ndarray) -> str:
     sums = np.bincount(emoji, values)
     sizes = np.bincount(emoji)
     counts = np.random.default_rng(0).multinomial(
-        len(sizes), np.full(len(sizes), 1 / len(sizes)), size=10_000
+        len(sizes),
+        np.full(len(sizes), 1 / len(sizes)),
+        size=10_000,
     )
     low, high = np.quantile((counts @ sums) / (counts @ sizes), [0.025, 0.975])
     return f"{100 * values.mean():.1f} ({100 * low:.1f} to {100 * high:.1f})"
@@ -169,11 +174,17 @@ def main() -> None:
     )
     parser.add_argument("data", type=Path, help="a data set with metadata.jsonl")
     parser.add_argument(
-        "checkpoints", type=Path, nargs="+", help="several of a method are its seeds"
+        "checkpoints",
+        type=Path,
+        nargs="+",
+        help="several of a method are its seeds",
     )
     parser.add_argument("--model", required=True, help="the model that they share")
     parser.add_argument(
-        "--split", default="test", choices=SPLITS, help="default: %(default)s"
+        "--split",
+        default="test",
+        choices=SPLITS,
+        help="default: %(default)s",
     )
     parser.add_argument(
         "--baseline",

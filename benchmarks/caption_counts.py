@@ -72,7 +72,10 @@ def main() -> None:
 
         def hits(model: DCAR) -> Scores:
             split = prepare_split(
-                splits["test"], model.eval(), for_training=False, cache=cache
+                splits["test"],
+                model.eval(),
+                for_training=False,
+                cache=cache,
             )
             ranks = compute_ranks(
                 encode_captions(model, split),
@@ -115,7 +118,10 @@ def main() -> None:
 
 
 def written(
-    splits: dict[str, Dataset], count: int, seed: int, functions: TextFunctions
+    splits: dict[str, Dataset],
+    count: int,
+    seed: int,
+    functions: TextFunctions,
 ) -> dict[str, Dataset]:
     """Return the training and validation pairs of `count` captions, with negatives that
     are made of these alone.

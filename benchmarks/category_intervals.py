@@ -26,12 +26,16 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument(
-        "results", type=Path, help="the directory of `dcar evaluate --out`"
+        "results",
+        type=Path,
+        help="the directory of `dcar evaluate --out`",
     )
     parser.add_argument("method")
     parser.add_argument("other")
     parser.add_argument(
-        "--measure", choices=("t2i_r1", "i2t_r1"), help="default: the mean of both"
+        "--measure",
+        choices=("t2i_r1", "i2t_r1"),
+        help="default: the mean of both",
     )
     args = parser.parse_args()
     results = json.loads((args.results / "results.json").read_text())
@@ -47,7 +51,9 @@ def main() -> None:
     differences = hits[0] - hits[1]
     # [resamples, categories]
     counts = rng.multinomial(
-        len(pairs), np.full(len(pairs), 1 / len(pairs)), size=10_000
+        len(pairs),
+        np.full(len(pairs), 1 / len(pairs)),
+        size=10_000,
     )
     for name, own in (
         (args.method, hits[0]),

@@ -231,10 +231,14 @@ def main() -> None:
         help="data set; its validation pairs are the queries",
     )
     parser.add_argument(
-        "--drawings", type=Path, help="an index of the same items in another style"
+        "--drawings",
+        type=Path,
+        help="an index of the same items in another style",
     )
     parser.add_argument(
-        "--others", type=Path, help="a folder of pictures that show no item"
+        "--others",
+        type=Path,
+        help="a folder of pictures that show no item",
     )
     args = parser.parse_args()
     torch.set_num_threads(1)
@@ -295,7 +299,10 @@ def main() -> None:
         f" {np.quantile(remaining, 0.9):.0f}"
     )
     print_pictures(
-        opened, encoder, args.drawings and open_current(args.drawings), args.others
+        opened,
+        encoder,
+        args.drawings and open_current(args.drawings),
+        args.others,
     )
 
 

@@ -138,7 +138,10 @@ def main() -> None:
     parser.add_argument("out", type=Path, help="folder to write to")
     parser.add_argument("--count", type=int, default=100_000, help="of vectors")
     parser.add_argument(
-        "--encoded", type=int, default=100_000, help="of them from images"
+        "--encoded",
+        type=int,
+        default=100_000,
+        help="of them from images",
     )
     given = parser.parse_args()
     given.out.mkdir(parents=True, exist_ok=True)
@@ -156,14 +159,19 @@ def main() -> None:
         )
     parts = []
     for start in tqdm(
-        range(0, min(given.encoded, given.count), PART), "encoding", unit=f"x {PART}"
+        range(0, min(given.encoded, given.count), PART),
+        "encoding",
+        unit=f"x {PART}",
     ):
         part = given.out / f"part-{start}.npy"
         if not part.exists():
             np.save(part, encode(range(start, start + PART)))
         parts.append(np.load(part, mmap_mode="r"))
     written = np.lib.format.open_memmap(
-        given.out / "vectors.npy", "w+", np.float32, (given.count, encoder.dim)
+        given.out / "vectors.npy",
+        "w+",
+        np.float32,
+        (given.count, encoder.dim),
     )
     start = 0
     for block in grown(parts, given.count, len(images)):

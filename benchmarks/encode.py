@@ -57,7 +57,10 @@ def picture(seed: int, size: tuple[int, int]) -> bytes:
 
     def cells(side: int) -> np.ndarray:
         small = draw.integers(
-            0, 256, (height // side, width // side, 3), dtype=np.uint8
+            0,
+            256,
+            (height // side, width // side, 3),
+            dtype=np.uint8,
         )
         return np.asarray(
             Image.fromarray(small).resize(size, Image.Resampling.BICUBIC), np.float32
@@ -66,7 +69,9 @@ def picture(seed: int, size: tuple[int, int]) -> bytes:
     values = cells(40) + 0.25 * cells(3) - 32 + draw.normal(0, 4, (height, width, 3))
     buffer = io.BytesIO()
     Image.fromarray(values.clip(0, 255).astype(np.uint8)).save(
-        buffer, "JPEG", quality=85
+        buffer,
+        "JPEG",
+        quality=85,
     )
     return buffer.getvalue()
 
@@ -129,7 +134,10 @@ def throughput(arguments: argparse.Namespace, folder: Path) -> None:
         before = bare(encoder, arguments.batch_size, -(-batches // 2))
         began = time.perf_counter()
         encoded = encode_gallery(
-            scan(source), [encoder], folder / f"work{number}", options
+            scan(source),
+            [encoder],
+            folder / f"work{number}",
+            options,
         )
         job = (time.perf_counter() - began) / len(encoded)
         alone = (before + bare(encoder, arguments.batch_size, -(-batches // 2))) / 2
@@ -194,7 +202,9 @@ def memory(arguments: argparse.Namespace, folder: Path) -> None:
         f" {size / count:.0f} bytes a picture"
     )
     options = BuildOptions(
-        workers=arguments.workers, batch_size=arguments.batch_size, progress=False
+        workers=arguments.workers,
+        batch_size=arguments.batch_size,
+        progress=False,
     )
     encoded = encode_gallery(scanned, [Encoder.load(BASE)], folder / "work", options)
     own, worker = (
@@ -225,10 +235,17 @@ def main() -> None:
     )
     parser.add_argument("--threads", type=int, help="of torch (default: all cores)")
     parser.add_argument(
-        "--size", type=int, nargs=2, default=(500, 375), metavar=("WIDTH", "HEIGHT")
+        "--size",
+        type=int,
+        nargs=2,
+        default=(500, 375),
+        metavar=("WIDTH", "HEIGHT"),
     )
     parser.add_argument(
-        "--memory", type=int, metavar="PICTURES", help="measure memory instead"
+        "--memory",
+        type=int,
+        metavar="PICTURES",
+        help="measure memory instead",
     )
     parser.add_argument(
         "--dir",

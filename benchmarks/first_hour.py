@@ -65,7 +65,9 @@ def make_shop(folder: Path) -> None:
     for number, (entry, picture) in enumerate(pictures(500)):
         names = [f"{number}{side}.jpg" for side in ("", "-back")[: 1 + (number < 348)]]
         for name, image in zip(
-            names, (picture, ImageOps.mirror(picture)), strict=False
+            names,
+            (picture, ImageOps.mirror(picture)),
+            strict=False,
         ):
             image.convert("RGB").save(folder / name)
         group = "Flagge" if entry["meta_category"] == "country-flag" else "Ware"
@@ -137,7 +139,11 @@ def serving(
     words = [*program, *shlex.split(command)[1:]]
     with log.open("w") as file:
         process = subprocess.Popen(
-            words, cwd=folder, env=environment, stdout=file, stderr=subprocess.STDOUT
+            words,
+            cwd=folder,
+            env=environment,
+            stdout=file,
+            stderr=subprocess.STDOUT,
         )
     try:
         while not ask(port, "/readyz"):
@@ -183,10 +189,14 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument(
-        "--install", action="store_true", help="clone and install, which is timed apart"
+        "--install",
+        action="store_true",
+        help="clone and install, which is timed apart",
     )
     parser.add_argument(
-        "--shop", action="store_true", help="a table of products in place of photos"
+        "--shop",
+        action="store_true",
+        help="a table of products in place of photos",
     )
     parser.add_argument(
         "--model",
@@ -232,7 +242,9 @@ def main() -> None:
             for query in ("crying cat", "Flagge"):
                 start = time.perf_counter()
                 while not ask(
-                    port, "/search/text", {"query": query, "hybrid": args.shop, "k": 3}
+                    port,
+                    "/search/text",
+                    {"query": query, "hybrid": args.shop, "k": 3},
                 ):
                     time.sleep(0.05)
                 row(f'search "{query}"', start)

@@ -14,7 +14,9 @@ def encoded(kind: str, side: int, **options: object) -> bytes:
     """Return an image of one colour: few bytes, many pixels."""
     buffer = io.BytesIO()
     Image.new("L" if kind in ("TIFF", "BMP", "GIF") else "RGB", (side, side)).save(
-        buffer, kind, **options
+        buffer,
+        kind,
+        **options,
     )
     return buffer.getvalue()
 

@@ -49,7 +49,11 @@ def measure_quality(index: Path, queries: Path, weights: list[float]) -> None:
         scores = np.full((len(read), len(items)), -np.inf, np.float32)
         for number, (text, vector) in enumerate(zip(texts, vectors, strict=True)):
             best = best_rows(
-                opened, Plan(text=text, words_weight=weight), vector, 10, None
+                opened,
+                Plan(text=text, words_weight=weight),
+                vector,
+                10,
+                None,
             ).rows.tolist()
             scores[number, best] = -np.arange(len(best))
         means = 100 * evaluate_queries.measure(scores, read).mean(0)
@@ -74,7 +78,10 @@ def main() -> None:
         help="default: %(default)s",
     )
     parser.add_argument(
-        "--weights", type=float, nargs="+", default=[0.0, DEFAULT_WEIGHT, 1.0]
+        "--weights",
+        type=float,
+        nargs="+",
+        default=[0.0, DEFAULT_WEIGHT, 1.0],
     )
     args = parser.parse_args()
     measure_quality(args.index, args.queries, args.weights)

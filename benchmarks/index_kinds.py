@@ -82,7 +82,9 @@ class Hnswlib:
 
     def search(self, vectors: Floats, k: int) -> tuple[Floats, Any]:
         rows, distances = self._loaded.knn_query(
-            vectors, k, num_threads=1 if len(vectors) == 1 else -1
+            vectors,
+            k,
+            num_threads=1 if len(vectors) == 1 else -1,
         )
         return 1 - distances, rows.astype(np.int64)
 
@@ -101,7 +103,11 @@ class Built:
     times: list[float] = field(default_factory=list)  # milliseconds
 
     def build(
-        self, vectors: Floats, queries: HeldOutQueries, memory: int, target: float
+        self,
+        vectors: Floats,
+        queries: HeldOutQueries,
+        memory: int,
+        target: float,
     ) -> None:
         """Build and tune an index, or tune the one that other queries have tuned."""
         start, (count, dim) = time.process_time(), vectors.shape
@@ -186,7 +192,9 @@ def measure(indexes: list[Built], vectors: Floats, folder: Path, filters: bool) 
             few = mixed[: 2 * TIMED]
             exact = find_neighbours(lambda mask=mask: selected(vectors, mask), few)[0]  # type: ignore[misc]
             scores = np.einsum(
-                "qe,qke->qk", few, vectors[index.search(few, NEIGHBOURS, rows)[1]]
+                "qe,qke->qk",
+                few,
+                vectors[index.search(few, NEIGHBOURS, rows)[1]],
             )
             recall = np.mean(scores >= exact[:, -1:] - TIE_TOLERANCE)
             built.cells[f"{percent} % allowed"] = (
@@ -271,11 +279,15 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument(
-        "folder", type=Path, help="of emoji_vectors.py, or with files like those"
+        "folder",
+        type=Path,
+        help="of emoji_vectors.py, or with files like those",
     )
     parser.add_argument("--count", type=int, help="of the first vectors (default: all)")
     parser.add_argument(
-        "--kind", action="append", help=f"may be repeated; default: {', '.join(KINDS)}"
+        "--kind",
+        action="append",
+        help=f"may be repeated; default: {', '.join(KINDS)}",
     )
     parser.add_argument(
         "--tune",
@@ -283,7 +295,10 @@ def main() -> None:
         help="kinds of queries; may be repeated; default: captions+words",
     )
     parser.add_argument(
-        "--target", type=float, default=IndexSpec.target_recall, help="recall"
+        "--target",
+        type=float,
+        default=IndexSpec.target_recall,
+        help="recall",
     )
     parser.add_argument(
         "--memory",

@@ -82,7 +82,9 @@ class _Connection(asyncio.Protocol):
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         self.transport: asyncio.Transport = transport  # type: ignore[assignment]
         self.transport.get_extra_info("socket").setsockopt(
-            socket.IPPROTO_TCP, socket.TCP_NODELAY, 1
+            socket.IPPROTO_TCP,
+            socket.TCP_NODELAY,
+            1,
         )
 
     def ask(self, request: bytes) -> "asyncio.Future[int]":

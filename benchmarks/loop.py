@@ -86,7 +86,10 @@ class Queries:
 
 
 def make_queries(
-    gallery: Path, index: Path, limit: int, seed: int
+    gallery: Path,
+    index: Path,
+    limit: int,
+    seed: int,
 ) -> tuple[Queries, Queries]:
     """Return queries for users, and two fifths as many for the test; no text is in
     both.
@@ -153,7 +156,9 @@ class Loop:
         """
         opened = open_current(self.index)
         encoder = Encoder.load(
-            opened.checkpoint, device="cpu", backbone=self._encoder.model.backbone
+            opened.checkpoint,
+            device="cpu",
+            backbone=self._encoder.model.backbone,
         )
         opened.require(encoder.fingerprint)
         rows = opened.search(encoder.state.adapt_texts(self._features), DEPTH)[1]
@@ -170,13 +175,19 @@ class Loop:
         shown, _ = self.search()
         asyncio.run(
             self._log(
-                shown, searches, hostile, *np.random.default_rng((seed, week)).spawn(2)
+                shown,
+                searches,
+                hostile,
+                *np.random.default_rng((seed, week)).spawn(2),
             )
         )
         pairs = self.folder / "pairs"
         shutil.rmtree(pairs, ignore_errors=True)
         self.report = export(
-            self.index / "feedback", open_current(self.index), self.index.name, pairs
+            self.index / "feedback",
+            open_current(self.index),
+            self.index.name,
+            pairs,
         )
         if self.kind != "all":
             lines = (pairs / "pairs.jsonl").read_text().splitlines(keepends=True)
@@ -211,7 +222,9 @@ class Loop:
         log.start()
         queries = rng.integers(len(self.users.texts), size=searches)
         filters = np.where(
-            rng.random(searches) < 0.5, rng.integers(FILTERS, size=searches), -1
+            rng.random(searches) < 0.5,
+            rng.integers(FILTERS, size=searches),
+            -1,
         )
         is_hostile = attack.random(searches) < hostile
         is_aim = (shown[:, :SHOWN] == self.wanted).any(1)
@@ -249,7 +262,9 @@ class Loop:
                 client = f"u{rng.integers(max(1, searches // 4))}"
                 clicked = rng.random(SHOWN)[:count]
                 clicked = clicked < EXAMINED[:count] * np.where(
-                    right[key], RIGHT, NOISE
+                    right[key],
+                    RIGHT,
+                    NOISE,
                 )
                 if is_hostile[number]:
                     client = f"h{attack.integers(HOSTILE_CLIENTS)}"
@@ -295,7 +310,9 @@ def refuse_useless(loop: Loop) -> str:
         .rows.tolist()
     )
     for place, other in zip(
-        learned, np.random.default_rng(0).permutation(learned).tolist(), strict=True
+        learned,
+        np.random.default_rng(0).permutation(learned).tolist(),
+        strict=True,
     ):
         rows[place]["caption"] = texts[other]
     path = loop.folder / "useless.jsonl"
@@ -316,7 +333,10 @@ def main() -> None:
     )
     parser.add_argument("--weeks", type=int, default=10, help="default: %(default)s")
     parser.add_argument(
-        "--searches", type=int, default=20_000, help="in a week; default: %(default)s"
+        "--searches",
+        type=int,
+        default=20_000,
+        help="in a week; default: %(default)s",
     )
     parser.add_argument(
         "--queries",
@@ -331,10 +351,16 @@ def main() -> None:
         help="share of searches; default: %(default)s",
     )
     parser.add_argument(
-        "--gallery", type=Path, default=EMOJI / "openmoji", help="default: openmoji"
+        "--gallery",
+        type=Path,
+        default=EMOJI / "openmoji",
+        help="default: openmoji",
     )
     parser.add_argument(
-        "--model", type=Path, default=EMOJI / "base", help="default: the bundled one"
+        "--model",
+        type=Path,
+        default=EMOJI / "base",
+        help="default: the bundled one",
     )
     parser.add_argument("--seeds", type=int, default=1, help="default: %(default)s")
     parser.add_argument(
@@ -347,7 +373,11 @@ def main() -> None:
         work = Path(name)
         save_zero_shot(BackboneSource(str(args.model)), work / "model")
         rebuild(
-            args.gallery, work / "model", work / "start", device="cpu", progress=False
+            args.gallery,
+            work / "model",
+            work / "start",
+            device="cpu",
+            progress=False,
         )
         encoder = Encoder.load(work / "model", device="cpu")
         runs = {"honest": (0.0, "all")} | (
@@ -361,7 +391,12 @@ def main() -> None:
             users, test = make_queries(args.gallery, work / "start", args.queries, seed)
             for name, (share, kind) in runs.items():
                 made = loops[name] = Loop(
-                    work / "start", work / f"{name}-{seed}", users, test, encoder, kind
+                    work / "start",
+                    work / f"{name}-{seed}",
+                    users,
+                    test,
+                    encoder,
+                    kind,
                 )
                 off[seed] = made.hit()
                 for week in range(args.weeks):

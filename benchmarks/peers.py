@@ -89,7 +89,9 @@ def asked(name: str, kind: str) -> Requests:
             for n, file in enumerate(itertools.cycle(images(16)))
         )
     return lambda: post(
-        path, "application/json", json.dumps(body(next(queries))).encode()
+        path,
+        "application/json",
+        json.dumps(body(next(queries))).encode(),
     )
 
 
@@ -99,10 +101,15 @@ def main() -> None:
     )
     for name in PEERS:
         parser.add_argument(
-            f"--{name}", metavar="URL", help="address of the peer; default: skip it"
+            f"--{name}",
+            metavar="URL",
+            help="address of the peer; default: skip it",
         )
     parser.add_argument(
-        "--work", type=Path, default=Path("data/benchmarks"), help="folder of the index"
+        "--work",
+        type=Path,
+        default=Path("data/benchmarks"),
+        help="folder of the index",
     )
     parser.add_argument(
         "--runtimes",
@@ -121,7 +128,10 @@ def main() -> None:
     }
     for runtime in given.runtimes:
         with serving(
-            index, cache_size=0, runtime=runtime, deadline_ms=60_000
+            index,
+            cache_size=0,
+            runtime=runtime,
+            deadline_ms=60_000,
         ) as server:
             for kind, mine in (
                 ("text", lambda: new_texts(time.time_ns())),

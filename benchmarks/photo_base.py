@@ -77,12 +77,17 @@ def load_cnn(weights: Path) -> Callable[[np.ndarray], np.ndarray]:
     # other names, the same order
     model.load_state_dict(dict(zip(model.state_dict(), tensors, strict=True)))
     cnn = timm.create_model(
-        "tf_efficientnet_lite2", pretrained=False, features_only=True, out_indices=(4,)
+        "tf_efficientnet_lite2",
+        pretrained=False,
+        features_only=True,
+        out_indices=(4,),
     ).eval()
     cnn.load_state_dict({name: model.state_dict()[name] for name in cnn.state_dict()})
     traced = torch.jit.trace(cnn, torch.zeros(1, 3, SIDE, SIDE), check_trace=False)
     network = openvino.Core().compile_model(
-        openvino.convert_model(traced), "CPU", {"INFERENCE_PRECISION_HINT": "bf16"}
+        openvino.convert_model(traced),
+        "CPU",
+        {"INFERENCE_PRECISION_HINT": "bf16"},
     )
     return lambda photos: network(
         photos.transpose(0, 3, 1, 2).astype(np.float32) / 127.5 - 1
@@ -202,7 +207,9 @@ def build_model() -> tuple[open_clip.CLIP, dict]:
     }
     positions = own["positional_embedding"]
     own["positional_embedding"] = F.pad(
-        positions.T, (0, CONTEXT - len(positions)), mode="replicate"
+        positions.T,
+        (0, CONTEXT - len(positions)),
+        mode="replicate",
     ).T
     model.load_state_dict(own, strict=False)
     return model, config
@@ -216,7 +223,10 @@ def optimize(
 ) -> None:
     """Minimize the losses of batches, with a warm-up and a cosine."""
     optimizer = torch.optim.AdamW(
-        parameters, lr=lr, weight_decay=0.1, betas=(0.9, 0.98)
+        parameters,
+        lr=lr,
+        weight_decay=0.1,
+        betas=(0.9, 0.98),
     )
     for step in (bar := tqdm(range(steps), unit="batch")):
         factor = (
@@ -287,7 +297,9 @@ def learn_photos(
         # [B, 3, y, PATCH, x, PATCH]
         patches = pixels[rows].unflatten(2, (GRID, PATCH)).unflatten(4, (GRID, PATCH))
         mirrored = torch.where(
-            (torch.rand(BATCH) < 0.5).view(-1, 1, 1, 1, 1, 1), patches.flip(4), patches
+            (torch.rand(BATCH) < 0.5).view(-1, 1, 1, 1, 1, 1),
+            patches.flip(4),
+            patches,
         )
         batch = (mirrored.flatten(4).flatten(2, 3).float() / 255 - MEAN) / STD
         with torch.autocast("cpu", torch.bfloat16):
@@ -295,7 +307,10 @@ def learn_photos(
         text = F.normalize(hidden[rows] @ model.text_projection, dim=1)
         scale = model.logit_scale.exp().clamp(max=100)
         return contrastive_loss(
-            text, image, group[rows][:, None] == group[rows][None], scale
+            text,
+            image,
+            group[rows][:, None] == group[rows][None],
+            scale,
         )
 
     optimize(
@@ -341,7 +356,9 @@ def train(args: Namespace) -> None:
         for name, value in model.state_dict().items()
     }
     save_file(
-        weights, str(base / "open_clip_model.safetensors"), metadata={"format": "pt"}
+        weights,
+        str(base / "open_clip_model.safetensors"),
+        metadata={"format": "pt"},
     )
     shape = {"mean": (MEAN,) * 3, "std": (STD,) * 3, "interpolation": "bicubic"}
     shape |= {"resize_mode": "squash", "size": [GRID * PATCH] * 2}
@@ -369,10 +386,17 @@ def parse_arguments() -> Namespace:
     ):
         parsers[write_maps].add_argument(name, type=Path, required=True, help=text)
     parsers[write_maps].add_argument(
-        "--data", type=Path, nargs="+", required=True, help="data sets with categories"
+        "--data",
+        type=Path,
+        nargs="+",
+        required=True,
+        help="data sets with categories",
     )
     parsers[train].add_argument(
-        "--encoder", type=Path, required=True, help="folder of all-MiniLM-L6-v2"
+        "--encoder",
+        type=Path,
+        required=True,
+        help="folder of all-MiniLM-L6-v2",
     )
     parsers[train].add_argument(
         "--wordnet",
@@ -383,7 +407,10 @@ def parse_arguments() -> Namespace:
     parsers[train].add_argument("--out", type=Path, required=True, help="that of maps")
     for name, value in (("--text-steps", 80), ("--epochs", 10), ("--seed", 0)):
         parsers[train].add_argument(
-            name, type=int, default=value, help="default: %(default)s"
+            name,
+            type=int,
+            default=value,
+            help="default: %(default)s",
         )
     return parser.parse_args()
 

@@ -55,7 +55,10 @@ def captioned(data: Path | None, count: int) -> tuple[list[str], list[bytes]]:
 
 
 def measure(
-    load: Callable[..., Encoder], name: str, texts: list[str], pixels: Pixels
+    load: Callable[..., Encoder],
+    name: str,
+    texts: list[str],
+    pixels: Pixels,
 ) -> tuple[dict[str, float], tuple[Floats, Floats]]:
     """Return speeds and memory of a runtime, and its vectors of texts and of pixels."""
     encoder = load(runtime="torch" if name == REFERENCE else name)
@@ -94,7 +97,9 @@ def plain(
         tokens = backbone.tokenize(texts, model.prompt_tokens)
         missing = backbone.context_length - model.prompt_tokens - tokens.shape[1]
         padded = torch.nn.functional.pad(
-            tokens, (0, missing), value=backbone.layout.pad_id
+            tokens,
+            (0, missing),
+            value=backbone.layout.pad_id,
         )
         return model.encode_query(padded).cpu().numpy()
 
@@ -137,7 +142,10 @@ def main() -> None:
     args = parser.parse_args()
     checkpoint = args.checkpoint or str(vit_checkpoint(args.work))
     load = partial(
-        Encoder.load, checkpoint, device=args.device, cache=args.work / "runtimes"
+        Encoder.load,
+        checkpoint,
+        device=args.device,
+        cache=args.work / "runtimes",
     )
     encoder, (texts, files) = load(), captioned(args.data, args.pictures)
     pixels = np.stack([encoder.preprocess(file) for file in files[: args.pictures]])

@@ -99,7 +99,9 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument(
-        "--index", type=Path, help="take this index instead of the bundled emoji"
+        "--index",
+        type=Path,
+        help="take this index instead of the bundled emoji",
     )
     parser.add_argument("--seconds", type=float, default=5.0)
     parser.add_argument("--rounds", type=int, default=3)

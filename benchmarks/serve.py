@@ -67,7 +67,9 @@ def images(count: int) -> list[bytes]:
         small = Image.fromarray(rng.integers(0, 255, (62, 62, 3), np.uint8))
         buffer = io.BytesIO()
         small.resize((500, 500), Image.Resampling.BICUBIC).save(
-            buffer, "JPEG", quality=88
+            buffer,
+            "JPEG",
+            quality=88,
         )
         made.append(buffer.getvalue())
     return made
@@ -137,7 +139,10 @@ class Bare:
         version = open_current(index)
         folder = Path(cache) if cache else None
         self.encoder = Encoder.load(
-            version.checkpoint, device="cpu", runtime=runtime, cache=folder
+            version.checkpoint,
+            device="cpu",
+            runtime=runtime,
+            cache=folder,
         )
         self._texts = unique_texts(9)
         self._pixels = np.stack([self.encoder.preprocess(each) for each in images(32)])
@@ -187,7 +192,9 @@ def matrix_rate() -> float:
         [opset13.matmul(given, opset13.constant(matrix), False, True)], [given]
     )
     multiply = openvino.Core().compile_model(
-        model, "CPU", {"INFERENCE_PRECISION_HINT": "f32"}
+        model,
+        "CPU",
+        {"INFERENCE_PRECISION_HINT": "f32"},
     )
     took = []
     for _ in range(12):
@@ -198,7 +205,10 @@ def matrix_rate() -> float:
 
 
 def uncached(
-    index: Path, seconds: float, rounds: int, settings: dict[str, Any]
+    index: Path,
+    seconds: float,
+    rounds: int,
+    settings: dict[str, Any],
 ) -> None:
     print(
         f"float32 matrices are multiplied with {matrix_rate() / 1e9:.0f} GFLOP/s",
@@ -210,7 +220,9 @@ def uncached(
             flush=True,
         )
         bare = Bare(
-            index, settings.get("runtime", "auto"), settings.get("runtime_cache")
+            index,
+            settings.get("runtime", "auto"),
+            settings.get("runtime_cache"),
         )
         for kind, make in (
             ("text", lambda: new_texts(time.time_ns())),
@@ -218,7 +230,10 @@ def uncached(
         ):
             run(
                 closed_loop(
-                    server.port, make(), connections=8, seconds=min(2.0, seconds)
+                    server.port,
+                    make(),
+                    connections=8,
+                    seconds=min(2.0, seconds),
                 )
             )
             for connections in (1, 8, 32, 128):
@@ -306,7 +321,10 @@ def changes(index: Path, rounds: int) -> None:
 
 
 def _seconds_to_change(
-    client: httpx.Client, field: str, chosen: dict[str, Any], count: int
+    client: httpx.Client,
+    field: str,
+    chosen: dict[str, Any],
+    count: int,
 ) -> float:
     """Return the seconds from a request to the first search that finds every changed
     item by the new value.

@@ -29,7 +29,11 @@ class Server:
     """A `dcar serve` process on some cores, with settings as in DCAR_*."""
 
     def __init__(
-        self, index: Path, *, cores: set[int] | None = None, **settings: Any
+        self,
+        index: Path,
+        *,
+        cores: set[int] | None = None,
+        **settings: Any,
     ) -> None:
         """Start it, and wait until it is ready."""
         self.port = free_port()
@@ -57,7 +61,9 @@ class Server:
                 os.sched_setaffinity(0, cores)
 
         self._start = lambda: subprocess.Popen(
-            command, env=os.environ | environment, preexec_fn=prepare
+            command,
+            env=os.environ | environment,
+            preexec_fn=prepare,
         )
         self.start()
 
@@ -197,7 +203,10 @@ def random_vit(work: Path, count: int = 100_000) -> Path:
 
 
 def made_index(
-    out: Path, checkpoint: Path, draw: "Callable[[], Floats]", captions: Sequence[str]
+    out: Path,
+    checkpoint: Path,
+    draw: "Callable[[], Floats]",
+    captions: Sequence[str],
 ) -> Path:
     """Return an index of drawn vectors and captions whose images do not exist; made
     once.

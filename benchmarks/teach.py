@@ -54,7 +54,10 @@ class Client(httpx.Client):
 
 
 def words(
-    client: Client, groups: Groups, count: int, rng: np.random.Generator
+    client: Client,
+    groups: Groups,
+    count: int,
+    rng: np.random.Generator,
 ) -> list[float]:
     values = list[tuple[bool, float]]()
     for thing, tones in groups.items():
@@ -79,7 +82,10 @@ def words(
 
 
 def tags(
-    client: Client, groups: Groups, count: int, rng: np.random.Generator
+    client: Client,
+    groups: Groups,
+    count: int,
+    rng: np.random.Generator,
 ) -> list[float]:
     values = list[tuple[float, float, float]]()
     new = np.zeros(2)
@@ -154,7 +160,10 @@ def judge(client: Client, style: str, parts: dict[str, Groups]) -> None:
     for part, groups in parts.items():
         for count in (1, 3, 5, 10):
             values = (words if part == "words" else tags)(
-                client, groups, count, np.random.default_rng(count)
+                client,
+                groups,
+                count,
+                np.random.default_rng(count),
             )
             figures = " ".join(f"{100 * value:.1f}" for value in values)
             print(f"{style}, {len(groups)} {part}, N = {count}: {figures}", flush=True)

@@ -72,7 +72,9 @@ def make_data(folder: Path, pairs: int) -> None:
 
 
 def seconds_per_batch(
-    model: DCAR, data: PreparedSplit, args: argparse.Namespace
+    model: DCAR,
+    data: PreparedSplit,
+    args: argparse.Namespace,
 ) -> float:
     """Return the median seconds of a batch's forward and backward pass."""
     precision = MixedPrecision(args.amp, model.backbone.device)
@@ -105,7 +107,10 @@ def measure(name: str, folder: Path, args: argparse.Namespace) -> dict[str, floa
     model = seeded_model(backbone, find_method(name).config, 0).train()
     training = Annotations(folder).load("train")[0]
     data = prepare_split(
-        training, model, for_training=True, cache=FeatureCache(None, backbone)
+        training,
+        model,
+        for_training=True,
+        cache=FeatureCache(None, backbone),
     )
     batch = seconds_per_batch(model, data, args)
     is_gpu = backbone.device.type == "cuda"
@@ -144,7 +149,9 @@ def main() -> None:
     parser.add_argument("--device", default="auto")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument(
-        "--wall", action="store_true", help="measure wall-clock time on a CPU too"
+        "--wall",
+        action="store_true",
+        help="measure wall-clock time on a CPU too",
     )
     args = parser.parse_args()
     prepare_process(args)

@@ -44,7 +44,9 @@ def exclusion_queries(
 
 
 def result_shares(
-    opened: IndexVersion, vectors: np.ndarray, queries: list[tuple[str, str]]
+    opened: IndexVersion,
+    vectors: np.ndarray,
+    queries: list[tuple[str, str]],
 ) -> tuple[float, float]:
     """Search with float32 vectors (N, E) of any length; return the unwanted and the
     right share in percent.
@@ -67,7 +69,9 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument(
-        "index", type=Path, help="a published index whose items have attributes"
+        "index",
+        type=Path,
+        help="a published index whose items have attributes",
     )
     args = parser.parse_args()
     torch.set_num_threads(1)

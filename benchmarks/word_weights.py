@@ -85,11 +85,17 @@ def main() -> None:
     )
     parser.add_argument("data", type=Path)
     parser.add_argument(
-        "checkpoints", type=Path, nargs="+", help="several of a method are its seeds"
+        "checkpoints",
+        type=Path,
+        nargs="+",
+        help="several of a method are its seeds",
     )
     parser.add_argument("--model", required=True, help="the model that they share")
     parser.add_argument(
-        "--split", default="val", choices=SPLITS, help="default: %(default)s"
+        "--split",
+        default="val",
+        choices=SPLITS,
+        help="default: %(default)s",
     )
     args = parser.parse_args()
     torch.set_num_threads(1)

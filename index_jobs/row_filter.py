@@ -48,7 +48,10 @@ class RowFilter:
 
         included = self.included[~np.isin(self.included, rows)]
         return RowFilter(
-            make_mask, self.filter, np.union1d(self.excluded, rows), included
+            make_mask,
+            self.filter,
+            np.union1d(self.excluded, rows),
+            included,
         )
 
     def part(self, span: range) -> "RowFilter":

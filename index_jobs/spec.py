@@ -23,7 +23,9 @@ def parse_size(text: str) -> int:
     than a megabyte is refused.
     """
     match = re.fullmatch(
-        r"(\d+(?:\.\d+)?)\s*([KMGT]?)(i)?B?", text.strip(), re.IGNORECASE
+        r"(\d+(?:\.\d+)?)\s*([KMGT]?)(i)?B?",
+        text.strip(),
+        re.IGNORECASE,
     )
     if match:
         size = int(
@@ -78,7 +80,9 @@ class IndexSpec:
         parser=parse_size,
     )
     target_recall: float = option(
-        0.99, "Recall at 10, against exact search, to tune parameters to.", **_SHARE
+        0.99,
+        "Recall at 10, against exact search, to tune parameters to.",
+        **_SHARE,
     )
     text_fields: tuple[str, ...] | None = option(
         None,
@@ -144,7 +148,9 @@ class BuildOptions:
         min=1,
     )
     max_vanished: float = option(
-        0.2, "Share of the served images that may be gone from the gallery.", **_SHARE
+        0.2,
+        "Share of the served images that may be gone from the gallery.",
+        **_SHARE,
     )
     model: Path | None = option(
         None,
@@ -157,7 +163,9 @@ class BuildOptions:
         "auto (every GPU, or the CPU), cpu, cuda:1, mps, or several: cuda:0,cuda:1.",
     )
     shard_rows: int = option(
-        1024, "Images per shard, which is the work that a killed run can lose.", min=1
+        1024,
+        "Images per shard, which is the work that a killed run can lose.",
+        min=1,
     )
     validation: Path | None = option(
         None,

@@ -214,7 +214,9 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument(
-        "--check", action="store_true", help="exit with 1 if a file is stale"
+        "--check",
+        action="store_true",
+        help="exit with 1 if a file is stale",
     )
     args = parser.parse_args()
     for path, text in ((OPENAPI, openapi()), (TARGET, client_models())):

@@ -61,7 +61,10 @@ def count_parameters(name: str) -> int:
     """
     with torch.device("meta"):
         model = open_clip.create_model(
-            name, load_weights=False, pretrained_text=False, device="meta"
+            name,
+            load_weights=False,
+            pretrained_text=False,
+            device="meta",
         )
     return round(sum(int(parameter.numel()) for parameter in model.parameters()) / 1e6)
 
@@ -82,7 +85,9 @@ def main() -> int:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument(
-        "--check", action="store_true", help="only say whether the page is up to date"
+        "--check",
+        action="store_true",
+        help="only say whether the page is up to date",
     )
     check = parser.parse_args().check
     if not check:

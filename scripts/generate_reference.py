@@ -69,7 +69,10 @@ def pages() -> dict[str, str]:
     }
     for name, group in groups.items():
         found[f"cli-{name}.md"] = _cli_page(
-            f"`dcar {name}`", _paragraphs(group.help or ""), group, f"dcar {name}"
+            f"`dcar {name}`",
+            _paragraphs(group.help or ""),
+            group,
+            f"dcar {name}",
         )
     return found | {"settings.md": settings_page(), CHART_SCHEMA: chart_schema()}
 
@@ -241,7 +244,9 @@ def main() -> int:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument(
-        "--check", action="store_true", help="only say whether the pages are up to date"
+        "--check",
+        action="store_true",
+        help="only say whether the pages are up to date",
     )
     check = parser.parse_args().check
     stale = []

@@ -118,7 +118,11 @@ def exported_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def _checkpoint(
-    model: Path, path: Path, seed: int, method: str = "dcar", noise: float = 0.02
+    model: Path,
+    path: Path,
+    seed: int,
+    method: str = "dcar",
+    noise: float = 0.02,
 ) -> Path:
     return checkpoint_on(model, find_method(method).config, path, seed, noise)
 
@@ -143,7 +147,11 @@ def other_checkpoint(tiny_model: Path) -> Path:
 def reranking_checkpoint(tiny_model: Path) -> Path:
     """The same backbone with a second stage."""
     return _checkpoint(
-        tiny_model, tiny_model.parent / "reranking", 3, "query-prompts", noise=0.1
+        tiny_model,
+        tiny_model.parent / "reranking",
+        3,
+        "query-prompts",
+        noise=0.1,
     )
 
 

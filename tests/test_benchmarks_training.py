@@ -65,7 +65,9 @@ def main(
 
 def run(script: str, *arguments: object) -> subprocess.CompletedProcess[str]:
     done = commands.run(
-        ROOT / "benchmarks" / script, *arguments, environment={"PYTHONPATH": str(ROOT)}
+        ROOT / "benchmarks" / script,
+        *arguments,
+        environment={"PYTHONPATH": str(ROOT)},
     )
     assert done.returncode == 0, done.stderr
     return done
@@ -109,7 +111,13 @@ def test_index_kinds_shows_the_recall_of_each_kind_of_text(tmp_path: Path) -> No
         "--filters",
     ]
     first, _, head, _, *rows = run(
-        "index_kinds.py", tmp_path, "--target", 0.5, "--count", 200, *tasks
+        "index_kinds.py",
+        tmp_path,
+        "--target",
+        0.5,
+        "--count",
+        200,
+        *tasks,
     ).stdout.splitlines()
     assert first == "200 vectors of 32:"
     assert [line.split(" | ")[1:3] for line in rows] == [
@@ -174,7 +182,9 @@ def test_categories_are_resampled(tmp_path: Path, main: Callable[..., str]) -> N
 @pytest.mark.slow
 @needs("time")
 def test_the_loop_of_clicks_ends_with_hits_by_week(
-    tiny_model: Path, tiny_gallery: Path, tmp_path: Path
+    tiny_model: Path,
+    tiny_gallery: Path,
+    tmp_path: Path,
 ) -> None:
     gallery = Path(shutil.copytree(tiny_gallery, tmp_path / "gallery"))
     rows = [
@@ -215,7 +225,9 @@ def test_the_loop_of_clicks_ends_with_hits_by_week(
     "script", sorted((ROOT / "benchmarks").glob("*.py")), ids=lambda script: script.stem
 )
 def test_every_benchmark_is_imported_and_names_its_options(
-    script: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    script: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     monkeypatch.setattr(sys, "argv", [str(script), "--help"])
     is_command = "__main__" in script.read_text()

@@ -60,7 +60,9 @@ def test_help_teaches_and_loads_no_model_library() -> None:
 def test_test_modules_share_helpers_through_support_alone() -> None:
     for path in TESTS:
         names = re.findall(
-            r"^\s*(?:from|import) (tests\b[\w.]*|test_\w+)", path.read_text(), re.M
+            r"^\s*(?:from|import) (tests\b[\w.]*|test_\w+)",
+            path.read_text(),
+            re.M,
         )
         assert [
             name for name in names if not f"{name}.".startswith("tests.support.")

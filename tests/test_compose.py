@@ -17,7 +17,10 @@ RECORD = '#!/bin/sh\necho "$(basename "$0") $*"\n'
 
 
 def commands(
-    service: str, folder: Path, gallery: str, domain: str = "twemoji"
+    service: str,
+    folder: Path,
+    gallery: str,
+    domain: str = "twemoji",
 ) -> list[str]:
     """Run a service's command with programs that print what they are called with."""
     for name in ("dcar", "python"):
@@ -33,7 +36,11 @@ def commands(
         "DCAR_DOMAIN": domain,
     }
     done = subprocess.run(
-        command, env=environment, capture_output=True, text=True, check=True
+        command,
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=True,
     )
     return done.stdout.replace(str(folder), "FOLDER").splitlines()
 

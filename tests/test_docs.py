@@ -197,7 +197,9 @@ def test_every_image_of_the_documentation_is_used() -> None:
 
 
 @pytest.mark.parametrize(
-    "page", [page for page in PAGES if ROOT / "plugins" not in page.parents], ids=name
+    "page",
+    [page for page in PAGES if ROOT / "plugins" not in page.parents],
+    ids=name,
 )
 @pytest.mark.slow
 def test_documented_commands_and_options_exist(page: Path) -> None:
@@ -250,7 +252,10 @@ def test_the_generated_reference_is_up_to_date() -> None:
         "finally: assert not {'torch', 'faiss'} & set(sys.modules)"
     )
     done = subprocess.run(
-        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True
+        [sys.executable, "-c", code],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
     )
     assert done.returncode == 0, done.stdout + done.stderr
 
@@ -283,7 +288,9 @@ def test_the_reference_and_explanations_are_complete() -> None:
     listed = {
         int(code)
         for code in re.findall(
-            r"^\| (\d+) \|", text_of("docs/reference/exit-codes.md"), re.MULTILINE
+            r"^\| (\d+) \|",
+            text_of("docs/reference/exit-codes.md"),
+            re.MULTILINE,
         )
     }
     classes = [
@@ -301,13 +308,17 @@ def test_python_examples_run() -> None:
     """
     text = text_of("README.md")
     ((code, shown),) = re.findall(
-        r"^```python\n(.*?)^```\n\n```text\n(.*?)^```", text, re.DOTALL | re.MULTILINE
+        r"^```python\n(.*?)^```\n\n```text\n(.*?)^```",
+        text,
+        re.DOTALL | re.MULTILINE,
     )
     done = run("-c", code)
     assert done.returncode == 0, done.stderr
     assert_text(shown, done.stdout)
     for page, text in TEXTS.items():
         for block in re.findall(
-            r"^```python\n(.*?)^```", text, re.DOTALL | re.MULTILINE
+            r"^```python\n(.*?)^```",
+            text,
+            re.DOTALL | re.MULTILINE,
         ):
             compile(block, name(page), "exec", flags=ast.PyCF_ALLOW_TOP_LEVEL_AWAIT)

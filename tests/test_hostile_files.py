@@ -257,7 +257,9 @@ def changed_json(data: bytes, choose: random.Random) -> bytes:
 
 @pytest.mark.parametrize("case", CORPUS)
 def test_what_once_got_through_is_refused(
-    case: str, folder: Path, worker: DecodeWorker
+    case: str,
+    folder: Path,
+    worker: DecodeWorker,
 ) -> None:
     data = CORPUS[case].read_bytes()
     assert len(data) < 2**14
@@ -267,7 +269,9 @@ def test_what_once_got_through_is_refused(
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS)
 def test_damaged_files_are_read_or_refused(
-    kind: str, folder: Path, worker: DecodeWorker
+    kind: str,
+    folder: Path,
+    worker: DecodeWorker,
 ) -> None:
     choose = random.Random(SEED)
     end = time.monotonic() + SECONDS

@@ -38,11 +38,17 @@ def test_a_lock_is_installed_into_an_environment_without_one(tmp_path: Path) -> 
         (tmp_path / name).touch()
     assert "Nothing to be done" in make(tmp_path, "-n", "install")
     assert "--editable '.[dev,hf,torch]'" in make(
-        tmp_path, "-n", "test", "EXTRAS=torch,hf"
+        tmp_path,
+        "-n",
+        "test",
+        "EXTRAS=torch,hf",
     ), "all that tests need"
     assert "--requirement a.lock" in make(tmp_path, "-n", "install", "LOCK=a.lock")
     assert "No rule to make target 'b.lock'" in make(
-        tmp_path, "-n", "install", "LOCK=b.lock"
+        tmp_path,
+        "-n",
+        "install",
+        "LOCK=b.lock",
     )
     (tmp_path / ".venv" / ".installed-a.lock").touch()
     assert "Nothing to be done" in make(tmp_path, "-n", "install", "LOCK=a.lock")

@@ -30,7 +30,9 @@ def outputs(path: Path) -> list[dict[str, Any]]:
 
 
 @pytest.mark.parametrize(
-    "made", [False, pytest.param(True, marks=needs("notebook"))], ids=["kept", "made"]
+    "made",
+    [False, pytest.param(True, marks=needs("notebook"))],
+    ids=["kept", "made"],
 )
 @pytest.mark.timeout(600)
 def test_the_notebook_shows_pictures_a_plot_and_a_gain_beyond_chance(

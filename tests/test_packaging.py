@@ -38,7 +38,11 @@ def run(folder: Path, *command: object) -> subprocess.CompletedProcess[str]:
     environment = os.environ | without_pytorch(folder) | {"DCAR_RUNTIME": "auto"}
     given = [sys.executable, "-m", "app.cli", *map(str, command)]
     return subprocess.run(
-        given, env=environment, capture_output=True, text=True, check=False
+        given,
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=False,
     )
 
 
@@ -130,7 +134,9 @@ def test_in_the_environment_of_a_checkout_the_command_is_make(
 @needs("registry")
 @pytest.mark.timeout(600)
 def test_a_wheel_in_a_clean_environment_indexes_and_serves_without_pytorch(
-    tiny_gallery: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tiny_gallery: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setenv("PIP_COMPILE", "0")  # all modules, of which few are imported
     pip = [sys.executable, "-m", "pip", "--quiet", "--disable-pip-version-check"]
@@ -151,7 +157,11 @@ def test_a_wheel_in_a_clean_environment_indexes_and_serves_without_pytorch(
     names = ("torch", "timm", "open_clip", "dcar_core")
     find = f"import importlib.util as u; print(*[n for n in {names} if u.find_spec(n)])"
     done = subprocess.run(
-        [python, "-c", find], cwd=tmp_path, capture_output=True, text=True, check=True
+        [python, "-c", find],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        check=True,
     )
     assert done.stdout.split() == ["dcar_core"]
     name_command = (
@@ -159,7 +169,9 @@ def test_a_wheel_in_a_clean_environment_indexes_and_serves_without_pytorch(
         " print(install_command('plots'))"
     )
     command = subprocess.check_output(
-        [python, "-c", name_command], cwd=tmp_path, text=True
+        [python, "-c", name_command],
+        cwd=tmp_path,
+        text=True,
     )
     subprocess.run(
         f"{command.strip()} --quiet && {python} -c 'import matplotlib'",
@@ -173,7 +185,10 @@ def test_a_wheel_in_a_clean_environment_indexes_and_serves_without_pytorch(
     monkeypatch.chdir(tmp_path)
     for words in ("demo",), ("quickstart", tiny_gallery):
         with serving_by(
-            python, *words, DCAR_RUNTIME="auto", HF_HUB_OFFLINE="1"
+            python,
+            *words,
+            DCAR_RUNTIME="auto",
+            HF_HUB_OFFLINE="1",
         ) as http:
             best = http.post(
                 "/search/text", json={"query": "crying cat", "k": 1}

@@ -145,7 +145,10 @@ def test_commands_of_another_distribution_join_those_of_dcar(tmp_path: Path) -> 
 
 @pytest.mark.slow
 def test_a_method_of_another_distribution_trains_and_its_checkpoint_loads_without_it(
-    tiny_model: Path, tiny_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tiny_model: Path,
+    tiny_data: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """The method of the how-to page."""
     page = (ROOT / "docs/how-to/compare-methods.md").read_text()

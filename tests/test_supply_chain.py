@@ -17,7 +17,9 @@ from tests.support.paths import ROOT
 
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 CI_EXTRAS = re.search(
-    r"^export EXTRAS=(\S+)$", (ROOT / ".ci" / "run").read_text(), re.MULTILINE
+    r"^export EXTRAS=(\S+)$",
+    (ROOT / ".ci" / "run").read_text(),
+    re.MULTILINE,
 )
 assert CI_EXTRAS
 LOCKED = {

@@ -31,13 +31,19 @@ class Examples(
     """What teaches a name: items that it stands for."""
 
     ids: Annotated[
-        tuple[Name, ...], Field(min_length=1, max_length=MAX_IDS), FailFast()
+        tuple[Name, ...],
+        Field(min_length=1, max_length=MAX_IDS),
+        FailFast(),
     ]
     not_ids: Annotated[tuple[Name, ...], FailFast()] = Field(
-        (), max_length=MAX_IDS, description="items that are none"
+        (),
+        max_length=MAX_IDS,
+        description="items that are none",
     )
     kind: Text = Field(
-        "", max_length=MAX_NAME, description="takes the place of the name in texts"
+        "",
+        max_length=MAX_NAME,
+        description="takes the place of the name in texts",
     )
 
 
@@ -59,7 +65,11 @@ async def put_concept(request: Request, name: str) -> Response:
         teach = served.concepts.teach
         return JsonResponse(
             await state.retriever.examine(
-                teach, name, body.ids, body.kind, body.not_ids
+                teach,
+                name,
+                body.ids,
+                body.kind,
+                body.not_ids,
             )
         )
 

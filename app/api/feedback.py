@@ -72,7 +72,9 @@ class FeedbackEvents(Strict):
     """Events of one client or several, of one search or several."""
 
     events: Annotated[
-        list[FeedbackEvent], Field(min_length=1, max_length=MAX_EVENTS), FailFast()
+        list[FeedbackEvent],
+        Field(min_length=1, max_length=MAX_EVENTS),
+        FailFast(),
     ]
 
 
@@ -170,7 +172,11 @@ def _versions(index: Path, counts: dict[int, dict[str, int]]) -> list[dict[str, 
 
 
 def noted(
-    request: Request, query: Query, body: SearchResponse, *, has_image: bool
+    request: Request,
+    query: Query,
+    body: SearchResponse,
+    *,
+    has_image: bool,
 ) -> None:
     """Note a search in the log, if there is one, and name it in the body.
 
@@ -181,5 +187,9 @@ def noted(
         caller = request.scope.get(CALLER, "")
         collection = collection_of(request)
         body["query_id"] = log.note(
-            caller, collection, query, body, has_image=has_image
+            caller,
+            collection,
+            query,
+            body,
+            has_image=has_image,
         )

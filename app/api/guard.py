@@ -161,7 +161,10 @@ class Access:
             seconds = math.ceil(wait)
             detail = f"Too many requests from {caller}. Try again in {seconds} s."
             raise Problem(
-                429, detail, headers={"Retry-After": str(seconds)}, refused="rate"
+                429,
+                detail,
+                headers={"Retry-After": str(seconds)},
+                refused="rate",
             )
 
     def opens_everything(self, headers: Headers) -> bool:
@@ -186,7 +189,9 @@ class Access:
         ):
             return False
         wanted = path_signature(
-            scope["path"], expires, secret.get_secret_value().strip()
+            scope["path"],
+            expires,
+            secret.get_secret_value().strip(),
         )
         return hmac.compare_digest(signature.encode(), wanted.encode())
 
@@ -219,7 +224,11 @@ def _unauthorized(wanted: str) -> Problem:
     message = f"must be `Bearer` and {wanted}"
     headers = {"WWW-Authenticate": "Bearer"}
     return field_problem(
-        "Authorization", message, status=401, headers=headers, refused="key"
+        "Authorization",
+        message,
+        status=401,
+        headers=headers,
+        refused="key",
     )
 
 
@@ -250,7 +259,12 @@ class BodyLimit:
         self.held = 0
 
     async def run(
-        self, app: ASGIApp, policy: Policy, scope: Scope, receive: Receive, send: Send
+        self,
+        app: ASGIApp,
+        policy: Policy,
+        scope: Scope,
+        receive: Receive,
+        send: Send,
     ) -> None:
         """Call an application with a limited body. Raise Problem if the body is
         refused: an announced one unread.
@@ -275,7 +289,10 @@ class BodyLimit:
             ):
                 detail = "Too many large requests are in progress. Try again in 1 s."
                 raise Problem(
-                    503, detail, headers={"Retry-After": "1"}, refused="uploads"
+                    503,
+                    detail,
+                    headers={"Retry-After": "1"},
+                    refused="uploads",
                 )
             held += more
             self.held += more
@@ -306,7 +323,10 @@ class BodyLimit:
 
 def _too_large(limit: int) -> Problem:
     return field_problem(
-        "body", f"at most {limit // 2**10:,} KiB", status=413, refused="body_size"
+        "body",
+        f"at most {limit // 2**10:,} KiB",
+        status=413,
+        refused="body_size",
     )
 
 
@@ -366,7 +386,9 @@ class Envelope:
                     " service"
                 )
                 await field_problem("Host", message, status=421).response(scope)(
-                    inner, receive, observed
+                    inner,
+                    receive,
+                    observed,
                 )
         except ENDS:
             raise

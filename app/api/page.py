@@ -194,7 +194,9 @@ def _add_file(path: str, file: str = "", content_policy: str = "") -> None:
         headers |= {"Content-Security-Policy": content_policy} if content_policy else {}
         media_type = f"{_MEDIA_TYPES[PurePath(name).suffix]}; charset=utf-8"
         return not_modified(request, headers) or Response(
-            data, media_type=media_type, headers=headers
+            data,
+            media_type=media_type,
+            headers=headers,
         )
 
 

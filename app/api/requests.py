@@ -136,7 +136,10 @@ class EmbeddingsImage(Strict):
 
 
 _Text = Annotated[
-    str, Field(min_length=1), AfterValidator(check_text), Tag("constrained-text")
+    str,
+    Field(min_length=1),
+    AfterValidator(check_text),
+    Tag("constrained-text"),
 ]
 _Image = Annotated[EmbeddingsImage, Tag("constrained-image")]
 
@@ -191,7 +194,10 @@ class BatchQuery(
     """Several searches, answered together from one index version."""
 
     queries: Annotated[
-        list[BatchEntry], Field(min_length=1), FailFast(), BeforeValidator(_check_count)
+        list[BatchEntry],
+        Field(min_length=1),
+        FailFast(),
+        BeforeValidator(_check_count),
     ]
 
 
@@ -215,7 +221,9 @@ async def read_image_query(
         raise field_problem("Content-Type", "charset must be utf-8", status=400)
     try:
         async with request.form(
-            max_files=1, max_fields=64, max_part_size=_MAX_FIELD_BYTES
+            max_files=1,
+            max_fields=64,
+            max_part_size=_MAX_FIELD_BYTES,
         ) as form:
             texts = [
                 (name, value)
@@ -320,7 +328,9 @@ class ImageFetcher:
         reads = (self._read(scope, image) for image in images.values())
         files = dict[str, bytes]()
         for name, file in zip(
-            images, await asyncio.gather(*reads, return_exceptions=True), strict=True
+            images,
+            await asyncio.gather(*reads, return_exceptions=True),
+            strict=True,
         ):
             if isinstance(file, BaseException):
                 raise file.within(name) if isinstance(file, Problem) else file
@@ -331,7 +341,10 @@ class ImageFetcher:
         if image.startswith(_SCHEMES):
             return await self.fetch(image, byte_counter(scope))
         return await asyncio.to_thread(
-            decode_base64, image, self._settings.max_upload_bytes, "image"
+            decode_base64,
+            image,
+            self._settings.max_upload_bytes,
+            "image",
         )
 
     async def fetch(self, url: str, count: Callable[[int], None]) -> bytes:
@@ -379,7 +392,9 @@ class ImageFetcher:
                     connector=connector, auto_decompress=False
                 ) as session,
                 session.get(
-                    parsed, headers=_HEADERS, allow_redirects=False
+                    parsed,
+                    headers=_HEADERS,
+                    allow_redirects=False,
                 ) as response,
             ):
                 if response.status != 200:

@@ -91,7 +91,10 @@ def to_problem(error: Exception) -> Problem:
             logger.warning("%s", error)
             detail = "The vector store is unavailable. Try again later."
             return Problem(
-                503, detail, headers={"Retry-After": "2"}, refused="vector_store"
+                503,
+                detail,
+                headers={"Retry-After": "2"},
+                refused="vector_store",
             )
         case ImageError():
             return field_problem("file", str(error))

@@ -73,15 +73,23 @@ def add_routes(app: FastAPI) -> None:
 async def search_text(request: Request) -> Response:
     """Find the images that a text describes."""
     return await _search(
-        request, await version_of(request), await read_json(request, Query)
+        request,
+        await version_of(request),
+        await read_json(request, Query),
     )
 
 
 async def _search(
-    request: Request, served: ServedVersion, query: Query, image: bytes | None = None
+    request: Request,
+    served: ServedVersion,
+    query: Query,
+    image: bytes | None = None,
 ) -> Response:
     body, size = await state_of(request).retriever.search(
-        served, query, image, items_path(request)
+        served,
+        query,
+        image,
+        items_path(request),
     )
     if state_of(request).feedback is not None:
         noted(request, query, body, has_image=image is not None)
@@ -130,7 +138,9 @@ async def search_batch(request: Request) -> Response:
     images = await state_of(request).fetcher.read(request.scope, sources)
     searches = [(query, images.get(name)) for name, query in queries.items()]
     pages = await state_of(request).retriever.search_batch(
-        served, searches, items_path(request)
+        served,
+        searches,
+        items_path(request),
     )
     for (query, image), (body, _) in zip(searches, pages, strict=True):
         noted(request, query, body, has_image=image is not None)
@@ -149,13 +159,18 @@ async def items(
         raise field_problem("k", f"at most {most}, not {query.k}")
     served = await version_of(request)
     body, texts = await state_of(request).retriever.examine(
-        _list, served, query, items_path(request)
+        _list,
+        served,
+        query,
+        items_path(request),
     )
     return await send_items(request, body, texts)
 
 
 def _list(
-    served: ServedVersion, query: requests.ItemsQuery, path: str
+    served: ServedVersion,
+    query: requests.ItemsQuery,
+    path: str,
 ) -> tuple[responses.ItemsResponse, int]:
     """Return a page of items, and the bytes of their texts."""
     index = served.index
@@ -193,7 +208,9 @@ def _list(
 
 @routes.add("GET", "/items/{item_id:path}/similar", _READ, SearchResponse)
 async def similar(
-    request: Request, item_id: ItemId, page: Annotated[requests.PageQuery, QueryParam()]
+    request: Request,
+    item_id: ItemId,
+    page: Annotated[requests.PageQuery, QueryParam()],
 ) -> Response:
     """Find the items most similar to one of the gallery; the item itself is left
     out.
@@ -202,7 +219,9 @@ async def similar(
     row_of(served, item_id)  # an unknown one is 404 here
     fields = {"k": page.k, "offset": page.offset, "more_like": [item_id]}
     return await _search(
-        request, served, validated(Query, fields, state_of(request).settings)
+        request,
+        served,
+        validated(Query, fields, state_of(request).settings),
     )
 
 
@@ -234,7 +253,9 @@ async def picture(
     headers |= {} if size is None else {"Vary": "Accept"}
     byte_counter(request.scope)(len(data))
     return not_modified(request, headers) or Response(
-        data, media_type=f"image/{sniff_format(data)}", headers=headers
+        data,
+        media_type=f"image/{sniff_format(data)}",
+        headers=headers,
     )
 
 
@@ -243,7 +264,9 @@ async def item(request: Request, item_id: ItemId) -> Response:
     """Return an item with all its metadata."""
     served = await version_of(request)
     shown = await state_of(request).retriever.run(
-        "search", served.index.item, row_of(served, item_id)
+        "search",
+        served.index.item,
+        row_of(served, item_id),
     )
     return JsonResponse(
         {
@@ -278,7 +301,9 @@ async def embeddings(request: Request) -> Response:
         )
     await state_of(request).access.charge(len(query.input) - 1)
     inputs = await asyncio.to_thread(
-        _inputs, query, state_of(request).settings.max_upload_bytes
+        _inputs,
+        query,
+        state_of(request).settings.max_upload_bytes,
     )
     try:
         vectors = await retriever.embed(served, inputs)
@@ -419,7 +444,10 @@ async def metrics(request: Request) -> Response:
 
 
 @routes.add(
-    "POST", "/admin/reload", Policy("admin", "service"), responses.ReloadResponse
+    "POST",
+    "/admin/reload",
+    Policy("admin", "service"),
+    responses.ReloadResponse,
 )
 async def reload(request: Request) -> Response:
     """Serve the published version of every collection now, without waiting for the next

@@ -221,7 +221,9 @@ class ImageReader(Protocol):
     """
 
     async def read(
-        self, scope: Scope, images: Mapping[str, str]
+        self,
+        scope: Scope,
+        images: Mapping[str, str],
     ) -> dict[str, bytes]: ...
 
 

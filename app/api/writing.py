@@ -104,7 +104,9 @@ def _check_metadata(metadata: dict[str, Any]) -> dict[str, Any]:
 
 
 NewItemId = Annotated[
-    str, Field(min_length=1, max_length=1024), AfterValidator(_check_item_id)
+    str,
+    Field(min_length=1, max_length=1024),
+    AfterValidator(_check_item_id),
 ]
 
 
@@ -140,7 +142,9 @@ class PutItems(Strict):
     """Items to add; they replace items with the same ids."""
 
     items: Annotated[
-        list[PutItem], Field(min_length=1, max_length=_MAX_PUT), FailFast()
+        list[PutItem],
+        Field(min_length=1, max_length=_MAX_PUT),
+        FailFast(),
     ]
 
 
@@ -177,7 +181,9 @@ class ChosenItems(Strict, json_schema_extra={"examples": [{"ids": ["1f63f"]}]}):
     """
 
     ids: Annotated[
-        list[NewItemId] | None, Field(min_length=1, max_length=_MAX_CHOSEN), FailFast()
+        list[NewItemId] | None,
+        Field(min_length=1, max_length=_MAX_CHOSEN),
+        FailFast(),
     ] = None
     filter: Annotated[
         dict[str, Any] | None,
@@ -242,7 +248,12 @@ async def put_items(request: Request) -> Response:
 
 
 @routes.add(
-    "PUT", "/items/{item_id:path}", _ITEMS, JobResponse, status=202, accepts=PutFields
+    "PUT",
+    "/items/{item_id:path}",
+    _ITEMS,
+    JobResponse,
+    status=202,
+    accepts=PutFields,
 )
 async def put_item(request: Request, item_id: ItemPath) -> Response:
     """Add an item, or replace the one with this id, by a job."""
@@ -271,7 +282,11 @@ async def patch_items(request: Request) -> Response:
     )
     try:
         rows = await state_of(request).retriever.run(
-            "filter", rows_with, served.index, by, [*changes]
+            "filter",
+            rows_with,
+            served.index,
+            by,
+            [*changes],
         )
     except DataError as error:
         raise field_problem("by", str(error)) from None
@@ -288,12 +303,19 @@ async def patch_items(request: Request) -> Response:
 
 
 @routes.add(
-    "PATCH", "/items/{item_id:path}", _ITEMS, JobResponse, status=202, accepts=PatchItem
+    "PATCH",
+    "/items/{item_id:path}",
+    _ITEMS,
+    JobResponse,
+    status=202,
+    accepts=PatchItem,
 )
 async def patch_item(request: Request, item_id: ItemPath) -> Response:
     """Merge fields into an item, without its image, by a job."""
     return await _change(
-        request, ChosenItems(ids=[item_id]), await read_json(request, PatchItem)
+        request,
+        ChosenItems(ids=[item_id]),
+        await read_json(request, PatchItem),
     )
 
 
@@ -368,7 +390,10 @@ async def put_collection(
         source = collections.open(model, "model").index
         async with storing("collection", collections, model):
             await run_in_new_thread(
-                create_collection, settings.collections_dir, name, source.checkpoint
+                create_collection,
+                settings.collections_dir,
+                name,
+                source.checkpoint,
             )
         await collections.sync()
     return JsonResponse(collection_response(collections, name))
@@ -429,12 +454,18 @@ async def _put(request: Request, items: list[PutItem]) -> Response:
             raise field_problem(f"{name}.image", str(error)) from None
     stored = [item.model_dump(exclude={"image"}) for item in items]
     return await _accept(
-        request, "put", stored, [*images.values()], notes={"new_fields": new_fields}
+        request,
+        "put",
+        stored,
+        [*images.values()],
+        notes={"new_fields": new_fields},
     )
 
 
 async def _change(
-    request: Request, chosen: ChosenItems, patch: PatchItem | None = None
+    request: Request,
+    chosen: ChosenItems,
+    patch: PatchItem | None = None,
 ) -> Response:
     """Accept a patch of chosen items, or their removal."""
     served = await newest_version(request)
@@ -515,14 +546,20 @@ async def _accept(
 ) -> Response:
     async with storing("job", state_of(request).collections, _name(request)):
         job = await state_of(request).writer.accept(
-            _name(request), kind, items, images, **more
+            _name(request),
+            kind,
+            items,
+            images,
+            **more,
         )
     return JsonResponse(job, 202, headers={"Location": f"/jobs/{job['id']}"})
 
 
 @asynccontextmanager
 async def storing(
-    what: str, collections: Collections, name: str | None = None
+    what: str,
+    collections: Collections,
+    name: str | None = None,
 ) -> AsyncIterator[None]:
     """Turn a full disk into a 503, and a named collection that was dropped meanwhile
     into a 404.

@@ -20,7 +20,9 @@ commands = group("concepts", help="Teach names by examples; @NAME uses one in a 
 
 
 @command(
-    commands, "teach", "dcar concepts teach index rex 1.jpg 7.jpg 9.jpg --kind dog"
+    commands,
+    "teach",
+    "dcar concepts teach index rex 1.jpg 7.jpg 9.jpg --kind dog",
 )
 def teach(
     index: Path = INDEX,
@@ -30,7 +32,9 @@ def teach(
     ),
     *,
     not_ids: list[str] | None = option(
-        None, "Id of a similar item that is none.", flags=("--not-id",)
+        None,
+        "Id of a similar item that is none.",
+        flags=("--not-id",),
     ),
     kind: str = option("", "Word that replaces it in the text of a query."),
 ) -> None:

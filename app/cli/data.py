@@ -24,7 +24,9 @@ def check(
     images: Path | None = options.IMAGES,
     annotations_only: bool = option(False, "Do not open the images."),
     context: int = option(
-        77, "Count captions of more CLIP tokens; 0 counts none.", min=0
+        77,
+        "Count captions of more CLIP tokens; 0 counts none.",
+        min=0,
     ),
 ) -> int:
     """Print the contents of a data set, its repairs and omissions; fails if images are
@@ -35,7 +37,10 @@ def check(
     unusable = 0
     for path in paths:
         checked = check_dataset(
-            path, image_root=images, decode_images=not annotations_only, context=context
+            path,
+            image_root=images,
+            decode_images=not annotations_only,
+            context=context,
         )
         typer.echo(f"{path}\n{describe_reports(*checked)}")
         unusable += sum(
@@ -101,7 +106,9 @@ def negatives(
         ):
             typer.echo(f"{sample.image}  [{sample.category}]\n    {sample.caption}")
             for text, category in zip(
-                sample.negatives, sample.negative_categories, strict=False
+                sample.negatives,
+                sample.negative_categories,
+                strict=False,
             ):
                 typer.echo(f"  - {text}  [{category}]")
     typer.echo(describe_reports(made, reports), err=True)

@@ -88,7 +88,9 @@ def judge(
     *,
     index: Path = options.INDEX,
     version: int | None = option(
-        None, "Version of the index. Default: the current one.", min=1
+        None,
+        "Version of the index. Default: the current one.",
+        min=1,
     ),
     against: str | None = option(
         None,
@@ -96,7 +98,10 @@ def judge(
         " DCAR_JUDGE_KEY is its API key.",
     ),
     margin: float | None = option(
-        None, "Fail if nDCG@10 is lower by more than this share.", min=0, max=1
+        None,
+        "Fail if nDCG@10 is lower by more than this share.",
+        min=0,
+        max=1,
     ),
     hybrid: bool = option(False, "Look up the words of the queries as well."),
     run: Path | None = option(None, "Write the results with their grades as CSV."),
@@ -124,7 +129,10 @@ def judge(
     runs = [Run.of(opened, name, judged, hybrid=hybrid)]
     if against is not None and against.startswith(("http://", "https://")):
         name, results = ask_service(
-            against, judged, k=DEPTH, **({"hybrid": True} if hybrid else {})
+            against,
+            judged,
+            k=DEPTH,
+            **({"hybrid": True} if hybrid else {}),
         )
         runs.append(Run(name, judged, results))
     elif against is not None:

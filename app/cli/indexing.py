@@ -71,10 +71,14 @@ def list_versions(
 
 
 @command(
-    commands, "items", """dcar index items index --filter '{"category": "shoes"}'"""
+    commands,
+    "items",
+    """dcar index items index --filter '{"category": "shoes"}'""",
 )
 def items(
-    index: Path = FILLED_INDEX, *, filter: dict[str, Any] | None = options.FILTER
+    index: Path = FILLED_INDEX,
+    *,
+    filter: dict[str, Any] | None = options.FILTER,
 ) -> None:
     """Print the items of an index, one line of JSON for each."""
     for item in _matching_items(index, filter or {}):
@@ -192,7 +196,11 @@ def update(
     from index_jobs.index.manifest import quantity
 
     summary = change_metadata(
-        index, read_changes(str(metadata), by), metadata.name, by=by, **build
+        index,
+        read_changes(str(metadata), by),
+        metadata.name,
+        by=by,
+        **build,
     )
     typer.echo(
         f"{location_of(index)}: version {summary.version},"
@@ -212,7 +220,10 @@ def update(
 @with_options(IndexSpec, "runtime")
 @with_options(BuildOptions, "max_vanished", "device")
 def watch(
-    index: Path = FILLED_INDEX, *, keep: int = KEEP_CHANGES, **build: Any
+    index: Path = FILLED_INDEX,
+    *,
+    keep: int = KEEP_CHANGES,
+    **build: Any,
 ) -> None:
     """Follow the gallery of an index: publish new, changed and removed images until
     Ctrl-C.

@@ -40,7 +40,10 @@ def _print_version(requested: bool) -> None:
 def _every_command(
     *,
     version: bool = option(
-        False, "Show the version and exit.", callback=_print_version, is_eager=True
+        False,
+        "Show the version and exit.",
+        callback=_print_version,
+        is_eager=True,
     ),
 ) -> None:
     pass
@@ -74,7 +77,9 @@ def parse_filter(text: str) -> dict[str, Any]:
 
 
 INDEX = option(
-    help="Directory or URL of a published index.", parser=published_index, metavar="DIR"
+    help="Directory or URL of a published index.",
+    parser=published_index,
+    metavar="DIR",
 )
 OUT = option(help="Directory to write to; created if missing.")
 MODEL = option(

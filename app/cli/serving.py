@@ -53,10 +53,15 @@ def serve(
     ),
     host: str | None = option(None, "Address to listen on [DCAR_HOST]."),
     port: int | None = option(
-        None, "Port; 0 chooses a free one [DCAR_PORT].", min=0, max=65535
+        None,
+        "Port; 0 chooses a free one [DCAR_PORT].",
+        min=0,
+        max=65535,
     ),
     workers: int | None = option(
-        None, "Processes that serve the port [DCAR_WORKERS].", min=1
+        None,
+        "Processes that serve the port [DCAR_WORKERS].",
+        min=1,
     ),
     runtime: str | None = option(
         None, "Encoder runtime, such as auto or torch [DCAR_RUNTIME]."
@@ -226,7 +231,12 @@ def demo(
         else:
             checkpoint = gallery / "checkpoint"
         summary = rebuild(
-            gallery, checkpoint, indexes[name], validation=gallery, workers=0, **build
+            gallery,
+            checkpoint,
+            indexes[name],
+            validation=gallery,
+            workers=0,
+            **build,
         )
         if summary.reused:
             state = "already indexed"
@@ -249,7 +259,11 @@ def demo(
     )
     sys.stdout.flush()
     serve_index(
-        index=indexes.pop(domain), collections=indexes, host=host, port=port, **build
+        index=indexes.pop(domain),
+        collections=indexes,
+        host=host,
+        port=port,
+        **build,
     )
 
 
@@ -291,7 +305,9 @@ def quickstart(
     listen(host, port).close()  # so is a taken port
     typer.echo(f"1 of 3: model {model}")
     checkpoint = _unadapted(
-        model, pretrained or recommended_weights(model), data / "zero-shot"
+        model,
+        pretrained or recommended_weights(model),
+        data / "zero-shot",
     )
     typer.echo(f"2 of 3: index {gallery}")
     out = data / "quickstart" / _short_hash(str(source)) / (source.stem or "gallery")

@@ -73,7 +73,9 @@ def parse_keys(text: str) -> dict[str, ApiKey]:
         else:
             names = None
         keys[match["digest"].lower()] = ApiKey(
-            match["name"], match["right"] == "write", names
+            match["name"],
+            match["right"] == "write",
+            names,
         )
     if not keys:
         raise ValueError("has no key; leave it unset to serve everybody")
@@ -104,7 +106,9 @@ def path_signature(path: str, expires: str, secret: str) -> str:
     in hexadecimal digits.
     """
     return hmac.new(
-        secret.encode(), f"{path}\n{expires}".encode(), hashlib.sha256
+        secret.encode(),
+        f"{path}\n{expires}".encode(),
+        hashlib.sha256,
     ).hexdigest()
 
 
@@ -119,7 +123,9 @@ class RateLimiter:
     def __init__(self, rate: str, redis_url: str | None = None) -> None:
         self._rate = parse(rate)
         self._views = type(self._rate)(
-            VIEWS * self._rate.amount, self._rate.multiples, "views"
+            VIEWS * self._rate.amount,
+            self._rate.multiples,
+            "views",
         )
         self._redis = (
             SharedRedis(redis_url, "rates are not limited")
@@ -136,7 +142,11 @@ class RateLimiter:
         self._limiter = SlidingWindowCounterRateLimiter(storage)
 
     async def charge(
-        self, caller: str, extra: int | None = None, *, is_view: bool = False
+        self,
+        caller: str,
+        extra: int | None = None,
+        *,
+        is_view: bool = False,
     ) -> float:
         """Count one request. Return 0 if it is allowed, else the seconds until a retry
         may succeed.

@@ -53,7 +53,9 @@ class Metrics:
         counter = partial(Counter, registry=self.registry)
         histogram = partial(Histogram, registry=self.registry, buckets=_SECONDS)
         stages = histogram(
-            "dcar_stage_seconds", "Time a search spends in a stage.", ["stage"]
+            "dcar_stage_seconds",
+            "Time a search spends in a stage.",
+            ["stage"],
         )
         self.stages: dict[Stage, Histogram] = {
             stage: stages.labels(stage) for stage in get_args(Stage)
@@ -61,17 +63,25 @@ class Metrics:
         about = "Time from the head of a request to the end of its response."
         self.requests = histogram("dcar_request_seconds", about, ["route", "status"])
         self.batches = histogram(
-            "dcar_batch_size", "Queries in one forward pass.", buckets=_BATCH_SIZES
+            "dcar_batch_size",
+            "Queries in one forward pass.",
+            buckets=_BATCH_SIZES,
         )
         self.lookups = counter(
-            "dcar_cache_lookups_total", "Lookups of cached embeddings.", ["outcome"]
+            "dcar_cache_lookups_total",
+            "Lookups of cached embeddings.",
+            ["outcome"],
         )
         self.refused = counter(
-            "dcar_refused_total", "Requests refused to protect the service.", ["reason"]
+            "dcar_refused_total",
+            "Requests refused to protect the service.",
+            ["reason"],
         )
         self.errors = counter("dcar_errors_total", "Unforeseen errors.")
         self.task_failures = counter(
-            "dcar_task_failures_total", "Failures of background tasks.", ["task"]
+            "dcar_task_failures_total",
+            "Failures of background tasks.",
+            ["task"],
         )
         self._at_scrape: list[Collector] = []
         if SHARED_FOLDER not in os.environ:

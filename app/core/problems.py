@@ -88,12 +88,19 @@ class Problem(Exception):  # noqa: N818 - the name in RFC 9457
             else {}
         )
         return Response(
-            to_json(body), self.status, headers=self.headers, media_type=MEDIA_TYPE
+            to_json(body),
+            self.status,
+            headers=self.headers,
+            media_type=MEDIA_TYPE,
         )
 
 
 def field_problem(
-    name: str, message: str, *, status: int = 422, **options: Any
+    name: str,
+    message: str,
+    *,
+    status: int = 422,
+    **options: Any,
 ) -> Problem:
     """Return a problem with one field; its detail repeats the message. options: other
     arguments of `Problem`.

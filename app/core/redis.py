@@ -72,7 +72,10 @@ class SharedRedis:
             # beside its own errors, redis-py raises whatever its parser does:
             # TypeError, ..
             logger.warning(
-                "Redis failed (%r); %s for %g s", error, self._without, PAUSE_S
+                "Redis failed (%r); %s for %g s",
+                error,
+                self._without,
+                PAUSE_S,
             )
             self._retry_at = time.monotonic() + PAUSE_S
             return None

@@ -115,7 +115,9 @@ class Settings(BaseSettings):
     """
 
     model_config = SettingsConfigDict(
-        env_prefix="DCAR_", frozen=True, env_ignore_empty=True
+        env_prefix="DCAR_",
+        frozen=True,
+        env_ignore_empty=True,
     )
 
     index: IndexDir
@@ -353,7 +355,10 @@ def load_settings(**flags: Any) -> Settings:
             and not _OTHER_VARIABLES.fullmatch(name)
         ):
             (nearest,) = difflib.get_close_matches(
-                name.lower(), Settings.model_fields, 1, 0.0
+                name.lower(),
+                Settings.model_fields,
+                1,
+                0.0,
             )
             raise DcarError(
                 f"{variable}: unknown setting; did you mean DCAR_{nearest.upper()}?"

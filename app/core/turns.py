@@ -197,7 +197,12 @@ class FairThreads(ComputeThreads):
     """
 
     def __init__(
-        self, count: int, name: str, *, per_caller: int | None = None, ahead: int = 0
+        self,
+        count: int,
+        name: str,
+        *,
+        per_caller: int | None = None,
+        ahead: int = 0,
     ) -> None:
         super().__init__(count, name)
         self._turns = FairTurns(count + ahead, per_caller or count + ahead)
@@ -249,7 +254,11 @@ class Decoders:
             worker.close()
 
     async def run(
-        self, convert: Convert, data: bytes, max_pixels: int, formats: Set[ImageFormat]
+        self,
+        convert: Convert,
+        data: bytes,
+        max_pixels: int,
+        formats: Set[ImageFormat],
     ) -> Any:
         """Apply `convert` to an image file in turn. Raise ImageError if it fails."""
         limits = Limits(MEMORY, max_pixels=max_pixels, formats=formats, expected=MEMORY)
@@ -281,7 +290,9 @@ class SharedTasks(Generic[T]):
         return len(self._tasks)
 
     async def run(
-        self, key: Hashable, start: Callable[[], Coroutine[Any, Any, T]]
+        self,
+        key: Hashable,
+        start: Callable[[], Coroutine[Any, Any, T]],
     ) -> T:
         """Wait for the running computation of `key`, or begin one with `start()`."""
         task = self._tasks.get(key)
@@ -322,7 +333,11 @@ class Batcher:
     """
 
     def __init__(
-        self, *, max_batch: int, max_wait_s: float, metrics: Metrics | None = None
+        self,
+        *,
+        max_batch: int,
+        max_wait_s: float,
+        metrics: Metrics | None = None,
     ) -> None:
         self._max_batch = max_batch
         self._max_wait = max_wait_s
@@ -424,7 +439,9 @@ class Batcher:
         run = batch[0].item[0]
         started = monotonic()
         outcomes = await self._thread.run(
-            _forward, run, [turn.item[1] for turn in batch]
+            _forward,
+            run,
+            [turn.item[1] for turn in batch],
         )
         self._last_end = monotonic()
         for turn, outcome in zip(batch, outcomes, strict=True):

@@ -294,7 +294,9 @@ def _pair(seen: Table) -> np.ndarray:
 
 
 def _estimate(
-    pair: np.ndarray, position: np.ndarray, clicked: np.ndarray
+    pair: np.ndarray,
+    position: np.ndarray,
+    clicked: np.ndarray,
 ) -> tuple[np.ndarray, int]:
     """Positions with few observations take the value of the nearest one before them
     [ours].
@@ -400,13 +402,19 @@ def weigh(seen: Table, examined: np.ndarray, min_clients: int) -> Table:
         is_wrong,
     ]
     evidence: Table = np.rec.fromarrays(
-        columns, formats="i8,i8,f8,f8,i8,i8,f8,?", names=_EVIDENCE
+        columns,
+        formats="i8,i8,f8,f8,i8,i8,f8,?",
+        names=_EVIDENCE,
     )
     return evidence
 
 
 def _pairs(
-    evidence: Table, log: _Log, index: IndexVersion, min_clients: int, report: Report
+    evidence: Table,
+    log: _Log,
+    index: IndexVersion,
+    min_clients: int,
+    report: Report,
 ) -> list[dict[str, Any]]:
     """Return the training pairs as rows of an annotation file, most relevant first."""
     clicks = evidence.clicks
@@ -488,7 +496,9 @@ def _judged(
     """
     clients = evidence.clicks + evidence.skips
     grades = np.where(
-        evidence.clicks >= min_clients, np.ceil(3 * np.minimum(evidence.share, 1)), 0
+        evidence.clicks >= min_clients,
+        np.ceil(3 * np.minimum(evidence.share, 1)),
+        0,
     )
     counts = (clients >= min_clients) & ((grades > 0) | evidence.is_wrong)
     columns = (

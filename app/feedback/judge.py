@@ -32,7 +32,12 @@ class Run:
 
     @classmethod
     def of(
-        cls, index: Index, name: str, judged: JudgedList, *, hybrid: bool = False
+        cls,
+        index: Index,
+        name: str,
+        judged: JudgedList,
+        *,
+        hybrid: bool = False,
     ) -> "Run":
         """Search for every query. Raise DataError if a query has no words, or no listed
         item is in the index.

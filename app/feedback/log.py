@@ -132,7 +132,9 @@ class Store:
         self._database.close()
 
     def add(
-        self, searches: Sequence[QueryRow], events: Sequence[EventRow | None]
+        self,
+        searches: Sequence[QueryRow],
+        events: Sequence[EventRow | None],
     ) -> list[Fault | None]:
         """Store rows durably. Return for each event why it changes nothing, if so.
 
@@ -177,7 +179,10 @@ class FeedbackLog:
         self._is_failing = False
         lost = "Rows that the feedback log could not store."
         self.lost = Counter(
-            "dcar_feedback_lost_total", lost, ["kind"], registry=metrics.registry
+            "dcar_feedback_lost_total",
+            lost,
+            ["kind"],
+            registry=metrics.registry,
         )
 
     def start(self) -> None:
@@ -238,7 +243,9 @@ class FeedbackLog:
         return (
             start
             + hashlib.blake2b(
-                f"{start}{caller}".encode(), key=self._store.secret, digest_size=12
+                f"{start}{caller}".encode(),
+                key=self._store.secret,
+                digest_size=12,
             ).hexdigest()
         )
 
@@ -253,7 +260,9 @@ class FeedbackLog:
         )
 
     async def accept(
-        self, caller: str, events: Sequence[EventRow]
+        self,
+        caller: str,
+        events: Sequence[EventRow],
     ) -> list[Fault | None]:
         """Store events durably, or raise UnavailableError. Return for each one why it
         changes nothing, if so.
@@ -302,7 +311,9 @@ class FeedbackLog:
     def _prune(self) -> None:
         try:
             if removed := prune(
-                self.folder, self._settings.feedback_days, self._settings.feedback_bytes
+                self.folder,
+                self._settings.feedback_days,
+                self._settings.feedback_bytes,
             ):
                 logger.info(
                     "removed %d rows of the feedback log, by DCAR_FEEDBACK_DAYS or"
@@ -316,7 +327,11 @@ class FeedbackLog:
 def _connect(file: Path, mode: str) -> sqlite3.Connection:
     uri = f"{file.absolute().as_uri()}?mode={mode}"
     database = sqlite3.connect(
-        uri, _BUSY_S, isolation_level="IMMEDIATE", check_same_thread=False, uri=True
+        uri,
+        _BUSY_S,
+        isolation_level="IMMEDIATE",
+        check_same_thread=False,
+        uri=True,
     )
     if mode != "ro":
         database.executescript(_SCHEMA)

@@ -100,7 +100,9 @@ class Concepts:
     """
 
     def __init__(
-        self, version: IndexVersion, vectors: Callable[[Rows], Floats]
+        self,
+        version: IndexVersion,
+        vectors: Callable[[Rows], Floats],
     ) -> None:
         self.version = version
         self.revision = 0
@@ -136,7 +138,11 @@ class Concepts:
                 self.revision = self.revision + 1
 
     def teach(
-        self, name: str, ids: Sequence[str], kind: str = "", not_ids: Sequence[str] = ()
+        self,
+        name: str,
+        ids: Sequence[str],
+        kind: str = "",
+        not_ids: Sequence[str] = (),
     ) -> TaughtConcept:
         """Let a name stand for items like these, 1 to 200, in place of what it stood
         for, and return what it means.
@@ -169,7 +175,10 @@ class Concepts:
         if both := {*ids} & {*not_ids}:
             raise InvalidQueryError("not_ids", f"{min(both)!r} is in ids as well")
         concept = Concept(
-            name, kind, tuple(dict.fromkeys(ids)), tuple(dict.fromkeys(not_ids))
+            name,
+            kind,
+            tuple(dict.fromkeys(ids)),
+            tuple(dict.fromkeys(not_ids)),
         )
         learned = self._learn(concept)
         try:
@@ -214,7 +223,10 @@ class Concepts:
                 return token[0]
             if name not in known:
                 similar = difflib.get_close_matches(
-                    name, known, n=5, cutoff=0.4
+                    name,
+                    known,
+                    n=5,
+                    cutoff=0.4,
                 ) or sorted(known)
                 names = shorten([f"@{other}" for other in similar])
                 raise InvalidQueryError(
@@ -244,7 +256,11 @@ class Concepts:
         others = self._rows(concept.not_ids)
         if not len(rows):
             return Learned(
-                concept, 0, np.zeros(version.manifest.dim, np.float32), 1.0, NO_ROWS
+                concept,
+                0,
+                np.zeros(version.manifest.dim, np.float32),
+                1.0,
+                NO_ROWS,
             )
         gallery, centre, spread, _ = self._gallery
         examples = self._vectors(rows)
@@ -275,7 +291,9 @@ class Concepts:
         return Learned(concept, len(rows), direction, cutoff, members)
 
     def _reaching(
-        self, direction: Floats, least: float
+        self,
+        direction: Floats,
+        least: float,
     ) -> tuple[Rows, NDArray[np.float64]]:
         """Return rows whose cosines are high enough, of the nearest that the engine
         finds, or of all if these are.
@@ -291,7 +309,9 @@ class Concepts:
         return rows[is_near], scores[is_near].astype(np.float64)
 
     def _compared(
-        self, rows: Rows, compare: Callable[[Floats], Floats]
+        self,
+        rows: Rows,
+        compare: Callable[[Floats], Floats],
     ) -> NDArray[np.float64]:
         """Compare the vectors of rows part by part; rounded, so equal vectors are
         equally like.

@@ -122,7 +122,10 @@ def find_hits(served: ServedVersion, plan: Plan, vector: Floats) -> Hits:
     else:
         hits = best_of_groups(index, plan, vector, groups)
     return _judged(
-        index, plan, hits, float(hits.cosines.max()) if len(hits.rows) else math.inf
+        index,
+        plan,
+        hits,
+        float(hits.cosines.max()) if len(hits.rows) else math.inf,
     )
 
 
@@ -167,7 +170,10 @@ def best_rows(
 
 
 def best_of_groups(
-    index: IndexVersion, plan: Plan, vector: Floats, groups: GroupField
+    index: IndexVersion,
+    plan: Plan,
+    vector: Floats,
+    groups: GroupField,
 ) -> Hits:
     """Return the best row of each of the best groups, up to the next page.
 
@@ -237,7 +243,9 @@ def hybrid_candidates(
     mask = _word_mask(index, allowed)
     is_text_complete = lexical.count_matches(plan.text) < _TEXT_ROWS
     text_scores, text_rows = lexical.search(
-        plan.text, _TEXT_ROWS if is_text_complete else _COMMON_TEXT_ROWS, mask
+        plan.text,
+        _TEXT_ROWS if is_text_complete else _COMMON_TEXT_ROWS,
+        mask,
     )
     is_narrow = not is_text_complete and mask is None and width <= _COMMON_WIDTH
     if not is_text_complete:
@@ -256,7 +264,12 @@ def hybrid_candidates(
     )
     is_far = ~is_same.any(0)
     return _with_words(
-        index, plan, vector, near, text_rows[is_far], text_scores[is_far]
+        index,
+        plan,
+        vector,
+        near,
+        text_rows[is_far],
+        text_scores[is_far],
     )
 
 
@@ -281,7 +294,11 @@ def _with_words(
     bonus: Any = np.float32(text_bonus(index.sample_vectors, vector, plan.words_weight))
     scores = cosines + bonus * text_scores
     return replace(
-        near, rows=rows, cosines=cosines, text_scores=text_scores, rank_scores=scores
+        near,
+        rows=rows,
+        cosines=cosines,
+        text_scores=text_scores,
+        rank_scores=scores,
     )
 
 
@@ -339,7 +356,10 @@ def fold_rows(index: IndexVersion, ranked: Hits, fold: float, count: int) -> Hit
 
 
 def _sorted_hits(
-    served: ServedVersion, plan: Plan, vector: Floats, groups: GroupField | None
+    served: ServedVersion,
+    plan: Plan,
+    vector: Floats,
+    groups: GroupField | None,
 ) -> Hits:
     """Return the hits in the order of a field.
 
@@ -389,7 +409,9 @@ def _fitting(index: IndexVersion, plan: Plan, vector: Floats) -> Hits:
             else:
                 contained = contained_share(index, plan.text)[0]
             scores, rows = lexical.search(
-                plan.text, MAX_SORTED, _word_mask(index, plan.allowed)
+                plan.text,
+                MAX_SORTED,
+                _word_mask(index, plan.allowed),
             )
             is_complete &= len(rows) < MAX_SORTED or bool(scores[-1] < contained)
             is_added = (scores >= contained) & ~np.isin(rows, hits.rows)

@@ -64,7 +64,10 @@ class Index:
         settings = Settings.model_construct(index=index, device=device, runtime=runtime)
         return cls(
             load_served_version(
-                settings.index, settings, version=version, warm_up=False
+                settings.index,
+                settings,
+                version=version,
+                warm_up=False,
             ),
             settings,
         )
@@ -90,14 +93,19 @@ class Index:
         started = time.perf_counter()
         checked = _validated({"query": query, **options})
         plan = make_plan(
-            self.served, checked, self._settings, has_image=image is not None
+            self.served,
+            checked,
+            self._settings,
+            has_image=image is not None,
         )
         vectors = self._encode([text for _, text in plan.texts])
         vectors += [] if image is None else [self._encode_image(image, checked.crop)]
         return self._answer(plan, query_vector(self.served, plan, vectors), started)
 
     def search_each(
-        self, queries: Sequence[str], **options: Any
+        self,
+        queries: Sequence[str],
+        **options: Any,
     ) -> Iterator[SearchResponse]:
         """Yield the results of each text, as `search` finds them; the texts are encoded
         in batches.

@@ -86,7 +86,9 @@ class Compute:
         return call(*args)
 
     def gallery_pixels(
-        self, served: ServedVersion, rows: Sequence[int]
+        self,
+        served: ServedVersion,
+        rows: Sequence[int],
     ) -> dict[int, Pixels]:
         """Return the images that are still in the gallery, by row and in their
         order.
@@ -171,7 +173,10 @@ def explain(
 
 
 def _word_effects(
-    compute: Compute, served: ServedVersion, text: str, rows: Sequence[int]
+    compute: Compute,
+    served: ServedVersion,
+    text: str,
+    rows: Sequence[int],
 ) -> list[list[WordEffect]]:
     """Return the fall of each row's similarity to the text when a word is left out;
     nothing for a single word.
@@ -197,7 +202,10 @@ def _word_effects(
 
 
 def _relevance(
-    compute: Compute, served: ServedVersion, vector: Floats, row: int
+    compute: Compute,
+    served: ServedVersion,
+    vector: Floats,
+    row: int,
 ) -> list[list[float]] | None:
     """Return the fall of the score when a part is blanked, for each patch; None if the
     image is missing.
@@ -207,7 +215,9 @@ def _relevance(
         return None
     encoder = served.encoder
     variants, part_of_patch = blank_parts(
-        pixels, encoder.preprocess.blank(), encoder.state.patch_grid
+        pixels,
+        encoder.preprocess.blank(),
+        encoder.state.patch_grid,
     )
     images = [(encoder.state, variant) for variant in (pixels, *variants)]
     original, *blanked = _in_chunks(compute, encoder.runtime.encode_images, images)
@@ -217,14 +227,18 @@ def _relevance(
 
 
 def _in_chunks(
-    compute: Compute, encode: Callable[[list[T]], Iterable[Floats]], images: list[T]
+    compute: Compute,
+    encode: Callable[[list[T]], Iterable[Floats]],
+    images: list[T],
 ) -> list[Floats]:
     chunks = (images[start : start + _CHUNK] for start in range(0, len(images), _CHUNK))
     return [vector for chunk in chunks for vector in compute.model(encode, chunk)]
 
 
 def blank_parts(
-    pixels: Pixels, blank: Pixels, patches: int
+    pixels: Pixels,
+    blank: Pixels,
+    patches: int,
 ) -> tuple[list[Pixels], NDArray[np.int64]]:
     """Blank each part of an image in turn. A part consists of whole patches.
 

@@ -221,7 +221,10 @@ class Query(BaseModel):
         ),
     )
     k: Annotated[int, AfterValidator(_check_k)] = Field(
-        DEFAULT_K, ge=1, strict=True, description="number of results"
+        DEFAULT_K,
+        ge=1,
+        strict=True,
+        description="number of results",
     )
     offset: Annotated[int, AfterValidator(_check_offset)] = Field(
         0,
@@ -586,7 +589,9 @@ def row_of(served: ServedVersion, item_id: str, field: str = "id") -> int:
 
 
 def query_vector(
-    served: ServedVersion, plan: Plan, vectors: Sequence[Floats]
+    served: ServedVersion,
+    plan: Plan,
+    vectors: Sequence[Floats],
 ) -> Floats:
     """Return the unit vector (E,) of a query.
 

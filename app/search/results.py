@@ -140,7 +140,10 @@ def cached_page(served: ServedVersion, plan: Plan, vector: Floats) -> Page | Non
 
 
 def answer(
-    served: ServedVersion, plan: Plan, vector: Floats, compute: Compute | None = None
+    served: ServedVersion,
+    plan: Plan,
+    vector: Floats,
+    compute: Compute | None = None,
 ) -> Page:
     """Return a page of results, and cache it.
 
@@ -200,7 +203,9 @@ def make_page(served: ServedVersion, plan: Plan, vector: Floats, hits: Hits) -> 
     for result, group in zip(results, groups, strict=False):
         result["group"] = group
     for result, position in zip(
-        results, positions if hits.folded else (), strict=False
+        results,
+        positions if hits.folded else (),
+        strict=False,
     ):
         if len(near := hits.folded[position]):
             result["folded"] = [item(row).id for row in near.tolist()]
@@ -279,7 +284,10 @@ def public_metadata(item: Item) -> dict[str, Any]:
 
 
 def facets_of(
-    served: ServedVersion, plan: Plan, vector: Floats, hits: Hits
+    served: ServedVersion,
+    plan: Plan,
+    vector: Floats,
+    hits: Hits,
 ) -> tuple[dict[str, list[FacetValue]], bool]:
     """Return the facets of a plan, and False if they are approximate.
 
@@ -294,7 +302,10 @@ def facets_of(
     is_exact = hits.is_exact
     if rows is None and plan.min_score is not None:
         near = vector_candidates(
-            index, vector, min(MAX_SCORED, index.rows), plan.allowed
+            index,
+            vector,
+            min(MAX_SCORED, index.rows),
+            plan.allowed,
         )
         rows = near.rows[near.reach(plan.min_score)]
         is_exact = len(rows) < MAX_SCORED and is_exact_index(index)
@@ -355,7 +366,9 @@ def count_values(
         )
         counted = counted.take(
             pc.select_k_unstable(
-                table, limit, [("count", "descending"), ("text", "ascending")]
+                table,
+                limit,
+                [("count", "descending"), ("text", "ascending")],
             )
         )
     if are_times:
@@ -398,7 +411,10 @@ def _count_ranges(numbers: Any, owners: Rows) -> list[FacetValue]:
     )
     facet: list[FacetValue] = []
     for low, high, count in zip(
-        edges[:-1].tolist(), edges[1:].tolist(), counts.tolist(), strict=True
+        edges[:-1].tolist(),
+        edges[1:].tolist(),
+        counts.tolist(),
+        strict=True,
     ):
         end = "lte" if high == edges[-1] else "lt"
         facet.append(FacetValue(value={"gte": low, end: high}, count=count))

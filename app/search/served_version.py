@@ -292,7 +292,10 @@ def is_exact_index(index: IndexVersion) -> bool:
 
 
 def field_values(
-    index: IndexVersion, name: str, option: str, rows: Rows | None = None
+    index: IndexVersion,
+    name: str,
+    option: str,
+    rows: Rows | None = None,
 ) -> pa.ChunkedArray:
     """Return a field of every row, or of some, ascending; null where an item has none.
 
@@ -402,7 +405,10 @@ def group_field(served: ServedVersion, name: str) -> GroupField:
         alone = np.flatnonzero(is_missing.to_numpy())
         codes[alone] = count + alone
         return GroupField(
-            index, name, codes, np.bincount(codes[index.live], minlength=count)[:count]
+            index,
+            name,
+            codes,
+            np.bincount(codes[index.live], minlength=count)[:count],
         )
 
     groups: GroupField = served.columns.find(("groups", name), read)
@@ -435,7 +441,10 @@ def sort_positions(served: ServedVersion, sort: str) -> NDArray[np.int32]:
 
 
 def list_rows(
-    served: ServedVersion, filter: dict[str, Any] | None, sort: str, group_by: str
+    served: ServedVersion,
+    filter: dict[str, Any] | None,
+    sort: str,
+    group_by: str,
 ) -> Rows:
     """Return the rows of a listing: those that fulfil a filter, in the order of a field
     or of the index.

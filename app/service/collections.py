@@ -51,7 +51,11 @@ class Collection:
     """
 
     def __init__(
-        self, path: Path, collections: "Collections", *, is_created: bool = False
+        self,
+        path: Path,
+        collections: "Collections",
+        *,
+        is_created: bool = False,
     ) -> None:
         self.path = path
         self.is_created = is_created
@@ -171,7 +175,10 @@ class Collection:
         if self.current is not None and is_published(self.current, self.path, version):
             return None
         return load_served_version(
-            self.path, self._collections.settings, loaded, is_empty
+            self.path,
+            self._collections.settings,
+            loaded,
+            is_empty,
         )
 
     async def _pull(self) -> DcarError | None:
@@ -197,7 +204,9 @@ class Collection:
         return None
 
     def _record_failure(
-        self, error: BaseException, state: str = "not served"
+        self,
+        error: BaseException,
+        state: str = "not served",
     ) -> DcarError:
         """Note why a version is not served; log it once, or report it if the service
         cannot start.
@@ -424,7 +433,9 @@ class Collections:
             for name, path in paths.items():
                 if name not in self._by_name:
                     created = self._by_name[name] = Collection(
-                        path, self, is_created=True
+                        path,
+                        self,
+                        is_created=True,
                     )
                     created.start()
                     await created.was_tried.wait()

@@ -137,7 +137,10 @@ class QueryEncoder:
         return await self._find(encoder, text, embed)
 
     async def image(
-        self, served: ServedVersion, data: bytes, crop: Crop | None = None
+        self,
+        served: ServedVersion,
+        data: bytes,
+        crop: Crop | None = None,
     ) -> tuple[Floats, bool]:
         """Return the vector (E,) of an image file, or of a part of it, and True if it
         was cached. Raise ImageError.
@@ -158,7 +161,10 @@ class QueryEncoder:
         return await self._find(encoder, (digest.hexdigest(), crop), embed)
 
     async def _find(
-        self, encoder: Encoder, query: Hashable, embed: Callable[[], Awaitable[Floats]]
+        self,
+        encoder: Encoder,
+        query: Hashable,
+        embed: Callable[[], Awaitable[Floats]],
     ) -> tuple[Floats, bool]:
         """Return the vector of a query, and True if it was cached."""
         key = encoder.fingerprint, query
@@ -189,7 +195,11 @@ class QueryEncoder:
             return await self.batcher.submit(_call_each, (call, args))
 
     async def decode(
-        self, data: bytes, convert: Convert, *, is_query: bool = False
+        self,
+        data: bytes,
+        convert: Convert,
+        *,
+        is_query: bool = False,
     ) -> Any:
         """Return what `convert` makes of an image file in a decoding process, or raise
         ImageError.
@@ -223,7 +233,9 @@ class QueryEncoder:
         return await self._pixel_threads.run(preprocess.finish, decoded)
 
     async def gallery_pixels(
-        self, served: ServedVersion, rows: Sequence[int]
+        self,
+        served: ServedVersion,
+        rows: Sequence[int],
     ) -> dict[int, Pixels]:
         """Return the images that are still in the gallery, by row and in their
         order.
@@ -282,7 +294,9 @@ class Retriever:
 
     @asynccontextmanager
     async def _admitted(
-        self, count: int = 1, kind: PendingKind = "searches"
+        self,
+        count: int = 1,
+        kind: PendingKind = "searches",
     ) -> AsyncIterator[None]:
         """Count work in progress. Raise UnavailableError if there is too much of it, or
         if it takes too long.
@@ -369,7 +383,10 @@ class Retriever:
         if image is not None:
             embedded = [*embedded, await encoder.image(served, image, query.crop)]
         compose = partial(
-            query_vector, served, plan, [vector for vector, _ in embedded]
+            query_vector,
+            served,
+            plan,
+            [vector for vector, _ in embedded],
         )
         vector = await self.run("search", compose) if plan.examples else compose()
         page = cached_page(served, plan, vector)
@@ -397,7 +414,9 @@ class Retriever:
             compute.is_cancelled = True
 
     async def embed(
-        self, served: ServedVersion, inputs: Sequence[str | bytes]
+        self,
+        served: ServedVersion,
+        inputs: Sequence[str | bytes],
     ) -> list[Floats]:
         """Return the vectors (E,) of normalized texts and image files. Raise
         BatchQueryError if one has none.
@@ -455,7 +474,9 @@ class Retriever:
                 data = await threads.run(index.image_bytes, row)
                 if side is not None:
                     make = partial(
-                        make_thumbnail, side=side, thumbnail_format=thumbnail_format
+                        make_thumbnail,
+                        side=side,
+                        thumbnail_format=thumbnail_format,
                     )
                     try:
                         data = await self.encoder.decode(data, make)
@@ -473,7 +494,9 @@ class Retriever:
         """
         async with self._admitted(kind="pictures"):
             await self.encoder.decode(
-                data, served.encoder.preprocess.decoder(), is_query=True
+                data,
+                served.encoder.preprocess.decoder(),
+                is_query=True,
             )
 
     async def examine(self, call: Callable[..., T], *args: Any) -> T:
@@ -498,7 +521,9 @@ class _WaitingCompute(Compute):
         return self._wait(self._encoder.call(call, *args))
 
     def gallery_pixels(
-        self, served: ServedVersion, rows: Sequence[int]
+        self,
+        served: ServedVersion,
+        rows: Sequence[int],
     ) -> dict[int, Pixels]:
         return self._wait(self._encoder.gallery_pixels(served, rows))
 

@@ -60,7 +60,10 @@ class WriteWorker:
     """Accepts jobs and has them applied. One per process."""
 
     def __init__(
-        self, settings: Settings, collections: Collections, metrics: Metrics
+        self,
+        settings: Settings,
+        collections: Collections,
+        metrics: Metrics,
     ) -> None:
         self._settings = settings
         self._collections = collections
@@ -120,12 +123,16 @@ class WriteWorker:
         self._arrived.set()
         if (status := await self.status([name], job)) is None:
             raise FileNotFoundError(
-                errno.ENOENT, "the collection has been dropped", str(collection.path)
+                errno.ENOENT,
+                "the collection has been dropped",
+                str(collection.path),
             )
         return status
 
     async def status(
-        self, collections: Sequence[str], job: str
+        self,
+        collections: Sequence[str],
+        job: str,
     ) -> dict[str, Any] | None:
         """Return the status of a job in some collections; None if there is none. The
         disk may be unavailable.
@@ -138,7 +145,9 @@ class WriteWorker:
         return None
 
     async def newest(
-        self, collections: Sequence[str], limit: int
+        self,
+        collections: Sequence[str],
+        limit: int,
     ) -> list[dict[str, Any]]:
         """Return the status of the jobs of some collections that were accepted last,
         the newest first.
@@ -158,7 +167,10 @@ class WriteWorker:
         return [(name, self._collections[name]) for name in collections]
 
     async def _shown(
-        self, name: str, collection: Collection, status: dict[str, Any]
+        self,
+        name: str,
+        collection: Collection,
+        status: dict[str, Any],
     ) -> dict[str, Any]:
         """Return the status of a job as callers see it. The items of one that is done
         are found from then on.

@@ -80,7 +80,9 @@ def read_judgements(files: Sequence[Path]) -> JudgedList:
     for file in files:
         unit = "row" if file.suffix.lower() == ".parquet" else "line"
         for number, row in read_records(
-            str(file), partial(_open, file), on_bad_line=faults.append
+            str(file),
+            partial(_open, file),
+            on_bad_line=faults.append,
         ):
             try:
                 judged.add(row, f"{file}, {unit} {number}")

@@ -93,7 +93,9 @@ class Annotations:
         return splits
 
     def load(
-        self, split: str, image_policy: ImagePolicy = "require"
+        self,
+        split: str,
+        image_policy: ImagePolicy = "require",
     ) -> tuple[Dataset, CleaningReport]:
         """Return one split of a data set and the report of its cleaning.
 
@@ -164,7 +166,9 @@ class Annotations:
         return Dataset(split, cleaned, self._root), report
 
     def load_all(
-        self, splits: Sequence[str] | None = None, image_policy: ImagePolicy = "require"
+        self,
+        splits: Sequence[str] | None = None,
+        image_policy: ImagePolicy = "require",
     ) -> tuple[dict[str, Dataset], dict[str, CleaningReport]]:
         """Load splits (None: all), and report images that occur in several."""
         datasets = dict[str, Dataset]()
@@ -253,7 +257,9 @@ class Annotations:
         )
 
     def _samples_of(
-        self, split: str, report: CleaningReport | None = None
+        self,
+        split: str,
+        report: CleaningReport | None = None,
     ) -> list[Sample]:
         """Return the pairs of a split as they are annotated; none if no file holds
         it.
@@ -263,7 +269,9 @@ class Annotations:
             if file not in self._read_files:
                 file_report = CleaningReport()
                 pairs = _with_splits(
-                    file, read_annotations(file, file_report), file_report
+                    file,
+                    read_annotations(file, file_report),
+                    file_report,
                 )
                 self._read_files[file] = pairs, file_report
             pairs, file_report = self._read_files[file]
@@ -334,7 +342,9 @@ def annotation_files(path: Path, split: str) -> list[Path]:
 
 
 def _tables(
-    path: Path, name: str, suffixes: Sequence[str] = (".json", *_TABLES)
+    path: Path,
+    name: str,
+    suffixes: Sequence[str] = (".json", *_TABLES),
 ) -> list[Path]:
     return [
         file for suffix in suffixes if (file := path / f"{name}{suffix}").is_file()
@@ -342,7 +352,9 @@ def _tables(
 
 
 def _with_splits(
-    file: Path, pairs: Sequence[tuple[str, Sample]], report: CleaningReport
+    file: Path,
+    pairs: Sequence[tuple[str, Sample]],
+    report: CleaningReport,
 ) -> list[tuple[str, Sample]]:
     """Return each pair with its split: from the file's name, from its column, or by a
     hash of the image's name.

@@ -227,7 +227,10 @@ def _read_tar(file: Path, report: CleaningReport, on_fault: OnBadLine) -> Rows:
                         row.get("category") or row.get("class_name")
                     ):
                         row |= read_sidecar(
-                            where, extension, tar, spans[members[extension]]
+                            where,
+                            extension,
+                            tar,
+                            spans[members[extension]],
                         )
             except DataError as error:
                 on_fault(error)
@@ -236,7 +239,10 @@ def _read_tar(file: Path, report: CleaningReport, on_fault: OnBadLine) -> Rows:
 
 
 def read_sidecar(
-    where: str, extension: str, tar: BinaryIO, span: TarSpan
+    where: str,
+    extension: str,
+    tar: BinaryIO,
+    span: TarSpan,
 ) -> dict[str, Any]:
     """Return the fields of an image from a tar member: .json is a row, .cls a category,
     a line of .txt a caption.

@@ -94,7 +94,9 @@ def read_records(
 
 
 def _read_jsonl(
-    name: str, open_file: OpenFile, on_bad_line: OnBadLine
+    name: str,
+    open_file: OpenFile,
+    on_bad_line: OnBadLine,
 ) -> Iterator[tuple[int, Record]]:
     with io.TextIOWrapper(open_file(), encoding="utf-8-sig") as file:
         for line, text in enumerate(_lines(name, file), 1):
@@ -138,7 +140,9 @@ def _lines(name: str, file: TextIO) -> Iterator[str]:
 
 
 def _read_typed_csv(
-    name: str, open_file: OpenFile, on_bad_line: OnBadLine
+    name: str,
+    open_file: OpenFile,
+    on_bad_line: OnBadLine,
 ) -> Iterator[tuple[int, Record]]:
     """Read the file twice: only the last row decides the type of a column."""
     types = dict.fromkeys(TEXT_COLUMNS, "text") | {"captions": "texts"}
@@ -164,7 +168,9 @@ def _read_typed_csv(
 
 
 def _read_csv_rows(
-    name: str, open_file: OpenFile, on_bad_line: OnBadLine
+    name: str,
+    open_file: OpenFile,
+    on_bad_line: OnBadLine,
 ) -> Iterator[tuple[int, dict[str, str]]]:
     with io.TextIOWrapper(open_file(), encoding="utf-8-sig", newline="") as file:
         line = 0

@@ -104,7 +104,11 @@ class CleaningReport:
     names: dict[str, list[str]] = field(default_factory=dict)
 
     def add(
-        self, phrase: str, number: int = 1, *, names: Sequence[str] | None = None
+        self,
+        phrase: str,
+        number: int = 1,
+        *,
+        names: Sequence[str] | None = None,
     ) -> None:
         """Count `number` cases, or one per name; empty names count nothing."""
         if names is not None:
@@ -193,11 +197,15 @@ def clean_samples(samples: Sequence[Sample], report: CleaningReport) -> list[Sam
 
 
 def _clean_sample(
-    sample: Sample, true_texts: set[str], report: CleaningReport
+    sample: Sample,
+    true_texts: set[str],
+    report: CleaningReport,
 ) -> Sample:
     kept: dict[str, tuple[str, str]] = {}
     for text, category in zip(
-        sample.negatives, sample.negative_categories or repeat(""), strict=False
+        sample.negatives,
+        sample.negative_categories or repeat(""),
+        strict=False,
     ):
         if (folded := fold_text(text)) and folded not in true_texts:
             kept.setdefault(folded, (tidy_caption(text), _tidy_name(category)))

@@ -99,7 +99,10 @@ class _Tower:
 
     def linear(self, x: Node, name: str) -> Node:
         return self.ops.matmul(
-            x, self.weight(f"{name}weight"), False, True
+            x,
+            self.weight(f"{name}weight"),
+            False,
+            True,
         ) + self.weight(f"{name}bias")
 
     def queries_keys_values(self, x: Node, i: int) -> list[Node]:
@@ -116,7 +119,13 @@ class _Tower:
         ]
 
     def block(
-        self, x: Node, i: int, q: Node, k: Node, v: Node, mask: Node | None = None
+        self,
+        x: Node,
+        i: int,
+        q: Node,
+        k: Node,
+        v: Node,
+        mask: Node | None = None,
     ) -> Node:
         """Attention of the rows x (B, m, W) by their q, and the MLP -> (B, m, W)."""
         name = f"transformer.resblocks.{i}."
@@ -162,7 +171,12 @@ def image_graph(clip: ClipFiles, depth: int, *, has_adapters: bool, fuses: bool)
     )
     x = ops.convert(pixels, "f32") * (1 / (255 * std)) + (-mean / std)
     x = ops.convolution(
-        x, tower.weight("conv1.weight"), [patch, patch], [0, 0], [0, 0], [1, 1]
+        x,
+        tower.weight("conv1.weight"),
+        [patch, patch],
+        [0, 0],
+        [0, 0],
+        [1, 1],
     )
     x = tower.transposed(tower.reshaped(x, 0, width, -1), 0, 2, 1)  # [B, P, W]
     class_row = tower.for_batch(
@@ -219,12 +233,17 @@ def text_graph(clip: ClipFiles, *, fuses: bool) -> Any:
     is_before = ops.convert(ops.equal(ops.cum_sum(ends, _ONE), _ZERO), "i64")
     last = ops.reduce_sum(is_before, _ONE, True)  # [B, 1], the first end token
     x = ops.gather(
-        tower.weight("token_embedding.weight"), tokens, _ZERO
+        tower.weight("token_embedding.weight"),
+        tokens,
+        _ZERO,
     ) * ops.unsqueeze(weights, np.int64(-1))
     x = x + tower.rows(tower.weight("positional_embedding"), p, stop, 0)  # [B, n, W_t]
     mask = tower.rows(
         tower.rows(
-            tower.constant(_causal_mask(clip.layout.context_length)), p, stop, 0
+            tower.constant(_causal_mask(clip.layout.context_length)),
+            p,
+            stop,
+            0,
         ),
         0,
         stop,
@@ -279,7 +298,9 @@ def prefix(clip: ClipFiles, prompts: Floats | None) -> tuple[Floats, Floats]:
         openvino_library()
         .Core()
         .compile_model(
-            openvino_library().Model(outputs, [rows]), "CPU", OPENVINO_OPTIONS
+            openvino_library().Model(outputs, [rows]),
+            "CPU",
+            OPENVINO_OPTIONS,
         )
     )
     arrays = list(graph([given]).values())
@@ -323,7 +344,10 @@ def open_clip_graphs(
 
     def graphs() -> tuple[Any, Any]:
         return text_graph(clip, fuses=fuses), image_graph(
-            clip, depth, has_adapters=has_adapters, fuses=fuses
+            clip,
+            depth,
+            has_adapters=has_adapters,
+            fuses=fuses,
         )
 
     return open_openvino(

@@ -167,7 +167,9 @@ class Encoder:
                 torch.set_num_threads(threads)
             if is_checkpoint(path):
                 model, fingerprint = load_checkpoint(
-                    path, device=pick_device(device), backbone=backbone
+                    path,
+                    device=pick_device(device),
+                    backbone=backbone,
                 )
                 # load_checkpoint has compared it
                 backbone_hash = str(read_config(path)["backbone"]["sha256"])
@@ -186,7 +188,10 @@ class Encoder:
         may_use_openvino = exports.may_use_export(device, runtime)
         if may_use_openvino:
             opened = _load_files(
-                path, BackboneSource(str(source), pretrained), runtime, threads
+                path,
+                BackboneSource(str(source), pretrained),
+                runtime,
+                threads,
             )
             if opened is None and is_checkpoint(path):
                 opened = exports.restore(path, runtime, threads, cache)
@@ -235,7 +240,9 @@ class Encoder:
         )
 
     def encode_images(
-        self, images: Sequence[ImageSource], batch_size: int = 32
+        self,
+        images: Sequence[ImageSource],
+        batch_size: int = 32,
     ) -> Floats:
         """Encode images (PIL, path or bytes) -> float32 (n, E), L2-normalized. Raise
         ImageError for a broken one.
@@ -289,7 +296,10 @@ class Encoder:
 
 
 def _load_files(
-    path: Path, source: BackboneSource, runtime: str, threads: int | None
+    path: Path,
+    source: BackboneSource,
+    runtime: str,
+    threads: int | None,
 ) -> tuple[EncoderState, Runtime] | None:
     """Load a checkpoint, or else a model, of CLIP's own family; None for any other, or
     if nothing of `auto` runs it.
@@ -304,7 +314,9 @@ def _load_files(
     fingerprint = compute_fingerprint(backbone_hash, config, trainables)
     if is_checkpoint(path):
         config, trainables, fingerprint = read_verified(
-            path, clip.source, backbone_hash
+            path,
+            clip.source,
+            backbone_hash,
         )
     try:
         state = load_state(clip, config, trainables, (fingerprint, backbone_hash))
@@ -342,7 +354,10 @@ def add_portable_export(checkpoint: Path, backbone: "Backbone | None") -> None:
         return
     try:
         encoder = Encoder.load(
-            checkpoint, device="cpu", runtime="openvino", backbone=shared
+            checkpoint,
+            device="cpu",
+            runtime="openvino",
+            backbone=shared,
         )
         assert isinstance(encoder.runtime, OpenVinoRuntime)
         export = encoder.runtime.directory

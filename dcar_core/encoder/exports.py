@@ -150,7 +150,9 @@ def _export(final: Path, graphs: "Mapping[str, TextGraph | ImageGraph]") -> None
             shapes = [openvino.PartialShape(shape) for shape in shapes]
             with tracing():
                 converted = openvino.convert_model(
-                    graph, example_input=inputs, input=shapes
+                    graph,
+                    example_input=inputs,
+                    input=shapes,
                 )
             openvino.save_model(converted, aside / name, compress_to_fp16=False)
         files = {path.name: sha256_of(path) for path in sorted(aside.iterdir())}
@@ -209,12 +211,17 @@ def store(export: Path, state: EncoderState, model: "DCAR") -> None:
         )
     except OSError as error:
         logger.warning(
-            "the encoder cannot be cached in %s: %s", export, error.strerror or error
+            "the encoder cannot be cached in %s: %s",
+            export,
+            error.strerror or error,
         )
 
 
 def copy_portable(
-    source: Path, target: Path, state: EncoderState, probe_texts: Floats
+    source: Path,
+    target: Path,
+    state: EncoderState,
+    probe_texts: Floats,
 ) -> None:
     """Copy the portable files of a checkpoint to one with another text adapter, that of
     `state`.
@@ -245,7 +252,10 @@ def has_entry(checkpoint: Path) -> bool:
 
 
 def restore(
-    checkpoint: Path, runtime: str, threads: int | None, cache: Path
+    checkpoint: Path,
+    runtime: str,
+    threads: int | None,
+    cache: Path,
 ) -> tuple[EncoderState, Runtime] | None:
     """Load a portable export, or else the entry that `store` wrote; None if there is
     none or a check fails.
@@ -293,7 +303,10 @@ def _write(path: Path, state: EncoderState, probe: runtimes.Vectors) -> None:
 
 
 def _open(
-    entry: Path, checkpoint: Path, runtime: str, threads: int | None
+    entry: Path,
+    checkpoint: Path,
+    runtime: str,
+    threads: int | None,
 ) -> tuple[EncoderState, Runtime]:
     """Open the export beside an entry by the first runtime that gives the probe's
     vectors.
@@ -304,7 +317,9 @@ def _open(
     config = ModelConfig.from_dict(described["model"])
     trainables = read_trainables(checkpoint)
     if state.fingerprint != compute_fingerprint(
-        described["backbone"]["sha256"], config, trainables
+        described["backbone"]["sha256"],
+        config,
+        trainables,
     ):
         raise ValueError("it is of another checkpoint")
     names = runtimes.auto_exports() if runtime == runtimes.AUTO else [runtime]
@@ -315,7 +330,9 @@ def _open(
                 opened = runtimes.open_export(name, entry.parent, threads)
                 checked.result()
                 runtimes.check_vectors(
-                    state, opened, (arrays["probe_texts"], arrays["probe_images"])
+                    state,
+                    opened,
+                    (arrays["probe_texts"], arrays["probe_images"]),
                 )
             except RuntimeUnavailableError as error:
                 fault = error

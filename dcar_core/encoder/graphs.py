@@ -69,7 +69,12 @@ class AttentionBlock(nn.Module):
         return q, k, v
 
     def finish(
-        self, x: Tensor, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None
+        self,
+        x: Tensor,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        mask: Tensor | None,
     ) -> Tensor:
         """Attention of the rows x (B, m, W) by their q, and the MLP -> (B, m, W)."""
         # [B, H, m, d]
@@ -114,7 +119,9 @@ class ImageGraph(nn.Module):
         # in float32 until here: float16 has 11 bits
         x = pixels.float() * self.scale + self.shift
         return self.tower.encode(
-            x.to(next(self.encoder.parameters()).dtype), prompts, adapters
+            x.to(next(self.encoder.parameters()).dtype),
+            prompts,
+            adapters,
         )
 
     def example(self) -> Example:
@@ -189,7 +196,11 @@ class PrefixTextGraph(nn.Module):
         return torch.stack(keys), torch.stack(values)
 
     def forward(
-        self, tokens: Tensor, weights: Tensor, keys: Tensor, values: Tensor
+        self,
+        tokens: Tensor,
+        weights: Tensor,
+        keys: Tensor,
+        values: Tensor,
     ) -> Tensor:
         """tokens, weights of their embeddings: (B, n) without start tokens. keys,
         values: (D, R, H, p, d).
@@ -252,7 +263,10 @@ class PromptTextGraph(nn.Module):
         return () if prompts is None else (prompts.unsqueeze(1),)
 
     def forward(
-        self, tokens: Tensor, weights: Tensor, prompts: Tensor | None = None
+        self,
+        tokens: Tensor,
+        weights: Tensor,
+        prompts: Tensor | None = None,
     ) -> Tensor:
         """tokens, weights of their embeddings: (B, n). prompts: (depth, R, k, W_t)."""
         return self.tower.encode(tokens, prompts, weights)
@@ -288,7 +302,9 @@ def graphs_of(model: DCAR) -> tuple[TextGraph, ImageGraph]:
     return (
         text.eval(),
         ImageGraph(
-            backbone, image_depth, has_adapters=model.block_adapters is not None
+            backbone,
+            image_depth,
+            has_adapters=model.block_adapters is not None,
         ).eval(),
     )
 
@@ -336,7 +352,10 @@ class TorchRuntime(Runtime):
 
 @torch.inference_mode()
 def _run(
-    graph: nn.Module, device: torch.device, dtype: torch.dtype, inputs: tuple[Any, ...]
+    graph: nn.Module,
+    device: torch.device,
+    dtype: torch.dtype,
+    inputs: tuple[Any, ...],
 ) -> Floats:
     """inputs: token ids or pixels, then whatever takes the type of the weights."""
     first, *rest = (
@@ -365,7 +384,12 @@ def extract_state(model: DCAR, fingerprint: str, backbone_hash: str) -> EncoderS
 
     hashes = fingerprint, backbone_hash
     return build_state(
-        backbone, model.served_config, trainables, hashes, text_inputs, graph.skipped
+        backbone,
+        model.served_config,
+        trainables,
+        hashes,
+        text_inputs,
+        graph.skipped,
     )
 
 

@@ -93,7 +93,10 @@ def auto_runtimes(device: str) -> list[str]:
 
 
 def load_runtime(
-    name: str, state: EncoderState, model: "DCAR", export: Callable[[], Path]
+    name: str,
+    state: EncoderState,
+    model: "DCAR",
+    export: Callable[[], Path],
 ) -> Runtime:
     """Open a runtime by name, or the first that can be used by `auto`, which never
     fails; see `open_runtime`.
@@ -113,7 +116,10 @@ def load_runtime(
 
 
 def _open_and_check(
-    name: str, state: EncoderState, model: "DCAR", export: Callable[[], Path]
+    name: str,
+    state: EncoderState,
+    model: "DCAR",
+    export: Callable[[], Path],
 ) -> Runtime:
     """Open a runtime and run it with one row and with several, because some compile
     only then, or fail.
@@ -185,7 +191,11 @@ def open_openvino(
     key = name, graphs_key, threads
     if (runtime := _open.get(key)) is None:
         runtime = OpenVinoRuntime(
-            name, graphs(), directory, hint=EXPORTED[name], threads=threads
+            name,
+            graphs(),
+            directory,
+            hint=EXPORTED[name],
+            threads=threads,
         )
         _open[key] = runtime
     return runtime

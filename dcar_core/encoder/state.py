@@ -59,7 +59,10 @@ class Runtime:
         self._run_image = run_image
 
     def text(
-        self, tokens: TokenIds, weights: Floats, inputs: tuple[Floats, ...]
+        self,
+        tokens: TokenIds,
+        weights: Floats,
+        inputs: tuple[Floats, ...],
     ) -> Floats:
         """tokens (B, n) without the skipped ones, weights (B, n), `text_inputs` -> (B,
         E), not normalized.
@@ -73,7 +76,9 @@ class Runtime:
         return self._run_image((pixels, *inputs))
 
     def encode_texts(
-        self, texts: Sequence[tuple["EncoderState", str]], batch_size: int = sys.maxsize
+        self,
+        texts: Sequence[tuple["EncoderState", str]],
+        batch_size: int = sys.maxsize,
     ) -> Floats:
         """Encode each text with its own state -> (n, E), L2-normalized; at most
         `batch_size` in a pass, by length.
@@ -243,7 +248,9 @@ class EncoderState:
             missing = 0
         if missing:
             return np.pad(
-                tokens, ((0, 0), (0, missing)), constant_values=self.layout.pad_id
+                tokens,
+                ((0, 0), (0, missing)),
+                constant_values=self.layout.pad_id,
             )
         return tokens
 
@@ -254,7 +261,9 @@ class EncoderState:
         if self.token_factors is None:
             return np.ones(tokens.shape, np.float32)
         return np.where(
-            self.layout.caption_mask(tokens), self.token_factors[tokens], np.float32(1)
+            self.layout.caption_mask(tokens),
+            self.token_factors[tokens],
+            np.float32(1),
         )
 
     def adapt_texts(self, features: Floats) -> Floats:
@@ -333,7 +342,9 @@ def build_state(
 
 
 def _token_factors(
-    backbone: Any, config: ReweightConfig, trainables: Mapping[str, Floats]
+    backbone: Any,
+    config: ReweightConfig,
+    trainables: Mapping[str, Floats],
 ) -> Floats | None:
     """Tabulate `model.token_weights.TokenWeightHead` over the vocabulary: it reads a
     token's embedding alone.

@@ -104,7 +104,11 @@ def compare(
         SPLITS, "skip" if skip_broken else "require"
     )
     splits = add_negatives(
-        splits, reports, backbone_functions(backbone), mode=negatives, taxonomy=taxonomy
+        splits,
+        reports,
+        backbone_functions(backbone),
+        mode=negatives,
+        taxonomy=taxonomy,
     )
     report_truncation(
         splits,
@@ -258,7 +262,10 @@ def _note_copies(
 
 
 def _run_method(
-    runner: MethodRunner, config: ModelConfig, seeds: int, grid: Sequence[float]
+    runner: MethodRunner,
+    config: ModelConfig,
+    seeds: int,
+    grid: Sequence[float],
 ) -> dict[str, dict[str, Any]]:
     """Tune, train and test one method. Raise DivergedError if a run diverges.
 

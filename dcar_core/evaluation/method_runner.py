@@ -128,7 +128,9 @@ class MethodRunner:
             is_merged = find_method(method.method).changes is not None
             shared = None if is_merged else self.backbone
             model, _ = load_checkpoint(
-                directory, device=str(self.backbone.device), backbone=shared
+                directory,
+                device=str(self.backbone.device),
+                backbone=shared,
             )
             cache = FeatureCache(None, model.backbone) if is_merged else self.cache
             write_json(
@@ -142,7 +144,9 @@ class MethodRunner:
         return {**record, **json.loads(results_file.read_text(encoding="utf-8"))}
 
     def tune(
-        self, method: ModelConfig, grid: Sequence[float]
+        self,
+        method: ModelConfig,
+        grid: Sequence[float],
     ) -> tuple[float, dict[str, float | None]]:
         """Return the learning rate with the best validation recall at seed 0.
 
@@ -201,7 +205,9 @@ def analyse(model: DCAR, data: Dataset, split: PreparedSplit) -> dict[str, Any]:
     return {
         **_by_ranks(data, split, compute_ranks(text, image, split.image_of)),
         "hard_negative_accuracy": hard_negative_accuracy(
-            image[split.image_of], text, encode_negatives(model, data)
+            image[split.image_of],
+            text,
+            encode_negatives(model, data),
         ),
         **(
             {"reranked": _by_ranks(data, split, again) | _BY_VECTORS_ALONE}
@@ -258,7 +264,9 @@ def encode_negatives(model: DCAR, data: Dataset) -> list[Floats]:
 
 
 def _recall_by_category(
-    data: Dataset, image_of: Rows, ranks: Ranks
+    data: Dataset,
+    image_of: Rows,
+    ranks: Ranks,
 ) -> dict[str, dict[str, float]]:
     rows_of: dict[str, list[int]] = defaultdict(list)
     for row, sample in enumerate(data.samples):

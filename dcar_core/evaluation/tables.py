@@ -282,7 +282,10 @@ def plot_recall(results: Results, path: Path) -> str:
         both[0].set_yticks(range(len(methods)), methods)
         both[0].set_ylim(len(methods) - 0.5, -0.5)
         for axes, direction, title in zip(
-            both, ("t2i", "i2t"), ("Text-to-image", "Image-to-text"), strict=True
+            both,
+            ("t2i", "i2t"),
+            ("Text-to-image", "Image-to-text"),
+            strict=True,
         ):
             axes.set_title(f"{title} R@1, R@5, R@10")
             axes.set_xlabel("percent")

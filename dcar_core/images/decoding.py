@@ -150,7 +150,10 @@ ImageSource = Image.Image | OpenedImage | Path | str | bytes
 
 
 def open_image(
-    source: ImageSource, *, max_pixels: int = MAX_PIXELS, at_least: int | None = None
+    source: ImageSource,
+    *,
+    max_pixels: int = MAX_PIXELS,
+    at_least: int | None = None,
 ) -> Image.Image:
     """Return an image as RGB: orientation applied, alpha over white, 16-bit and CMYK
     converted.
@@ -183,7 +186,9 @@ def open_image(
 
 
 def make_thumbnail(
-    opened: OpenedImage, side: int, thumbnail_format: ThumbnailFormat
+    opened: OpenedImage,
+    side: int,
+    thumbnail_format: ThumbnailFormat,
 ) -> bytes:
     """Return an image file whose longer side has at most `side` pixels; a small PNG or
     WebP stays as it is.
@@ -281,7 +286,10 @@ def _open_heif(file: io.BytesIO) -> ImageFile:
 
 
 def _to_rgb(
-    image: Image.Image, at_least: int | None = None, *, is_turned: bool = False
+    image: Image.Image,
+    at_least: int | None = None,
+    *,
+    is_turned: bool = False,
 ) -> Image.Image:
     """Return the image in mode RGB; `at_least` as in `open_image`. is_turned: the
     caller rotates the result.
@@ -319,7 +327,9 @@ def _tiles(size: tuple[int, int], factor: int) -> Iterator[tuple[int, int, int, 
 
 
 def _convert_tiles(
-    image: Image.Image, factor: int, convert: Callable[[Image.Image], Image.Image]
+    image: Image.Image,
+    factor: int,
+    convert: Callable[[Image.Image], Image.Image],
 ) -> Image.Image:
     width, height = image.size
     result = Image.new("RGB", (-(-width // factor), -(-height // factor)), None)

@@ -149,7 +149,9 @@ class DecodeWorker:
             try:
                 if process is not None:
                     _write(
-                        process.stdin, _LENGTHS.pack(len(job), len(data)) + job, data
+                        process.stdin,
+                        _LENGTHS.pack(len(job), len(data)) + job,
+                        data,
                     )
                     return _answer(process.stdout)
             except (ImageError, LargeImageError):
@@ -260,7 +262,9 @@ def work() -> None:
 
 
 def _decode(
-    convert: Convert, data: bytes, limits: Limits
+    convert: Convert,
+    data: bytes,
+    limits: Limits,
 ) -> tuple[dict[str, Any], memoryview]:
     nothing = memoryview(b"")
     opened = None

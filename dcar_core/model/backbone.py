@@ -67,7 +67,9 @@ class Backbone(nn.Module):
         self._settings = settings
         self.preprocess = Preprocess.from_open_clip(self.visual.preprocess_cfg)
         self.text_tower, self.image_tower = select_towers(
-            self.clip, tokenizer.layout, self.preprocess.size
+            self.clip,
+            tokenizer.layout,
+            self.preprocess.size,
         )
         self.layout = self.text_tower.layout
         self.context_length = self.layout.context_length
@@ -94,7 +96,9 @@ class Backbone(nn.Module):
         return super().train(False)
 
     def forward(
-        self, name: str, *inputs: Tensor | AdapterMatrices | bool | None
+        self,
+        name: str,
+        *inputs: Tensor | AdapterMatrices | bool | None,
     ) -> Tensor:
         """Call one of the methods below by name, for `torch.func.functional_call`."""
         encoded: Tensor = getattr(self, name)(*inputs)
@@ -186,7 +190,9 @@ def load_backbone(source: BackboneSource, device: str = "cpu") -> Backbone:
 
 
 def select_towers(
-    clip: Any, layout: TextLayout, size: int
+    clip: Any,
+    layout: TextLayout,
+    size: int,
 ) -> tuple[TextTower, ImageTower]:
     """Return the towers of an open_clip model in eval mode.
 
@@ -200,10 +206,16 @@ def select_towers(
     device = next(clip.parameters()).device
     tokens = torch.tensor([[*layout.start_ids, 5, 6, 7, layout.end_id]], device=device)
     whole = nn.functional.pad(
-        tokens, (0, layout.context_length - tokens.shape[1]), value=layout.pad_id
+        tokens,
+        (0, layout.context_length - tokens.shape[1]),
+        value=layout.pad_id,
     )
     pixels = torch.randn(
-        1, 3, size, size, generator=torch.Generator().manual_seed(0)
+        1,
+        3,
+        size,
+        size,
+        generator=torch.Generator().manual_seed(0),
     ).to(device)
     try:
         text = _text_tower(clip, layout)
@@ -238,7 +250,9 @@ def _image_tower(clip: Any, size: int) -> ImageTower:
     if type(visual).__name__ == "VisionTransformer":
         return NativeImage(visual)
     if type(trunk).__name__ in ("VisionTransformer", "Eva") and not getattr(
-        trunk, "rope_mixed", False
+        trunk,
+        "rope_mixed",
+        False,
     ):
         return TimmImage(visual)
     return WholeImage(clip, size)

@@ -68,7 +68,10 @@ def compute_fingerprint(
 
 
 def save_checkpoint(
-    model: "DCAR", path: Path, *, training: dict[str, Any] | None = None
+    model: "DCAR",
+    path: Path,
+    *,
+    training: dict[str, Any] | None = None,
 ) -> str:
     """Write trainables and config; return the fingerprint. A model's path is stored
     relative to the checkpoint.
@@ -151,7 +154,9 @@ def read_trainables(path: Path) -> Trainables:
 
 
 def read_verified(
-    path: Path, source: BackboneSource, backbone_hash: str
+    path: Path,
+    source: BackboneSource,
+    backbone_hash: str,
 ) -> tuple[ModelConfig, Trainables, str]:
     """Read what was learned on a backbone, with its fingerprint. Raise CheckpointError
     unless all belong together.
@@ -181,7 +186,10 @@ def read_verified(
 
 
 def load_checkpoint(
-    path: Path, *, device: str = "cpu", backbone: "Backbone | None" = None
+    path: Path,
+    *,
+    device: str = "cpu",
+    backbone: "Backbone | None" = None,
 ) -> "tuple[DCAR, str]":
     """Load a model; return it with its fingerprint. Pass a loaded `backbone` to share
     it.
@@ -198,7 +206,9 @@ def load_checkpoint(
 
     backbone = backbone or load_backbone(backbone_source(path), device)
     config, weights, fingerprint = read_verified(
-        path, backbone.source, backbone.content_hash()
+        path,
+        backbone.source,
+        backbone.content_hash(),
     )
     try:
         if any(name.startswith("encoders.") for name in weights):
@@ -313,7 +323,11 @@ def save_zero_shot(source: BackboneSource, out: Path, note: str = "") -> str:
 
             backbone = load_backbone(source)
     return write_checkpoint(
-        out, _describe(backbone, out), UNTOUCHED, {}, {"note": note} if note else {}
+        out,
+        _describe(backbone, out),
+        UNTOUCHED,
+        {},
+        {"note": note} if note else {},
     )
 
 

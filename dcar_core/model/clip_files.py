@@ -143,7 +143,9 @@ class ClipFiles:
 
 
 def content_hash(
-    preprocess: Preprocess, settings: bytes, weights: Iterable[tuple[str, NDArray[Any]]]
+    preprocess: Preprocess,
+    settings: bytes,
+    weights: Iterable[tuple[str, NDArray[Any]]],
 ) -> str:
     """Return sha256 over every weight and whatever else decides on vectors, as 64 hex
     digits.
@@ -213,7 +215,9 @@ def read_clip_files(source: BackboneSource) -> ClipFiles | None:
 
 
 def _read(
-    source: BackboneSource, directory: Path | None, repository: str
+    source: BackboneSource,
+    directory: Path | None,
+    repository: str,
 ) -> ClipFiles | None:
     def find(name: str) -> Path | None:
         file = directory / name if directory is not None else fetch(repository, name)
@@ -295,7 +299,9 @@ def _has_plain_sizes(vision: Mapping[str, Any], text: Mapping[str, Any]) -> bool
 
 
 def _shapes(
-    width: int, vision: Mapping[str, Any], text: Mapping[str, Any]
+    width: int,
+    vision: Mapping[str, Any],
+    text: Mapping[str, Any],
 ) -> dict[str, tuple[int, ...]]:
     """Return the shape of every weight by its name. width: E."""
     v = vision["width"]

@@ -280,7 +280,11 @@ class DCAR(nn.Module):
         return self.head(self.backbone.text_tower.embed(tokens), mask)  # type: ignore[no-any-return]
 
     def encode_text(
-        self, tokens: Tensor, weights: Tensor | None = None, *, rows: bool = False
+        self,
+        tokens: Tensor,
+        weights: Tensor | None = None,
+        *,
+        rows: bool = False,
     ) -> Tensor:
         """int64 (B, n), made with room for the prompts, and optional factors (B, n) ->
         (B, E).
@@ -291,7 +295,11 @@ class DCAR(nn.Module):
         return self.adapt_text(self.text_features(tokens, weights, rows=rows))
 
     def text_features(
-        self, tokens: Tensor, weights: Tensor | None = None, *, rows: bool = False
+        self,
+        tokens: Tensor,
+        weights: Tensor | None = None,
+        *,
+        rows: bool = False,
     ) -> Tensor:
         """As `encode_text`, before the text adapter."""
         prompts = self.prompts.text_prompts() if self.prompts is not None else None
@@ -334,7 +342,9 @@ class DCAR(nn.Module):
         )
 
     def _run(
-        self, name: str, *inputs: Tensor | AdapterMatrices | bool | None
+        self,
+        name: str,
+        *inputs: Tensor | AdapterMatrices | bool | None,
     ) -> Tensor:
         """Call a method of the backbone, with the changed weights if there are some, or
         a plug-in's of its name.
@@ -346,7 +356,9 @@ class DCAR(nn.Module):
         else:
             changed = {}
         encoded: Tensor = torch.func.functional_call(
-            self.backbone, changed, (name, *inputs)
+            self.backbone,
+            changed,
+            (name, *inputs),
         )
         return encoded
 
@@ -430,10 +442,15 @@ class SecondStage:
     def vectors(self, images: ClassRowInputs) -> Tensor:
         """The images' own vectors (B, E)."""
         no_prompts = images.first.new_zeros(
-            len(images.first), self.layers.blocks, self.tower.width
+            len(images.first),
+            self.layers.blocks,
+            self.tower.width,
         )
         rows = self.tower.class_row_features(
-            images, no_prompts, self.block, self.adapters
+            images,
+            no_prompts,
+            self.block,
+            self.adapters,
         )
         return self.model.adapt_image(F.normalize(rows, dim=-1))
 
@@ -452,7 +469,10 @@ class SecondStage:
     def prompted(self, texts: QueryParts, images: ClassRowInputs) -> Tensor:
         """Cosines (M,) of texts with images that were read with the texts' prompts."""
         rows = self.tower.class_row_features(
-            images, self.layers.prompts(texts.vectors), self.block, self.adapters
+            images,
+            self.layers.prompts(texts.vectors),
+            self.block,
+            self.adapters,
         )
         return (texts.vectors * self.model.adapt_image(F.normalize(rows, dim=-1))).sum(
             -1
@@ -498,5 +518,8 @@ def seeded_model(backbone: Backbone, config: ModelConfig, seed: int) -> DCAR:
     method = find_method(config.method)
     changes = method.changes and method.changes(backbone)
     return DCAR(
-        backbone, config, changes, method.encoders and method.encoders(backbone)
+        backbone,
+        config,
+        changes,
+        method.encoders and method.encoders(backbone),
     )

@@ -162,14 +162,21 @@ _BASELINES = (
 _ADAPTED = AdapterConfig(text=True, image=True, blocks=32)
 _ANCHORED = LossConfig(anchor=1.0)
 _PLUS = ModelConfig(
-    method="dcar+", prompt=PromptConfig(depth=4), adapter=_ADAPTED, loss=_ANCHORED
+    method="dcar+",
+    prompt=PromptConfig(depth=4),
+    adapter=_ADAPTED,
+    loss=_ANCHORED,
 )
 # dcar+ without prompts and token weights: the text tower stays as it is [ours]
 _BLOCKS = replace(
-    plain_config("block-adapters"), adapter=_ADAPTED, loss=replace(_ANCHORED, head=0)
+    plain_config("block-adapters"),
+    adapter=_ADAPTED,
+    loss=replace(_ANCHORED, head=0),
 )
 _HARD = replace(
-    _BLOCKS, method="block-adapters+", loss=replace(_BLOCKS.loss, hard_negatives=True)
+    _BLOCKS,
+    method="block-adapters+",
+    loss=replace(_BLOCKS.loss, hard_negatives=True),
 )
 # DCAR as the paper's figure shows it (dual prompts, token weights from the pair, a
 # category adapter in the loss), its options and ablations, and its extensions

@@ -161,7 +161,11 @@ def vector_settings(clip: Any, config: Mapping[str, Any], tokenizer: str) -> byt
     is_quick = any(type(module).__name__ == "QuickGELU" for module in clip.modules())
     encoder = getattr(getattr(clip, "text", None), "config", None)
     return describe_settings(
-        type(clip).__name__, is_quick, settings, tokenizer, encoder
+        type(clip).__name__,
+        is_quick,
+        settings,
+        tokenizer,
+        encoder,
     )
 
 
@@ -233,7 +237,9 @@ def _fetch_weights(source: BackboneSource, config: Mapping[str, Any]) -> None:
 
 
 def _create(
-    source: BackboneSource, config: Mapping[str, Any], device: str
+    source: BackboneSource,
+    config: Mapping[str, Any],
+    device: str,
 ) -> nn.Module:
     """Create the model from the checked configuration, even if its source has changed
     since.

@@ -233,7 +233,9 @@ def torch_is_fast() -> bool:
 
 
 def resize_by_torch(
-    image: NDArray[np.uint8], size: tuple[int, int], interpolation: str
+    image: NDArray[np.uint8],
+    size: tuple[int, int],
+    interpolation: str,
 ) -> NDArray[np.uint8]:
     """Scale RGB (H, W, 3) to (width, height) as Pillow does, uint8 (3, height, width),
     in one thread.
@@ -243,7 +245,10 @@ def resize_by_torch(
     # [1, 3, H, W], channels last in memory
     pixels = torch.from_numpy(image).permute(2, 0, 1)[None]
     resized = torch.nn.functional.interpolate(
-        pixels, size[::-1], mode=interpolation, antialias=True
+        pixels,
+        size[::-1],
+        mode=interpolation,
+        antialias=True,
     )[0]
     result: NDArray[np.uint8] = resized.numpy()
     return result

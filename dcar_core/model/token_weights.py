@@ -17,7 +17,9 @@ from dcar_core.model.config import ReweightConfig
 
 
 def token_text_features(
-    backbone: Backbone, tokens: Tensor, config: ReweightConfig
+    backbone: Backbone,
+    tokens: Tensor,
+    config: ReweightConfig,
 ) -> Tensor:
     """(B, n) -> (B, n, E), not normalized, of the frozen text encoder without
     prompts.
@@ -28,7 +30,9 @@ def token_text_features(
 
 
 def image_features(
-    backbone: Backbone, pixels: Tensor, config: ReweightConfig
+    backbone: Backbone,
+    pixels: Tensor,
+    config: ReweightConfig,
 ) -> Tensor:
     """(B, 3, S, S), standardized -> (B, E), or (B, P, E) by patches; not normalized, of
     the frozen image encoder.
@@ -75,7 +79,9 @@ def blend(raw: Tensor, mask: Tensor, config: ReweightConfig) -> Tensor:
     mean = (raw * mask).sum(1, keepdim=True) / mask.sum(1, keepdim=True).clamp(min=1)
     factor = 1 + config.strength * (raw / mean.clamp(min=1e-8) - 1)
     return torch.where(
-        mask, factor.clamp(config.low, config.high), torch.ones_like(factor)
+        mask,
+        factor.clamp(config.low, config.high),
+        torch.ones_like(factor),
     )
 
 

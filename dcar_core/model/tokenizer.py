@@ -231,7 +231,11 @@ def load_tokenizer(
                 " supported"
             )
         tokenizer = load_hub_tokenizer(
-            file, settings_file, limit, normalizer=normalizer, strip_end=strip_end
+            file,
+            settings_file,
+            limit,
+            normalizer=normalizer,
+            strip_end=strip_end,
         )
         decisive = normalizer, tokenizer.start_ids, tokenizer.end_id, tokenizer.pad_id
         return tokenizer, f"{hashlib.sha256(file.read_bytes()).hexdigest()} {decisive}"

@@ -40,7 +40,12 @@ class WeightChanges(nn.Module):
     """
 
     def __init__(
-        self, backbone: Backbone, names: str, *, rank: int = 0, matrices: bool = True
+        self,
+        backbone: Backbone,
+        names: str,
+        *,
+        rank: int = 0,
+        matrices: bool = True,
     ) -> None:
         super().__init__()
         chosen = {
@@ -138,7 +143,9 @@ def merge(backbone: Backbone, changes: WeightChanges, parent: Path) -> Backbone:
 
 
 def _copy_text_files(
-    text: Mapping[str, Any], source: Path | None, target: Path
+    text: Mapping[str, Any],
+    source: Path | None,
+    target: Path,
 ) -> None:
     """Copy the files of the tokenizer and of a text encoder of transformers, from a
     model directory or the hub.

@@ -291,7 +291,10 @@ class NegativeGenerator:
         ]
 
     def _take(
-        self, negatives: Iterator[Negative], number: int, taken: set[Hashable]
+        self,
+        negatives: Iterator[Negative],
+        number: int,
+        taken: set[Hashable],
     ) -> list[Negative]:
         """Take the first `number` negatives that read like nothing in `taken`, and add
         them to it.
@@ -444,7 +447,9 @@ def _completed(
         kinds.update(negative.kind for negative in made)
         texts, categories = (tuple(negative[i] for negative in made) for i in (0, 1))
         samples[row] = replace(
-            samples[row], negatives=texts, negative_categories=categories
+            samples[row],
+            negatives=texts,
+            negative_categories=categories,
         )
     empty = [samples[row].image for row in rows if not samples[row].negatives]
     report.add("pairs for which negatives were made", len(rows) - len(empty))

@@ -186,7 +186,10 @@ def upper_first(text: str) -> str:
 
 
 def replace_name(
-    caption: str, spans: Sequence[tuple[int, int]], name: str, new: str
+    caption: str,
+    spans: Sequence[tuple[int, int]],
+    name: str,
+    new: str,
 ) -> str:
     """Replace the mentions of `name` by `new`; keep their number, capitals and
     separators.
@@ -201,7 +204,10 @@ def replace_name(
         else:
             numbered = plural(new) if same == many else singular(new)
         caption = splice_phrase(
-            caption, start, end, _written_like(written, name, numbered)
+            caption,
+            start,
+            end,
+            _written_like(written, name, numbered),
         )
     return caption
 
@@ -352,7 +358,9 @@ _WORDS = re.compile(rf"(?<![\w-])(?:{_EITHER})(?![\w-])", re.IGNORECASE)
 
 
 def swap_attributes(
-    caption: str, kept: Sequence[tuple[int, int]], random: Random
+    caption: str,
+    kept: Sequence[tuple[int, int]],
+    random: Random,
 ) -> Iterator[str]:
     """Yield variants of the caption with one attribute replaced, in random order;
     `kept` spans stay unchanged.

@@ -216,7 +216,11 @@ def adapt(
         config.seed,
     )
     splits = add_negatives(
-        splits, reports, backbone_functions(backbone), mode=negatives, taxonomy=taxonomy
+        splits,
+        reports,
+        backbone_functions(backbone),
+        mode=negatives,
+        taxonomy=taxonomy,
     )
     cache = FeatureCache(features or out / "features", backbone)
     identity = json.loads(
@@ -236,7 +240,12 @@ def adapt(
         delete_state(out)
     try:
         result = train(
-            model, splits["train"], splits["val"], config, run=out, cache=cache
+            model,
+            splits["train"],
+            splits["val"],
+            config,
+            run=out,
+            cache=cache,
         )
     except DivergedError:  # a resumed run would diverge again, and refuse a lower rate
         delete_state(out)
@@ -244,11 +253,19 @@ def adapt(
     verdict = None
     if result.history:  # else there was nothing to learn
         verdict = verdict_of(
-            model, seeded_model(backbone, UNTOUCHED, config.seed), splits, cache, config
+            model,
+            seeded_model(backbone, UNTOUCHED, config.seed),
+            splits,
+            cache,
+            config,
         )
     is_worth_it = verdict is None or verdict.is_worth_it
     done = FinishedTraining(
-        result.epoch, round(result.seconds, 1), "", str(verdict or ""), is_worth_it
+        result.epoch,
+        round(result.seconds, 1),
+        "",
+        str(verdict or ""),
+        is_worth_it,
     )
     notes = {
         **config.to_dict(),

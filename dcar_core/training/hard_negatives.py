@@ -56,7 +56,10 @@ _IMAGES = 32
 
 
 def tune_on_hard_negatives(
-    model: DCAR, training: PreparedSplit, validation: PreparedSplit, seed: int
+    model: DCAR,
+    training: PreparedSplit,
+    validation: PreparedSplit,
+    seed: int,
 ) -> Recall:
     """Tune the feature adapters in place, and return the validation recall of the share
     that was kept.
@@ -71,7 +74,9 @@ def tune_on_hard_negatives(
         training.right_answers(),
     )
     nearest = nearest_wrong_images(
-        model.adapt_text(features[0]), model.adapt_image(features[1]), right
+        model.adapt_text(features[0]),
+        model.adapt_image(features[1]),
+        right,
     )
     learn(adapters, features, own, nearest, float(model.backbone.scale), seed)
     after = deepcopy(adapters)
@@ -116,14 +121,22 @@ def learn(
     parameters = [*adapt_text.parameters(), *adapt_image.parameters()]
     optimizer = torch.optim.AdamW(parameters, lr=LEARNING_RATE, weight_decay=1e-2)
     for rows, candidates in hard_batches(
-        own, nearest, optimizer, epochs, np.random.default_rng(seed)
+        own,
+        nearest,
+        optimizer,
+        epochs,
+        np.random.default_rng(seed),
     ):
         shown, positions = torch.unique(candidates, return_inverse=True)
         similarity = torch.einsum(
-            "be,bie->bi", adapt_text(texts[rows]), adapt_image(images[shown])[positions]
+            "be,bie->bi",
+            adapt_text(texts[rows]),
+            adapt_image(images[shown])[positions],
         )
         losses = F.cross_entropy(
-            scale * similarity, torch.zeros_like(rows), reduction="none"
+            scale * similarity,
+            torch.zeros_like(rows),
+            reduction="none",
         )
         loss = losses.mean() if weights is None else (weights[rows] * losses).mean()
         optimizer.zero_grad(set_to_none=True)
@@ -160,7 +173,9 @@ def hard_batches(
 
 @torch.no_grad()
 def nearest_wrong_images(
-    texts: Tensor, images: Tensor, right: Sequence[Rows]
+    texts: Tensor,
+    images: Tensor,
+    right: Sequence[Rows],
 ) -> Tensor:
     """Return the images nearest to each caption that it does not describe: int64 (N, at
     most NEAREST).
@@ -180,19 +195,28 @@ def nearest_wrong_images(
 
 @torch.no_grad()
 def interpolate(
-    adapters: Adapters, before: Adapters, after: Adapters, share: float
+    adapters: Adapters,
+    before: Adapters,
+    after: Adapters,
+    share: float,
 ) -> None:
     """Set the adapters to `share` of the way from `before` to `after`."""
     for own, start, end in zip(adapters, before, after, strict=True):
         for parameter, old, new in zip(
-            own.parameters(), start.parameters(), end.parameters(), strict=True
+            own.parameters(),
+            start.parameters(),
+            end.parameters(),
+            strict=True,
         ):
             # `new` may not be finite
             parameter.copy_(old + share * (new - old) if share else old)
 
 
 def train_second_stage(
-    model: DCAR, training: PreparedSplit, validation: PreparedSplit, seed: int
+    model: DCAR,
+    training: PreparedSplit,
+    validation: PreparedSplit,
+    seed: int,
 ) -> None:
     """Train the second stage in place, and set its weight."""
     with torch.enable_grad():
@@ -254,7 +278,9 @@ def _learn(model: DCAR, split: PreparedSplit, seed: int) -> None:
         target = torch.zeros_like(rows)
         loss = F.cross_entropy(prompted, target) + F.cross_entropy(words, target)
         for parameter, gradient in zip(
-            prompts + late, torch.autograd.grad(loss, prompts + late), strict=True
+            prompts + late,
+            torch.autograd.grad(loss, prompts + late),
+            strict=True,
         ):
             parameter.grad = gradient
         torch.nn.utils.clip_grad_norm_(prompts, 1.0)
@@ -263,7 +289,9 @@ def _learn(model: DCAR, split: PreparedSplit, seed: int) -> None:
 
 
 def image_parts(
-    stage: SecondStage, split: PreparedSplit, random: np.random.Generator
+    stage: SecondStage,
+    split: PreparedSplit,
+    random: np.random.Generator,
 ) -> tuple[Rows, ClassRowInputs]:
     """Return the rows of images that fit into MAX_BYTES, sorted, and their parts in
     half precision.

@@ -60,7 +60,10 @@ class MixedPrecision:
             )
         dtype = getattr(torch, self.name, None)
         self.autocast = partial(
-            torch.autocast, device.type, dtype, enabled=self.name != "off"
+            torch.autocast,
+            device.type,
+            dtype,
+            enabled=self.name != "off",
         )
         self.scaler = torch.amp.GradScaler(device.type, enabled=self.name == "float16")
 
@@ -77,7 +80,11 @@ def accumulate_gradients(
     precision = precision or MixedPrecision("off", model.backbone.device)
     if parts > 1:
         return _gradients_in_parts(
-            model, data, rows, np.array_split(rows, min(parts, len(rows))), precision
+            model,
+            data,
+            rows,
+            np.array_split(rows, min(parts, len(rows))),
+            precision,
         )
     loss = objective(model, data, rows, precision)
     torch.autograd.backward(precision.scaler.scale(loss))
@@ -85,7 +92,10 @@ def accumulate_gradients(
 
 
 def objective(
-    model: DCAR, data: PreparedSplit, rows: Rows, precision: MixedPrecision
+    model: DCAR,
+    data: PreparedSplit,
+    rows: Rows,
+    precision: MixedPrecision,
 ) -> Tensor:
     """Return L over the pairs `rows`."""
     with precision.autocast():
@@ -132,7 +142,11 @@ def _gradients_in_parts(
 
 
 def batch_terms(
-    model: DCAR, data: PreparedSplit, rows: Rows, text: Tensor, image: Tensor
+    model: DCAR,
+    data: PreparedSplit,
+    rows: Rows,
+    text: Tensor,
+    image: Tensor,
 ) -> Tensor:
     """Return the loss terms that compare every pair of the batch with every other."""
     scale = model.backbone.scale
@@ -169,7 +183,10 @@ def penalty_term(model: DCAR) -> Tensor:
 
 
 def encode_part(
-    model: DCAR, data: PreparedSplit, part: Rows, batch: Rows
+    model: DCAR,
+    data: PreparedSplit,
+    part: Rows,
+    batch: Rows,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return text and image features (b, E) of `part`, and its share of the terms that
     are means over `batch`.
@@ -211,7 +228,10 @@ def encode_part(
     with torch.autocast(image.device.type, enabled=False):
         if candidates is not None and data.candidate_weights is not None:
             category = category_loss(
-                image, candidates, data.candidate_weights[part], scale
+                image,
+                candidates,
+                data.candidate_weights[part],
+                scale,
             )
             losses = losses + share * loss.category * category
         if predicted is not None and target_weights is not None:
@@ -220,7 +240,9 @@ def encode_part(
                 data.tokens[batch]
             ).sum().clamp(min=1)
             losses = losses + token_share * loss.head * head_loss(
-                predicted.float(), target_weights, mask
+                predicted.float(),
+                target_weights,
+                mask,
             )
         if (
             loss.anchor > 0
@@ -300,7 +322,10 @@ def late_interaction_loss(
 
 
 def _matching_loss(
-    by_text: Tensor, by_image: Tensor, positives: Tensor, direction: LossDirection
+    by_text: Tensor,
+    by_image: Tensor,
+    positives: Tensor,
+    direction: LossDirection,
 ) -> Tensor:
     """Cross-entropy of logits [B texts, B images], as texts and as images have them."""
     target = positives.float()
@@ -314,7 +339,10 @@ def _matching_loss(
 
 
 def category_loss(
-    image: Tensor, captions: Tensor, weights: Tensor, scale: Tensor
+    image: Tensor,
+    captions: Tensor,
+    weights: Tensor,
+    scale: Tensor,
 ) -> Tensor:
     """Cross-entropy of an image over its positive caption and its negatives (L_cate).
 

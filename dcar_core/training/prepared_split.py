@@ -90,7 +90,10 @@ class FeatureCache:
         return torch.from_numpy(np.load(path)).to(self._device)
 
     def pixels(
-        self, key: str, shape: tuple[int, ...], decode: Callable[[], Iterator[Pixels]]
+        self,
+        key: str,
+        shape: tuple[int, ...],
+        decode: Callable[[], Iterator[Pixels]],
     ) -> Pixels:
         """Load a uint8 array of `shape`, memory-mapped; store what `decode` yields, row
         by row, if it is missing.
@@ -169,7 +172,11 @@ class PreparedSplit:
 
 
 def prepare_split(
-    data: Dataset, model: DCAR, *, for_training: bool, cache: FeatureCache | None = None
+    data: Dataset,
+    model: DCAR,
+    *,
+    for_training: bool,
+    cache: FeatureCache | None = None,
 ) -> PreparedSplit:
     """Decode the images, tokenise the captions, and run the frozen encoders once for
     what the method needs.
@@ -266,7 +273,9 @@ def report_truncation(
 
 
 def _true_pairs(
-    data: Dataset, groups: Mapping[str, int], image_of: Rows
+    data: Dataset,
+    groups: Mapping[str, int],
+    image_of: Rows,
 ) -> NDArray[np.int64]:
     images = int(image_of.max()) + 1
     pairs = {
@@ -299,7 +308,9 @@ class FrozenFeatures:
         """The decoded images, uint8 (I, 3, S, S)."""
         size = self.backbone.preprocess.size
         return self.cache.pixels(
-            self.image_key, (len(self.names), 3, size, size), self._decode
+            self.image_key,
+            (len(self.names), 3, size, size),
+            self._decode,
         )
 
     def images(self) -> Tensor:
@@ -346,7 +357,10 @@ class FrozenFeatures:
             for j in range(min(width, len(s.negatives)))
         ]
         features = torch.zeros(
-            len(samples), 1 + width, self.backbone.embed_dim, device=device
+            len(samples),
+            1 + width,
+            self.backbone.embed_dim,
+            device=device,
         )
         weights = torch.zeros(len(samples), 1 + width, device=device)
         features[:, 0] = self.texts([s.caption for s in samples])
@@ -388,7 +402,9 @@ class FrozenFeatures:
         backbone = self.backbone
         parts = []
         for i in tqdm(
-            range(0, len(pixels), IMAGE_BATCH), "frozen image features", leave=False
+            range(0, len(pixels), IMAGE_BATCH),
+            "frozen image features",
+            leave=False,
         ):
             batch = backbone.standardized(pixels[i : i + IMAGE_BATCH])
             parts.append(F.normalize(backbone.encode_image(batch), dim=-1))
@@ -402,7 +418,9 @@ class FrozenFeatures:
         order = torch.argsort(lengths)
         out = torch.empty(len(texts), self.backbone.embed_dim, device=tokens.device)
         for i in tqdm(
-            range(0, len(texts), TEXT_BATCH), "frozen text features", leave=False
+            range(0, len(texts), TEXT_BATCH),
+            "frozen text features",
+            leave=False,
         ):
             rows = order[i : i + TEXT_BATCH]
             part = tokens[rows, : int(lengths[rows[-1]])]
@@ -413,7 +431,9 @@ class FrozenFeatures:
     def _raw_weights(self, tokens: Tensor, config: ReweightConfig) -> Tensor:
         def encode(pixels: Pixels) -> Tensor:
             return image_features(
-                self.backbone, self.backbone.standardized(pixels), config
+                self.backbone,
+                self.backbone.standardized(pixels),
+                config,
             )
 
         blank = encode(self.backbone.preprocess.blank()[None])[0]

@@ -170,7 +170,9 @@ class _TrainingLoop:
         self.parameters = [p for _, p in model.trainables()]
         self.lr = config.lr * model.method.lr_factor
         self.optimizer = torch.optim.AdamW(
-            self.parameters, lr=self.lr, weight_decay=config.weight_decay
+            self.parameters,
+            lr=self.lr,
+            weight_decay=config.weight_decay,
         )
         self.precision = MixedPrecision(config.amp, model.backbone.device)
         self.batches = math.ceil(len(train_split) / config.batch_size)
@@ -218,13 +220,19 @@ class _TrainingLoop:
     def _step(self, rows: Rows, batch: int) -> float:
         for options in self.optimizer.param_groups:
             options["lr"] = self.lr * _lr_factor(
-                batch, self.batches * self.config.epochs, self.config.warmup
+                batch,
+                self.batches * self.config.epochs,
+                self.config.warmup,
             )
         self.optimizer.zero_grad(set_to_none=True)
         parts = self.config.accumulate
         scaler = self.precision.scaler
         loss = accumulate_gradients(
-            self.model, self.train_split, rows, parts=parts, precision=self.precision
+            self.model,
+            self.train_split,
+            rows,
+            parts=parts,
+            precision=self.precision,
         )
         if not math.isfinite(loss):
             what = (
@@ -253,14 +261,23 @@ class _TrainingLoop:
             recall = evaluate(model, self.val_split)
         if model.config.loss.hard_negatives:
             recall = tune_on_hard_negatives(
-                model, self.train_split, self.val_split, self.config.seed
+                model,
+                self.train_split,
+                self.val_split,
+                self.config.seed,
             )
         if model.query_prompts is not None:
             train_second_stage(
-                model, self.train_split, self.val_split, self.config.seed
+                model,
+                self.train_split,
+                self.val_split,
+                self.config.seed,
             )
         return TrainResult(
-            recall, self.best_epoch, time.monotonic() - self.started, self.history
+            recall,
+            self.best_epoch,
+            time.monotonic() - self.started,
+            self.history,
         )
 
     def save(self, run: Path, identity: Mapping[str, Any]) -> None:
@@ -287,7 +304,9 @@ class _TrainingLoop:
         try:
             content = dict(
                 torch.load(
-                    path, map_location=self.model.backbone.device, weights_only=True
+                    path,
+                    map_location=self.model.backbone.device,
+                    weights_only=True,
                 )
             )
             different = different_names(content["identity"], identity)

@@ -46,7 +46,9 @@ def evaluate(model: DCAR, split: PreparedSplit) -> Recall:
     """Return recall at 1, 5 and 10 in both directions, in percent."""
     model.eval()
     return recall_at_k(
-        encode_captions(model, split), encode_images(model, split), split.image_of
+        encode_captions(model, split),
+        encode_images(model, split),
+        split.image_of,
     )
 
 
@@ -59,13 +61,18 @@ def rerank(model: DCAR, split: PreparedSplit, text: Floats, image: Floats) -> Ra
     first = first_images(model, split, text, image)
     ranks = compute_ranks(text, image, split.image_of)
     return ranks.reordered(
-        first.rows, first.scores(model.rerank_weight), split.image_of
+        first.rows,
+        first.scores(model.rerank_weight),
+        split.image_of,
     )
 
 
 @torch.inference_mode()
 def first_images(
-    model: DCAR, split: PreparedSplit, text: Floats, image: Floats
+    model: DCAR,
+    split: PreparedSplit,
+    text: Floats,
+    image: Floats,
 ) -> FirstImages:
     """Search by vectors, and score the first images by the second stage; arguments as
     in `rerank`.

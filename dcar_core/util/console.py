@@ -70,7 +70,12 @@ def show_progress(*, quiet: bool = False) -> None:
 
 
 def progress_bar(
-    total: int, label: str, unit: str, *, is_shown: bool = True, **options: Any
+    total: int,
+    label: str,
+    unit: str,
+    *,
+    is_shown: bool = True,
+    **options: Any,
 ) -> "tqdm[NoReturn]":
     """Return a bar on stderr; a log file has a line every ten seconds. options: further
     ones of tqdm.

@@ -80,7 +80,10 @@ def sha256_of(path: Path) -> str:
 def canonical_json(value: Any) -> bytes:
     """Return JSON in which equal values have equal bytes."""
     return json.dumps(
-        value, sort_keys=True, ensure_ascii=False, separators=(",", ":")
+        value,
+        sort_keys=True,
+        ensure_ascii=False,
+        separators=(",", ":"),
     ).encode()
 
 

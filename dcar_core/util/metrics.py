@@ -55,7 +55,9 @@ class Ranks:
 
 
 def compute_ranks(
-    text: Floats, image: Floats, image_of_text: NDArray[np.int64]
+    text: Floats,
+    image: Floats,
+    image_of_text: NDArray[np.int64],
 ) -> Ranks:
     """Return the ranks in both directions; arguments as in `recall_at_k`."""
     t2i = _ranks(text, image, [np.array([i]) for i in image_of_text])
@@ -67,7 +69,10 @@ def compute_ranks(
 
 
 def recall_at_k(
-    text: Floats, image: Floats, image_of_text: Rows, ks: Sequence[int] = (1, 5, 10)
+    text: Floats,
+    image: Floats,
+    image_of_text: Rows,
+    ks: Sequence[int] = (1, 5, 10),
 ) -> dict[str, float]:
     """Return retrieval recall in percent.
 
@@ -90,7 +95,9 @@ def recall_of_ranks(ranks: Ranks, ks: Sequence[int] = (1, 5, 10)) -> dict[str, f
 
 
 def _ranks(
-    query: Floats, target: Floats, truth: list[NDArray[np.int64]]
+    query: Floats,
+    target: Floats,
+    truth: list[NDArray[np.int64]],
 ) -> NDArray[np.int64]:
     """Return for each query the number of wrong targets that do not score clearly below
     its best true one.
@@ -139,7 +146,9 @@ def first_targets(query: Floats, target: Floats, k: int) -> Rows:
 
 
 def hard_negative_accuracy(
-    image: Floats, positive: Floats, negatives: Sequence[Floats]
+    image: Floats,
+    positive: Floats,
+    negatives: Sequence[Floats],
 ) -> float | None:
     """Return the percentage of images whose caption scores above all of its negatives,
     among images that have some.
@@ -257,7 +266,11 @@ class Comparison:
 
     @classmethod
     def of(
-        cls, model: Scores, baseline: Scores, *, resamples: int = RESAMPLES
+        cls,
+        model: Scores,
+        baseline: Scores,
+        *,
+        resamples: int = RESAMPLES,
     ) -> "Comparison":
         """Compare two rankings. Raise ValueError if they are of different queries."""
         if not np.array_equal(model.queries, baseline.queries):

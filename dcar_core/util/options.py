@@ -56,7 +56,9 @@ def with_options(options: type, *names: str) -> Callable[[Function], Function]:
 
 
 def command(
-    group: "typer.Typer", name: str, *examples: str
+    group: "typer.Typer",
+    name: str,
+    *examples: str,
 ) -> Callable[[Function], Function]:
     """Return a decorator that adds a function to a group of commands. examples: command
     lines below the help.

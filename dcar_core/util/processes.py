@@ -21,7 +21,9 @@ R = TypeVar("R")
 
 
 def in_own_process(
-    function: Callable[P, R], *arguments: P.args, **options: P.kwargs
+    function: Callable[P, R],
+    *arguments: P.args,
+    **options: P.kwargs,
 ) -> R:
     """Return the result of a function, called in a process of its own. Raise
     BrokenProcessPool if that died.

@@ -85,7 +85,10 @@ def load_images(
     if not names.exists() or names.read_text() != json.dumps(rows):
         names.unlink(missing_ok=True)
         array = np.lib.format.open_memmap(
-            packed, "w+", np.uint8, (len(files), 4, RENDERED, RENDERED)
+            packed,
+            "w+",
+            np.uint8,
+            (len(files), 4, RENDERED, RENDERED),
         )
         for row, file in enumerate(files):
             array[row] = np.asarray(Image.open(file).convert("RGBA")).transpose(2, 0, 1)
@@ -138,7 +141,9 @@ def augment(rgba: Tensor, may_flip: Tensor) -> Tensor:
 
     kind = torch.rand(n, 1, 1, 1)
     background = torch.where(
-        kind < 0.65, torch.ones(n, 3, 1, 1), torch.rand(n, 3, 1, 1)
+        kind < 0.65,
+        torch.ones(n, 3, 1, 1),
+        torch.rand(n, 3, 1, 1),
     )
     background = torch.where(
         (kind >= 0.65) & (kind < 0.8),

@@ -42,7 +42,11 @@ class Texts:
     """
 
     def __init__(
-        self, renders: Path, emoji: dict, names: list[str], rng: random.Random
+        self,
+        renders: Path,
+        emoji: dict,
+        names: list[str],
+        rng: random.Random,
     ) -> None:
         self.emoji = emoji
         self.rng = rng
@@ -61,7 +65,9 @@ class Texts:
         self.vectors = arrays["vectors"]
         self.rows = arrays["rows"]
         self.scores = np.where(
-            seen[self.rows], arrays["scores"].astype(np.float32), -1.0
+            seen[self.rows],
+            arrays["scores"].astype(np.float32),
+            -1.0,
         )
 
     def captions(self, names: list[str]) -> tuple[list[str], list[str], Tensor]:
@@ -119,7 +125,9 @@ class TextEncoder:
     """
 
     def __init__(
-        self, model: open_clip.CLIP, tokenizer: open_clip.SimpleTokenizer
+        self,
+        model: open_clip.CLIP,
+        tokenizer: open_clip.SimpleTokenizer,
     ) -> None:
         self.model = model
         self.tokenizer = tokenizer

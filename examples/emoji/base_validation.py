@@ -42,7 +42,9 @@ class Validation:
         ]
 
     def measure(
-        self, model: open_clip.CLIP, encode_texts: TextEncoder
+        self,
+        model: open_clip.CLIP,
+        encode_texts: TextEncoder,
     ) -> dict[str, list[float]]:
         """Return hit@1, hit@5 and nDCG@10 of the queries and text-to-image R@1 of the
         captions, in percent.

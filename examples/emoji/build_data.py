@@ -77,7 +77,9 @@ def write_gallery(renders: Path, domain: str, names: list[str]) -> None:
             image = Image.open(renders / domain / f"{name}.png").convert("RGBA")
             buffer = io.BytesIO()
             image.quantize(COLORS, method=Image.Quantize.FASTOCTREE).save(
-                buffer, "PNG", optimize=True
+                buffer,
+                "PNG",
+                optimize=True,
             )
             member = tarfile.TarInfo(f"{name}.png")
             member.size = buffer.tell()
@@ -87,7 +89,10 @@ def write_gallery(renders: Path, domain: str, names: list[str]) -> None:
 
 
 def negatives(
-    name: str, emoji: dict, siblings: dict, rng: random.Random
+    name: str,
+    emoji: dict,
+    siblings: dict,
+    rng: random.Random,
 ) -> list[tuple[str, str]]:
     """Return negatives as (caption, category): two other emoji of the subgroup, then
     one with other attributes.

@@ -204,7 +204,9 @@ def family(emoji: dict) -> str:
     running" are one family.
     """
     return re.sub(
-        r"\b(man|woman|men|women|person|people|boy|girl)s?\b", "", emoji["base_label"]
+        r"\b(man|woman|men|women|person|people|boy|girl)s?\b",
+        "",
+        emoji["base_label"],
     ).strip()
 
 

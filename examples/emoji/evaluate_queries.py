@@ -232,10 +232,17 @@ def main() -> None:
         help="without the queries that are a tag or name of an emoji",
     )
     parser.add_argument(
-        "--domains", nargs="+", choices=DOMAINS, default=DOMAINS, help="default: both"
+        "--domains",
+        nargs="+",
+        choices=DOMAINS,
+        default=DOMAINS,
+        help="default: both",
     )
     parser.add_argument(
-        "--base", type=Path, default=HERE / "base", help="default: %(default)s"
+        "--base",
+        type=Path,
+        default=HERE / "base",
+        help="default: %(default)s",
     )
     parser.add_argument(
         "--zero-shot",
@@ -249,10 +256,14 @@ def main() -> None:
         help="of one domain; default: the bundled one of each",
     )
     parser.add_argument(
-        "--captions", action="store_true", help="rank the captions of the items as well"
+        "--captions",
+        action="store_true",
+        help="rank the captions of the items as well",
     )
     parser.add_argument(
-        "--encoder", type=Path, help="with --captions: the folder of a sentence encoder"
+        "--encoder",
+        type=Path,
+        help="with --captions: the folder of a sentence encoder",
     )
     args = parser.parse_args()
     if args.encoder is not None and not args.captions:

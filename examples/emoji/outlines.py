@@ -117,7 +117,10 @@ def colour(outline: np.ndarray, coloured: np.ndarray) -> np.ndarray | None:
 
 
 def colour_style(
-    renders: Path, outlined: str, coloured: tuple[str, ...], out: str
+    renders: Path,
+    outlined: str,
+    coloured: tuple[str, ...],
+    out: str,
 ) -> int:
     """Colour a style's images with those of the first coloured style that has the
     emoji; return their number.
@@ -151,7 +154,10 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument(
-        "--renders", type=Path, required=True, help="output of render.mjs"
+        "--renders",
+        type=Path,
+        required=True,
+        help="output of render.mjs",
     )
     parser.add_argument("--symbola", type=Path, required=True, help="the font's file")
     args = parser.parse_args()

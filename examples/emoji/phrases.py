@@ -141,7 +141,10 @@ class WordNet:
                 )
 
     def _read(
-        self, line: str, part: str, adjectives: list[tuple[list[str], tuple[str, str]]]
+        self,
+        line: str,
+        part: str,
+        adjectives: list[tuple[list[str], tuple[str, str]]],
     ) -> None:
         head, _, gloss = line.partition(" | ")
         fields = head.split()
@@ -189,7 +192,10 @@ class WordNet:
 
 
 def collect(
-    words: list[list[str]], names: list[str], net: WordNet, rng: random.Random
+    words: list[list[str]],
+    names: list[str],
+    net: WordNet,
+    rng: random.Random,
 ) -> dict[str, str]:
     """Return all phrases, each with its kind. `words` has each base emoji's label
     first.
@@ -306,10 +312,16 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument(
-        "--renders", type=Path, required=True, help="output of render.mjs"
+        "--renders",
+        type=Path,
+        required=True,
+        help="output of render.mjs",
     )
     parser.add_argument(
-        "--encoder", type=Path, required=True, help="folder of all-MiniLM-L6-v2"
+        "--encoder",
+        type=Path,
+        required=True,
+        help="folder of all-MiniLM-L6-v2",
     )
     parser.add_argument(
         "--wordnet",

@@ -107,14 +107,20 @@ def build_optimizers(model: open_clip.CLIP, lr: float) -> list[torch.optim.Optim
     ]
     return [
         torch.optim.Muon(
-            hidden, lr=lr, weight_decay=0.1, adjust_lr_fn="match_rms_adamw"
+            hidden,
+            lr=lr,
+            weight_decay=0.1,
+            adjust_lr_fn="match_rms_adamw",
         ),
         torch.optim.AdamW(rest, lr=lr / 2, weight_decay=0.01, betas=(0.9, 0.98)),
     ]
 
 
 def contrastive(
-    images: Tensor, texts: Tensor, positives: Tensor, scale: Tensor
+    images: Tensor,
+    texts: Tensor,
+    positives: Tensor,
+    scale: Tensor,
 ) -> Tensor:
     """Symmetric InfoNCE with several positives, bool (images, texts)."""
     logits = scale * images @ texts.T
@@ -216,7 +222,10 @@ class Trainer:
         pairs = contrastive(image, text[:n], torch.cat([positives, positives]), scale)
         fixed = scale.detach()
         styles = contrastive(
-            image[:n], image[n:], torch.eye(n, dtype=torch.bool), fixed.clamp(max=20)
+            image[:n],
+            image[n:],
+            torch.eye(n, dtype=torch.bool),
+            fixed.clamp(max=20),
         )
         with torch.no_grad():
             self.means[places] = F.normalize(
@@ -299,7 +308,9 @@ def save_model(model: open_clip.CLIP, out: Path) -> None:
         for name, value in model.state_dict().items()
     }
     save_file(
-        weights, str(out / "open_clip_model.safetensors"), metadata={"format": "pt"}
+        weights,
+        str(out / "open_clip_model.safetensors"),
+        metadata={"format": "pt"},
     )
     preprocess = {
         "mean": MEAN,
@@ -332,11 +343,16 @@ def parse_arguments() -> argparse.Namespace:
         help="share of the steps, at the end, with all patches",
     )
     parser.add_argument(
-        "--emoji", type=int, default=128, help="emoji in a batch; twice as many images"
+        "--emoji",
+        type=int,
+        default=128,
+        help="emoji in a batch; twice as many images",
     )
     parser.add_argument("--phrases", type=int, default=160, help="phrases in a batch")
     parser.add_argument(
-        "--init", type=Path, help="a model to begin with; default: random weights"
+        "--init",
+        type=Path,
+        help="a model to begin with; default: random weights",
     )
     parser.add_argument("--lr", type=float, default=2e-3)
     parser.add_argument("--seed", type=int, default=0)

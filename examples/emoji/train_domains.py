@@ -46,7 +46,10 @@ def adapt(domain: str, args: argparse.Namespace) -> dict[str, object]:
     backbone = load_backbone(BackboneSource(str(HERE / "base")))
     splits, _ = Annotations(HERE / domain).load_all(SPLITS)
     config = TrainConfig(
-        epochs=args.epochs, batch_size=args.batch_size, patience=5, amp="bfloat16"
+        epochs=args.epochs,
+        batch_size=args.batch_size,
+        patience=5,
+        amp="bfloat16",
     )
     cache = FeatureCache(args.work / domain / "features", backbone)
     runner = MethodRunner(backbone, splits, args.work / domain, config, cache)
@@ -77,7 +80,9 @@ def adapt(domain: str, args: argparse.Namespace) -> dict[str, object]:
 
 
 def test_recall(
-    model: DCAR, domain: str, splits: Mapping[str, Dataset]
+    model: DCAR,
+    domain: str,
+    splits: Mapping[str, Dataset],
 ) -> dict[str, dict[str, float]]:
     """Return recall on all test images, and on the base emoji alone."""
     test = splits["test"]
@@ -149,10 +154,16 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument(
-        "--domains", nargs="+", choices=DOMAINS, default=DOMAINS, help="default: both"
+        "--domains",
+        nargs="+",
+        choices=DOMAINS,
+        default=DOMAINS,
+        help="default: both",
     )
     parser.add_argument(
-        "--method", default="query-prompts", help="default: %(default)s"
+        "--method",
+        default="query-prompts",
+        help="default: %(default)s",
     )
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--epochs", type=int, default=5)

@@ -154,7 +154,9 @@ def _decode_image(
         else:
             reason = f"{type(data).__name__}: {data}"
         return FailedImage(
-            row, getattr(data, "strerror", None) or reason, ImageFault.UNREADABLE
+            row,
+            getattr(data, "strerror", None) or reason,
+            ImageFault.UNREADABLE,
         )
     try:
         if worker is None:

@@ -64,7 +64,11 @@ class EncodedWindow(NamedTuple):
 
 
 def load_replicas(
-    checkpoint: Path, device: str, *, exact: bool = False, runtime: str = "torch"
+    checkpoint: Path,
+    device: str,
+    *,
+    exact: bool = False,
+    runtime: str = "torch",
 ) -> list[Encoder]:
     """Load an encoder for each device, twice for a GPU, all on one runtime.
 
@@ -143,7 +147,11 @@ class EncodedGallery:
     seconds: float
 
     def __init__(
-        self, gallery: Gallery, encoder: Encoder, work: Path, options: BuildOptions
+        self,
+        gallery: Gallery,
+        encoder: Encoder,
+        work: Path,
+        options: BuildOptions,
     ) -> None:
         self.store = ShardStore(gallery, encoder, work, options)
         self.gallery = gallery
@@ -160,7 +168,9 @@ class EncodedGallery:
         self.resumed = len(gallery) - self.encoded
         if self.resumed:
             logger.info(
-                "%d of %d images have vectors already", self.resumed, len(gallery)
+                "%d of %d images have vectors already",
+                self.resumed,
+                len(gallery),
             )
         self.failed = list[FailedImage]()
         self._start = time.perf_counter()
@@ -265,7 +275,9 @@ class EncodedGallery:
             metadata = table["metadata"].to_pylist()
             position = table.schema.get_field_index("metadata")
             for row, taken in zip(
-                dated["row"].tolist(), dated["taken"].astype(str).tolist(), strict=True
+                dated["row"].tolist(),
+                dated["taken"].astype(str).tolist(),
+                strict=True,
             ):
                 metadata[row] = canonical_json(
                     {TAKEN: taken} | json.loads(metadata[row])
@@ -297,7 +309,10 @@ class EncodedGallery:
 
 
 def encode_gallery(
-    gallery: Gallery, replicas: Sequence[Encoder], work: Path, options: BuildOptions
+    gallery: Gallery,
+    replicas: Sequence[Encoder],
+    work: Path,
+    options: BuildOptions,
 ) -> EncodedGallery:
     """Encode every image that has no vector yet.
 

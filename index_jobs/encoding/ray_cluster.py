@@ -53,7 +53,10 @@ class ShardWorker:
             for name, data in checkpoint.items():
                 Path(folder, name).write_bytes(data)
             self._models = load_replicas(
-                Path(folder), device, exact=exact, runtime=runtime
+                Path(folder),
+                device,
+                exact=exact,
+                runtime=runtime,
             )
         self._root = root
 
@@ -135,7 +138,10 @@ def _connect(address: str | None) -> Any:
 
 
 def _encode_shards(
-    ray: Any, gallery: EncodedGallery, options: BuildOptions, task: Any
+    ray: Any,
+    gallery: EncodedGallery,
+    options: BuildOptions,
+    task: Any,
 ) -> Iterator[tuple[int, Any]]:
     """Yield the shards as workers complete them. task: the arguments of
     `ShardWorker`.
@@ -148,7 +154,9 @@ def _encode_shards(
     else:
         share = {"num_cpus": max(1, int(room.get("CPU", 1)) // count)}
     kind = ray.remote(ShardWorker).options(
-        max_restarts=-1, max_task_retries=-1, **share
+        max_restarts=-1,
+        max_task_retries=-1,
+        **share,
     )
     workers = [kind.remote(*task) for _ in range(min(count, len(gallery.todo)))]
     pending: dict[Any, tuple[Any, int | None]] = {

@@ -88,7 +88,11 @@ class ShardStore:
     """The shards of one job in `work/<key>/`."""
 
     def __init__(
-        self, gallery: Gallery, encoder: Encoder, work: Path, options: BuildOptions
+        self,
+        gallery: Gallery,
+        encoder: Encoder,
+        work: Path,
+        options: BuildOptions,
     ) -> None:
         batch = options.batch_size
         self.count = len(gallery)
@@ -190,7 +194,9 @@ class ReusableVectors:
         return len(self._hashes)
 
     def take(
-        self, locations: Sequence[ImageLocation], dim: int
+        self,
+        locations: Sequence[ImageLocation],
+        dim: int,
     ) -> tuple[Images, Floats]:
         """Return those of some images that have a vector here, and their vectors,
         float32 (m, E).

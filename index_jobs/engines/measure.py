@@ -99,7 +99,9 @@ class Benchmark:
         self.tuning_queries, self._measuring_queries = divided
 
     def measure(
-        self, index: Any, parameters: Mapping[str, int] | None = None
+        self,
+        index: Any,
+        parameters: Mapping[str, int] | None = None,
     ) -> dict[str, Any]:
         """Return the measurements of anything with a `search`, as in the manifest."""
         return {
@@ -212,7 +214,10 @@ def _choose(benchmark: Benchmark, index: Any, tunable: Any) -> dict[str, int]:
         if factor:
             tunable.set("k_factor", factor)
         recall, width = _narrowest(
-            benchmark, index, tunable, width or tunable.min_width
+            benchmark,
+            index,
+            tunable,
+            width or tunable.min_width,
         )
         if points and recall < min(points[0][0], aim) - _NOISE:
             break  # so few candidates lose neighbours at any width
@@ -239,7 +244,10 @@ def _choose(benchmark: Benchmark, index: Any, tunable: Any) -> dict[str, int]:
 
 
 def _narrowest(
-    benchmark: Benchmark, index: Any, tunable: Any, lowest: int
+    benchmark: Benchmark,
+    index: Any,
+    tunable: Any,
+    lowest: int,
 ) -> tuple[float, int | None]:
     """Set the narrowest search, at least `lowest`, that reaches the aim or the ceiling;
     return its recall and width.

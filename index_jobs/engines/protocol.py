@@ -169,5 +169,7 @@ def merge_top_k(scores: Sequence[Floats], rows: Sequence[Rows], k: int) -> Score
     all_scores[all_rows < 0] = -np.inf
     order = np.argsort(-all_scores, 1, kind="stable")[:, :k]
     return np.take_along_axis(all_scores, order, 1), np.take_along_axis(
-        all_rows, order, 1
+        all_rows,
+        order,
+        1,
     )

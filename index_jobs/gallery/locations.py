@@ -168,7 +168,10 @@ def remote_version(info: Mapping[str, Any]) -> int:
 
 
 def open_image(
-    root: str, location: str, offset: int, size: int
+    root: str,
+    location: str,
+    offset: int,
+    size: int,
 ) -> tuple[BinaryIO, int]:
     """Open an image at its first byte, and return its number of bytes. One at a URL is
     fetched whole, without retries.
@@ -194,7 +197,9 @@ def open_image(
 
 
 def read_images(
-    root: str, locations: Sequence[ImageLocation], pauses: Sequence[float] = _PAUSES_S
+    root: str,
+    locations: Sequence[ImageLocation],
+    pauses: Sequence[float] = _PAUSES_S,
 ) -> list[bytes | Exception]:
     """Return the bytes of images, or their errors: an ImageError for a file of more
     than a gibibyte.
@@ -275,7 +280,10 @@ def _fetch(
         ]
         try:
             data = fs.cat_ranges(
-                [path for _, path in members], starts, ends, on_error="return"
+                [path for _, path in members],
+                starts,
+                ends,
+                on_error="return",
             )
         except Exception as error:  # each store raises errors of its own
             data = [error] * len(members)

@@ -188,7 +188,9 @@ class GalleryMetadata:
 
 
 def read_sidecars(
-    tar: str, file: BinaryIO, members: Mapping[str, TarSpan]
+    tar: str,
+    file: BinaryIO,
+    members: Mapping[str, TarSpan],
 ) -> dict[str, Record]:
     """Return webdataset metadata by stem: the .json, .txt and .cls members of a tar,
     which is open as `file`.

@@ -231,7 +231,9 @@ def absolute_locations(table: pa.Table, root: str) -> pa.Table:
         for chunk in table["location"].chunks
     ]
     return table.set_column(
-        _LOCATION, SCHEMA.field(_LOCATION), pa.chunked_array(absolute, pa.string())
+        _LOCATION,
+        SCHEMA.field(_LOCATION),
+        pa.chunked_array(absolute, pa.string()),
     )
 
 

@@ -123,7 +123,12 @@ class FieldChanges:
         return item.metadata | {name: text for name, text in texts.items() if text}
 
     def publish(
-        self, new: NewVersion, change: str, *, keep: int, origin: str = ""
+        self,
+        new: NewVersion,
+        change: str,
+        *,
+        keep: int,
+        origin: str = "",
     ) -> Manifest:
         """Publish a version with the changes."""
         version = self._version
@@ -139,7 +144,9 @@ class FieldChanges:
             path = new.folder / f"{prefix}{ITEMS}"
             positions = np.array(rows) - start
             part.items.write_changed(
-                path, {row - start: self.records[row] for row in rows}, self._names
+                path,
+                {row - start: self.records[row] for row in rows},
+                self._names,
             )
             before, after = (
                 item_texts(items.table(positions), manifest.spec.text_fields)
@@ -164,7 +171,9 @@ class FieldChanges:
 
 
 def rows_with(
-    version: IndexVersion, by: str, values: Iterable[str]
+    version: IndexVersion,
+    by: str,
+    values: Iterable[str],
 ) -> dict[str, list[int]]:
     """Return the rows of the items that have each value in a field, as text; [] for
     unknown ones.
@@ -222,5 +231,9 @@ def change_metadata(
                 keep=keep,
             )
     return ChangeSummary(
-        manifest.version, count, merged.new_fields, unknown, manifest.rebuild
+        manifest.version,
+        count,
+        merged.new_fields,
+        unknown,
+        manifest.rebuild,
     )

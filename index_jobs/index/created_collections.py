@@ -75,7 +75,9 @@ def create_collection(folder: Path, name: str, checkpoint: Path) -> None:
     target = folder / hashlib.sha256(name.encode()).hexdigest()[:32]
     staging = folder / f"{_NEW}{secrets.token_hex(8)}"
     with hold_lock(
-        folder / _LOCK, f"another collection is being created in {folder}", wait_s=-1
+        folder / _LOCK,
+        f"another collection is being created in {folder}",
+        wait_s=-1,
     ):
         if (target / _DESCRIPTION).exists():  # another request has created it
             return

@@ -136,7 +136,9 @@ def condition_fields(filter: Mapping[str, Any]) -> Iterator[str]:
 
 
 def _match_all(
-    index: IndexVersion, filter: Mapping[str, Any], rows: Rows | None = None
+    index: IndexVersion,
+    filter: Mapping[str, Any],
+    rows: Rows | None = None,
 ) -> Mask:
     """Return which rows meet every condition; of all rows, or of some, ascending."""
     mask = index.live.copy() if rows is None else index.live[rows]

@@ -139,7 +139,9 @@ class ImageAccess:
                 or url.hostname not in self.hosts
             ):
                 raise PermissionError(
-                    errno.EACCES, "its host is not in DCAR_IMAGE_HOSTS", location
+                    errno.EACCES,
+                    "its host is not in DCAR_IMAGE_HOSTS",
+                    location,
                 )
             return location
         if urlsplit(root).scheme in LOCAL_SCHEMES:
@@ -156,7 +158,9 @@ class ImageAccess:
             for base in (*bases, *self.roots)
         ):
             raise PermissionError(
-                errno.EACCES, "outside of the gallery and DCAR_IMAGE_ROOTS", location
+                errno.EACCES,
+                "outside of the gallery and DCAR_IMAGE_ROOTS",
+                location,
             )
         if (resolved.stat().st_size if offset == WHOLE_FILE else size) > self.max_bytes:
             raise OSError(errno.EFBIG, "the image file is too large", location)
@@ -208,7 +212,10 @@ class IndexVersion:
 
     @classmethod
     def open(
-        cls, index: Path, manifest: Manifest, image_access: ImageAccess | None = None
+        cls,
+        index: Path,
+        manifest: Manifest,
+        image_access: ImageAccess | None = None,
     ) -> "IndexVersion":
         """Open a version of an index directory. Raise ArtifactError if a file is
         missing, too short or unreadable.
@@ -290,7 +297,9 @@ class IndexVersion:
     def _nth_live(self, positions: Rows) -> Rows:
         """Return the rows at these positions among the live ones."""
         return positions + np.searchsorted(
-            self.removed - np.arange(len(self.removed)), positions, "right"
+            self.removed - np.arange(len(self.removed)),
+            positions,
+            "right",
         )
 
     def _is_removed(self, row: int) -> bool:
@@ -340,7 +349,10 @@ class IndexVersion:
         for part in self.parts:
             chosen = None if rows is None else rows.part(part.rows)
             part_scores, positions = part.vectors.search(
-                vectors, k, chosen, is_narrow=is_narrow
+                vectors,
+                k,
+                chosen,
+                is_narrow=is_narrow,
             )
             scores.append(part_scores)
             nearest.append(np.where(positions >= 0, positions + part.rows.start, -1))
@@ -493,7 +505,11 @@ class IndexVersion:
         )
         if self.image_access is not None:
             location = self.image_access.resolve(
-                part.root, location, offset, size, part.roots
+                part.root,
+                location,
+                offset,
+                size,
+                part.roots,
             )
         return part.root, location, offset, size
 

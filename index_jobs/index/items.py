@@ -140,7 +140,10 @@ def typed_array(values: list[Any], target: pa.DataType) -> pa.Array:
 
 
 def _replaced(
-    arrays: list[pa.Array], rows: Rows, values: list[Any], target: pa.DataType
+    arrays: list[pa.Array],
+    rows: Rows,
+    values: list[Any],
+    target: pa.DataType,
 ) -> list[pa.Array]:
     """Return the batches of a column as a type, with other values in some rows,
     ascending.
@@ -267,7 +270,10 @@ class Items:
         return table if rows is None else take_rows(table, rows)
 
     def write_changed(
-        self, path: Path, records: Mapping[int, Mapping[str, Any]], changed: Set[str]
+        self,
+        path: Path,
+        records: Mapping[int, Mapping[str, Any]],
+        changed: Set[str],
     ) -> None:
         """Write these items with other fields in some rows, as `write_items` would;
         other columns are copied.

@@ -100,7 +100,9 @@ class JobQueue:
         try:
             with closing(
                 sqlite3.connect(
-                    self._path, timeout=_BUSY_S, isolation_level="IMMEDIATE"
+                    self._path,
+                    timeout=_BUSY_S,
+                    isolation_level="IMMEDIATE",
                 )
             ) as database:
                 database.executescript(_SCHEMA)
@@ -109,7 +111,9 @@ class JobQueue:
         except sqlite3.Error as error:
             if not self.index.is_dir():
                 raise FileNotFoundError(
-                    errno.ENOENT, os.strerror(errno.ENOENT), str(self.index)
+                    errno.ENOENT,
+                    os.strerror(errno.ENOENT),
+                    str(self.index),
                 ) from error
             code = errno.ENOSPC if "full" in str(error) else errno.EIO
             raise OSError(code, str(error), str(self._path)) from error
@@ -266,7 +270,9 @@ class JobQueue:
         for so long.
         """
         gone = FileNotFoundError(
-            errno.ENOENT, os.strerror(errno.ENOENT), str(self.index)
+            errno.ENOENT,
+            os.strerror(errno.ENOENT),
+            str(self.index),
         )
         if not self.index.is_dir():  # the lock would make it
             raise gone

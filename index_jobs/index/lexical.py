@@ -172,7 +172,9 @@ def item_texts(table: pa.Table, fields: Collection[str] | None) -> Iterator[str]
 
 
 def write_lexical(
-    path: Path, texts: Iterable[str] | Mapping[int, str], first_row: int = 0
+    path: Path,
+    texts: Iterable[str] | Mapping[int, str],
+    first_row: int = 0,
 ) -> None:
     """Write the texts of the rows from `first_row` on, or of some rows, in place of
     those that the directory has.
@@ -194,7 +196,11 @@ def write_lexical(
         writer = index.writer(heap_size=_HEAP_BYTES, num_threads=1)
         kind = tantivy.FieldType.Unsigned
         later = tantivy.Query.range_query(
-            index.schema, _ROW, kind, lower_bound=first_row, upper_bound=2**62
+            index.schema,
+            _ROW,
+            kind,
+            lower_bound=first_row,
+            upper_bound=2**62,
         )
         if some:
             replaced = tantivy.Query.term_set_query(index.schema, _ROW, [*texts])
@@ -222,7 +228,9 @@ def write_lexical(
 def _schema() -> Any:
     builder = tantivy.SchemaBuilder().add_unsigned_field(_ROW, indexed=True, fast=True)
     return builder.add_text_field(
-        _TERMS, tokenizer_name=_ANALYZER, index_option="freq"
+        _TERMS,
+        tokenizer_name=_ANALYZER,
+        index_option="freq",
     ).build()
 
 
@@ -250,7 +258,10 @@ class LexicalIndex:
         return int(self._searcher.num_docs)
 
     def search(
-        self, text: str, k: int, allowed: Mask | None = None
+        self,
+        text: str,
+        k: int,
+        allowed: Mask | None = None,
     ) -> tuple[Floats, Rows]:
         """Return scores float32 (m,) and rows int64 (m,) of the k best among allowed
         rows, bool (rows,), None for all.
@@ -339,7 +350,10 @@ class LexicalIndex:
                 matches += frequency
             elif len(term) >= _FUZZY_FROM and not term.isdecimal():
                 fuzzy = tantivy.Query.fuzzy_term_query(
-                    self._schema, _TERMS, term, distance=1
+                    self._schema,
+                    _TERMS,
+                    term,
+                    distance=1,
                 )
                 parts.append(
                     tantivy.Query.const_score_query(

@@ -181,7 +181,9 @@ class Manifest:
         values = asdict(self)
         return (
             json.dumps(
-                values | {"checksum": hash_json(values)}, indent=2, ensure_ascii=False
+                values | {"checksum": hash_json(values)},
+                indent=2,
+                ensure_ascii=False,
             ).encode()
             + b"\n"
         )

@@ -188,7 +188,9 @@ class ObjectStore(Storage):
         self.name = url
         with self._report():
             self.objects: Any = from_url(
-                url, client_options=CLIENT, retry_config=RETRIES
+                url,
+                client_options=CLIENT,
+                retry_config=RETRIES,
             )
 
     def read(self, key: str) -> bytes | None:
@@ -208,7 +210,10 @@ class ObjectStore(Storage):
         content = parts if info.size > size else b"".join(parts)
         with self._report():
             self.objects.put(
-                info.key, content, chunk_size=size, max_concurrency=_UPLOADS
+                info.key,
+                content,
+                chunk_size=size,
+                max_concurrency=_UPLOADS,
             )
 
     def parts(self, info: FileInfo) -> Iterator[bytes]:
@@ -358,7 +363,10 @@ def _open(mirror: Path) -> ObjectStore:
 
 
 def copy_blobs(
-    source: Storage, target: Storage, infos: Iterable[FileInfo], named: Collection[str]
+    source: Storage,
+    target: Storage,
+    infos: Iterable[FileInfo],
+    named: Collection[str],
 ) -> None:
     """Put the blobs that a storage lacks, or may collect before a manifest names them.
     named: hashes that stay.

@@ -117,7 +117,9 @@ def open_current(index: Path, access: ImageAccess | None = None) -> IndexVersion
 
 
 def open_version(
-    index: Path, version: int, access: ImageAccess | None = None
+    index: Path,
+    version: int,
+    access: ImageAccess | None = None,
 ) -> IndexVersion:
     """Open a version by its number; other arguments and errors as of `open_current`."""
     return IndexVersion.open(index, read_manifest(index, version), access)
@@ -256,7 +258,10 @@ class NewVersion:
         collect_blobs(Directory(self.index), self.index)
 
     def link(
-        self, version: IndexVersion, prefix: str = "", without: tuple[str, ...] = ()
+        self,
+        version: IndexVersion,
+        prefix: str = "",
+        without: tuple[str, ...] = (),
     ) -> None:
         """Take over the files of a published version whose names begin with a prefix,
         and not with others.
@@ -377,7 +382,10 @@ class NewVersion:
 
 
 def _displaced(
-    new: Manifest, numbers: Sequence[int], manifests: Mapping[int, Manifest], keep: int
+    new: Manifest,
+    numbers: Sequence[int],
+    manifests: Mapping[int, Manifest],
+    keep: int,
 ) -> set[int]:
     written = {number for number, manifest in manifests.items() if manifest.origin}
     protected = {new.version, new.replaced} if keep > 1 else {new.version}
@@ -465,7 +473,10 @@ def _point(index: Path, base: bytes | None, version: int) -> bytes:
 
 
 def _sync(
-    index: Path, version: int, manifests: Mapping[int, Manifest], kept: Iterable[int]
+    index: Path,
+    version: int,
+    manifests: Mapping[int, Manifest],
+    kept: Iterable[int],
 ) -> None:
     """Let the engines follow CURRENT, and drop what no kept version names."""
     parts = {
@@ -573,7 +584,10 @@ def _pull_history(store: Storage, mirror: Directory) -> None:
 
 
 def _pull_version(
-    store: Storage, mirror: Directory, version: int, sha256: str = ""
+    store: Storage,
+    mirror: Directory,
+    version: int,
+    sha256: str = "",
 ) -> None:
     """Bring a version, and the taught names. sha256: of its manifest, if it is
     known.

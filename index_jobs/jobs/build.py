@@ -312,7 +312,10 @@ class _Build:
             else:
                 runtime = self.spec.runtime
             replicas = load_replicas(
-                copy, options.device, exact=self.spec.exact, runtime=runtime
+                copy,
+                options.device,
+                exact=self.spec.exact,
+                runtime=runtime,
             )
         except (CheckpointError, ModelError) as error:  # the copy is removed
             raise type(error)(
@@ -320,7 +323,9 @@ class _Build:
             ) from error
         self.encoder = replicas[0]
         least_bytes = load_engine(self.spec.engine).plan(
-            self.spec, len(gallery), self.encoder.dim
+            self.spec,
+            len(gallery),
+            self.encoder.dim,
         )
         store = ShardStore(gallery, self.encoder, self.out / WORK, options)
         self._require_few_removed()
@@ -355,7 +360,10 @@ class _Build:
         )
 
     def _summarize(
-        self, manifest: Manifest, encoded: EncodedGallery | None = None, **more: Any
+        self,
+        manifest: Manifest,
+        encoded: EncodedGallery | None = None,
+        **more: Any,
     ) -> RebuildSummary:
         return RebuildSummary(
             **{name: getattr(manifest, name) for name in _SUMMARY},
@@ -483,7 +491,11 @@ class _Build:
             from index_jobs.encoding.ray_cluster import encode_on_ray
 
             return encode_on_ray(
-                self.gallery, self.encoder, checkpoint, self.out / WORK, self.options
+                self.gallery,
+                self.encoder,
+                checkpoint,
+                self.out / WORK,
+                self.options,
             )
         return encode_gallery(self.gallery, replicas, self.out / WORK, self.options)
 

@@ -106,7 +106,10 @@ class GateVerdict:
 
 
 def verdict_of(
-    comparison: Comparison, reason: str, margin: float, **more: Any
+    comparison: Comparison,
+    reason: str,
+    margin: float,
+    **more: Any,
 ) -> GateVerdict:
     """Return a verdict with the figures of a comparison."""
     difference = {
@@ -114,7 +117,12 @@ def verdict_of(
     }
     visible = round(comparison.visible / 100, 4)
     return GateVerdict(
-        reason, margin, compared=True, difference=difference, visible=visible, **more
+        reason,
+        margin,
+        compared=True,
+        difference=difference,
+        visible=visible,
+        **more,
     )
 
 
@@ -237,7 +245,10 @@ def _caption_pairs(gallery: Gallery) -> list[tuple[str, int]]:
 
 
 def calibrate(
-    index: VectorIndex, pairs: QueryPairs, encoded: EncodedGallery, encoder: Encoder
+    index: VectorIndex,
+    pairs: QueryPairs,
+    encoded: EncodedGallery,
+    encoder: Encoder,
 ) -> dict[str, Any]:
     """Return the manifest's `cutoff` by the validation pairs whose image has a
     vector.
@@ -263,7 +274,9 @@ def calibrate(
 
 
 def cutoff_of_pairs(
-    index: VectorIndex | IndexVersion, vectors: Floats, rows: Rows
+    index: VectorIndex | IndexVersion,
+    vectors: Floats,
+    rows: Rows,
 ) -> dict[str, Any]:
     """Return the manifest's `cutoff` by the vectors of texts, and the rows of their
     images.
@@ -415,7 +428,9 @@ def _measure(
     rows = index.search(encode([text for text, _ in pairs]), _DEPTH, shared)[1]
     is_target = rows == np.array(targets)[:, None]
     gains: Floats = np.where(
-        is_target.any(1), 1 / np.log2(2 + is_target.argmax(1)), 0.0
+        is_target.any(1),
+        1 / np.log2(2 + is_target.argmax(1)),
+        0.0,
     )
     measures = {
         f"recall_at_{k}": round(float(is_target[:, :k].any(1).mean()), 4)
@@ -430,7 +445,10 @@ def _measure(
 
 
 def compare_gains(
-    before: Floats, after: Floats, units: Sequence[str], weights: Floats | None = None
+    before: Floats,
+    after: Floats,
+    units: Sequence[str],
+    weights: Floats | None = None,
 ) -> Comparison:
     """Compare gains by a bootstrap over units, such as the ids of images."""
     counts, (_, unit_of) = (
@@ -445,7 +463,9 @@ def compare_gains(
 
 
 def losses(
-    before: Mapping[str, float], after: Mapping[str, float], margin: float
+    before: Mapping[str, float],
+    after: Mapping[str, float],
+    margin: float,
 ) -> list[str]:
     """Return the measures that are lower by more than the margin, rounded: 0.14 - 0.12
     is above 0.02 in floats.

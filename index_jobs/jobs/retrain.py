@@ -119,7 +119,10 @@ class ItemPairs:
     def take(self, positions: Rows) -> "ItemPairs":
         texts = [self.texts[position] for position in positions.tolist()]
         return ItemPairs(
-            texts, self.rows[positions], self.weights[positions], self.skipped
+            texts,
+            self.rows[positions],
+            self.weights[positions],
+            self.skipped,
         )
 
     def comparable(self) -> "ItemPairs":
@@ -231,7 +234,9 @@ def retrain(
 
 
 def read_pairs(
-    files: Sequence[Path], served: IndexVersion, gallery: Gallery
+    files: Sequence[Path],
+    served: IndexVersion,
+    gallery: Gallery,
 ) -> tuple[ItemPairs, ItemPairs, int]:
     """Return the distinct pairs of items in the index, the captions, and the number of
     pairs of other items.
@@ -340,7 +345,10 @@ class Retraining:
         return torch.from_numpy(np.stack([self._known[text] for text in texts]))
 
     def compare(
-        self, files: Sequence[Path], validation: Path | None, margin: float
+        self,
+        files: Sequence[Path],
+        validation: Path | None,
+        margin: float,
     ) -> RetrainSummary:
         """Learn, and compare with the served model; the summary says whether to
         publish.
@@ -386,7 +394,9 @@ class Retraining:
         anchors = gate.find_pairs(gallery, validation)
         rows = self.live[anchors.rows] if anchors else np.empty(0, np.int64)
         anchored = ItemPairs(
-            anchors.texts if anchors else [], rows, np.ones(len(rows), np.float32)
+            anchors.texts if anchors else [],
+            rows,
+            np.ones(len(rows), np.float32),
         )
         self._features(
             [text for part in (learned, *held, anchored) for text in part.texts]
@@ -401,7 +411,9 @@ class Retraining:
             verdicts[anchors.source] = gate.compare(before, after, anchors, margin)
         if validation and "pairs" in self.cutoff:
             self.cutoff = gate.cutoff_of_pairs(
-                served, self.after.encode_text(anchored.texts), rows
+                served,
+                self.after.encode_text(anchored.texts),
+                rows,
             )
         elif self.cutoff:
             calibration = gate.calibrate_by_words(
@@ -456,7 +468,10 @@ class Retraining:
         torch.set_num_threads(threads)
 
     def choose(
-        self, held: Sequence[ItemPairs], anchors: ItemPairs, margin: float
+        self,
+        held: Sequence[ItemPairs],
+        anchors: ItemPairs,
+        margin: float,
     ) -> tuple[float, gate.GateVerdict]:
         """Keep a share of the change, and return it with the comparison by the held-out
         pairs.
@@ -543,7 +558,9 @@ class Retraining:
 
         def gains(texts: _Texts) -> Floats:
             scores = np.einsum(
-                "ne,nke->nk", texts.encode_text(pairs.texts), items[places]
+                "ne,nke->nk",
+                texts.encode_text(pairs.texts),
+                items[places],
             )
             above = (scores[:, 1:] > scores[:, :1] + TIE_TOLERANCE).sum(1)
             values: Floats = (1 / np.log2(2 + above)).astype(np.float32)
@@ -553,7 +570,10 @@ class Retraining:
 
     @staticmethod
     def compare_held_out(
-        held: Sequence[ItemPairs], before: Floats, after: Floats, margin: float
+        held: Sequence[ItemPairs],
+        before: Floats,
+        after: Floats,
+        margin: float,
     ) -> gate.GateVerdict:
         """Compare both models by held-out pairs; the new one passes if it is better."""
         texts = [fold_text(text) for tenth in held for text in tenth.texts]
@@ -601,7 +621,11 @@ class Retraining:
             f"{_ADAPTER}{name}": p.numpy() for name, p in adapter.state_dict().items()
         }
         fingerprint = write_checkpoint(
-            made, content["backbone"], config, trainables, self.notes
+            made,
+            content["backbone"],
+            config,
+            trainables,
+            self.notes,
         )
         if has_started_portable(self.encoder, served.checkpoint):
             state = replace(
@@ -610,7 +634,10 @@ class Retraining:
                 text_adapter=adapter_arrays(adapter),
             )
             copy_portable(
-                served.checkpoint, made, state, self.after.encode_text(PROBE_TEXTS)
+                served.checkpoint,
+                made,
+                state,
+                self.after.encode_text(PROBE_TEXTS),
             )
         elif (served.checkpoint / PORTABLE).is_dir():
             add_portable_export(made, self.encoder.backbone)

@@ -43,7 +43,9 @@ def known_pairs(index: IndexVersion) -> JudgedList:
 
 
 def ask_service(
-    url: str, judged: JudgedList, **options: Any
+    url: str,
+    judged: JudgedList,
+    **options: Any,
 ) -> tuple[str, dict[str, list[str]]]:
     """Return the service's name with its version, and the ids of the results by those
     of the queries.

@@ -123,10 +123,21 @@ def remove(
             removed = np.union1d(np.flatnonzero(~current.live), rows)
             change = f"{quantity(len(rows), 'item')} removed"
             manifest = _publish(
-                new, current, removed, manifest.additions, change, keep, origin
+                new,
+                current,
+                removed,
+                manifest.additions,
+                change,
+                keep,
+                origin,
             )
     return UpdateSummary(
-        manifest.version, manifest.count, 0, len(rows), 0, manifest.rebuild
+        manifest.version,
+        manifest.count,
+        0,
+        len(rows),
+        0,
+        manifest.rebuild,
     )
 
 
@@ -209,7 +220,11 @@ def add(
         rows = _rows_of(current, [*replaced, *removed_ids], missing_ok=True)
         removed = np.union1d(np.flatnonzero(~current.live), rows)
         additions, removed = _write_addition(
-            new, current, encoded, removed, replicas[0]
+            new,
+            current,
+            encoded,
+            removed,
+            replicas[0],
         )
         change = f"{quantity(len(encoded), 'image')} added"
         change += (
@@ -221,7 +236,13 @@ def add(
             f", {quantity(len(rows), 'item')} removed or replaced" if len(rows) else ""
         )
         manifest = _publish(
-            new, current, removed, additions, change, settings.keep, settings.origin
+            new,
+            current,
+            removed,
+            additions,
+            change,
+            settings.keep,
+            settings.origin,
         )
         shutil.rmtree(index / WORK, ignore_errors=True)
     return UpdateSummary(
@@ -380,7 +401,9 @@ def _publish(
 
 
 def _merge_types(
-    types: Mapping[str, str], metadata: pa.ChunkedArray, source: str
+    types: Mapping[str, str],
+    metadata: pa.ChunkedArray,
+    source: str,
 ) -> dict[str, str]:
     """Return the types of fields with those of new items. Refuse values of another
     type: as text, 19.90 is not 19.9.
@@ -481,7 +504,10 @@ def _patch(queue: JobQueue, jobs: Sequence[Job], options: dict[str, Any]) -> _Re
         if draft.records:
             change = f"{quantity(len(draft.records), 'item')} changed"
             version = draft.publish(
-                new, change, keep=options["keep"], origin=OVER_HTTP
+                new,
+                change,
+                keep=options["keep"],
+                origin=OVER_HTTP,
             ).version
     return version, outcomes
 
@@ -496,7 +522,11 @@ def _delete(queue: JobQueue, jobs: Sequence[Job], options: dict[str, Any]) -> _R
             for row in rows
         ]
         version = remove(
-            queue.index, ids, missing_ok=True, keep=options["keep"], origin=OVER_HTTP
+            queue.index,
+            ids,
+            missing_ok=True,
+            keep=options["keep"],
+            origin=OVER_HTTP,
         ).version
     return version, [{"failed": []} for _ in jobs]
 
@@ -534,11 +564,17 @@ def _put(queue: JobQueue, jobs: Sequence[Job], options: dict[str, Any]) -> _Resu
         }
         if current is not None:
             version = add(
-                queue.index, gallery, replace_existing=True, **settings
+                queue.index,
+                gallery,
+                replace_existing=True,
+                **settings,
             ).version
         else:
             version = build.rebuild(
-                gallery, queue.index / CHECKPOINT, queue.index, **settings
+                gallery,
+                queue.index / CHECKPOINT,
+                queue.index,
+                **settings,
             ).version
             shutil.rmtree(queue.index / build.WORK, ignore_errors=True)
         failed |= read_failures(open_version(queue.index, version))
@@ -562,7 +598,9 @@ def _put(queue: JobQueue, jobs: Sequence[Job], options: dict[str, Any]) -> _Resu
 
 
 def _list_new(
-    index: Path, current: IndexVersion | None, items: Sequence[dict[str, Any]]
+    index: Path,
+    current: IndexVersion | None,
+    items: Sequence[dict[str, Any]],
 ) -> Gallery:
     """Return the items that the version lacks, as a gallery."""
     rows = (

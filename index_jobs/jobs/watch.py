@@ -136,7 +136,10 @@ class _WatchedGallery:
     """
 
     def __init__(
-        self, index: Path, say: Callable[[str], object], options: BuildOptions
+        self,
+        index: Path,
+        say: Callable[[str], object],
+        options: BuildOptions,
     ) -> None:
         self._index = index
         self._say = say

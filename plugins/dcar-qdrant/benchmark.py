@@ -141,7 +141,9 @@ def main() -> None:
                 truth = exact(vectors, timed, mask)
                 cells.append(
                     measure(
-                        partial(index.search, k=NEIGHBOURS, rows=rows), timed, truth
+                        partial(index.search, k=NEIGHBOURS, rows=rows),
+                        timed,
+                        truth,
                     )
                 )
             label = f"{name}, {created.measured['parameters']}"

@@ -45,7 +45,12 @@ def gallery(tiny_gallery: Path, tmp_path_factory: pytest.TempPathFactory) -> Pat
 
 def _built(gallery: Path, checkpoint: Path, name: str, **options: Any) -> Path:
     rebuild(
-        gallery, checkpoint, gallery.parent / name, workers=0, progress=False, **options
+        gallery,
+        checkpoint,
+        gallery.parent / name,
+        workers=0,
+        progress=False,
+        **options,
     )
     return gallery.parent / name
 
@@ -117,7 +122,10 @@ def in_process(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     async def run_apply(_: WriteWorker, collection: Collection) -> tuple[int, str]:
         try:
             await asyncio.to_thread(
-                apply_waiting, collection.path, device="cpu", runtime="torch"
+                apply_waiting,
+                collection.path,
+                device="cpu",
+                runtime="torch",
             )
         except DcarError as error:
             codes.append(error.exit_code)

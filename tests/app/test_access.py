@@ -209,7 +209,9 @@ async def test_responses_behind_keys_are_private_to_caches(built_index: Path) ->
     )
     for given, who, wanted in (({}, {}, "public"), (KEYS, bearer(ALICE), "private")):
         async with opened(
-            built_index, cors_origins="https://shop.example", **given
+            built_index,
+            cors_origins="https://shop.example",
+            **given,
         ) as client:
             headers = {**who, "Origin": "https://shop.example"}
             whole = await client.get(image, headers=headers)
@@ -251,7 +253,9 @@ async def test_only_named_origins_may_search(built_index: Path) -> None:
         )
         assert (await client.options("/search/text", headers=asks)).status_code == 405
     async with opened(
-        built_index, cors_origins="https://shop.example", **KEYS
+        built_index,
+        cors_origins="https://shop.example",
+        **KEYS,
     ) as client:
         asked = await client.options("/search/text", headers=asks)
         assert asked.status_code == 200
@@ -443,7 +447,10 @@ def read_until(connection: socket.socket, end: bytes = b"") -> bytes:
     "how", ["at once", "split header", "split body", "pipelined", "byte by byte"]
 )
 def test_body_behind_an_offer_to_upgrade_is_never_run_as_a_request(
-    connection: socket.socket, how: str, framing: bytes, protocol: bytes
+    connection: socket.socket,
+    how: str,
+    framing: bytes,
+    protocol: bytes,
 ) -> None:
     request = SEARCH + OFFER % protocol + framing % (len(SMUGGLED), SMUGGLED)
     body = request.index(b"\r\n\r\n") + 4

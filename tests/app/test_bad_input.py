@@ -87,7 +87,9 @@ async def test_invalid_text_queries_name_the_field(started: ServiceClient) -> No
         "",
     ):
         response = await started.post(
-            "/search/text", content=good, headers={"Content-Type": kind}
+            "/search/text",
+            content=good,
+            headers={"Content-Type": kind},
         )
         assert_problem(response, 415, "Content-Type")
     exact = await started.post("/search/text", json={"query": "x" * 1000, "k": 200})
@@ -134,7 +136,10 @@ async def test_hostile_names_numbers_and_counts_make_short_answers_soon(
         for method, path, body in cases:
             began = time.monotonic()
             response = await client.request(
-                method, path, json=body, headers={"X-API-Key": "long enough"}
+                method,
+                path,
+                json=body,
+                headers={"X-API-Key": "long enough"},
             )
             assert time.monotonic() - began < 1
             assert (response.status_code, len(response.content) < 10_000) == (

@@ -88,7 +88,9 @@ class Bench(Recorder):
         return task
 
     async def submit(
-        self, *payloads: str, run: Recorder | None = None
+        self,
+        *payloads: str,
+        run: Recorder | None = None,
     ) -> list[asyncio.Task[Floats]]:
         tasks = [asyncio.create_task(self.one(payload, run)) for payload in payloads]
         await asyncio.sleep(0)
@@ -145,7 +147,9 @@ async def test_queries_of_a_group_that_arrive_during_a_forward_pass_form_the_nex
     [("bad", DataError), ("nan", DataError), ("panic", RuntimeError)],
 )
 async def test_a_bad_query_fails_alone(
-    bench: Callable[..., Bench], poison: str, error: type[Exception]
+    bench: Callable[..., Bench],
+    poison: str,
+    error: type[Exception],
 ) -> None:
     made = bench()
     first = await made.held()
@@ -299,7 +303,10 @@ async def test_nobody_ever_gets_the_vector_of_another_text(seed: int) -> None:
         return vector / np.linalg.norm(vector)
 
     settings = Settings(
-        index=Path("unused"), cache_size=5, batch_size=4, batch_wait_ms=1
+        index=Path("unused"),
+        cache_size=5,
+        batch_size=4,
+        batch_wait_ms=1,
     )
     encoder = QueryEncoder(settings, Metrics())
     runtime = SimpleNamespace(encode_texts=encode)
@@ -475,7 +482,10 @@ async def test_large_images_take_turns(
     run = DecodeWorker.run
 
     def noted(
-        self: DecodeWorker, convert: Convert, data: bytes, limits: Limits
+        self: DecodeWorker,
+        convert: Convert,
+        data: bytes,
+        limits: Limits,
     ) -> object:
         is_large = limits.expected is None
         running.extend([self] * is_large)

@@ -74,7 +74,11 @@ def photos(tmp_path_factory: pytest.TempPathFactory, tiny_checkpoint: Path) -> P
         {"file_name": "scan.tif", "caption": "赤いりんご", "category": "cakes"},
     )
     rebuild(
-        gallery, tiny_checkpoint, gallery.parent / "index", workers=0, progress=False
+        gallery,
+        tiny_checkpoint,
+        gallery.parent / "index",
+        workers=0,
+        progress=False,
     )
     return gallery.parent / "index"
 
@@ -86,7 +90,10 @@ def decoded(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, bytes]]:
     jobs = list[tuple[str, bytes]]()
 
     def recorded(
-        worker: DecodeWorker, convert: Convert, data: bytes, limits: Limits
+        worker: DecodeWorker,
+        convert: Convert,
+        data: bytes,
+        limits: Limits,
     ) -> Decoded:
         jobs.append((getattr(convert, "func", convert).__module__, data))
         return run(worker, convert, data, limits)
@@ -150,7 +157,9 @@ async def test_heic_photos_are_searched_and_shown(
     async with opened(tmp_path / "index") as client:
         files = {"file": ("photo.heic", path.read_bytes(), "image/heic")}
         found = await client.post(
-            "/search/image", files=files, data={"fields": "file_name"}
+            "/search/image",
+            files=files,
+            data={"fields": "file_name"},
         )
         best = found.json()["results"][0]
         assert (best["metadata"]["file_name"], best["score"] > 0.999) == (
@@ -196,7 +205,9 @@ async def test_small_drawings_are_sent_as_they_are(started: ServiceClient) -> No
         await started.get(f"/items/{quote(ODD_ID, safe='')}/image?size=192")
     ).status_code == 200
     assert_problem(
-        await started.get("/items/circle%2Fred.png/image?size=999"), 422, "size"
+        await started.get("/items/circle%2Fred.png/image?size=999"),
+        422,
+        "size",
     )
     assert_problem(await started.get("/items/unknown/image?size=192"), 404, "id")
 
@@ -340,7 +351,9 @@ async def test_gallery_shows_each_group_once(products: Path) -> None:
 
 
 async def test_what_a_model_knows_is_told(
-    tiny_model: Path, tiny_gallery: Path, tmp_path: Path
+    tiny_model: Path,
+    tiny_gallery: Path,
+    tmp_path: Path,
 ) -> None:
     note = "This model knows emoji, not photos."
     save_zero_shot(BackboneSource(str(tiny_model)), tmp_path / "checkpoint", note)

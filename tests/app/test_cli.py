@@ -39,7 +39,9 @@ def test_a_file_that_the_system_refuses_is_one_line(
     (tmp_path / "file").touch()
     out = str(tmp_path / "file" / "below")
     monkeypatch.setattr(
-        sys, "argv", ["dcar", "data", "negatives", str(tiny_data), "--out", out]
+        sys,
+        "argv",
+        ["dcar", "data", "negatives", str(tiny_data), "--out", out],
     )
     with pytest.raises(SystemExit) as ended:
         main()
@@ -85,7 +87,10 @@ def test_a_file_that_the_system_refuses_is_one_line(
     ],
 )
 def test_a_mistake_is_told_before_anything_is_loaded(
-    command: str, status: int, said: str, tmp_path: Path
+    command: str,
+    status: int,
+    said: str,
+    tmp_path: Path,
 ) -> None:
     (tmp_path / "file").touch()
     places = {"index": tmp_path, "file": tmp_path / "file"}
@@ -95,7 +100,9 @@ def test_a_mistake_is_told_before_anything_is_loaded(
 
 
 def test_image_without_a_suffix_is_searched_by_content(
-    built_index: Path, tiny_gallery: Path, tmp_path: Path
+    built_index: Path,
+    tiny_gallery: Path,
+    tmp_path: Path,
 ) -> None:
     picture = tmp_path / "photo"
     note = tmp_path / "note.txt"
@@ -138,13 +145,20 @@ def test_a_search_prints_titles_with_their_files(
         "b (b.png)",
     ]
     nothing = dcar(
-        "search", "red", "--index", tmp_path / "index", "--filter", '{"title": "Blue"}'
+        "search",
+        "red",
+        "--index",
+        tmp_path / "index",
+        "--filter",
+        '{"title": "Blue"}',
     )
     assert "no item fulfils the filter" in nothing.stderr
 
 
 def test_a_finished_training_is_repeated_only_with_restart(
-    tiny_model: Path, tiny_data: Path, tmp_path: Path
+    tiny_model: Path,
+    tiny_data: Path,
+    tmp_path: Path,
 ) -> None:
     """With a learning rate of 0 nothing is learned, so the untouched model is as
     good.
@@ -219,7 +233,9 @@ def test_a_finished_training_is_repeated_only_with_restart(
 
 
 def test_diverged_training_refuses_no_lower_rate(
-    tiny_model: Path, tiny_data: Path, tmp_path: Path
+    tiny_model: Path,
+    tiny_data: Path,
+    tmp_path: Path,
 ) -> None:
     command = (
         "train",
@@ -243,7 +259,10 @@ def test_diverged_training_refuses_no_lower_rate(
 
 @pytest.mark.parametrize("command", ["train", "zero-shot"])
 def test_the_config_of_a_model_is_not_replaced(
-    command: str, tiny_model: Path, tiny_data: Path, tmp_path: Path
+    command: str,
+    tiny_model: Path,
+    tiny_data: Path,
+    tmp_path: Path,
 ) -> None:
     """Model directories of the hub have a config.json of their own beside
     open_clip's.
@@ -341,7 +360,10 @@ def test_flags_take_precedence_over_the_environment(
     ],
 )
 def test_a_mistyped_or_removed_variable_ends_the_start_with_the_name_that_was_meant(
-    variable: str, meant: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+    variable: str,
+    meant: str,
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
 ) -> None:
     monkeypatch.setenv(f"DCAR_{variable}", "1")
     with pytest.raises(DcarError, match=meant):
@@ -437,7 +459,10 @@ def test_values_are_read_as_requests_send_them_and_secrets_are_not_shown(
     secrets = {"admin_key": "a-long-secret", "redis_url": "redis://:pass@localhost"}
     origins = "https://shop.example, https://other.example"
     settings = load_settings(
-        index=tmp_path, cors_origins=origins, image_hosts="Pictures.Example", **secrets
+        index=tmp_path,
+        cors_origins=origins,
+        image_hosts="Pictures.Example",
+        **secrets,
     )
     assert settings.cors_origins == ("https://shop.example", "https://other.example")
     assert settings.image_hosts == ("pictures.example",)

@@ -77,7 +77,9 @@ def ended_job(index: Path) -> str:
 
 
 def test_every_model_holds_all_that_the_service_sends(
-    reranking_index: Path, gallery: Path, tmp_path: Path
+    reranking_index: Path,
+    gallery: Path,
+    tmp_path: Path,
 ) -> None:
     index = Path(shutil.copytree(reranking_index, tmp_path / "index"))
     seen: set[type[BaseModel]] = set()
@@ -112,7 +114,10 @@ def test_every_model_holds_all_that_the_service_sends(
         )
         check(
             client.search_text(
-                "a red circle", hybrid=True, group_by="color", facets=["color"]
+                "a red circle",
+                hybrid=True,
+                group_by="color",
+                facets=["color"],
             ),
             transport.body,
         )
@@ -213,7 +218,9 @@ def test_searches_and_items(built_index: Path, gallery: Path) -> None:
 
 @pytest.mark.usefixtures("no_writer")
 async def test_the_async_client_returns_the_same(
-    index: Path, gallery: Path, tmp_path: Path
+    index: Path,
+    gallery: Path,
+    tmp_path: Path,
 ) -> None:
     job = ended_job(index)
     file = gallery / "circle/blue.png"
@@ -361,7 +368,9 @@ def test_ids_that_look_like_lists_and_items_without_the_group_field(
     ):
         for each in odd:
             response = client.search_image(
-                png(), more_like=[each, "a"], less_like=["2024"]
+                png(),
+                more_like=[each, "a"],
+                less_like=["2024"],
             )
             assert each not in [result.id for result in response.results]
         groups = [
@@ -385,7 +394,9 @@ async def test_both_clients_retry() -> None:
         if status is None:
             raise httpx.ConnectTimeout("timed out")
         return httpx.Response(
-            status, headers={"retry-after": "7"}, json={"status": "ok"}
+            status,
+            headers={"retry-after": "7"},
+            json={"status": "ok"},
         )
 
     waits: list[float] = []
@@ -394,7 +405,10 @@ async def test_both_clients_retry() -> None:
         waits.append(seconds)
 
     async with AsyncClient(
-        "http://busy", transport=httpx.MockTransport(respond), sleep=sleep, retries=3
+        "http://busy",
+        transport=httpx.MockTransport(respond),
+        sleep=sleep,
+        retries=3,
     ) as client:
         assert (await client.health()).status == "ok"
     with Client(
@@ -413,7 +427,10 @@ async def test_both_clients_retry() -> None:
     assert len(waits) == 8, "two retries by default"
     statuses = iter([503, None])
     async with AsyncClient(
-        "http://busy", transport=httpx.MockTransport(respond), sleep=sleep, retries=0
+        "http://busy",
+        transport=httpx.MockTransport(respond),
+        sleep=sleep,
+        retries=0,
     ) as client:
         with pytest.raises(ServiceError, match="503"):
             await client.health()
@@ -485,7 +502,10 @@ PACKAGE = ROOT / "clients" / "python"
 def test_the_openapi_document_and_the_generated_models_are_up_to_date() -> None:
     script = ROOT / "scripts" / "generate_client_models.py"
     done = subprocess.run(
-        [sys.executable, script, "--check"], cwd=ROOT, capture_output=True, text=True
+        [sys.executable, script, "--check"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
     )
     assert done.returncode == 0, done.stdout + done.stderr
 
@@ -513,7 +533,9 @@ def test_the_client_depends_on_httpx_and_pydantic_alone() -> None:
     environment = {**os.environ, "PYTHONPATH": str(PACKAGE / "src")}
     assert (
         subprocess.run(
-            [sys.executable, "-c", code], cwd=PACKAGE, env=environment
+            [sys.executable, "-c", code],
+            cwd=PACKAGE,
+            env=environment,
         ).returncode
         == 0
     )

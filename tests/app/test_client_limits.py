@@ -70,7 +70,9 @@ HEAD = b"HTTP/1.1 200 OK\r\ncontent-type: application/json\r\n\r\n"
 
 
 def endless(
-    head: bytes, piece: bytes, every_s: float = 0
+    head: bytes,
+    piece: bytes,
+    every_s: float = 0,
 ) -> Callable[[socket.socket], None]:
     """Return a function that answers with a head and then with pieces, for ever."""
 
@@ -120,7 +122,9 @@ VALUES = b'{"results": [' + b"{}," * (MAX_JSON_VALUES // 2) + b"{}]}"
     ],
 )
 async def test_an_attempt_ends(
-    answer: Callable[[socket.socket], None], timeout_s: float, error: Any
+    answer: Callable[[socket.socket], None],
+    timeout_s: float,
+    error: Any,
 ) -> None:
     with answering_with(answer) as url:
         with Client(url, timeout_s=timeout_s) as client, pytest.raises(error):
@@ -165,7 +169,9 @@ def refusal(detail: str) -> httpx.MockTransport:
     faults = {"errors": [{"field": detail, "message": detail}] * 1000}
     return httpx.MockTransport(
         lambda request: httpx.Response(
-            422, json=problem | faults, headers={"x-request-id": KEY + "\x1b[0m"}
+            422,
+            json=problem | faults,
+            headers={"x-request-id": KEY + "\x1b[0m"},
         )
     )
 
@@ -197,7 +203,9 @@ def test_errors_hold_no_key_no_control_characters_and_little_text() -> None:
     ids=["status", "header"],
 )
 async def test_a_secret_in_place_of_http_is_not_repeated(
-    head: str, address: str, key: str | None
+    head: str,
+    address: str,
+    key: str | None,
 ) -> None:
     def echo(connection: socket.socket) -> None:
         connection.sendall(head.format(f"{KEY}\x1b secret-word {BASIC}").encode())
@@ -322,7 +330,9 @@ async def test_an_answer_over_mcp_is_clean_and_bounded() -> None:
             await asyncio.sleep(0.01)
             busy -= 1
             return httpx.Response(
-                200, content=bytes(size), headers={"content-type": "image/png"}
+                200,
+                content=bytes(size),
+                headers={"content-type": "image/png"},
             )
         result = RESULT | {
             "id": odd,
@@ -340,7 +350,9 @@ async def test_an_answer_over_mcp_is_clean_and_bounded() -> None:
         return httpx.Response(200, json=body)
 
     async with AsyncClient(
-        "http://odd", key=KEY, transport=httpx.MockTransport(respond)
+        "http://odd",
+        key=KEY,
+        transport=httpx.MockTransport(respond),
     ) as client:
         tools = GalleryTools(client, "http://odd")
         found = 300

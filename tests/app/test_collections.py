@@ -46,7 +46,9 @@ QUERIES = ("red", "a blue circle", "green cross", "square")
 
 @pytest.fixture(scope="module")
 def circles_built(
-    gallery: Path, other_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory
+    gallery: Path,
+    other_checkpoint: Path,
+    tmp_path_factory: pytest.TempPathFactory,
 ) -> Path:
     """An index of another gallery by another checkpoint on the same backbone."""
     out = tmp_path_factory.mktemp("circles") / "circles"
@@ -68,7 +70,9 @@ async def test_what_is_loaded_is_exempt_from_the_search_for_garbage(
 
 
 async def text(
-    client: httpx.AsyncClient, prefix: str, query: str
+    client: httpx.AsyncClient,
+    prefix: str,
+    query: str,
 ) -> list[dict[str, Any]]:
     response = await client.post(
         f"{prefix}/search/text", json={"query": query, "k": 24}
@@ -128,7 +132,9 @@ async def test_each_collection_has_its_own_index_and_unknown_ones_are_a_404(
             )
             assert len(body["detail"]) < 400
         body = assert_problem(
-            await client.get("/collections/squares/items/x"), 404, "collection"
+            await client.get("/collections/squares/items/x"),
+            404,
+            "collection",
         )
         assert body["detail"] == "There is no collection 'squares'."
 
@@ -137,7 +143,10 @@ async def test_collections_share_the_batches_of_one_backbone(
     built_index: Path, circles: Path
 ) -> None:
     async with opened(
-        built_index, cache_size=0, batch_wait_ms=50, collections={"round": circles}
+        built_index,
+        cache_size=0,
+        batch_wait_ms=50,
+        collections={"round": circles},
     ) as client:
         encoders = [
             collection.current.encoder for _, collection in client.app.state.collections
@@ -155,7 +164,9 @@ async def test_collections_share_the_batches_of_one_backbone(
         after = await scrape(client)
         for one, both in zip(alone, together, strict=True):
             np.testing.assert_allclose(
-                [r["score"] for r in one], [r["score"] for r in both], atol=1e-5
+                [r["score"] for r in one],
+                [r["score"] for r in both],
+                atol=1e-5,
             )
         assert after["dcar_batch_size_sum", ()] - before[
             "dcar_batch_size_sum", ()
@@ -367,13 +378,18 @@ async def test_only_collections_of_writers_are_created_and_dropped(
     )
     keys: dict[str, Any] = {"api_keys": f"alice:{key_hash(ALICE)}, {writers}"}
     async with opened(
-        index, collections_dir=tmp_path / "created", **WRITES, **keys
+        index,
+        collections_dir=tmp_path / "created",
+        **WRITES,
+        **keys,
     ) as client:
 
         async def send(method: str, name: str, key: str) -> int:
             return (
                 await client.request(
-                    method, f"/collections/{name}", headers=bearer(key)
+                    method,
+                    f"/collections/{name}",
+                    headers=bearer(key),
                 )
             ).status_code
 
@@ -407,7 +423,9 @@ async def test_only_collections_of_writers_are_created_and_dropped(
 
 
 async def test_created_collection_that_does_not_load_is_logged_and_degrades_readiness(
-    index: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+    index: Path,
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
     # with which `dcar serve` ends
     folder = tmp_path / "created"

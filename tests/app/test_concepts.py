@@ -37,7 +37,9 @@ async def taught(client: ServiceClient, name: str = "rex", **body: Any) -> Any:
     return (
         (
             await client.put(
-                f"/concepts/{name}", json={"ids": RED, **body}, headers=ADMINS
+                f"/concepts/{name}",
+                json={"ids": RED, **body},
+                headers=ADMINS,
             )
         )
         .raise_for_status()
@@ -97,13 +99,19 @@ async def test_a_name_is_a_word_a_filter_a_facet_and_a_tag(
         middle = np.median(scores)
         stranger = rows[NOT[0]]
         cutoff = max(
-            np.sort(scores)[-3], middle + 0.45 * (1 - middle), scores[stranger]
+            np.sort(scores)[-3],
+            middle + 0.45 * (1 - middle),
+            scores[stranger],
         )
         assert scores[stranger] < concept["cutoff"] == pytest.approx(cutoff, abs=2e-6)
         assert concept["members"] == len(members)
 
         alone = await check(
-            rex, query="@rex", hybrid=True, fields=["concept"], facets=["concept"]
+            rex,
+            query="@rex",
+            hybrid=True,
+            fields=["concept"],
+            facets=["concept"],
         )
         assert alone["cutoff"] == concept["cutoff"]
         assert {
@@ -146,7 +154,9 @@ async def test_a_name_is_a_word_a_filter_a_facet_and_a_tag(
         assert (again["examples"], again["kind"], again["not_ids"]) == (1, "", [])
         assert (await client.delete("/concepts/rex", headers=ADMINS)).status_code == 204
         assert_problem(
-            await client.delete("/concepts/rex", headers=ADMINS), 404, "name"
+            await client.delete("/concepts/rex", headers=ADMINS),
+            404,
+            "name",
         )
         assert_problem(await client.get("/concepts/rex"), 404, "name")
 
@@ -175,7 +185,9 @@ async def test_faults_name_the_field(index: Path) -> None:
                 field,
             )
         problem = assert_problem(
-            await client.post("/search/text", json={"query": "my @Elois"}), 422, "query"
+            await client.post("/search/text", json={"query": "my @Elois"}),
+            422,
+            "query",
         )
         assert "@Éloïse-2" in problem["detail"]
         for field, query in (
@@ -188,12 +200,17 @@ async def test_faults_name_the_field(index: Path) -> None:
             Index.open(index, device="cpu").teach("rex", RED, kind="x" * 65)
         batch = {"queries": [{"query": "red"}, {"query": "@nobody"}]}
         assert_problem(
-            await client.post("/search/batch", json=batch), 422, "queries.1.query"
+            await client.post("/search/batch", json=batch),
+            422,
+            "queries.1.query",
         )
 
 
 async def test_names_outlast_changes_of_items_rebuilds_and_other_processes(
-    index: Path, gallery: Path, tiny_checkpoint: Path, in_process: list[int]
+    index: Path,
+    gallery: Path,
+    tiny_checkpoint: Path,
+    in_process: list[int],
 ) -> None:
     async with opened(index, poll_s=0.05, **WRITES) as client:
         Index.open(index, device="cpu").teach("rex", RED)  # as another process does
@@ -230,7 +247,9 @@ async def test_names_outlast_changes_of_items_rebuilds_and_other_processes(
         )
         await knows(examples=0, members=0)
         problem = assert_problem(
-            await client.post("/search/text", json={"query": "@rex red"}), 422, "query"
+            await client.post("/search/text", json={"query": "@rex red"}),
+            422,
+            "query",
         )
         assert "teach it again" in problem["detail"]
 

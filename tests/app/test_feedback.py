@@ -32,7 +32,10 @@ from tests.support.service import (
 
 
 def event(
-    query_id: str, item: str, action: str = "click", **fields: Any
+    query_id: str,
+    item: str,
+    action: str = "click",
+    **fields: Any,
 ) -> dict[str, Any]:
     return {
         "query_id": query_id,
@@ -50,7 +53,9 @@ async def searched(client: httpx.AsyncClient, **options: Any) -> tuple[str, list
 
 
 async def send(
-    client: httpx.AsyncClient, *events: dict[str, Any], **options: Any
+    client: httpx.AsyncClient,
+    *events: dict[str, Any],
+    **options: Any,
 ) -> dict[str, Any]:
     response = await client.post("/feedback", json={"events": events}, **options)
     assert response.status_code == 200, response.text
@@ -174,7 +179,9 @@ async def test_bad_events_name_the_field_and_are_not_stored(
             ("{", "plain", 400, "body"),
         ):
             wrong = await client.post(
-                "/feedback", content=content, headers={"Content-Type": f"text/{kind}"}
+                "/feedback",
+                content=content,
+                headers={"Content-Type": f"text/{kind}"},
             )
             assert_problem(wrong, status, field)
     assert stored(tmp_path) == ({}, [])
@@ -366,7 +373,9 @@ def test_old_rows_and_those_beyond_the_size_are_removed(tmp_path: Path) -> None:
 def test_a_client_is_forgotten_with_its_searches_in_all_files(tmp_path: Path) -> None:
     one, two, three = searches = [query(number) for number in range(3)]
     write_log(
-        tmp_path, searches, [click(one, "gone"), click(two, "gone"), click(three)]
+        tmp_path,
+        searches,
+        [click(one, "gone"), click(two, "gone"), click(three)],
     )
     next(tmp_path.glob("*.sqlite")).rename(tmp_path / "elsewhere.sqlite")
     write_log(tmp_path, [], [click(two)])

@@ -45,7 +45,9 @@ HITS = [
 
 
 def log_of(
-    folder: Path, searches: dict[str, tuple[str, list[tuple[Any, ...]]]], **fields: Any
+    folder: Path,
+    searches: dict[str, tuple[str, list[tuple[Any, ...]]]],
+    **fields: Any,
 ) -> Path:
     """Write a log of searches: query id to the text and its events (client, action,
     item, rating).
@@ -58,14 +60,22 @@ def log_of(
         for number, (client, action, item, *rating) in enumerate(acts):
             events.append(
                 EventRow(
-                    query_id, TIME + number, client, action, item, *(rating or [None])
+                    query_id,
+                    TIME + number,
+                    client,
+                    action,
+                    item,
+                    *(rating or [None]),
                 )
             )
     return write_log(folder, queries, events)
 
 
 def exported(
-    folder: Path, index_version: IndexVersion, out: Path, **options: Any
+    folder: Path,
+    index_version: IndexVersion,
+    out: Path,
+    **options: Any,
 ) -> tuple[list[dict[str, Any]], Report]:
     report = export(folder, index_version, "index", out, **options)
     return [
@@ -88,7 +98,9 @@ def test_pairs_need_clients_and_skipped_images_become_negatives(
     # Two clients click the third image, past two others; what is below it says nothing.
     # A third clicks alone.
     searches = clicks("a", "Crimson square", item=HITS[2]) | clicks(
-        "b", "crimson square", item=HITS[2]
+        "b",
+        "crimson square",
+        item=HITS[2],
     )
     folder = log_of(
         tmp_path / "log",
@@ -158,7 +170,9 @@ def test_what_cannot_become_a_pair_is_counted(
             [EventRow("unknown", TIME, "a", "click", HITS[4], None)],
         )
         rows, report = exported(
-            log_of(folder, searches, **fields), index_version, tmp_path / f"{number}"
+            log_of(folder, searches, **fields),
+            index_version,
+            tmp_path / f"{number}",
         )
         counts = [
             left for name, left in report.left_out.items() if name.startswith(reason)
@@ -167,7 +181,9 @@ def test_what_cannot_become_a_pair_is_counted(
 
 
 def test_searches_of_a_client_and_pairs_of_an_item_are_capped(
-    index_version: IndexVersion, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    index_version: IndexVersion,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     folder = log_of(tmp_path / "log", MANY)
     for cap, reason, count in (
@@ -181,13 +197,17 @@ def test_searches_of_a_client_and_pairs_of_an_item_are_capped(
 
 
 def test_items_of_an_object_store_become_pairs_with_their_ids(
-    index_version: IndexVersion, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    index_version: IndexVersion,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(
         IndexVersion, "image_location", lambda *_: ("s3://bucket/red.png", -1)
     )
     rows, _ = exported(
-        log_of(tmp_path / "log", clicks("ab", "red")), index_version, tmp_path / "out"
+        log_of(tmp_path / "log", clicks("ab", "red")),
+        index_version,
+        tmp_path / "out",
     )
     assert [(row["id"], row["caption"], "image" in row) for row in rows] == [
         (HITS[0], "red", False)
@@ -226,7 +246,11 @@ def test_judgements_by_hand_come_first(
 
 
 def simulate(
-    folder: Path, items: list[str], *, sessions: int, seed: int = 0
+    folder: Path,
+    items: list[str],
+    *,
+    sessions: int,
+    seed: int = 0,
 ) -> tuple[np.ndarray, np.ndarray]:
     """Write a log of position-biased clicks, with 10 % noise and 1 % hostile sessions.
 
@@ -259,13 +283,24 @@ def simulate(
     hits = np.array(items)[shown].tolist()
     queries = (
         QueryRow(
-            f"s{number}", TIME, "index", f"text {text[number]}", hits[number], 0, 1
+            f"s{number}",
+            TIME,
+            "index",
+            f"text {text[number]}",
+            hits[number],
+            0,
+            1,
         )
         for number in range(sessions)
     )
     events = (
         EventRow(
-            f"s{number}", TIME, f"c{client[number]}", "click", hits[number][place], None
+            f"s{number}",
+            TIME,
+            f"c{client[number]}",
+            "click",
+            hits[number][place],
+            None,
         )
         for number, place in np.argwhere(clicked).tolist()
     )
@@ -280,7 +315,10 @@ def test_propensities_of_simulated_clicks_are_within_a_tenth(
     items = index_version.column("id").to_pylist()
     examined, attractive = simulate(tmp_path / "log", items, sessions=60_000)
     rows, report = exported(
-        tmp_path / "log", index_version, tmp_path / "out", min_clients=3
+        tmp_path / "log",
+        index_version,
+        tmp_path / "out",
+        min_clients=3,
     )
     assert np.abs(np.array(report.propensities) / examined - 1).max() < 0.1, (
         report.propensities
@@ -314,7 +352,9 @@ def test_impressions_say_what_was_seen(
         client: ("crimson", [(client, *each) for each in seen]) for client in "ab"
     }
     rows, report = exported(
-        log_of(tmp_path / "log", searches), index_version, tmp_path / "out"
+        log_of(tmp_path / "log", searches),
+        index_version,
+        tmp_path / "out",
     )
     assert {Path(row["image"]).name: row.get("negatives") for row in rows} == {
         "red.png": None,
@@ -326,7 +366,9 @@ def test_impressions_say_what_was_seen(
 
 
 def test_the_commands_make_what_training_reads(
-    gallery: Path, tiny_checkpoint: Path, tmp_path: Path
+    gallery: Path,
+    tiny_checkpoint: Path,
+    tmp_path: Path,
 ) -> None:
     root = tmp_path / "shards"
     index = tmp_path / "index"
@@ -402,7 +444,13 @@ def test_two_clicks_far_down_do_not_outweigh_many_at_the_top(clients: int) -> No
     number = np.arange(total)
     item = np.repeat([0, 1], [clients, 2])
     found = seen(
-        number, 0, item, number, np.where(item, 10, 1), (number % 5 > 0) | (item > 0), 1
+        number,
+        0,
+        item,
+        number,
+        np.where(item, 10, 1),
+        (number % 5 > 0) | (item > 0),
+        1,
     )
     evidence = weigh(found, 1 / np.arange(1, 11), min_clients=2)
     assert evidence.clicks.tolist() == [0.8 * clients, 2]
@@ -504,7 +552,9 @@ async def test_the_admin_key_opens_the_figures_and_no_other(
             assert_problem(await client.get(url, headers=headers), 401, "Authorization")
         for query in ("red", "red", "blue"):
             await client.post(
-                "/search/text", json={"query": query}, headers=bearer(ALICE)
+                "/search/text",
+                json={"query": query},
+                headers=bearer(ALICE),
             )
         await client.app.state.feedback.flush()
         found = (await client.get(url, headers=bearer(ADMIN))).json()

@@ -80,7 +80,9 @@ def fetcher(
 
 @asynccontextmanager
 async def served(
-    answer: bytes, *, stays_open: bool = False
+    answer: bytes,
+    *,
+    stays_open: bool = False,
 ) -> AsyncIterator[tuple[int, list[bytes]]]:
     """A server that gives every request this answer: its port, and the requests."""
     requests: list[bytes] = []
@@ -122,7 +124,9 @@ async def test_a_batch_searches_with_an_image_by_its_url(built_index: Path) -> N
         ).json()["answers"]
         image = (
             await client.post(
-                "/search/image", files={"file": ("a.png", png())}, data={"k": "2"}
+                "/search/image",
+                files={"file": ("a.png", png())},
+                data={"k": "2"},
             )
         ).json()
         assert answers[1]["results"] == image["results"]
@@ -203,7 +207,9 @@ async def test_hosts_without_aiohttp_end_with_the_command(
     ],
 )
 async def test_nothing_is_sent_to_an_address_that_is_not_public(
-    tmp_path: Path, address: str, addresses: dict[str, list[str]]
+    tmp_path: Path,
+    address: str,
+    addresses: dict[str, list[str]],
 ) -> None:
     assert is_public("8.8.8.8")
     assert is_public("2001:4860:4860::8888")
@@ -238,7 +244,9 @@ async def test_nothing_is_sent_to_an_address_that_is_not_public(
     ],
 )
 async def test_other_hosts_and_odd_urls_are_refused(
-    tmp_path: Path, url: str, addresses: dict[str, list[str]]
+    tmp_path: Path,
+    url: str,
+    addresses: dict[str, list[str]],
 ) -> None:
     addresses.clear()
     with pytest.raises(
@@ -275,7 +283,10 @@ async def test_other_hosts_and_odd_urls_are_refused(
     ids=["redirect", "too large", "endless", "cut off", "no HTTP", "chunks"],
 )
 async def test_answers_without_images_name_the_field(
-    tmp_path: Path, answer: bytes, status: int, message: str
+    tmp_path: Path,
+    answer: bytes,
+    status: int,
+    message: str,
 ) -> None:
     async with served(answer) as (port, requests):
         with pytest.raises(Problem, match=message) as caught:

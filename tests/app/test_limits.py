@@ -265,13 +265,19 @@ class Served:
     """
 
     def __init__(
-        self, *, in_flight: int = 2**30, upload_s: float = 30, works_s: float = 0
+        self,
+        *,
+        in_flight: int = 2**30,
+        upload_s: float = 30,
+        works_s: float = 0,
     ) -> None:
         self.refusals = list[str | None]()
         self.works_s = works_s
         self.limit = BodyLimit(
             Settings(
-                index=Path(), max_in_flight_bytes=in_flight, upload_timeout_s=upload_s
+                index=Path(),
+                max_in_flight_bytes=in_flight,
+                upload_timeout_s=upload_s,
             )
         )
 
@@ -284,7 +290,11 @@ class Served:
     async def run(self, scope: Scope, receive: Receive, send: Send) -> None:
         try:
             await self.limit.run(
-                self.work, Policy("read", body=lambda _: LIMIT), scope, receive, send
+                self.work,
+                Policy("read", body=lambda _: LIMIT),
+                scope,
+                receive,
+                send,
             )
         except Problem as problem:
             self.refusals.append(problem.refused)

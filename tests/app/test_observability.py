@@ -98,7 +98,9 @@ async def test_good_request_id_is_kept_and_logged(
 ) -> None:
     caplog.set_level(logging.INFO, REQUEST_LOG)
     given = await started.post(
-        "/search/text", json={"query": "red"}, headers={"X-Request-ID": "shop-7/a"}
+        "/search/text",
+        json={"query": "red"},
+        headers={"X-Request-ID": "shop-7/a"},
     )
     assert given.headers["x-request-id"] == "shop-7/a"
     made = await started.post("/search/text", json={"query": "a secret wish"})
@@ -227,7 +229,9 @@ def nodes(value: Any) -> Iterator[Any]:
 @needs("promql")
 @pytest.mark.parametrize(("query", "text"), QUERIES.values(), ids=QUERIES)
 def test_a_query_asks_for_what_the_service_has(
-    query: str, text: str, live: Series
+    query: str,
+    text: str,
+    live: Series,
 ) -> None:
     parser = importlib.import_module("promql_parser")
     query = query.replace("$__rate_interval", "1m").replace("$__range", "1h")

@@ -57,7 +57,9 @@ def test_the_openai_client_gets_the_vectors_of_the_service(
         np.testing.assert_allclose(found.data[0].embedding, text, atol=1e-6)
         given: Any = {"image": base64.b64encode(png("red")).decode()}
         (vector,) = foreign.embeddings.create(
-            model="index", input=given, encoding_format="float"
+            model="index",
+            input=given,
+            encoding_format="float",
         ).data
         np.testing.assert_allclose(vector.embedding, image, atol=1e-6)
         with pytest.raises(
@@ -92,7 +94,9 @@ async def assistant(url: str, *options: str, key: str = ALICE) -> AsyncIterator[
     ]
     environment = {"SEARCH_KEY": key, "PYTHONPATH": CLIENT}
     program = StdioServerParameters(
-        command=sys.executable, args=arguments, env=environment
+        command=sys.executable,
+        args=arguments,
+        env=environment,
     )
     with open(os.devnull, "w") as log:  # noqa: PTH123
         async with AssistantClient(stdio_client(program, errlog=log)) as client:
@@ -113,7 +117,9 @@ def pictures(content: list[Any]) -> list[Image.Image]:
 @needs("mcp")
 @pytest.mark.slow
 async def test_an_assistant_searches_over_mcp(
-    url: str, client: Client, gallery: Path
+    url: str,
+    client: Client,
+    gallery: Path,
 ) -> None:
     async with assistant(url, "--pictures", str(gallery)) as mcp:
         tools = {tool.name: tool for tool in (await mcp.list_tools()).tools}
@@ -133,7 +139,10 @@ async def test_an_assistant_searches_over_mcp(
             "search_by_words", {"query": "a red circle", **options, "thumbnails": True}
         )
         expected = client.search_text(
-            "a red circle", k=3, filter={"category": "circle"}, fields=["color"]
+            "a red circle",
+            k=3,
+            filter={"category": "circle"},
+            fields=["color"],
         )
         results = found.structured_content["results"]
         assert [result["id"] for result in results] == [
@@ -220,7 +229,9 @@ async def test_mcp_server_tells_of_a_wrong_key_a_rate_and_a_service_that_is_gone
     ],
 )
 def test_a_missing_extra_is_named(
-    module: str, blocked: str, monkeypatch: pytest.MonkeyPatch
+    module: str,
+    blocked: str,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.delitem(sys.modules, f"dcar_client.{module}", raising=False)
     for name in [name for name in sys.modules if f"{name}.".startswith(f"{blocked}.")]:
@@ -258,14 +269,19 @@ async def test_langchain_retrieves_captions(url: str, client: Client) -> None:
     assert await retriever.ainvoke("a red circle") == documents
     async with AsyncClient(url, key=ALICE) as async_client:
         both = DcarRetriever(
-            client=client, async_client=async_client, k=3, options={"fields": ["color"]}
+            client=client,
+            async_client=async_client,
+            k=3,
+            options={"fields": ["color"]},
         )
         assert await both.ainvoke("a red circle") == documents
 
 
 @needs("llama-index")
 async def test_llama_index_retrieves_captions(
-    url: str, client: Client, gallery: Path
+    url: str,
+    client: Client,
+    gallery: Path,
 ) -> None:
     from dcar_client.llama_index import DcarRetriever
     from llama_index.core.schema import QueryBundle
@@ -274,7 +290,10 @@ async def test_llama_index_retrieves_captions(
     retriever = DcarRetriever(client, k=3, options={"fields": ["color"]})
     async with AsyncClient(url, key=ALICE) as async_client:
         both = DcarRetriever(
-            client, async_client=async_client, k=3, options={"fields": ["color"]}
+            client,
+            async_client=async_client,
+            k=3,
+            options={"fields": ["color"]},
         )
         for query, expected in (
             (

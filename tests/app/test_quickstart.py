@@ -57,7 +57,10 @@ def served(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
 
 
 def quickstart(
-    gallery: Path, *options: object, data: Path = Path("data"), fails: bool = False
+    gallery: Path,
+    *options: object,
+    data: Path = Path("data"),
+    fails: bool = False,
 ) -> Result:
     command = ["quickstart", gallery, "--data", data, "--port", free_port(), *options]
     return CliRunner().invoke(app, [*map(str, command)], catch_exceptions=fails)
@@ -128,7 +131,10 @@ def test_without_a_hub_a_model_is_looked_for_in_the_cache_alone(tmp_path: Path) 
     "model", ["model", "models/mistyped", "ViT-B-23", "ViT-B-32 --pretrained opnai"]
 )
 def test_a_model_that_the_hub_does_not_have_is_not_replaced(
-    model: str, photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    model: str,
+    photos: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     assert recommended_weights(DEFAULT.name) == DEFAULT.pretrained
     monkeypatch.chdir(tmp_path)

@@ -40,7 +40,9 @@ class IndexStub:
         **columns: Any,
     ):
         index: Any = faiss.index_factory(
-            vectors.shape[1], kind, faiss.METRIC_INNER_PRODUCT
+            vectors.shape[1],
+            kind,
+            faiss.METRIC_INNER_PRODUCT,
         )
         index.train(vectors)
         index.add(vectors)
@@ -58,7 +60,11 @@ class IndexStub:
         self.live.flags.writeable = False
         self.live_rows = RowFilter.of_mask(self.live)
         self.manifest: Any = SimpleNamespace(
-            removed=0, kind=kind, additions=[], spec=IndexSpec(), cutoff={}
+            removed=0,
+            kind=kind,
+            additions=[],
+            spec=IndexSpec(),
+            cutoff={},
         )
         half = self.rows // 2
         self._columns = {
@@ -238,7 +244,10 @@ def test_groups_equal_those_of_all_rows_on_every_page(kind: str) -> None:
         )
         for size in (1, 5, 24, len(expected), len(expected) + 5):
             found = best_of_groups(
-                served.index, Plan(end=size - 1, allowed=allowed), vectors[0], groups
+                served.index,
+                Plan(end=size - 1, allowed=allowed),
+                vectors[0],
+                groups,
             )
             assert found.rows.tolist() == expected[:size]
 

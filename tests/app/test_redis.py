@@ -40,7 +40,9 @@ async def assert_shared(url: str) -> None:
 
 @pytest.mark.parametrize("fault", ["missing", "hanging"])
 async def test_faulty_redis_fails_no_search_at_little_cost(
-    built_index: Path, fault: str, request: pytest.FixtureRequest
+    built_index: Path,
+    fault: str,
+    request: pytest.FixtureRequest,
 ) -> None:
     server = request.getfixturevalue("redis_server") if fault == "hanging" else None
     url = server.url if server else "redis://127.0.0.1:1/0"
@@ -87,7 +89,10 @@ async def test_an_invalid_or_no_reply_fails_no_count(
 
 async def test_a_password_a_database_and_a_socket_are_used(tmp_path: Path) -> None:
     with RedisServer(
-        "--requirepass", "pass/word", "--unixsocket", str(tmp_path / "redis.sock")
+        "--requirepass",
+        "pass/word",
+        "--unixsocket",
+        str(tmp_path / "redis.sock"),
     ) as server:
         await assert_shared(f"redis://:pass%2Fword@127.0.0.1:{server.port}/3")
         await assert_shared(f"unix://:pass%2Fword@{tmp_path}/redis.sock")

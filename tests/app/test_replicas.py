@@ -64,7 +64,9 @@ def connect(url: str) -> socket.socket:
 @needs("nginx")
 @pytest.mark.parametrize("count", [1, 2])
 def test_strangers_reach_no_metrics_admin_or_hidden_request(
-    built_index: Path, tmp_path: Path, count: int
+    built_index: Path,
+    tmp_path: Path,
+    count: int,
 ) -> None:
     with replicas(built_index, tmp_path, count) as url:
         for path in (
@@ -107,7 +109,9 @@ def test_half_heads_delay_nobody_and_end(built_index: Path, tmp_path: Path) -> N
             connection.sendall(HEALTH[:-2])
         assert (
             httpx.post(
-                f"{url}/search/text", json={"query": "red"}, timeout=2
+                f"{url}/search/text",
+                json={"query": "red"},
+                timeout=2,
             ).status_code
             == 200
         )
@@ -160,7 +164,9 @@ def server(tmp_path: Path) -> Iterator[ObjectStore]:
 
 @pytest.fixture
 def machines(
-    server: ObjectStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    server: ObjectStore,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> Machines:
     for name, value in server.environment.items():
         monkeypatch.setenv(name, value)
@@ -180,7 +186,10 @@ async def test_replica_follows_the_store_and_serves_on_without_it(
     empty = machines["empty"]
     failures = list[DcarError]()
     async with opened(
-        empty, ready=False, on_start_failure=failures.append, poll_s=0.05
+        empty,
+        ready=False,
+        on_start_failure=failures.append,
+        poll_s=0.05,
     ) as starting:
         await until(lambda: bool(failures))
         publish_copy(machines["builder"], source=built_index)

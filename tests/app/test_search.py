@@ -101,7 +101,9 @@ async def test_one_caller_has_at_most_half_of_what_may_be_pending(
         tasks = [
             asyncio.create_task(
                 client.post(
-                    "/search/text", json={"query": f"{number}"}, headers=bearer(key)
+                    "/search/text",
+                    json={"query": f"{number}"},
+                    headers=bearer(key),
                 )
             )
             for number, key in enumerate([ALICE] * 5 + [BOB] * 4)
@@ -195,7 +197,9 @@ def test_nan_and_infinity_become_null() -> None:
 
 
 async def test_responses_show_no_absolute_path(
-    gallery: Path, tiny_checkpoint: Path, tmp_path: Path
+    gallery: Path,
+    tiny_checkpoint: Path,
+    tmp_path: Path,
 ) -> None:
     place = str(gallery / "circle" / "red.png")
     (tmp_path / "list.jsonl").write_text(
@@ -228,7 +232,9 @@ async def test_index_answers_as_the_service_does(
         reranked = await client.post("/search/text", json=options)
         form = {"query": "circle", "crop": json.dumps(crop)}
         cropped = await client.post(
-            "/search/image", files={"file": png("red")}, data=form
+            "/search/image",
+            files={"file": png("red")},
+            data=form,
         )
     index = Index.open(reranking_index, device="cpu", runtime="torch")
     answers: list[tuple[Any, httpx.Response]] = [(index.search(**options), reranked)]
@@ -280,7 +286,9 @@ IMAGE = base64.b64encode(png("red")).decode()
 
 
 async def test_inputs_have_the_vectors_of_searches(
-    started: ServiceClient, encoder: Encoder, tmp_path: Path
+    started: ServiceClient,
+    encoder: Encoder,
+    tmp_path: Path,
 ) -> None:
     (tmp_path / "red.png").write_bytes(png("red"))
     texts = encoder.encode_text(["a red circle", "cafe"])
@@ -366,7 +374,10 @@ async def test_inputs_have_the_vectors_of_searches(
     ],
 )
 async def test_invalid_input_is_named(
-    started: ServiceClient, given: dict[str, Any], status: int, field: str
+    started: ServiceClient,
+    given: dict[str, Any],
+    status: int,
+    field: str,
 ) -> None:
     assert_problem(await started.post("/v1/embeddings", json=given), status, field)
 
@@ -379,7 +390,9 @@ async def test_keys_and_rates_count_each_input_and_very_many_values_are_refused(
         headers = {"Content-Type": "application/json", **bearer(BOB)}
         for path in ("/v1/embeddings", "/search/batch"):
             assert_problem(
-                await client.post(path, content=many, headers=headers), 413, "body"
+                await client.post(path, content=many, headers=headers),
+                413,
+                "body",
             )
         body = {"input": ["red", "blue", "green"]}
         assert (await client.post("/v1/embeddings", json=body)).status_code == 401
@@ -440,7 +453,10 @@ async def test_reranking_adds_the_second_stage_to_the_cosine(
     "method_name", ["dcar", "dcar+", "block-adapters+", "query-prompts"]
 )
 async def test_a_model_without_a_second_stage_does_not_rerank(
-    method_name: str, tmp_path: Path, gallery: Path, tiny_model: Path
+    method_name: str,
+    tmp_path: Path,
+    gallery: Path,
+    tiny_model: Path,
 ) -> None:
     """Nor does one whose second stage validation turned off."""
     model = DCAR(
@@ -449,12 +465,18 @@ async def test_a_model_without_a_second_stage_does_not_rerank(
     model.rerank_weight = 0
     save_checkpoint(model, tmp_path / "checkpoint")
     rebuild(
-        gallery, tmp_path / "checkpoint", tmp_path / "index", workers=0, progress=False
+        gallery,
+        tmp_path / "checkpoint",
+        tmp_path / "index",
+        workers=0,
+        progress=False,
     )
     async with opened(tmp_path / "index") as http:
         body = {"query": "red", "rerank": True}
         detail = assert_problem(
-            await http.post("/search/text", json=body), 409, "rerank"
+            await http.post("/search/text", json=body),
+            409,
+            "rerank",
         )["detail"]
         assert detail.startswith(
             "This model cannot re-rank: it has no second stage, or validation turned it"
@@ -473,11 +495,17 @@ async def test_a_model_without_a_second_stage_does_not_rerank(
 
 @pytest.mark.slow
 async def test_reranking_without_images_is_refused(
-    tmp_path: Path, gallery: Path, reranking_checkpoint: Path
+    tmp_path: Path,
+    gallery: Path,
+    reranking_checkpoint: Path,
 ) -> None:
     changing = Path(shutil.copytree(gallery, tmp_path / "gallery"))
     rebuild(
-        changing, reranking_checkpoint, tmp_path / "index", workers=0, progress=False
+        changing,
+        reranking_checkpoint,
+        tmp_path / "index",
+        workers=0,
+        progress=False,
     )
     body = {"query": "red", "rerank": True, "k": 24}
     (changing / "circle/red.png").unlink()
@@ -525,7 +553,9 @@ async def test_reranking_without_images_is_refused(
 
 
 async def test_explanations_match_falls_of_the_score(
-    built_index: Path, gallery: Path, encoder: Encoder
+    built_index: Path,
+    gallery: Path,
+    encoder: Encoder,
 ) -> None:
     async with opened(built_index, explain_results=2) as http:
         client = Client(http)
@@ -550,7 +580,9 @@ async def test_explanations_match_falls_of_the_score(
         whole, without = encoder.encode_pixels(np.stack([pixels, hidden]))
         text = encoder.encode_text(["a red square"])[0]
         np.testing.assert_allclose(
-            relevance[1, 3], text @ whole - text @ without, atol=1e-3
+            relevance[1, 3],
+            text @ whole - text @ without,
+            atol=1e-3,
         )
         shorter = encoder.encode_text(["red square", "a square", "a red"])
         words = first["explanation"]["words"]
@@ -561,7 +593,9 @@ async def test_explanations_match_falls_of_the_score(
             atol=2e-3,
         )
         by_image = await client.image(
-            (gallery / "circle/blue.png").read_bytes(), k="1", explain="true"
+            (gallery / "circle/blue.png").read_bytes(),
+            k="1",
+            explain="true",
         )
         assert "words" not in by_image
         assert by_image["results"][0]["explanation"].keys() == {"relevance", "fit"}

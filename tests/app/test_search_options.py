@@ -53,10 +53,15 @@ def shop(folder: Path, numbers: range) -> Path:
         image = draw(color, shape)
         if number % 4:
             noise = np.random.default_rng(number).integers(
-                0, 255, (48, 48, 3), np.uint8
+                0,
+                255,
+                (48, 48, 3),
+                np.uint8,
             )
             image = Image.blend(
-                image, Image.fromarray(noise), rng.choice([0.2, 0.5, 0.8])
+                image,
+                Image.fromarray(noise),
+                rng.choice([0.2, 0.5, 0.8]),
             )
         image.save(folder / f"{number}.png")
         fields = {
@@ -97,7 +102,9 @@ def catalogue(tiny_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -
         progress=False,
     )
     add(
-        root / "index", shop(root / "more", range(ITEMS, ITEMS + ADDED)), progress=False
+        root / "index",
+        shop(root / "more", range(ITEMS, ITEMS + ADDED)),
+        progress=False,
     )
     remove(root / "index", REMOVED)
     return root / "index"
@@ -369,7 +376,9 @@ async def test_the_service_answers_the_table_as_the_oracle(catalogue: Path) -> N
                     if name != "image"
                 }
                 answer = await http.post(
-                    "/search/image", files={"file": image}, data=form
+                    "/search/image",
+                    files={"file": image},
+                    data=form,
                 )
                 plain["image"] = base64.b64encode(image).decode()
             batch = await http.post(
@@ -612,11 +621,15 @@ async def test_invalid_options_name_the_field(catalogue: Path) -> None:
             ("sort", {"sort": "color"}),
         ):
             problem = assert_problem(
-                await http.post("/search/text", json={"query": "x", **given}), 409, name
+                await http.post("/search/text", json={"query": "x", **given}),
+                409,
+                name,
             )
             assert "--validation" in problem["detail"]
             problem = assert_problem(
-                await http.post("/search/image", files=picture, data=given), 409, name
+                await http.post("/search/image", files=picture, data=given),
+                409,
+                name,
             )
             assert (
                 "has too few images and has no calibrated cut-off" in problem["detail"]
@@ -638,7 +651,9 @@ async def test_forms_repeat_lists_omit_nulls_and_know_charsets(
 ) -> None:
     async def found(**form: Any) -> Any:
         answer = await started.post(
-            "/search/image", files={"file": HALVES}, data={"k": "24", **form}
+            "/search/image",
+            files={"file": HALVES},
+            data={"k": "24", **form},
         )
         assert answer.status_code == 200, answer.text
         return answer.json()["results"]
@@ -702,7 +717,9 @@ async def test_crops_are_of_the_upright_image_and_cached_by_their_place(
 
 
 async def test_levels_follow_from_the_calibration(
-    tiny_data: Path, tiny_checkpoint: Path, tmp_path: Path
+    tiny_data: Path,
+    tiny_checkpoint: Path,
+    tmp_path: Path,
 ) -> None:
     rebuild(
         tiny_data,

@@ -43,7 +43,9 @@ from tests.support.writes import ADMINS
 
 
 async def test_broken_version_keeps_the_old_one_served_until_it_is_repaired(
-    index: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+    index: Path,
+    caplog: pytest.LogCaptureFixture,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     publish_copy(index)
     rollback(index, 1)
@@ -83,7 +85,9 @@ async def test_broken_version_keeps_the_old_one_served_until_it_is_repaired(
 
 
 async def test_rebuilt_index_with_the_same_number_is_served(
-    index: Path, gallery: Path, other_checkpoint: Path
+    index: Path,
+    gallery: Path,
+    other_checkpoint: Path,
 ) -> None:
     async with opened(index, poll_s=0, **ADMIN_ONLY) as client:
         before = (await client.post("/search/text", json={"query": "red"})).json()
@@ -100,7 +104,12 @@ async def test_rebuilt_index_with_the_same_number_is_served(
         )
         shutil.rmtree(index)
         await asyncio.to_thread(
-            rebuild, gallery, other_checkpoint, index, workers=0, progress=False
+            rebuild,
+            gallery,
+            other_checkpoint,
+            index,
+            workers=0,
+            progress=False,
         )
         reloaded = (await client.post("/admin/reload", headers=ADMINS)).json()
         ReloadResponse.model_validate(reloaded, strict=True)
@@ -120,7 +129,9 @@ async def test_rebuilt_index_with_the_same_number_is_served(
 
 
 async def test_missing_broken_and_outside_images_are_404(
-    tmp_path: Path, gallery: Path, tiny_checkpoint: Path
+    tmp_path: Path,
+    gallery: Path,
+    tiny_checkpoint: Path,
 ) -> None:
     changing = Path(shutil.copytree(gallery, tmp_path / "gallery"))
     rebuild(changing, tiny_checkpoint, tmp_path / "other", workers=0, progress=False)
@@ -148,7 +159,9 @@ async def test_missing_broken_and_outside_images_are_404(
 
 
 async def test_unexpected_errors_reveal_no_internals(
-    built_index: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    built_index: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
     def fail(*_: object) -> None:
         raise RuntimeError("a secret detail")
@@ -161,7 +174,9 @@ async def test_unexpected_errors_reveal_no_internals(
         monkeypatch.setattr("app.search.query.filter_rows", fail)
         filtered = {"query": "x", "filter": {"color": "red"}}
         failed_later = await client.post(
-            "/search/text", json=filtered, headers={"x-request-id": "failing"}
+            "/search/text",
+            json=filtered,
+            headers={"x-request-id": "failing"},
         )
         for response in (failed, failed_later):
             assert "secret" not in assert_problem(response, 500)["detail"]
@@ -237,7 +252,9 @@ async def test_a_failure_of_the_poller_degrades_readiness_until_it_works_again(
 
 
 async def test_served_file_that_is_cut_off_is_reported_once_until_it_is_whole(
-    index: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    index: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
     monkeypatch.setattr("app.service.collections.CHECK_S", 0.1)
     items = file_of(index, "items.arrow")
@@ -272,7 +289,10 @@ async def test_served_file_that_is_cut_off_is_reported_once_until_it_is_whole(
 
 @pytest.mark.slow
 async def test_swaps_under_load_drop_no_request_and_free_what_they_replace(
-    index: Path, gallery: Path, tiny_checkpoint: Path, other_checkpoint: Path
+    index: Path,
+    gallery: Path,
+    tiny_checkpoint: Path,
+    other_checkpoint: Path,
 ) -> None:
     checkpoints = {1: tiny_checkpoint, 2: other_checkpoint, 3: tiny_checkpoint}
     for version in (2, 3):

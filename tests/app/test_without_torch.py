@@ -104,7 +104,9 @@ def test_dcar_search_runs_without_pytorch(built_index: Path) -> None:
 
 @pytest.mark.slow
 def test_a_published_version_is_served_and_changed_without_pytorch(
-    gallery: Path, reranking_checkpoint: Path, tmp_path: Path
+    gallery: Path,
+    reranking_checkpoint: Path,
+    tmp_path: Path,
 ) -> None:
     rebuild(
         gallery,
@@ -128,7 +130,11 @@ def test_a_published_version_is_served_and_changed_without_pytorch(
     }
     settings |= {"DCAR_WRITES": "true", "DCAR_ADMIN_KEY": ADMIN}
     with serving_by(
-        sys.executable, "serve", "--index", tmp_path / "index", **settings
+        sys.executable,
+        "serve",
+        "--index",
+        tmp_path / "index",
+        **settings,
     ) as http:
         given = {"input": [*texts, {"image": photo}]}
         found = [

@@ -100,7 +100,10 @@ def test_writes_are_applied_once_and_published_under_load_without_a_failed_reque
     def patch(number: int) -> str:
         body = {"ids": ["circle/red.png"], "metadata": {f"f{number}": number}}
         answer = httpx.patch(
-            service.url + "/items", json=body, headers=bearer(ADMIN), timeout=20
+            service.url + "/items",
+            json=body,
+            headers=bearer(ADMIN),
+            timeout=20,
         )
         assert answer.status_code == 202
         return str(answer.json()["id"])

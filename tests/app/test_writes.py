@@ -183,7 +183,9 @@ async def test_items_are_patched_put_replaced_and_deleted_by_jobs(
         put_one = await client.put("/items/a", json=given, headers=ADMINS)
         assert (
             await client.patch(
-                "/items/a", json={"metadata": {"price": 7}}, headers=ADMINS
+                "/items/a",
+                json={"metadata": {"price": 7}},
+                headers=ADMINS,
             )
         ).status_code == 202
         assert (await ended(client, put_one))["status"] == "done"
@@ -255,7 +257,10 @@ async def test_jobs_that_cannot_be_stored_are_refused_and_others_wait_and_tell_w
 
 @pytest.mark.parametrize("is_created_again", [False, True])
 async def test_change_of_a_collection_that_is_dropped_meanwhile_gets_404(
-    index: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, is_created_again: bool
+    index: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    is_created_again: bool,
 ) -> None:
     accept = JobQueue.accept
 
@@ -444,7 +449,9 @@ BAD: list[tuple[str, Any, str]] = [
 
 
 async def test_bad_requests_name_the_field_and_change_nothing(
-    index: Path, in_process: list[int], monkeypatch: pytest.MonkeyPatch
+    index: Path,
+    in_process: list[int],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(writing, "MAX_CHANGE_BYTES", 2**20)
     async with opened(index, max_upload_bytes=20_000, **WRITES) as client:
@@ -452,7 +459,10 @@ async def test_bad_requests_name_the_field_and_change_nothing(
             method, _, path = request.partition(" ")
             assert_problem(
                 await client.request(
-                    method, path or "/items", json=body, headers=ADMINS
+                    method,
+                    path or "/items",
+                    json=body,
+                    headers=ADMINS,
                 ),
                 422,
                 field,
@@ -463,7 +473,9 @@ async def test_bad_requests_name_the_field_and_change_nothing(
             "body",
         )
         wrong_type = await client.put(
-            "/items", content=b"{}", headers={**ADMINS, "Content-Type": "text/plain"}
+            "/items",
+            content=b"{}",
+            headers={**ADMINS, "Content-Type": "text/plain"},
         )
         assert_problem(wrong_type, 415, "Content-Type")
         broken = encoded(Image.effect_noise((90, 90), 90))[:-500]
@@ -501,7 +513,10 @@ async def test_only_the_admin_and_keys_that_may_write_change_items(
     )
     copy = Path(shutil.copytree(index, index.parent / "copy"))
     async with opened(
-        index, api_keys=keys, collections={"other": copy}, **WRITES
+        index,
+        api_keys=keys,
+        collections={"other": copy},
+        **WRITES,
     ) as client:
 
         async def statuses(key: str) -> list[int]:
@@ -514,15 +529,21 @@ async def test_only_the_admin_and_keys_that_may_write_change_items(
                 await put(client, path="/collections/other/items", headers=headers),
                 await client.put("/concepts/rex", json={"ids": []}, headers=headers),
                 await client.put(
-                    "/collections/other/concepts/rex", json={"ids": []}, headers=headers
+                    "/collections/other/concepts/rex",
+                    json={"ids": []},
+                    headers=headers,
                 ),
                 await client.get("/jobs/0", headers=headers),
                 await client.post("/search/text", json=WORDS, headers=headers),
                 await client.post(
-                    "/collections/other/search/text", json=WORDS, headers=headers
+                    "/collections/other/search/text",
+                    json=WORDS,
+                    headers=headers,
                 ),
                 await client.post(
-                    "/v1/embeddings", json={"input": "a"}, headers=headers
+                    "/v1/embeddings",
+                    json={"input": "a"},
+                    headers=headers,
                 ),
                 await client.post(
                     "/v1/embeddings",
@@ -646,7 +667,9 @@ async def test_only_the_admin_and_keys_that_may_write_change_items(
     with pytest.raises(DcarError, match=r"DCAR_WRITES: .*needs DCAR_ADMIN_KEY"):
         load_settings(index=index, writes=True, api_keys=f"alice:{key_hash(ALICE)}")
     assert load_settings(
-        index=index, writes=True, api_keys=f"alice:{key_hash(ALICE)}:write"
+        index=index,
+        writes=True,
+        api_keys=f"alice:{key_hash(ALICE)}:write",
     ).writes
 
 
@@ -654,7 +677,10 @@ async def test_put_counts_as_its_items_and_large_bodies_are_refused(
     index: Path, in_process: list[int]
 ) -> None:
     async with opened(
-        index, rate_limit="3/minute", max_upload_bytes=1024, **WRITES
+        index,
+        rate_limit="3/minute",
+        max_upload_bytes=1024,
+        **WRITES,
     ) as client:
         assert (await put(client, item("a"), item("b"))).status_code == 202
         assert (await put(client, item("a"), item("b"))).status_code == 429
@@ -683,7 +709,9 @@ async def test_image_that_only_queries_may_have_is_refused(
 
 
 def test_read_only_folders_are_an_error_at_start(
-    index: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    index: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     file = write_file(tmp_path / "collections", b"")
     with pytest.raises(
@@ -694,7 +722,9 @@ def test_read_only_folders_are_an_error_at_start(
         )
     write_worker.require_writable(
         load_settings(
-            index=index, collections_dir=tmp_path / "new" / "folder", **WRITES
+            index=index,
+            collections_dir=tmp_path / "new" / "folder",
+            **WRITES,
         )
     )
     # root may write everywhere

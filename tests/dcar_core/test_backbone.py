@@ -157,7 +157,11 @@ def test_bundled_fingerprints_are_unchanged() -> None:
     ],
 )
 def test_unknown_models_and_wrong_weights_are_refused(
-    model: str, weights: str | None, reason: str, tiny_model: Path, tmp_path: Path
+    model: str,
+    weights: str | None,
+    reason: str,
+    tiny_model: Path,
+    tmp_path: Path,
 ) -> None:
     with pytest.raises(ModelError, match=reason):
         load_backbone(
@@ -166,7 +170,9 @@ def test_unknown_models_and_wrong_weights_are_refused(
 
 
 def test_unusable_files_of_weights_are_refused(
-    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    model: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     config = json.loads((model / MODEL_CONFIG).read_text())["model_cfg"]
     monkeypatch.setitem(
@@ -230,7 +236,10 @@ def test_unusable_files_of_weights_are_refused(
     ("tower", "part"), [(NativeText, "run"), (NativeImage, "pool")]
 )
 def test_towers_that_give_other_features_than_the_model_are_refused(
-    tower: Any, part: str, tiny_model: Path, monkeypatch: pytest.MonkeyPatch
+    tower: Any,
+    part: str,
+    tiny_model: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     right = getattr(tower, part)
     monkeypatch.setattr(
@@ -265,7 +274,9 @@ def test_a_method_that_the_towers_cannot_run_is_refused() -> None:
     ],
 )
 def test_the_default_method_of_each_level_runs(
-    level: str, blocks: int, method: str
+    level: str,
+    blocks: int,
+    method: str,
 ) -> None:
     backbone: Any = SimpleNamespace(
         level=level,

@@ -61,10 +61,14 @@ PIXELS = np.random.default_rng(0).integers(0, 256, (3, 3, 32, 32), np.uint8)
     ids=["deep", "quick", "images", "plain"],
 )
 def test_vectors_and_hashes_equal_those_of_pytorch(
-    settings: Any, config: ModelConfig, tmp_path: Path
+    settings: Any,
+    config: ModelConfig,
+    tmp_path: Path,
 ) -> None:
     checkpoint = checkpoint_on(
-        write_model(tmp_path / "base", **settings), config, tmp_path / "checkpoint"
+        write_model(tmp_path / "base", **settings),
+        config,
+        tmp_path / "checkpoint",
     )
     whole = Encoder.load(checkpoint, device="cpu", runtime="torch")
     for name in ["openvino", *(["openvino-bf16"] if missing_bf16() is None else [])]:
@@ -103,7 +107,9 @@ def test_half_precision_in_the_file_has_the_hash_of_float32(
         for name in ("torch", "openvino")
     )
     np.testing.assert_allclose(
-        quick.encode_text(TEXTS), whole.encode_text(TEXTS), atol=1e-5
+        quick.encode_text(TEXTS),
+        whole.encode_text(TEXTS),
+        atol=1e-5,
     )
 
 
@@ -152,7 +158,10 @@ def test_bundled_models_encode_without_pytorch(tmp_path: Path) -> None:
     ],
 )
 def test_other_families_are_open_clip_s(
-    part: str, values: dict[str, Any], tiny_model: Path, tmp_path: Path
+    part: str,
+    values: dict[str, Any],
+    tiny_model: Path,
+    tmp_path: Path,
 ) -> None:
     model = Path(shutil.copytree(tiny_model, tmp_path / "model"))
     config = json.loads((model / MODEL_CONFIG).read_text())
@@ -162,7 +171,9 @@ def test_other_families_are_open_clip_s(
 
 
 def test_damaged_files_are_refused(
-    tiny_model: Path, tiny_checkpoint: Path, tmp_path: Path
+    tiny_model: Path,
+    tiny_checkpoint: Path,
+    tmp_path: Path,
 ) -> None:
     copy_checkpoint(tiny_checkpoint, tmp_path / "checkpoint")
     portable = Path(shutil.copytree(tiny_model, tmp_path / "checkpoint" / PORTABLE))

@@ -48,7 +48,9 @@ def trainings(messages: list[str]) -> list[str]:
 
 @pytest.fixture(scope="module")
 def compared(
-    backbone: Backbone, tiny_data: Path, tmp_path_factory: pytest.TempPathFactory
+    backbone: Backbone,
+    tiny_data: Path,
+    tmp_path_factory: pytest.TempPathFactory,
 ) -> Compared:
     out = tmp_path_factory.mktemp("compared")
     return out, compare(backbone, tiny_data, METHODS, 2, out, QUICK)
@@ -56,7 +58,9 @@ def compared(
 
 @pytest.mark.slow
 def test_results_are_reproduced_by_the_checkpoints(
-    compared: Compared, backbone: Backbone, tiny_data: Path
+    compared: Compared,
+    backbone: Backbone,
+    tiny_data: Path,
 ) -> None:
     out, results = compared
     assert json.loads((out / "results.json").read_text()) == results
@@ -95,13 +99,17 @@ def test_results_are_reproduced_by_the_checkpoints(
     run = methods["dcar"]["runs"][1]
     model, fingerprint = load_checkpoint(out / run["run"], backbone=backbone)
     test = prepare_split(
-        Annotations(tiny_data).load("test")[0], model, for_training=False
+        Annotations(tiny_data).load("test")[0],
+        model,
+        for_training=False,
     )
     assert (evaluate(model, test), fingerprint) == (run["test"], run["fingerprint"])
 
 
 def test_options_reach_the_data_and_oddities_are_reported(
-    backbone: Backbone, tiny_data: Path, tmp_path: Path
+    backbone: Backbone,
+    tiny_data: Path,
+    tmp_path: Path,
 ) -> None:
     data = shutil.copytree(tiny_data, tmp_path / "data")
     contents = {
@@ -170,14 +178,23 @@ def test_options_reach_the_data_and_oddities_are_reported(
 
 
 def test_finished_run_is_not_repeated(
-    compared: Compared, backbone: Backbone, tiny_data: Path, tmp_path: Path
+    compared: Compared,
+    backbone: Backbone,
+    tiny_data: Path,
+    tmp_path: Path,
 ) -> None:
     results = compared[1]
     # later tests read the tables of the whole comparison
     out = Path(shutil.copytree(compared[0], tmp_path / "out"))
     messages: list[str] = []
     again = compare(
-        backbone, tiny_data, METHODS, 2, out, QUICK, on_message=messages.append
+        backbone,
+        tiny_data,
+        METHODS,
+        2,
+        out,
+        QUICK,
+        on_message=messages.append,
     )
     assert trainings(messages) == []
     assert again == results
@@ -207,7 +224,9 @@ def test_finished_run_is_not_repeated(
 
 
 def test_another_configuration_of_a_method_is_another_run(
-    backbone: Backbone, tiny_data: Path, tmp_path: Path
+    backbone: Backbone,
+    tiny_data: Path,
+    tmp_path: Path,
 ) -> None:
     splits = {
         split: Annotations(tiny_data).load(split)[0]
@@ -238,13 +257,20 @@ def test_another_configuration_of_a_method_is_another_run(
 
 @pytest.mark.slow
 def test_tuning_has_equal_budgets_and_reads_validation_only(
-    backbone: Backbone, tiny_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    backbone: Backbone,
+    tiny_data: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     messages = list[str]()
     starts = dict[str, list[torch.Tensor]]()
 
     def noted(
-        model: DCAR, training: Dataset, validation: Dataset, *given: Any, **more: Any
+        model: DCAR,
+        training: Dataset,
+        validation: Dataset,
+        *given: Any,
+        **more: Any,
     ) -> TrainResult:
         assert (training.split, validation.split) == ("train", "val")
         weights = [p.detach().flatten() for _, p in model.trainables()]
@@ -288,7 +314,9 @@ def test_tuning_has_equal_budgets_and_reads_validation_only(
 
 
 def test_a_diverged_method_leaves_the_others_in_the_table(
-    backbone: Backbone, tiny_data: Path, tmp_path: Path
+    backbone: Backbone,
+    tiny_data: Path,
+    tmp_path: Path,
 ) -> None:
     wild = replace(QUICK, lr=1e30, epochs=1)
     messages = list[str]()
@@ -313,7 +341,9 @@ def test_a_diverged_method_leaves_the_others_in_the_table(
 
 @needs("plots")
 def test_the_plot_shows_every_method(
-    compared: Compared, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+    compared: Compared,
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
 ) -> None:
     out, results = compared
     assert "![Recall of each method](recall.svg)" in (out / "results.md").read_text()
@@ -356,7 +386,9 @@ def test_the_plot_shows_every_method(
     ],
 )
 def test_the_cheapest_method_that_is_not_certainly_worse_is_recommended(
-    dear: int, cheap: int, advice: str
+    dear: int,
+    cheap: int,
+    advice: str,
 ) -> None:
     methods = dict[str, Any]()
     scores = dict[str, list[Scores]]()
@@ -418,7 +450,9 @@ def analysed(
 
 
 def test_analysis_equals_one_by_hand(
-    backbone: Backbone, training: Dataset, monkeypatch: pytest.MonkeyPatch
+    backbone: Backbone,
+    training: Dataset,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Two images of one category, and one of another that is the first result for the
     second caption.
@@ -443,7 +477,9 @@ def test_analysis_equals_one_by_hand(
 
 @pytest.mark.parametrize("name", ["coop", "dcar"])
 def test_hard_negatives_are_encoded_as_queries(
-    name: str, backbone: Backbone, training: Dataset
+    name: str,
+    backbone: Backbone,
+    training: Dataset,
 ) -> None:
     model = seeded_model(backbone, find_method(name).config, 0)
     model.query_weights = "predicted"
@@ -500,7 +536,9 @@ def test_hard_negatives_are_encoded_as_queries(
     ],
 )
 def test_the_cost_of_serving(
-    name: str, expected: tuple[str, str], backbone: Backbone
+    name: str,
+    expected: tuple[str, str],
+    backbone: Backbone,
 ) -> None:
     cost = serving_cost(seeded_model(backbone, find_method(name).config, 0))
     assert (cost["backbone"], cost["gallery"]) == expected
@@ -510,7 +548,10 @@ def test_the_cost_of_serving(
 
 
 def verdict(
-    adapted: range, untouched: range, images: int = 100, method: str = "dcar+"
+    adapted: range,
+    untouched: range,
+    images: int = 100,
+    method: str = "dcar+",
 ) -> Verdict:
     """Return the verdict on models that find these images, and their captions."""
     hits = (
@@ -519,7 +560,9 @@ def verdict(
     )
     scores = [Scores(np.ones((2, images)), np.array([hit, hit])) for hit in hits]
     return Verdict(
-        method, Comparison.of(*scores, resamples=500), TrainConfig(lr=2e-3, epochs=20)
+        method,
+        Comparison.of(*scores, resamples=500),
+        TrainConfig(lr=2e-3, epochs=20),
     )
 
 
@@ -543,7 +586,10 @@ def verdict(
     ],
 )
 def test_a_gain_was_worth_it_if_it_is_certain(
-    adapted: range, untouched: range, is_worth_it: bool, answer: str
+    adapted: range,
+    untouched: range,
+    is_worth_it: bool,
+    answer: str,
 ) -> None:
     found = verdict(adapted, untouched)
     assert found.is_worth_it == is_worth_it

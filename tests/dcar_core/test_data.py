@@ -119,7 +119,9 @@ LEFT_OUT = (
         (  # newer FDRD
             {
                 "a.jpg": entry(
-                    file_name="a.jpg", class_name="Apply_Eye_Makeup", negative=[]
+                    file_name="a.jpg",
+                    class_name="Apply_Eye_Makeup",
+                    negative=[],
                 ),
                 "b.jpg": entry(
                     file_name="b.jpg",
@@ -186,7 +188,10 @@ LEFT_OUT = (
     ],
 )
 def test_rows_of_every_form_become_pairs_and_what_was_left_out_is_told(
-    rows: Any, pairs: list[Sample], counts: dict[str, int], tmp_path: Path
+    rows: Any,
+    pairs: list[Sample],
+    counts: dict[str, int],
+    tmp_path: Path,
 ) -> None:
     write_json(tmp_path / "val.json", {"v": entry(file_name="v.png")})
     if isinstance(rows, dict):
@@ -344,7 +349,9 @@ def test_an_image_is_found_in_another_unicode_form(tmp_path: Path) -> None:
     Image.new("RGB", (8, 8)).save(tmp_path / "Stück.png")
     decomposed = unicodedata.normalize("NFD", "Stück.png")
     write_jsonl(
-        tmp_path / "train.jsonl", row(decomposed), row("Stück.png", caption="one more")
+        tmp_path / "train.jsonl",
+        row(decomposed),
+        row("Stück.png", caption="one more"),
     )
     write_jsonl(tmp_path / "val.jsonl", row(decomposed))
     assert [
@@ -704,7 +711,10 @@ def test_fields_of_other_kinds_are_read_or_left_out(tmp_path: Path) -> None:
     ],
 )
 def test_bad_annotations_are_named_with_their_place(
-    tmp_path: Path, name: str, content: str, message: str
+    tmp_path: Path,
+    name: str,
+    content: str,
+    message: str,
 ) -> None:
     (tmp_path / name).write_bytes(content.encode(errors="surrogateescape"))
     with pytest.raises(DataError, match=message):

@@ -69,7 +69,9 @@ def test_vectors_are_normalised_and_independent_of_the_batch(
         atol=1e-6,
     )
     np.testing.assert_allclose(
-        by_path, encoder.encode_images([Image.open(p) for p in paths]), atol=1e-6
+        by_path,
+        encoder.encode_images([Image.open(p) for p in paths]),
+        atol=1e-6,
     )
     assert encoder.encode_text([]).shape == (0, 32)
 
@@ -81,26 +83,38 @@ def test_fingerprint_covers_vectors_and_nothing_else() -> None:
     options = ReweightConfig(token_feature="alone", image_feature="patches")
     assert (
         compute_fingerprint(
-            "backbone", ModelConfig(loss=loss, reweight=options), weights
+            "backbone",
+            ModelConfig(loss=loss, reweight=options),
+            weights,
         )
         == fingerprint
     )
     others = [
         compute_fingerprint("another", ModelConfig(), weights),
         compute_fingerprint(
-            "backbone", ModelConfig(prompt=PromptConfig(image=False)), weights
+            "backbone",
+            ModelConfig(prompt=PromptConfig(image=False)),
+            weights,
         ),
         compute_fingerprint(
-            "backbone", ModelConfig(reweight=ReweightConfig(high=3.0)), weights
+            "backbone",
+            ModelConfig(reweight=ReweightConfig(high=3.0)),
+            weights,
         ),
         compute_fingerprint(
-            "backbone", ModelConfig(adapter=AdapterConfig(text=True)), weights
+            "backbone",
+            ModelConfig(adapter=AdapterConfig(text=True)),
+            weights,
         ),
         compute_fingerprint(
-            "backbone", ModelConfig(), {"prompts.text": np.ones((1, 4, 8), np.float32)}
+            "backbone",
+            ModelConfig(),
+            {"prompts.text": np.ones((1, 4, 8), np.float32)},
         ),
         compute_fingerprint(
-            "backbone", ModelConfig(), {"prompts.text": np.zeros((2, 2, 8), np.float32)}
+            "backbone",
+            ModelConfig(),
+            {"prompts.text": np.zeros((2, 2, 8), np.float32)},
         ),
     ]
     assert len({fingerprint, *others}) == 7
@@ -130,7 +144,10 @@ def test_checkpoint_can_move_together_with_its_backbone(
 
 
 def test_broken_checkpoints_are_refused_with_the_reason(
-    tiny_checkpoint: Path, tiny_model: Path, tmp_path: Path, backbone: Backbone
+    tiny_checkpoint: Path,
+    tiny_model: Path,
+    tmp_path: Path,
+    backbone: Backbone,
 ) -> None:
     with pytest.raises(CheckpointError, match=r"needs config\.json"):
         load_checkpoint(tmp_path)
@@ -254,7 +271,9 @@ def test_zero_shot_checkpoint_gives_the_models_vectors(
     whole = F.pad(tokens, (0, text["context_length"] - tokens.shape[1]))
     plain = F.normalize(backbone.encode_text(whole), dim=-1)
     np.testing.assert_allclose(
-        encoder.encode_text(texts), plain.detach().numpy(), atol=1e-5
+        encoder.encode_text(texts),
+        plain.detach().numpy(),
+        atol=1e-5,
     )
 
 

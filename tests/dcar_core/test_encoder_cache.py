@@ -48,7 +48,9 @@ def checkpoint(exported_model: Path, tmp_path_factory: pytest.TempPathFactory) -
     adapters = AdapterConfig(text=True, image=True)
     predicted = ReweightConfig(query="predicted")
     config = ModelConfig(
-        prompt=PromptConfig(length=3, depth=2), adapter=adapters, reweight=predicted
+        prompt=PromptConfig(length=3, depth=2),
+        adapter=adapters,
+        reweight=predicted,
     )
     return checkpoint_on(exported_model, config, path)
 
@@ -86,10 +88,14 @@ def test_cached_adapter_gives_the_models_vectors(checkpoint: Path, cache: Path) 
     assert quick.fingerprint == whole.fingerprint
     assert quick.preprocess == replace(whole.preprocess, resizer="pillow")
     np.testing.assert_allclose(
-        quick.encode_text(TEXTS), whole.encode_text(TEXTS), atol=1e-5
+        quick.encode_text(TEXTS),
+        whole.encode_text(TEXTS),
+        atol=1e-5,
     )
     np.testing.assert_allclose(
-        quick.encode_pixels(PIXELS), whole.encode_pixels(PIXELS), atol=1e-5
+        quick.encode_pixels(PIXELS),
+        whole.encode_pixels(PIXELS),
+        atol=1e-5,
     )
     assert is_from_cache(quick), "encoding needs no model"
     assert load(checkpoint, cache).runtime is quick.runtime, (
@@ -105,7 +111,10 @@ def test_cached_adapter_gives_the_models_vectors(checkpoint: Path, cache: Path) 
 
 @pytest.mark.slow
 def test_runtimes_and_copies_of_a_checkpoint_share_an_entry(
-    checkpoint: Path, exported_model: Path, cache: Path, tmp_path: Path
+    checkpoint: Path,
+    exported_model: Path,
+    cache: Path,
+    tmp_path: Path,
 ) -> None:
     assert is_from_cache(load(checkpoint, cache, "auto"))
     copy_checkpoint(checkpoint, tmp_path / "copy")
@@ -124,7 +133,10 @@ def test_runtimes_and_copies_of_a_checkpoint_share_an_entry(
 @pytest.mark.slow
 @pytest.mark.parametrize("is_damaged", [True, False])
 def test_entry_is_not_used_after_any_change(
-    is_damaged: bool, checkpoint: Path, cache: Path, monkeypatch: pytest.MonkeyPatch
+    is_damaged: bool,
+    checkpoint: Path,
+    cache: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     entry = entry_of(cache)
     if is_damaged:

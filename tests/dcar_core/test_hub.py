@@ -177,7 +177,9 @@ def test_a_command_downloads_a_model_and_starts_offline_with_it(
 
 @needs("openvino")
 def test_quickstart_fetches_a_model_and_indexes_without_torch(
-    tiny_model: Path, photos: Path, tmp_path: Path
+    tiny_model: Path,
+    photos: Path,
+    tmp_path: Path,
 ) -> None:
     """It says first what it downloads. PyTorch finds the same backbone, and the same
     vectors.
@@ -237,12 +239,16 @@ def test_quickstart_fetches_a_model_and_indexes_without_torch(
 
 
 def test_a_tag_is_fetched_from_the_repository_that_open_clip_names(
-    server: Hub, tiny_model: Path, monkeypatch: pytest.MonkeyPatch
+    server: Hub,
+    tiny_model: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     config = json.loads((tiny_model / MODEL_CONFIG).read_text())["model_cfg"]
     monkeypatch.setitem(open_clip.factory._MODEL_CONFIGS, "Tiny", config)
     monkeypatch.setitem(
-        open_clip.pretrained._PRETRAINED, "Tiny", {"tag": {"hf_hub": "org/tiny/"}}
+        open_clip.pretrained._PRETRAINED,
+        "Tiny",
+        {"tag": {"hf_hub": "org/tiny/"}},
     )
     server.files = {
         f"org/tiny/{WEIGHTS_FILE}": (tiny_model / WEIGHTS_FILE).read_bytes()

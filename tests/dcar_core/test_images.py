@@ -153,7 +153,9 @@ def test_members_that_several_tars_have_are_known_by_their_tar_alone(
 @pytest.mark.parametrize("mode", ["RGBA", "LA", "P", "RGB", "I;16", "I;16B", "I"])
 @pytest.mark.parametrize("tile", [2**18, 1000, 50])
 def test_image_in_tiles_equals_the_one_in_one_piece(
-    mode: str, tile: int, monkeypatch: pytest.MonkeyPatch
+    mode: str,
+    tile: int,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(decoding, "TILE_PIXELS", tile)
     for width, height in ((131, 97), (300, 1), (1, 300)):
@@ -202,7 +204,9 @@ SPARSE.pax_headers = {"GNU.sparse.map": "0,3", "GNU.sparse.size": "4096"}
     ],
 )
 def test_damaged_and_odd_tars_are_refused(
-    data: bytes, says: str, tmp_path: Path
+    data: bytes,
+    says: str,
+    tmp_path: Path,
 ) -> None:
     (tmp_path / "t.tar").write_bytes(data)
     for file in (None, io.BytesIO(data)):
@@ -253,7 +257,10 @@ def noisy(width: int, height: int) -> Image.Image:
 )
 @pytest.mark.parametrize("orientation", [None, 3, 6])
 def test_an_honest_file_is_decoded_as_pillow_does(
-    kind: str, mode: str, options: dict[str, object], orientation: int | None
+    kind: str,
+    mode: str,
+    options: dict[str, object],
+    orientation: int | None,
 ) -> None:
     if orientation is not None and kind not in {"GIF", "BMP"}:
         exif = exif_of("2024:07:01 10:20:30", orientation)
@@ -295,7 +302,9 @@ def test_a_damaged_time_is_none() -> None:
     valid = encoded(noisy(8, 8), "JPEG", exif=exif_of("2024:07:01 10:20:30"))
     rng = np.random.default_rng(0)
     for at in rng.integers(
-        valid.index(b"Exif"), valid.index(b"2024:07:01") - 2, 300
+        valid.index(b"Exif"),
+        valid.index(b"2024:07:01") - 2,
+        300,
     ).tolist():
         assert OpenedImage(valid[:at] + rng.bytes(2) + valid[at + 2 :]).taken in {
             "",
@@ -307,7 +316,11 @@ def test_the_first_frame_of_an_animation_is_read() -> None:
     frames = [Image.new("RGB", (8, 8), colour) for colour in ("red", "blue")]
     for kind in ("GIF", "WEBP", "PNG", "AVIF"):
         data = encoded(
-            frames[0], kind, save_all=True, append_images=frames[1:], duration=100
+            frames[0],
+            kind,
+            save_all=True,
+            append_images=frames[1:],
+            duration=100,
         )
         red, _, blue = open_image(data).getpixel((4, 4))  # type: ignore[misc]
         assert red > 200 > 50 > blue, kind
@@ -345,11 +358,16 @@ def test_limits_leave_honest_files_alone() -> None:
     ],
 )
 def test_decoding_stays_in_expected_memory(
-    kind: str, mode: str, options: dict[str, object], tmp_path: Path
+    kind: str,
+    mode: str,
+    options: dict[str, object],
+    tmp_path: Path,
 ) -> None:
     small = np.random.default_rng(0).integers(0, 256, (94, 94, 4), dtype=np.uint8)
     data = encoded(
-        Image.fromarray(small).resize((3_000, 3_000)).convert(mode), kind, **options
+        Image.fromarray(small).resize((3_000, 3_000)).convert(mode),
+        kind,
+        **options,
     )
     assert (
         peak_memory(data, tmp_path)
@@ -390,12 +408,20 @@ def test_preprocess_equals_open_clips_transform() -> None:
             ("squash", "shortest", "longest"), ("bicubic", "bilinear")
         ):
             config = PreprocessCfg(
-                32, "RGB", (0.4, 0.5, 0.6), (0.2, 0.3, 0.4), interpolation, mode, 114
+                32,
+                "RGB",
+                (0.4, 0.5, 0.6),
+                (0.2, 0.3, 0.4),
+                interpolation,
+                mode,
+                114,
             )
             ours = Preprocess.from_open_clip(asdict(config))
             theirs = image_transform_v2(config, is_train=False)(picture)
             np.testing.assert_allclose(
-                ours.standardize(ours(picture)[None])[0], theirs.numpy(), atol=2e-6
+                ours.standardize(ours(picture)[None])[0],
+                theirs.numpy(),
+                atol=2e-6,
             )
     line = Preprocess(32, HALF, HALF, resize="longest")(
         Image.new("RGB", (200, 1), "white")
@@ -517,7 +543,9 @@ BOMBS = {
     "tiff tile": lambda: hostile.tiff_with_tile(37_000),
     "pixels": lambda: hostile.png_of_size(60_000, 60_000),
     "heif": lambda: encoded(
-        Image.new("RGB", (3_000, 3_000)), "HEIF", enc_params={"preset": "ultrafast"}
+        Image.new("RGB", (3_000, 3_000)),
+        "HEIF",
+        enc_params={"preset": "ultrafast"},
     ),
     "canvas": lambda: encoded(Image.new("RGB", (7_900, 7_900)), "WEBP"),
 }
@@ -530,7 +558,9 @@ def worker() -> Iterator[DecodeWorker]:
 
 
 def refusal(
-    worker: DecodeWorker, convert: Callable[[OpenedImage], bytes], data: bytes = PNG
+    worker: DecodeWorker,
+    convert: Callable[[OpenedImage], bytes],
+    data: bytes = PNG,
 ) -> tuple[ImageFault, str]:
     with pytest.raises(ImageError) as caught:
         worker.run(convert, data, LIMITS)
@@ -595,7 +625,9 @@ def test_what_this_process_would_say_is_said(worker: DecodeWorker) -> None:
     ):
         with pytest.raises(ImageError, match=reason) as caught:
             worker.run(
-                FAST.decoder(), data, limits if fault != ImageFault.BROKEN else LIMITS
+                FAST.decoder(),
+                data,
+                limits if fault != ImageFault.BROKEN else LIMITS,
             )
         assert caught.value.fault == fault
     with pytest.raises(LargeImageError):

@@ -129,7 +129,9 @@ def test_anchor_and_head_loss_equal_a_hand_calculation() -> None:
 def test_pair_weights_and_their_blend_equal_a_hand_calculation() -> None:
     words = torch.tensor([[[1.0, 0.0], [1.0, 0.0], [0.0, 1.0], [1.0, 0.0]]])
     raw = pair_weights(
-        words, image=torch.tensor([[0.0, 2.0]]), blank=torch.tensor([1.0, 1.0])
+        words,
+        image=torch.tensor([[0.0, 2.0]]),
+        blank=torch.tensor([1.0, 1.0]),
     )
     half = 2**-0.5
     torch.testing.assert_close(raw, torch.tensor([[half, half, 1 - half, half]]))
@@ -173,7 +175,9 @@ def uneven(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Backbo
 @pytest.mark.parametrize("name", [name for name in METHODS if name != "clip"])
 @pytest.mark.slow
 def test_a_batch_in_parts_has_the_gradients_of_the_whole(
-    name: str, uneven: Backbone, described_twice: Dataset
+    name: str,
+    uneven: Backbone,
+    described_twice: Dataset,
 ) -> None:
     """Some images have several captions; of twenty parts some are empty."""
     model, data = model_and_data(uneven, described_twice, name)
@@ -207,14 +211,18 @@ def check_parts(model: DCAR, data: PreparedSplit, rows: Rows) -> dict[str, Tenso
 
 @pytest.mark.parametrize("weights", ["none", "pair"])
 def test_loss_equals_the_pairs_one_by_one(
-    weights: TrainWeights, backbone: Backbone, described_twice: Dataset
+    weights: TrainWeights,
+    backbone: Backbone,
+    described_twice: Dataset,
 ) -> None:
     """Compute the loss with every caption and image encoded alone, from its four
     weighted terms.
     """
     terms = LossConfig(category=0.3, head=0.7, anchor=0.2, alpha=0.4)
     config = replace(
-        find_method("dcar+").config, reweight=ReweightConfig(train=weights), loss=terms
+        find_method("dcar+").config,
+        reweight=ReweightConfig(train=weights),
+        loss=terms,
     )
     torch.manual_seed(0)
     model, data = move_weights(DCAR(backbone, config), described_twice)
@@ -258,12 +266,17 @@ def test_loss_equals_the_pairs_one_by_one(
     positives = torch.from_numpy(data.positives(np.arange(len(data))))
     wanted = contrastive_loss(text, image, positives, backbone.scale)
     wanted = wanted + 0.3 * category_loss(
-        image, torch.stack(captions), candidates, backbone.scale
+        image,
+        torch.stack(captions),
+        candidates,
+        backbone.scale,
     )
     predicted = model.predicted_weights(data.tokens)
     if predicted is not None and used is not None:
         wanted = wanted + 0.7 * head_loss(
-            predicted, used, backbone.layout.caption_mask(data.tokens)
+            predicted,
+            used,
+            backbone.layout.caption_mask(data.tokens),
         )
     held = anchor_loss(image, torch.cat(frozen_images)) + anchor_loss(
         text, torch.cat(frozen_texts)
@@ -278,7 +291,9 @@ def test_loss_equals_the_pairs_one_by_one(
 
 @pytest.mark.parametrize("name", ["filip", "promptsrc", "prolip"])
 def test_loss_of_a_method_has_its_terms(
-    name: str, backbone: Backbone, described_twice: Dataset
+    name: str,
+    backbone: Backbone,
+    described_twice: Dataset,
 ) -> None:
     config = find_method(name).config.with_loss_direction("image-to-text")
     samples = described_twice.samples
@@ -302,7 +317,11 @@ def test_loss_of_a_method_has_its_terms(
         wanted = (
             wanted
             + late_interaction_loss(
-                words, patches, positives, backbone.scale, "image-to-text"
+                words,
+                patches,
+                positives,
+                backbone.scale,
+                "image-to-text",
             )
         ) / 2
     elif name == "promptsrc":
@@ -313,7 +332,11 @@ def test_loss_of_a_method_has_its_terms(
             F.normalize(rows, dim=-1) for rows in (read, backbone.encode_image(pixels))
         )
         wanted = wanted + consistency_loss(
-            text, image, frozen_text, frozen_image, backbone.scale
+            text,
+            image,
+            frozen_text,
+            frozen_image,
+            backbone.scale,
         )
     else:
         assert model.changes is not None
@@ -321,13 +344,18 @@ def test_loss_of_a_method_has_its_terms(
             high.square().sum() for high in model.changes.high.values()
         )
     torch.testing.assert_close(
-        batch_loss(model, data, np.arange(len(data))), wanted, rtol=1e-4, atol=1e-4
+        batch_loss(model, data, np.arange(len(data))),
+        wanted,
+        rtol=1e-4,
+        atol=1e-4,
     )
 
 
 @pytest.mark.parametrize("amp", ["bfloat16", "float16"])
 def test_mixed_precision_is_close_to_full(
-    amp: Amp, backbone: Backbone, training: Dataset
+    amp: Amp,
+    backbone: Backbone,
+    training: Dataset,
 ) -> None:
     model, data = model_and_data(backbone, training, "dcar")
     rows = np.arange(len(data))
@@ -342,13 +370,17 @@ def test_mixed_precision_is_close_to_full(
     assert mixed == pytest.approx(full, rel=0.02)
     for key, gradient in gradients(model).items():
         similar = torch.cosine_similarity(
-            (gradient / scale).flatten(), expected[key].flatten(), dim=0
+            (gradient / scale).flatten(),
+            expected[key].flatten(),
+            dim=0,
         )
         assert similar > 0.9, key
 
 
 def test_losses_are_full_precision_in_a_mixed_pass(
-    backbone: Backbone, training: Dataset, monkeypatch: pytest.MonkeyPatch
+    backbone: Backbone,
+    training: Dataset,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     names = ("category_loss", "head_loss", "anchor_loss", "contrastive_loss")
     seen = []
@@ -364,7 +396,9 @@ def test_losses_are_full_precision_in_a_mixed_pass(
 
     for name in names:
         monkeypatch.setattr(
-            objective, name, partial(spy, name, getattr(objective, name))
+            objective,
+            name,
+            partial(spy, name, getattr(objective, name)),
         )
     model, data = model_and_data(backbone, training, "dcar+")
     accumulate_gradients(
@@ -378,7 +412,9 @@ def test_losses_are_full_precision_in_a_mixed_pass(
 
 
 def test_automatic_precision_takes_no_emulated_bfloat16(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, caplog: pytest.LogCaptureFixture
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
     """PyTorch calls bfloat16 supported on any GPU that can emulate it, at a fraction of
     float16's speed.

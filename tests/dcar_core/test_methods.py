@@ -49,7 +49,11 @@ def changed_model(backbone: Backbone, name: str) -> DCAR:
 )
 @torch.no_grad()
 def test_a_checkpoint_holds_the_merged_model_and_the_shared_backbone_stays(
-    name: str, text_is_frozen: bool, backbone: Backbone, pixels: Tensor, tmp_path: Path
+    name: str,
+    text_is_frozen: bool,
+    backbone: Backbone,
+    pixels: Tensor,
+    tmp_path: Path,
 ) -> None:
     before = backbone.content_hash()
     tokens = backbone.tokenize(["a red square", "a blue cross"])
@@ -156,12 +160,17 @@ class Shifted(nn.Module):
 
 @torch.no_grad()
 def test_encoders_of_a_plugin_are_in_its_checkpoint_but_no_runtime_serves_them(
-    backbone: Backbone, pixels: Tensor, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    backbone: Backbone,
+    pixels: Tensor,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     tokens = backbone.tokenize(["a red square", "a blue cross"])
     with monkeypatch.context() as installed:
         installed.setitem(
-            METHODS, "shifted", Method(config=plain_config("shifted"), encoders=Shifted)
+            METHODS,
+            "shifted",
+            Method(config=plain_config("shifted"), encoders=Shifted),
         )
         model = seeded_model(backbone, find_method("shifted").config, 0)
         assert (

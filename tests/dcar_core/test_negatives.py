@@ -297,7 +297,9 @@ def bare_data(tiny_data: Path, directory: Path) -> Path:
 
 @pytest.mark.slow
 def test_training_makes_negatives_and_skips_unusable_images(
-    tiny_model: Path, tiny_data: Path, tmp_path: Path
+    tiny_model: Path,
+    tiny_data: Path,
+    tmp_path: Path,
 ) -> None:
     data = bare_data(tiny_data, tmp_path / "data")
     photos = shutil.copytree(tiny_data, tmp_path / "photos")
@@ -337,12 +339,23 @@ def test_training_makes_negatives_and_skips_unusable_images(
 
 @pytest.mark.slow
 def test_command_writes_what_train_reads(
-    tiny_model: Path, tiny_data: Path, tmp_path: Path, backbone: Backbone
+    tiny_model: Path,
+    tiny_data: Path,
+    tmp_path: Path,
+    backbone: Backbone,
 ) -> None:
     data = bare_data(tiny_data, tmp_path / "data")
     out = tmp_path / "out"
     done = dcar(
-        "data", "negatives", data, "--model", tiny_model, "--out", out, "--show", "1"
+        "data",
+        "negatives",
+        data,
+        "--model",
+        tiny_model,
+        "--out",
+        out,
+        "--show",
+        "1",
     )
     assert done.returncode == 0, done.stderr
     assert "  - a " in done.stdout
@@ -402,7 +415,10 @@ def test_command_writes_what_train_reads(
     ],
 )
 def test_a_name_is_replaced_as_a_whole_word(
-    caption: str, name: str, new: str, expected: str | None
+    caption: str,
+    name: str,
+    new: str,
+    expected: str | None,
 ) -> None:
     places = find_mentions(caption, name)
     assert bool(places) == (expected is not None)
@@ -563,7 +579,9 @@ def test_categories_keep_the_order_of_the_data(tmp_path: Path) -> None:
     ],
 )
 def test_invalid_taxonomy_is_refused(
-    tmp_path: Path, content: str, message: str
+    tmp_path: Path,
+    content: str,
+    message: str,
 ) -> None:
     (tmp_path / "t.json").write_text(content)
     with pytest.raises(DataError, match=message):
@@ -595,7 +613,11 @@ def test_categories_are_ranked_by_the_data_then_by_similarity() -> None:
     own = [("Far", "Right"), ("Right", "Left"), ("Right",)]
     asked = [
         sample(
-            "x", "x", "Left", negatives=("?",) * len(names), negative_categories=names
+            "x",
+            "x",
+            "Left",
+            negatives=("?",) * len(names),
+            negative_categories=names,
         )
         for names in own
     ]

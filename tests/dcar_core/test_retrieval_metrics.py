@@ -27,7 +27,10 @@ from tests.support.parts import needs
 @pytest.mark.parametrize(("width", "count"), [(256, 60), (512, 33), (512, 122)])
 @pytest.mark.parametrize("chunk", [37, 1024])
 def test_equal_vectors_tie_at_any_position(
-    width: int, count: int, chunk: int, monkeypatch: pytest.MonkeyPatch
+    width: int,
+    count: int,
+    chunk: int,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(metrics, "CHUNK", chunk)
     rng = np.random.default_rng(0)
@@ -150,7 +153,9 @@ def test_a_comparison_is_the_bootstrap_of_the_mean_over_seeds_by_groups() -> Non
         *(side.grouped(group_of) for side in sides), resamples=resamples
     )
     drawn = np.random.default_rng(0).multinomial(
-        units, np.full(units, 1 / units), size=resamples
+        units,
+        np.full(units, 1 / units),
+        size=resamples,
     )
     expected = []
     for times in [np.ones(units, np.int64), *drawn]:

@@ -80,7 +80,9 @@ class Case:
 
     def open(self, name: str) -> Encoder:
         return Encoder(
-            self.state, self.model, open_runtime(name, self.model, self.export)
+            self.state,
+            self.model,
+            open_runtime(name, self.model, self.export),
         )
 
 
@@ -99,7 +101,9 @@ ADAPTERS = AdapterConfig(text=True, image=True, blocks=6)
 BLOCKS = ModelConfig(prompt=PromptConfig(length=0), adapter=ADAPTERS)
 PREDICTED = ReweightConfig(query="predicted")
 DEEP = ModelConfig(
-    prompt=PromptConfig(length=3, depth=2), adapter=ADAPTERS, reweight=PREDICTED
+    prompt=PromptConfig(length=3, depth=2),
+    adapter=ADAPTERS,
+    reweight=PREDICTED,
 )
 
 
@@ -111,7 +115,10 @@ DEEP = ModelConfig(
 )
 @pytest.mark.parametrize("name", named("torch", "openvino", "openvino-bf16"))
 def test_runtime_gives_the_models_vectors(
-    exported_model: Path, cache: Path, name: str, config: ModelConfig
+    exported_model: Path,
+    cache: Path,
+    name: str,
+    config: ModelConfig,
 ) -> None:
     case = moved(exported_model, config, cache)
     encoder = case.open(name)
@@ -124,7 +131,9 @@ def test_runtime_gives_the_models_vectors(
 
 @pytest.mark.parametrize("name", named("torch", "openvino"))
 def test_rows_of_several_adapters_share_a_batch(
-    exported_model: Path, cache: Path, name: str
+    exported_model: Path,
+    cache: Path,
+    name: str,
 ) -> None:
     first, second = (moved(exported_model, DEEP, cache, seed) for seed in (1, 2))
     one = first.state
@@ -136,13 +145,19 @@ def test_rows_of_several_adapters_share_a_batch(
     weights = np.ones(tokens.shape, np.float32)
     parts = zip(one.text_inputs, other.text_inputs, other.text_inputs, strict=True)
     mixed = runtime.text(
-        tokens, weights, tuple(np.concatenate(part, 1) for part in parts)
+        tokens,
+        weights,
+        tuple(np.concatenate(part, 1) for part in parts),
     )
     np.testing.assert_allclose(
-        mixed[:1], runtime.text(tokens[:1], weights[:1], one.text_inputs), atol=1e-5
+        mixed[:1],
+        runtime.text(tokens[:1], weights[:1], one.text_inputs),
+        atol=1e-5,
     )
     np.testing.assert_allclose(
-        mixed[1:], runtime.text(tokens[1:], weights[1:], other.text_inputs), atol=1e-5
+        mixed[1:],
+        runtime.text(tokens[1:], weights[1:], other.text_inputs),
+        atol=1e-5,
     )
     assert np.abs(mixed[0] - mixed[2]).max() > 0.01
     assert [each.shape[2] for each in one.image_inputs] == [
@@ -154,10 +169,14 @@ def test_rows_of_several_adapters_share_a_batch(
     pairs = zip(one.image_inputs, other.image_inputs, strict=True)
     both = runtime.image(pixels, tuple(np.concatenate(pair, 1) for pair in pairs))
     np.testing.assert_allclose(
-        both[:1], runtime.image(pixels[:1], one.image_inputs), atol=1e-5
+        both[:1],
+        runtime.image(pixels[:1], one.image_inputs),
+        atol=1e-5,
     )
     np.testing.assert_allclose(
-        both[1:], runtime.image(pixels[1:], other.image_inputs), atol=1e-5
+        both[1:],
+        runtime.image(pixels[1:], other.image_inputs),
+        atol=1e-5,
     )
     assert (
         np.abs(both[0] - runtime.image(pixels[:1], other.image_inputs)[0]).max() > 0.01
@@ -174,7 +193,9 @@ def test_one_export_serves_every_number_of_prompts(
     assert lengths == [5, 7], "SOS and the prompts"
     assert first.export() == longer.export()
     check_vectors(
-        longer.state, first.open("openvino").runtime, reference_vectors(longer.model)
+        longer.state,
+        first.open("openvino").runtime,
+        reference_vectors(longer.model),
     )
 
 
@@ -215,11 +236,16 @@ def test_auto_decides_by_device_libraries_and_instructions(
 @pytest.mark.gpu
 @pytest.mark.parametrize("name", ["torch", "cuda"])
 def test_gpu_gives_the_same_vectors(
-    exported_checkpoint: Path, tmp_path: Path, name: str
+    exported_checkpoint: Path,
+    tmp_path: Path,
+    name: str,
 ) -> None:
     wanted = Encoder.load(exported_checkpoint, device="cpu")
     given = Encoder.load(
-        exported_checkpoint, device="cuda", runtime=name, cache=tmp_path
+        exported_checkpoint,
+        device="cuda",
+        runtime=name,
+        cache=tmp_path,
     )
     texts = [" ".join("abcdefghij"[: 1 + i % 10]) for i in range(40)]
     pixels = np.tile(probe_images(32), (10, 1, 1, 1))
@@ -239,7 +265,9 @@ def test_gpu_gives_the_same_vectors(
 
 @pytest.mark.parametrize("side", [0, 1], ids=["text", "image"])
 def test_a_single_vector_below_the_threshold_is_enough(
-    exported_model: Path, tmp_path: Path, side: int
+    exported_model: Path,
+    tmp_path: Path,
+    side: int,
 ) -> None:
     case = moved(exported_model, PLAIN, tmp_path)
     for cosine, is_refused in (
@@ -271,7 +299,9 @@ def chosen(exports: Path, tmp_path: Path) -> Path:
 
 
 def auto(
-    checkpoint: Path, cache: Path, caplog: pytest.LogCaptureFixture
+    checkpoint: Path,
+    cache: Path,
+    caplog: pytest.LogCaptureFixture,
 ) -> tuple[str, list[str]]:
     caplog.clear()
     with caplog.at_level(logging.WARNING, "dcar_core"):

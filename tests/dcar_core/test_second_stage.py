@@ -64,7 +64,9 @@ def moved(model: DCAR, start: dict[str, torch.Tensor]) -> set[str]:
 
 
 def test_hard_negatives_move_the_feature_adapters_alone_and_cost_no_validation_recall(
-    backbone: Backbone, training: Dataset, monkeypatch: pytest.MonkeyPatch
+    backbone: Backbone,
+    training: Dataset,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     model = untrained(backbone, "block-adapters+")
     split = prepare_split(training, model, for_training=True)
@@ -92,7 +94,9 @@ def test_images_that_a_caption_describes_are_no_negatives(
         for encode in (encode_captions, encode_images)
     )
     nearest = hard_negatives.nearest_wrong_images(
-        texts, images, split.right_answers()[0]
+        texts,
+        images,
+        split.right_answers()[0],
     )
     right, _ = split.right_answers()
     assert all(
@@ -105,7 +109,10 @@ def test_images_that_a_caption_describes_are_no_negatives(
 def image_rows(model: DCAR, count: int = 3) -> torch.Tensor:
     size = model.backbone.preprocess.size
     pixels = np.random.default_rng(0).integers(
-        0, 256, (count, 3, size, size), dtype=np.uint8
+        0,
+        256,
+        (count, 3, size, size),
+        dtype=np.uint8,
     )
     return SecondStage(model).image_rows(model.backbone.standardized(pixels))
 
@@ -132,7 +139,10 @@ def test_a_pair_costs_one_row_and_equals_whole_passes_over_unprompted_patches(
     images = stage.images(rows)
     found = stage.tower.class_row_features(images, prompts, stage.block, stage.adapters)
     torch.testing.assert_close(
-        found, tower.project(tower.pool(prompted)), rtol=1e-4, atol=1e-5
+        found,
+        tower.project(tower.pool(prompted)),
+        rtol=1e-4,
+        atol=1e-5,
     )
     torch.testing.assert_close(images.patches, plain[:, 1:])
 
@@ -194,7 +204,10 @@ def test_training_learns_the_second_stage_alone_and_costs_no_validation_recall(
         train_second_stage(model, split, split, 0)
         assert "training the second stage: 100%" in capsys.readouterr().err
         first = first_images(
-            model, split, encode_captions(model, split), encode_images(model, split)
+            model,
+            split,
+            encode_captions(model, split),
+            encode_images(model, split),
         )
         own = first.rows == split.image_of[:, None]
         margins.append(first.second[own].mean() - first.second[~own].mean())
@@ -206,10 +219,16 @@ def test_training_learns_the_second_stage_alone_and_costs_no_validation_recall(
 
 @pytest.mark.parametrize("gains", [-10.0, 0.0])
 def test_a_stage_that_costs_or_gains_no_validation_recall_is_turned_off(
-    gains: float, backbone: Backbone, training: Dataset, monkeypatch: pytest.MonkeyPatch
+    gains: float,
+    backbone: Backbone,
+    training: Dataset,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     def second(
-        model: DCAR, split: PreparedSplit, text: Floats, image: Floats
+        model: DCAR,
+        split: PreparedSplit,
+        text: Floats,
+        image: Floats,
     ) -> FirstImages:
         first = first_images(model, split, text, image)
         return replace(first, second=gains * (first.rows == split.image_of[:, None]))
@@ -229,7 +248,9 @@ def test_a_stage_that_costs_or_gains_no_validation_recall_is_turned_off(
 
 
 def test_images_beyond_the_memory_limit_are_left_out(
-    backbone: Backbone, training: Dataset, monkeypatch: pytest.MonkeyPatch
+    backbone: Backbone,
+    training: Dataset,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     model = seeded_model(backbone, find_method("query-prompts").config, 0).eval()
     split = prepare_split(training, model, for_training=True)
@@ -237,7 +258,9 @@ def test_images_beyond_the_memory_limit_are_left_out(
     random = np.random.default_rng
     _, whole = hard_negatives.image_parts(stage, split, random(0))
     monkeypatch.setattr(
-        hard_negatives, "MAX_BYTES", sum(each[:5].nbytes for each in whole)
+        hard_negatives,
+        "MAX_BYTES",
+        sum(each[:5].nbytes for each in whole),
     )
     kept, images = hard_negatives.image_parts(stage, split, random(0))
     assert len(kept) == len(images.first) == 5
@@ -246,7 +269,9 @@ def test_images_beyond_the_memory_limit_are_left_out(
 
 
 def test_a_checkpoint_keeps_the_stage_and_its_weight(
-    model: DCAR, training: Dataset, tmp_path: Path
+    model: DCAR,
+    training: Dataset,
+    tmp_path: Path,
 ) -> None:
     fingerprints = []
     for weight in (1.0, 0.5):
@@ -291,7 +316,10 @@ def test_an_image_tower_of_another_kind_is_refused(
 
 @pytest.mark.slow
 def test_training_and_comparison_report_both_stages(
-    tiny_model: Path, tiny_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tiny_model: Path,
+    tiny_data: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     # whatever validation prefers
     monkeypatch.setattr(hard_negatives, "WEIGHTS", (1.0,))
@@ -305,14 +333,21 @@ def test_training_and_comparison_report_both_stages(
     assert (fingerprint, model.config.rerank.blocks) == (done.fingerprint, 2)
     methods = ["clip", "query-prompts"]
     results = compare(
-        model.backbone, tiny_data, methods, 1, tmp_path / "compared", config
+        model.backbone,
+        tiny_data,
+        methods,
+        1,
+        tmp_path / "compared",
+        config,
     )
     (run,) = results["methods"]["query-prompts"]["runs"]
     loaded, _ = load_checkpoint(
         tmp_path / "compared" / run["run"], backbone=model.backbone
     )
     split = prepare_split(
-        Annotations(tiny_data).load("test")[0], loaded, for_training=False
+        Annotations(tiny_data).load("test")[0],
+        loaded,
+        for_training=False,
     )
     assert evaluate(loaded, split) == run["test"]
     (again,) = results["methods"]["query-prompts" + WITH_RERANK]["runs"]

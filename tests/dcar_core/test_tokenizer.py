@@ -157,7 +157,10 @@ def load(directory: Path, limit: int, **options: Any) -> TextTokenizer:
     ],
 )
 def test_ids_are_those_of_open_clip(
-    kind: Kind, clean: str, strip_end: bool, tmp_path: Path
+    kind: Kind,
+    clean: str,
+    strip_end: bool,
+    tmp_path: Path,
 ) -> None:
     import transformers
 
@@ -166,7 +169,10 @@ def test_ids_are_those_of_open_clip(
     saved = tmp_path / "saved"
     transformers.AutoTokenizer.from_pretrained(tmp_path).save_pretrained(saved)
     stock = open_clip.tokenizer.HFTokenizer(
-        str(saved), 24, clean=clean, strip_sep_token=strip_end
+        str(saved),
+        24,
+        clean=clean,
+        strip_sep_token=strip_end,
     )
     found = load(saved, 24, normalizer=clean, strip_end=strip_end)
     for text in TEXTS:
@@ -180,7 +186,9 @@ def test_ids_are_those_of_open_clip(
     ("kind", "pad_id"), [("t5", 0), ("gemma", 0), ("xlm", 1), ("bert", 0), ("nllb", 1)]
 )
 def test_padding_is_found_and_no_text_places_a_control_token(
-    kind: Kind, pad_id: int, tmp_path: Path
+    kind: Kind,
+    pad_id: int,
+    tmp_path: Path,
 ) -> None:
     """Whether the settings name the padding or not."""
     write_tokenizer(kind, tmp_path)

@@ -107,7 +107,12 @@ def check_prompts(
     """
     generator = torch.Generator().manual_seed(4)
     values = 0.1 * torch.randn(
-        max(parts, 1), depth, 2, rows, width, generator=generator
+        max(parts, 1),
+        depth,
+        2,
+        rows,
+        width,
+        generator=generator,
     )
 
     def given(of: Tensor) -> Any:
@@ -161,7 +166,14 @@ def test_the_catalogue_describes_every_model() -> None:
         "text": 29,
     }
     assert entries()["ViT-B-16-SigLIP2-384"] == CatalogueEntry(
-        "ViT-B-16-SigLIP2-384", "full", 375, "many", 384, 64, ("timm",), ("webli",)
+        "ViT-B-16-SigLIP2-384",
+        "full",
+        375,
+        "many",
+        384,
+        64,
+        ("timm",),
+        ("webli",),
     )
     assert entries()["xlm-roberta-base-ViT-B-32"].needs == ("transformers",)
     assert all(entry.parameters for entry in entries().values())

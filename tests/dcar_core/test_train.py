@@ -59,7 +59,10 @@ def new_model(backbone: Backbone, name: str) -> DCAR:
 
 
 def prepared(
-    data: Dataset, model: DCAR, *, for_training: bool = False
+    data: Dataset,
+    model: DCAR,
+    *,
+    for_training: bool = False,
 ) -> PreparedSplit:
     return prepare_split(data, model, for_training=for_training)
 
@@ -79,7 +82,9 @@ def interrupt(monkeypatch: pytest.MonkeyPatch, *at: int) -> None:
 @pytest.mark.parametrize("name", list(METHODS))
 @pytest.mark.slow
 def test_every_method_trains_and_leaves_the_backbone_as_it_was(
-    name: str, backbone: Backbone, pairs: Pairs
+    name: str,
+    backbone: Backbone,
+    pairs: Pairs,
 ) -> None:
     before = backbone.content_hash()
     model = new_model(backbone, name)
@@ -114,7 +119,10 @@ def test_training_learns_its_pairs(backbone: Backbone, training: Dataset) -> Non
     ],
 )
 def test_a_diverged_run_is_no_result(
-    config: TrainConfig, reason: str, backbone: Backbone, pairs: Pairs
+    config: TrainConfig,
+    reason: str,
+    backbone: Backbone,
+    pairs: Pairs,
 ) -> None:
     with pytest.raises(
         DivergedError, match=f"clip-adapter diverged: {reason}; use a lower --lr"
@@ -134,7 +142,10 @@ def test_training_stops_early_and_keeps_the_best_epoch(
 
 
 def test_result_is_the_best_validation_epoch(
-    backbone: Backbone, pairs: Pairs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    backbone: Backbone,
+    pairs: Pairs,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Its weights and queries, also of a run that is resumed later; and it is the
     validation split that is asked.
@@ -176,7 +187,10 @@ def test_result_is_the_best_validation_epoch(
 
 @pytest.mark.parametrize("amp", ["off", "float16"])
 def test_order_learning_rates_and_gradient_clipping(
-    amp: Amp, backbone: Backbone, pairs: Pairs, monkeypatch: pytest.MonkeyPatch
+    amp: Amp,
+    backbone: Backbone,
+    pairs: Pairs,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Gradients scaled up for float16 are clipped by their true length; the order
     follows from seed and epoch.
@@ -187,7 +201,10 @@ def test_order_learning_rates_and_gradient_clipping(
     whole = torch.optim.AdamW.step
 
     def steeper(
-        model: DCAR, data: PreparedSplit, rows: np.ndarray, **more: Any
+        model: DCAR,
+        data: PreparedSplit,
+        rows: np.ndarray,
+        **more: Any,
     ) -> float:
         orders.append(rows.tolist())
         losses.append(loss := accumulate_gradients(model, data, rows, **more))
@@ -206,7 +223,12 @@ def test_order_learning_rates_and_gradient_clipping(
     monkeypatch.setattr(torch.optim.AdamW, "step", step)
     # six steps
     config = TrainConfig(
-        epochs=2, batch_size=4, lr=1e-3, warmup=0.5, weight_decay=0.3, amp=amp
+        epochs=2,
+        batch_size=4,
+        lr=1e-3,
+        warmup=0.5,
+        weight_decay=0.3,
+        amp=amp,
     )
     found = train(new_model(backbone, "coop"), *pairs, config)
     assert [line["loss"] for line in found.history] == pytest.approx(
@@ -261,7 +283,10 @@ def test_query_weights_are_chosen_by_validation(
 
 @pytest.mark.parametrize("name", ["dcar", "clip-adapter"])
 def test_split_is_encoded_like_its_queries_and_images_one_by_one(
-    name: str, backbone: Backbone, training: Dataset, monkeypatch: pytest.MonkeyPatch
+    name: str,
+    backbone: Backbone,
+    training: Dataset,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(validation, "BATCH", 5)
     model = new_model(backbone, name)
@@ -291,7 +316,9 @@ def test_evaluation_does_not_use_the_paired_image(
 ) -> None:
     """Shuffling the images of the split changes no caption's vector."""
     model = seeded_model(
-        backbone, ModelConfig(reweight=ReweightConfig(query="predicted")), seed=0
+        backbone,
+        ModelConfig(reweight=ReweightConfig(query="predicted")),
+        seed=0,
     )
     data = prepared(pairs[1], model)
     assert data.pixels is not None
@@ -331,7 +358,9 @@ def column(run: Path, name: str) -> list[float]:
 
 @pytest.mark.slow
 def test_killed_training_ends_with_the_same_weights(
-    tiny_model: Path, tiny_data: Path, tmp_path: Path
+    tiny_model: Path,
+    tiny_data: Path,
+    tmp_path: Path,
 ) -> None:
     whole, killed = (tmp_path / name for name in ("whole", "killed"))
     command = (*TRAIN, "--data", tiny_data, "--model", tiny_model)
@@ -395,7 +424,10 @@ class _Payload:
 
 
 def test_a_state_of_another_run_is_refused_and_runs_no_code(
-    backbone: Backbone, retrained: Backbone, pairs: Pairs, tmp_path: Path
+    backbone: Backbone,
+    retrained: Backbone,
+    pairs: Pairs,
+    tmp_path: Path,
 ) -> None:
     def run(
         name: str = "coop",
@@ -469,7 +501,9 @@ def test_token_weights_are_of_each_caption_with_its_own_image(
         raw = pair_weights(words, found[:-1], found[-1])
     assert data.pair_weights is not None
     wanted = blend(
-        raw, model.backbone.layout.caption_mask(data.tokens), model.config.reweight
+        raw,
+        model.backbone.layout.caption_mask(data.tokens),
+        model.config.reweight,
     )
     torch.testing.assert_close(data.pair_weights, wanted, rtol=1e-3, atol=1e-3)
 
@@ -529,7 +563,9 @@ def test_true_caption_is_no_negative_of_its_image(
         replace(gift, caption="Birthday_party"),
         replace(gift, caption="a wrapped gift"),
         replace(
-            popper, caption="a party popper", attributes=("birthday party", "loud")
+            popper,
+            caption="a party popper",
+            attributes=("birthday party", "loud"),
         ),
         replace(cat, caption="a cat"),
         replace(other, caption="birthday  party"),
@@ -546,7 +582,9 @@ def test_true_caption_is_no_negative_of_its_image(
 
 
 def test_feature_cache_returns_the_computed_features(
-    backbone: Backbone, training: Dataset, tmp_path: Path
+    backbone: Backbone,
+    training: Dataset,
+    tmp_path: Path,
 ) -> None:
     configs = [
         find_method(name).config
@@ -578,7 +616,10 @@ def test_feature_cache_misses_for_other_images_texts_and_weights(
     def entries(backbone: Backbone, data: Dataset) -> int:
         model = seeded_model(backbone, find_method("clip-adapter").config, 0)
         prepare_split(
-            data, model, for_training=True, cache=FeatureCache(tmp_path, backbone)
+            data,
+            model,
+            for_training=True,
+            cache=FeatureCache(tmp_path, backbone),
         )
         return len([path for path in tmp_path.rglob("*") if path.is_file()])
 

@@ -104,7 +104,11 @@ def large_index(
         )
     write_jsonl(gallery / "metadata.jsonl", *rows)
     rebuild(
-        gallery, tiny_checkpoint, gallery.parent / "index", workers=0, progress=False
+        gallery,
+        tiny_checkpoint,
+        gallery.parent / "index",
+        workers=0,
+        progress=False,
     )
     return gallery.parent / "index"
 

@@ -24,7 +24,9 @@ def test_output_that_cannot_be_written_is_one_line() -> None:
 
 
 def test_special_files_are_unreadable_images(
-    tiny_gallery: Path, tiny_checkpoint: Path, tmp_path: Path
+    tiny_gallery: Path,
+    tiny_checkpoint: Path,
+    tmp_path: Path,
 ) -> None:
     gallery = Path(shutil.copytree(tiny_gallery, tmp_path / "gallery"))
     for name, target in (
@@ -58,7 +60,9 @@ def test_special_files_are_unreadable_images(
 
 
 def test_full_disk_ends_training_with_one_line(
-    tiny_data: Path, tiny_model: Path, tmp_path: Path
+    tiny_data: Path,
+    tiny_model: Path,
+    tmp_path: Path,
 ) -> None:
     """By the size that a file may have, which needs no disk of one's own."""
     ends = 0

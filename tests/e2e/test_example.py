@@ -137,7 +137,10 @@ def start_demo(data: Path) -> Iterator[tuple[str, str]]:
 def curl(command: str) -> dict[str, Any]:
     """Run a command of the documentation."""
     done = subprocess.run(
-        [*shlex.split(command), "--fail"], cwd=ROOT, capture_output=True, text=True
+        [*shlex.split(command), "--fail"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
     )
     assert done.returncode == 0, (command, done.stdout, done.stderr)
     answer: dict[str, Any] = json.loads(done.stdout)
@@ -237,7 +240,9 @@ def test_words_and_scores_tell_nonsense_from_queries(
     ],
 )
 def test_picture_fits_its_item_and_nothing_without_its_kind(
-    demo: tuple[str, str, float], item: str, kind: str
+    demo: tuple[str, str, float],
+    item: str,
+    kind: str,
 ) -> None:
     url = demo[0]
     own = Image.open(

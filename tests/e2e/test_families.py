@@ -99,7 +99,9 @@ async def scores_of(http: ServiceClient) -> list[float]:
     ],
 )
 async def test_a_family_goes_the_whole_way(
-    name: str, tiny_data: Path, tmp_path: Path
+    name: str,
+    tiny_data: Path,
+    tmp_path: Path,
 ) -> None:
     with_export = PARTS["openvino"].is_present and name in (
         *RECOMMENDED_TOWERS,

@@ -43,7 +43,9 @@ def test_no_barrier_is_found(both: Page, large: str) -> None:
 
 
 def test_key_is_asked_for_and_kept_in_the_tab_alone(
-    page: Page, locked: str, indexes: dict[str, Path]
+    page: Page,
+    locked: str,
+    indexes: dict[str, Path],
 ) -> None:
     page.open(locked)
     page.appears("#key-form")
@@ -79,7 +81,10 @@ def test_key_is_asked_for_and_kept_in_the_tab_alone(
 
 
 def test_documentation_sends_requests(
-    page: Page, site: str, tiny_gallery: Path, indexes: dict[str, Path]
+    page: Page,
+    site: str,
+    tiny_gallery: Path,
+    indexes: dict[str, Path],
 ) -> None:
     documented = httpx.get(f"{site}/openapi.json").json()["paths"].values()
     page.open(f"{site}/docs")

@@ -60,7 +60,9 @@ def test_collection_can_be_chosen(page: Page, site: str, many: str) -> None:
 
 
 def test_two_models_over_one_gallery_are_compared(
-    page: Page, site: str, many: str
+    page: Page,
+    site: str,
+    many: str,
 ) -> None:
     page.open(f"{site}/#q=red", 24)
     assert not page.has("#versus"), "there is no other collection"

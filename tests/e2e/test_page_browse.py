@@ -108,7 +108,9 @@ def test_numbers_are_filtered_from_a_least_to_a_greatest_one(
 ) -> None:
     def enter(place: int, number: str) -> None:
         page.all(".between input")[place].send_keys(
-            Keys.CONTROL + "a" + Keys.NULL + Keys.DELETE, number, Keys.TAB
+            Keys.CONTROL + "a" + Keys.NULL + Keys.DELETE,
+            number,
+            Keys.TAB,
         )
 
     def bounds(name: str = "value") -> list[str | None]:

@@ -74,7 +74,11 @@ def photos(
     )
     for name, source in (("index", gallery), ("listed", listed)):
         rebuild(
-            source, tiny_checkpoint, gallery.parent / name, workers=0, progress=False
+            source,
+            tiny_checkpoint,
+            gallery.parent / name,
+            workers=0,
+            progress=False,
         )
     with served(
         gallery.parent / "index", collections={"listed": gallery.parent / "listed"}
@@ -102,7 +106,9 @@ def test_detail_view_shows_one_image_and_everything_known_about_it(
     )
 
     page.cdp(
-        "Browser.grantPermissions", permissions=["clipboardReadWrite"], origin=site
+        "Browser.grantPermissions",
+        permissions=["clipboardReadWrite"],
+        origin=site,
     )
     page.click("#copy")
     page.says("#detail-message", "Link copied")
@@ -126,7 +132,9 @@ def test_detail_view_shows_one_image_and_everything_known_about_it(
 
 
 def test_phone_has_room_for_images_and_the_browser_keeps_its_moves(
-    phone: Page, site: str, large: str
+    phone: Page,
+    site: str,
+    large: str,
 ) -> None:
     page = phone
 
@@ -273,7 +281,9 @@ def test_explained_photos_keep_their_shape_under_a_map_of_what_the_model_sees(
 
 
 def test_images_teach_a_name_that_answers_sharpen(
-    both: Page, indexes: dict[str, Path], tmp_path: Path
+    both: Page,
+    indexes: dict[str, Path],
+    tmp_path: Path,
 ) -> None:
     page = both
     index = Path(shutil.copytree(indexes["shapes"], tmp_path / "index"))

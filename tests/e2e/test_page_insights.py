@@ -54,7 +54,10 @@ def write_days(folder: Path, name: str, ids: list[str], days: int = 12) -> None:
 
 
 def test_page_reports_seen_opened_and_judged(
-    page: Page, indexes: dict[str, Path], site: str, tmp_path: Path
+    page: Page,
+    indexes: dict[str, Path],
+    site: str,
+    tmp_path: Path,
 ) -> None:
     log = tmp_path / "log"
     with served(indexes["shapes"], feedback=log) as address:
@@ -100,7 +103,9 @@ def test_page_reports_seen_opened_and_judged(
 
 
 def test_the_figures_of_the_log_are_shown(
-    both: Page, indexes: dict[str, Path], tmp_path: Path
+    both: Page,
+    indexes: dict[str, Path],
+    tmp_path: Path,
 ) -> None:
     page = both
     with served(indexes["shapes"], feedback=tmp_path / "log", **ADMIN_ONLY) as address:

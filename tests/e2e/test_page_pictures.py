@@ -22,7 +22,10 @@ def crop_of(page: Page) -> list[float]:
 
 
 def results(
-    site: str, picture: Path, crop: list[float] | None = None, **form: str
+    site: str,
+    picture: Path,
+    crop: list[float] | None = None,
+    **form: str,
 ) -> list[dict[str, object]]:
     if crop:
         form["crop"] = json.dumps(
@@ -38,7 +41,10 @@ def results(
 
 
 def test_picture_and_words_are_searched_together(
-    page: Page, site: str, tiny_gallery: Path, tmp_path: Path
+    page: Page,
+    site: str,
+    tiny_gallery: Path,
+    tmp_path: Path,
 ) -> None:
     picture = tiny_gallery / "circle/blue.png"
     page.open(site)
@@ -134,7 +140,9 @@ def test_part_of_the_picture_is_searched(both: Page, site: str, tmp_path: Path) 
     else:
         drag = ActionChains(page.driver, duration=20)
         drag.move_to_element_with_offset(
-            frame, 4 - width // 2, 4 - height // 2
+            frame,
+            4 - width // 2,
+            4 - height // 2,
         ).click_and_hold()
         drag.move_to_element_with_offset(frame, 0, height // 2 - 4).release().perform()
     x, y, w, h = until(lambda: crop_of(page))
@@ -147,7 +155,9 @@ def test_part_of_the_picture_is_searched(both: Page, site: str, tmp_path: Path) 
 
 
 def test_heic_picture_is_searched_though_the_browser_cannot_show_it(
-    page: Page, site: str, tmp_path: Path
+    page: Page,
+    site: str,
+    tmp_path: Path,
 ) -> None:
     (tmp_path / "phone.heic").write_bytes(
         encoded(Image.new("RGB", (64, 64), "red"), "HEIF")
@@ -161,7 +171,9 @@ def test_heic_picture_is_searched_though_the_browser_cannot_show_it(
 
 
 def test_the_page_says_if_nothing_fits_a_picture(
-    page: Page, large: str, tmp_path: Path
+    page: Page,
+    large: str,
+    tmp_path: Path,
 ) -> None:
     Image.new("RGB", (64, 64)).save(tmp_path / "night.png")
     draw("red", "square").save(tmp_path / "red.png")  # one of the gallery

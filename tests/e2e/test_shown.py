@@ -158,7 +158,9 @@ class Reader:
                 if "*" not in word
             ]
             done = commands.run(
-                program, *rest, directory=Path.cwd() if words[1] == "-m" else ROOT
+                program,
+                *rest,
+                directory=Path.cwd() if words[1] == "-m" else ROOT,
             )
             assert done.returncode == 0, (line, done.stderr)
             return done.stdout
@@ -168,7 +170,10 @@ class Reader:
             )
             return (
                 subprocess.run(
-                    shlex.split(line), capture_output=True, text=True, check=True
+                    shlex.split(line),
+                    capture_output=True,
+                    text=True,
+                    check=True,
                 ).stdout
                 + "\n"
             )
@@ -205,7 +210,11 @@ class Reader:
             "directory": Path.cwd(),
         }
         self._server = commands.Command(
-            "app.cli", *words[1:], "--port", port, **streams
+            "app.cli",
+            *words[1:],
+            "--port",
+            port,
+            **streams,
         )
         self._address = ready(f"http://127.0.0.1:{port}")
         lines = log.read_text().splitlines(keepends=True)
@@ -239,7 +248,10 @@ def walked(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def reader(
-    walked: Path, tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    walked: Path,
+    tiny_model: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> Iterator[Reader]:
     shutil.copytree(walked, tmp_path, dirs_exist_ok=True)
     shutil.rmtree(tmp_path / "results")
@@ -260,7 +272,9 @@ def test_the_tutorial_has_ten_commands_and_prints_what_it_shows(walked: Path) ->
 
 @pytest.mark.parametrize("page", WALKED)
 def test_the_commands_of_a_guide_print_what_it_shows(
-    reader: Reader, tmp_path: Path, page: str
+    reader: Reader,
+    tmp_path: Path,
+    page: str,
 ) -> None:
     if page in FRESH:
         for name in ("adapted", "index", "index-clip"):

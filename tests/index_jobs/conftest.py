@@ -31,7 +31,9 @@ def encoder(tiny_checkpoint: Path) -> Encoder:
 
 @pytest.fixture(scope="session")
 def published(
-    tiny_gallery: Path, tiny_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory
+    tiny_gallery: Path,
+    tiny_checkpoint: Path,
+    tmp_path_factory: pytest.TempPathFactory,
 ) -> Path:
     index = tmp_path_factory.mktemp("published") / "index"
     rebuild(tiny_gallery, tiny_checkpoint, index, progress=False)

@@ -41,7 +41,9 @@ class Counting(Encoder):
 
 
 def test_interrupted_run_ends_in_the_same_bits_in_order(
-    encoder: Encoder, tiny_gallery: Path, tmp_path: Path
+    encoder: Encoder,
+    tiny_gallery: Path,
+    tmp_path: Path,
 ) -> None:
     def run(model: Counting, work: str, workers: int = 0) -> EncodedGallery:
         return encode(tiny_gallery, model, tmp_path / work, workers=workers)
@@ -51,7 +53,9 @@ def test_interrupted_run_ends_in_the_same_bits_in_order(
         tiny_gallery / name for name in scan(tiny_gallery).table["name"].to_pylist()
     ]
     np.testing.assert_allclose(
-        vectors_of(undisturbed), encoder.encode_images(paths), atol=1e-5
+        vectors_of(undisturbed),
+        encoder.encode_images(paths),
+        atol=1e-5,
     )
     np.testing.assert_array_equal(undisturbed.rows(), np.arange(24))
     assert (undisturbed.encoded, undisturbed.resumed, undisturbed.failed) == (24, 0, [])
@@ -69,7 +73,9 @@ def test_interrupted_run_ends_in_the_same_bits_in_order(
 
 
 def test_vectors_of_two_runtimes_never_mix(
-    encoder: Encoder, tiny_gallery: Path, tmp_path: Path
+    encoder: Encoder,
+    tiny_gallery: Path,
+    tmp_path: Path,
 ) -> None:
     runtime = TorchRuntime(encoder.model)
     runtime.name = "rounding"
@@ -79,7 +85,9 @@ def test_vectors_of_two_runtimes_never_mix(
 
 
 def test_broken_images_are_listed_and_others_keep_their_rows(
-    encoder: Encoder, gallery: Path, tmp_path: Path
+    encoder: Encoder,
+    gallery: Path,
+    tmp_path: Path,
 ) -> None:
     """Also where a whole shard, of circles, has no image that can be read."""
     whole = encode(gallery, encoder, tmp_path / "a")
@@ -88,26 +96,40 @@ def test_broken_images_are_listed_and_others_keep_their_rows(
     for name in broken:
         (gallery / name).write_bytes(b"this is no picture")
     encoded = encode(
-        gallery, encoder, tmp_path / "b", max_failed=0.5, batch_size=3, shard_rows=6
+        gallery,
+        encoder,
+        tmp_path / "b",
+        max_failed=0.5,
+        batch_size=3,
+        shard_rows=6,
     )
     names = scan(gallery).table["name"].to_pylist()
     assert {names[failure.row] for failure in encoded.failed} == {*broken}
     expected = [row for row, name in enumerate(names) if name not in broken]
     assert encoded.rows().tolist() == expected
     np.testing.assert_allclose(
-        vectors_of(encoded), vectors_of(whole)[expected], atol=1e-5
+        vectors_of(encoded),
+        vectors_of(whole)[expected],
+        atol=1e-5,
     )
 
 
 def test_too_many_broken_images_stop_the_job_early(
-    encoder: Encoder, gallery: Path, tmp_path: Path
+    encoder: Encoder,
+    gallery: Path,
+    tmp_path: Path,
 ) -> None:
     for path in (gallery / "circle").glob("*.png"):
         path.write_bytes(b"")
     model = Counting(encoder)
     with pytest.raises(DataError) as caught:
         encode(
-            gallery, model, tmp_path / "w", max_failed=0.1, batch_size=2, shard_rows=2
+            gallery,
+            model,
+            tmp_path / "w",
+            max_failed=0.1,
+            batch_size=2,
+            shard_rows=2,
         )
     message = str(caught.value)
     assert "4 of 24 failed, at most 10.0% may" in message
@@ -125,7 +147,10 @@ def test_too_many_broken_images_stop_the_job_early(
     "harm", [flip, cut, lambda path: path.write_bytes(b""), Path.unlink]
 )
 def test_corrupted_shard_is_named_and_repaired_by_deleting_it(
-    encoder: Encoder, tiny_gallery: Path, tmp_path: Path, harm: Callable[[Path], None]
+    encoder: Encoder,
+    tiny_gallery: Path,
+    tmp_path: Path,
+    harm: Callable[[Path], None],
 ) -> None:
     def run() -> EncodedGallery:
         return encode(tiny_gallery, encoder, tmp_path)
@@ -157,7 +182,9 @@ def test_corrupted_shard_is_named_and_repaired_by_deleting_it(
     ],
 )
 def test_unreadable_or_huge_file_fails_alone(
-    place: tuple[str, int, int], fault: ImageFault, tmp_path: Path
+    place: tuple[str, int, int],
+    fault: ImageFault,
+    tmp_path: Path,
 ) -> None:
     (tmp_path / "folder.png").mkdir()
     (tmp_path / "short.png").write_bytes(b"x" * 10)
@@ -166,7 +193,10 @@ def test_unreadable_or_huge_file_fails_alone(
     (tmp_path / "good.png").write_bytes(png())
     window = [ImageLocation(0, *place), ImageLocation(1, "good.png", -1, 0)]
     (decoded,) = decode_windows(
-        str(tmp_path), iter([window]), Preprocess(1, (0.5,) * 3, (0.5,) * 3), 0
+        str(tmp_path),
+        iter([window]),
+        Preprocess(1, (0.5,) * 3, (0.5,) * 3),
+        0,
     )
     (failure,) = decoded.failed
     assert (failure.row, failure.fault, len(decoded.pixels)) == (0, fault, 1)
@@ -183,7 +213,9 @@ class Together(Encoder):
 
 
 def test_two_devices_at_once_give_the_bits_of_one(
-    gallery: Path, tiny_checkpoint: Path, tmp_path: Path
+    gallery: Path,
+    tiny_checkpoint: Path,
+    tmp_path: Path,
 ) -> None:
     (gallery / "circle" / "blue.png").write_bytes(b"")
     one, two = load_replicas(tiny_checkpoint, "cpu,cpu")
@@ -208,12 +240,16 @@ def test_two_devices_at_once_give_the_bits_of_one(
 
 @pytest.mark.gpu
 def test_a_gpu_gives_the_cpus_vectors(
-    tiny_gallery: Path, tiny_checkpoint: Path, tmp_path: Path
+    tiny_gallery: Path,
+    tiny_checkpoint: Path,
+    tmp_path: Path,
 ) -> None:
     def run(device: str) -> NDArray[np.float32]:
         return vectors_of(
             encode(
-                tiny_gallery, load_replicas(tiny_checkpoint, device), tmp_path / device
+                tiny_gallery,
+                load_replicas(tiny_checkpoint, device),
+                tmp_path / device,
             )
         )
 

@@ -44,7 +44,10 @@ def installed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
 
 
 def test_an_installed_engine_builds_searches_updates_and_follows_versions(
-    installed: Any, published: Path, build: Build, tmp_path: Path
+    installed: Any,
+    published: Path,
+    build: Build,
+    tmp_path: Path,
 ) -> None:
     index = tmp_path / "index"
     name = index_name(tmp_path / "index")
@@ -100,7 +103,9 @@ def as_stored(built: IndexVersion, rows: RowFilter) -> list[int]:
 
 
 def test_stored_fields_and_exceptions_tell_the_rows_of_a_filter(
-    installed: Any, build: Build, tmp_path: Path
+    installed: Any,
+    build: Build,
+    tmp_path: Path,
 ) -> None:
     index = tmp_path / "index"
     build(engine="array=memory")
@@ -133,14 +138,18 @@ def test_stored_fields_and_exceptions_tell_the_rows_of_a_filter(
 
 
 def test_rebuild_is_recommended_once_searches_name_many_rows(
-    installed: Any, build: Build, tmp_path: Path
+    installed: Any,
+    build: Build,
+    tmp_path: Path,
 ) -> None:
     index = tmp_path / "index"
     build(engine="array=memory")
     ids = [open_current(index).item(row).id for row in range(5)]
     assert (
         change_metadata(
-            index, [(each, {"price": 1}) for each in ids[:4]], "a test"
+            index,
+            [(each, {"price": 1}) for each in ids[:4]],
+            "a test",
         ).rebuild
         == ""
     )

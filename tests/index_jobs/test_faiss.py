@@ -60,7 +60,10 @@ def file(tmp_path: Path) -> Path:
 )
 @pytest.mark.slow
 def test_kind_finds_what_exact_search_finds(
-    kind: str, lowest: float, gallery: Floats, file: Path
+    kind: str,
+    lowest: float,
+    gallery: Floats,
+    file: Path,
 ) -> None:
     built = build(file, gallery, *choose_kinds(kind, len(gallery), DIM))
     index = FaissIndex.open(file)
@@ -98,7 +101,9 @@ def test_tuned_parameters_are_kept_in_the_file_and_reach_the_target(
 @pytest.mark.parametrize("count", [1, 3])
 @pytest.mark.parametrize("kind", ["flat", "hnsw", "ivf"])
 def test_fewer_vectors_than_neighbours_are_indexed(
-    kind: str, count: int, file: Path
+    kind: str,
+    count: int,
+    file: Path,
 ) -> None:
     vectors = clustered(count)
     built = build(file, vectors, *choose_kinds(kind, count, DIM))
@@ -110,7 +115,9 @@ def test_fewer_vectors_than_neighbours_are_indexed(
 
 
 def test_auto_tries_the_next_kind_at_low_recall(
-    gallery: Floats, file: Path, caplog: pytest.LogCaptureFixture
+    gallery: Floats,
+    file: Path,
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
     assert build(file, gallery, "PQ4x4").measured["recall_at_10"] < 0.9
     assert "below the target of 0.99; choose another kind" in caplog.text
@@ -401,7 +408,9 @@ def test_neighbours_are_exact_among_copies() -> None:
     queries = clustered(100, seed=3)
     scores, _ = find_neighbours(blocks(vectors), queries)
     np.testing.assert_allclose(
-        scores, -np.sort(-(queries @ vectors.T), axis=1)[:, :NEIGHBOURS], atol=1e-6
+        scores,
+        -np.sort(-(queries @ vectors.T), axis=1)[:, :NEIGHBOURS],
+        atol=1e-6,
     )
 
 
@@ -451,7 +460,10 @@ def built(
 def fill(vectors: Floats, kind: str, **parameters: int) -> Any:
     """Return an index of a kind that is not tuned."""
     index = fill_index(
-        IndexChoice(kind, "test"), vectors.shape[1], blocks(vectors), len(vectors)
+        IndexChoice(kind, "test"),
+        vectors.shape[1],
+        blocks(vectors),
+        len(vectors),
     )
     inner, _ = faiss_index.unwrap(index)
     for name, value in parameters.items():
@@ -477,7 +489,10 @@ def fill(vectors: Floats, kind: str, **parameters: int) -> Any:
     ],
 )
 def test_many_results_are_complete_and_near(
-    kind: str, width: dict[str, int], lowest: float, vectors: Floats
+    kind: str,
+    width: dict[str, int],
+    lowest: float,
+    vectors: Floats,
 ) -> None:
     """An index tuned for ten results visits fewer than a hundred vectors."""
     index = FaissIndex(fill(vectors, kind, **width))
@@ -494,7 +509,9 @@ def test_many_results_are_complete_and_near(
 
 @pytest.mark.parametrize("kind", ["HNSW16,SQfp16", "IVF32,Flat"])
 def test_a_narrow_search_compares_no_more_vectors_than_one_for_few_results(
-    kind: str, built: Callable[[str], Any], vectors: Floats
+    kind: str,
+    built: Callable[[str], Any],
+    vectors: Floats,
 ) -> None:
     index = FaissIndex(built(kind))
     queries = vectors[:20] + 0.02
@@ -564,7 +581,9 @@ def test_filtered_search_finds_the_nearest_allowed_rows(
     ["HNSW16,SQfp16", "IVF128,Flat", "IVF128,PQ32x4fs,Refine(SQ8)", "PCA32,IVF128,SQ8"],
 )
 def test_allowed_rows_far_from_the_query_are_found(
-    kind: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+    kind: str,
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
 ) -> None:
     """Allowed rows that lie away from the query, like another category, are found
     too.
@@ -621,12 +640,16 @@ def test_exact_searches_compare_the_stored_vectors(
 
 @pytest.mark.parametrize("kind", ["Flat", "HNSW16,SQfp16", "IVF32,Flat"])
 def test_fewer_allowed_rows_than_k_are_padded(
-    kind: str, built: Callable[[str], Any], vectors: Floats
+    kind: str,
+    built: Callable[[str], Any],
+    vectors: Floats,
 ) -> None:
     index = FaissIndex(built(kind))
     for allowed in ([7, 4000], list[int]()):
         rows = index.search(
-            vectors[:3], 5, RowFilter.of_mask(np.isin(np.arange(COUNT), allowed))
+            vectors[:3],
+            5,
+            RowFilter.of_mask(np.isin(np.arange(COUNT), allowed)),
         )[1]
         assert [sorted(found[: len(allowed)]) for found in rows.tolist()] == [
             allowed

@@ -57,7 +57,11 @@ def shop(
         "".join(json.dumps(line) + "\n" for line in lines)
     )
     rebuild(
-        root, tiny_checkpoint, root.parent / "shop_index", workers=0, progress=False
+        root,
+        tiny_checkpoint,
+        root.parent / "shop_index",
+        workers=0,
+        progress=False,
     )
     return open_current(root.parent / "shop_index")
 
@@ -134,7 +138,9 @@ CASES: list[tuple[Row, Callable[[Row], bool]]] = [
     ids=[json.dumps(case[0]).replace("\\", "") for case in CASES],
 )
 def test_filters_match_conditions_in_python(
-    shop: IndexVersion, filter: Row, wanted: Callable[[Row], bool]
+    shop: IndexVersion,
+    filter: Row,
+    wanted: Callable[[Row], bool],
 ) -> None:
     items = [shop.item(row) for row in range(shop.rows)]
     rows = [
@@ -188,7 +194,10 @@ def test_filters_match_conditions_in_python(
     ],
 )
 def test_conditions_that_do_not_fit_the_field_are_named(
-    shop: IndexVersion, filter: Row, field: str, said: str
+    shop: IndexVersion,
+    filter: Row,
+    field: str,
+    said: str,
 ) -> None:
     with pytest.raises(FilterError) as caught:
         match_rows(shop, filter)

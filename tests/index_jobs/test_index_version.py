@@ -47,7 +47,9 @@ from tests.support.versions import file_of, publish_copy, write_manifest
 
 
 def test_search_and_items(
-    published: Path, encoder: Encoder, tiny_gallery: Path
+    published: Path,
+    encoder: Encoder,
+    tiny_gallery: Path,
 ) -> None:
     opened = open_current(published)
     vectors = encoder.encode_images(
@@ -73,7 +75,9 @@ def test_search_and_items(
 
 
 def test_rows_queries_fields_and_encoders_must_fit(
-    published: Path, encoder: Encoder, tiny_gallery: Path
+    published: Path,
+    encoder: Encoder,
+    tiny_gallery: Path,
 ) -> None:
     opened = open_current(published)
     for row in (-1, 24):
@@ -143,7 +147,9 @@ def make_folder(path: Path) -> None:
     ],
 )
 def test_damage_to_any_file_is_found_and_named(
-    index: Path, name: str, harm: Callable[[Path], None]
+    index: Path,
+    name: str,
+    harm: Callable[[Path], None],
 ) -> None:
     verify_index(index)
     harm(index / name if name.endswith("1.json") else file_of(index, name))
@@ -218,7 +224,9 @@ def test_nothing_published_says_what_to_run(tmp_path: Path) -> None:
     ],
 )
 def test_a_damaged_current_is_named_and_rolls_back_to_the_newest(
-    index: Path, content: str | None, says: str
+    index: Path,
+    content: str | None,
+    says: str,
 ) -> None:
     publish_copy(index)
     (index / "CURRENT").unlink()
@@ -420,7 +428,9 @@ def test_a_second_writer_is_refused(index: Path) -> None:
     ],
 )
 def test_errors_of_the_system_are_one_line(
-    error: OSError, told: str, tmp_path: Path
+    error: OSError,
+    told: str,
+    tmp_path: Path,
 ) -> None:
     with pytest.raises(DcarError, match=told), report_os_errors(tmp_path):
         raise error

@@ -200,7 +200,9 @@ def test_bad_job_ends_alone(index: Path) -> None:
     [LockedError("another job is writing"), OSError(28, "No space left on device")],
 )
 def test_jobs_wait_while_the_index_is_read_only(
-    index: Path, monkeypatch: pytest.MonkeyPatch, error: Exception
+    index: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    error: Exception,
 ) -> None:
     def fail(*_: object, **__: object) -> None:
         raise error
@@ -262,7 +264,9 @@ def test_service_leaves_images_and_begun_jobs_to_a_process(index: Path) -> None:
 
 @pytest.mark.parametrize("kind", ["put", "patch"])
 def test_job_that_ends_its_process_is_given_up(
-    index: Path, monkeypatch: pytest.MonkeyPatch, kind: str
+    index: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    kind: str,
 ) -> None:
     """The jobs beside it are applied."""
     first, second, third, *_ = items_of(index)

@@ -146,7 +146,9 @@ def _remove(given: Given, index: Path) -> None:
 
 def _change(given: Given, index: Path) -> None:
     change_metadata(
-        index, [(given.item(5), {"price": 1, "caption": "a guitar"})], "a table"
+        index,
+        [(given.item(5), {"price": 1, "caption": "a guitar"})],
+        "a table",
     )
 
 
@@ -269,7 +271,10 @@ def attempt(name: str, folder: Path, given: Given, number: int) -> int:
 
 
 def attempt_all(
-    environment: dict[str, str], name: str, folder: Path, given: Given
+    environment: dict[str, str],
+    name: str,
+    folder: Path,
+    given: Given,
 ) -> None:
     os.environ |= environment
     total = attempt(name, folder, given, 0)
@@ -349,7 +354,11 @@ if __name__ == "__main__":
     for line in sys.stdin:
         environment, name, folder, *given = json.loads(line)
         run_all = partial(
-            attempt_all, environment, name, Path(folder), Given(*map(Path, given))
+            attempt_all,
+            environment,
+            name,
+            Path(folder),
+            Given(*map(Path, given)),
         )
         sys.stdout.write(f"{_forked(run_all)}\n")
         sys.stdout.flush()

@@ -105,7 +105,9 @@ def test_a_code_is_known_by_its_parts(tmp_path: Path) -> None:
     ],
 )
 def test_the_best_row_contains_most_of_the_query(
-    lexical: LexicalIndex, query: str, row: int
+    lexical: LexicalIndex,
+    query: str,
+    row: int,
 ) -> None:
     assert lexical.search(query, 1)[1].tolist() == [row]
 
@@ -165,7 +167,9 @@ def test_scores_of_chosen_rows_equal_those_of_a_search(tmp_path: Path) -> None:
         for count in (0, 1, 300, 1202):
             chosen = np.array(generator.sample(range(1202), count), np.int64)
             np.testing.assert_allclose(
-                lexical.score(query, chosen), expected[chosen], rtol=1e-5
+                lexical.score(query, chosen),
+                expected[chosen],
+                rtol=1e-5,
             )
 
 

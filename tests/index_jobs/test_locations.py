@@ -154,7 +154,10 @@ def test_a_list_may_mix_urls_and_paths(store: Any, tmp_path: Path) -> None:
 
 
 def test_galleries_of_equal_names_share_no_vector(
-    store: Any, build: Build, encoder: Encoder, tmp_path: Path
+    store: Any,
+    build: Build,
+    encoder: Encoder,
+    tmp_path: Path,
 ) -> None:
     """Nothing else tells the rows of the lists apart, since nobody asks for the size of
     a list's images.
@@ -170,7 +173,9 @@ def test_galleries_of_equal_names_share_no_vector(
         write_file(tmp_path / f"{color}.png", png(color))
         expected = encoder.encode_images([tmp_path / f"{color}.png"])
         np.testing.assert_allclose(
-            open_current(tmp_path / "index").vectors(np.arange(1)), expected, atol=1e-6
+            open_current(tmp_path / "index").vectors(np.arange(1)),
+            expected,
+            atol=1e-6,
         )
     store.pipe(
         {
@@ -185,7 +190,10 @@ def test_galleries_of_equal_names_share_no_vector(
 @pytest.mark.slow
 @needs("http")
 def test_an_http_gallery_gives_the_vectors_of_its_folder(
-    served: Served, build: Build, tiny_gallery: Path, tmp_path: Path
+    served: Served,
+    build: Build,
+    tiny_gallery: Path,
+    tmp_path: Path,
 ) -> None:
     root, url, _ = served
     shutil.copytree(tiny_gallery, root / "g")
@@ -211,7 +219,10 @@ def test_an_http_gallery_gives_the_vectors_of_its_folder(
 
 @needs("http")
 def test_network_errors_are_retried(
-    served: Served, encoder: Encoder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    served: Served,
+    encoder: Encoder,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     root, url, handler = served
     names = ["a.png", "b.png", "gone.png", "down.png"]
@@ -279,7 +290,9 @@ def test_a_bad_url_is_an_error_that_names_it(store: Any, place: str, says: str) 
     ],
 )
 def test_only_urls_of_known_schemes_are_opened(
-    store: Any, tmp_path: Path, url: str
+    store: Any,
+    tmp_path: Path,
+    url: str,
 ) -> None:
     """fsspec would open archives, ask servers that the list chooses, or fail in the
     middle.
@@ -416,13 +429,18 @@ def test_a_service_reads_images_below_the_roots_and_of_the_hosts_that_are_allowe
     (root / "away.png").symlink_to(tmp_path / "secret")
 
     def resolve(
-        options: dict[str, Any], gallery: str, location: str, span: tuple[int, int]
+        options: dict[str, Any],
+        gallery: str,
+        location: str,
+        span: tuple[int, int],
     ) -> str:
         access = ImageAccess(
             **options | ({"roots": (root,)} if "roots" in options else {})
         )
         return access.resolve(
-            gallery.replace("G", str(root)), location.replace("G", str(root)), *span
+            gallery.replace("G", str(root)),
+            location.replace("G", str(root)),
+            *span,
         )
 
     for options, gallery, location, span, wanted in ALLOWED:

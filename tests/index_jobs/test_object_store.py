@@ -49,7 +49,9 @@ def server() -> Iterator[ObjectStore]:
 
 @pytest.fixture
 def machines(
-    server: ObjectStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    server: ObjectStore,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> Machines:
     """Machines of one index, which has no version yet."""
     for name, value in server.environment.items():
@@ -80,7 +82,10 @@ def numbers(mirror: Path) -> list[str]:
 
 @contextmanager
 def before(
-    mirror: Path, method: str, act: Callable[[], object], key: str = ""
+    mirror: Path,
+    method: str,
+    act: Callable[[], object],
+    key: str = "",
 ) -> Iterator[None]:
     """Call `act` before a machine's first call of a method of its store, for a key or
     for any.
@@ -122,7 +127,10 @@ def first_id(mirror: Path) -> str:
 
 @pytest.mark.slow
 def test_what_one_machine_builds_others_read_change_and_roll_back(
-    build: Build, machines: Machines, tiny_gallery: Path, tiny_checkpoint: Path
+    build: Build,
+    machines: Machines,
+    tiny_gallery: Path,
+    tiny_checkpoint: Path,
 ) -> None:
     arguments = [
         "--gallery",
@@ -135,7 +143,11 @@ def test_what_one_machine_builds_others_read_change_and_roll_back(
         "--quiet",
     ]
     built = run(
-        "app.cli", "index", "build", *arguments, environment=machines.cache("builder")
+        "app.cli",
+        "index",
+        "build",
+        *arguments,
+        environment=machines.cache("builder"),
     )
     assert built.returncode == 0, built.stderr
     assert json.loads(built.stdout)["version"] == 1
@@ -171,7 +183,11 @@ def test_what_one_machine_builds_others_read_change_and_roll_back(
     assert follow(machines["reader"]) == 3
     assert open_current(machines["reader"]).manifest.count == before.manifest.count - 1
     listed = run(
-        "app.cli", "index", "list", machines.url, environment=machines.cache("operator")
+        "app.cli",
+        "index",
+        "list",
+        machines.url,
+        environment=machines.cache("operator"),
     ).stdout.splitlines()
     assert [line[:6] for line in listed] == ["*    3", "     2", "     1"]
     assert not [*machines["operator"].glob("blobs/*")], "a list needs no files"
@@ -236,7 +252,9 @@ def test_publication_after_a_rollback_elsewhere_is_refused_without_a_version(
 
 
 def test_current_names_a_version_that_the_store_has_whoever_comes_first(
-    mirror: Path, machines: Machines, monkeypatch: pytest.MonkeyPatch
+    mirror: Path,
+    machines: Machines,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     operator = machines["operator"]
     reader = machines["reader"]
@@ -322,7 +340,9 @@ def test_version_that_a_loser_takes_back_meanwhile_does_not_end_another_job(
     ],
 )
 def test_corrupted_blob_is_refused_until_it_is_published_again(
-    damage: Any, mirror: Path, machines: Machines
+    damage: Any,
+    mirror: Path,
+    machines: Machines,
 ) -> None:
     assert follow(machines["reader"]) == 1
     publish_copy(mirror)
@@ -367,7 +387,9 @@ def test_files_of_a_hostile_manifest_are_not_written(
 
 
 def test_old_versions_and_blobs_are_removed(
-    mirror: Path, machines: Machines, monkeypatch: pytest.MonkeyPatch
+    mirror: Path,
+    machines: Machines,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     blobs = set[int]()
     assert follow(machines["reader"]) == 1
@@ -400,7 +422,9 @@ def test_old_versions_and_blobs_are_removed(
 
 
 def test_replica_whose_version_is_removed_meanwhile_takes_the_next_one(
-    mirror: Path, machines: Machines, monkeypatch: pytest.MonkeyPatch
+    mirror: Path,
+    machines: Machines,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr("index_jobs.index.versions.GRACE_S", 0)
     remove(mirror, [first_id(mirror)])
@@ -431,7 +455,9 @@ def test_index_that_is_rebuilt_under_its_old_number_is_pulled(
 
 
 def test_messages_name_url_and_fault(
-    machines: Machines, published: Path, monkeypatch: pytest.MonkeyPatch
+    machines: Machines,
+    published: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     mirror = machines["machine"]
     url = machines.url
@@ -459,7 +485,9 @@ def test_messages_name_url_and_fault(
 
 
 def test_what_is_lost_or_damaged_is_mended_by_the_next_job(
-    mirror: Path, machines: Machines, monkeypatch: pytest.MonkeyPatch
+    mirror: Path,
+    machines: Machines,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """CURRENT in the store, files of a mirror, and what a killed publisher has not
     removed.

@@ -132,7 +132,10 @@ def test_a_worse_index_is_published_by_force_alone_and_recalls_are_of_the_two_mo
 
 
 def test_larger_gallery_is_not_a_worse_model(
-    build: Build, models: Models, index: Path, gallery: Path
+    build: Build,
+    models: Models,
+    index: Path,
+    gallery: Path,
 ) -> None:
     """Forty near copies of one image lower its rank but are not compared."""
     for number in range(40):
@@ -246,7 +249,10 @@ class Ranked:
         return pa.chunked_array([[str(row) for row in range(895)]])
 
     def search(
-        self, items: list[int], k: int, allowed: object
+        self,
+        items: list[int],
+        k: int,
+        allowed: object,
     ) -> tuple[np.ndarray, np.ndarray]:
         others = [[row for row in range(895) if row != item] for item in items]
         rows = [
@@ -315,7 +321,9 @@ def named(gallery: Gallery, data: Path) -> dict[str, str]:
 
 
 def test_lost_validation_images_are_omitted(
-    tiny_data: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+    tiny_data: Path,
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
     data = Path(shutil.copytree(tiny_data, tmp_path / "data"))
     (data / Annotations(data).load("val")[0].samples[0].image).unlink()
@@ -331,7 +339,9 @@ def test_lost_validation_images_are_omitted(
 
 
 def test_validation_pairs_are_found_behind_links_and_in_tars(
-    store: Any, tiny_data: Path, tmp_path: Path
+    store: Any,
+    tiny_data: Path,
+    tmp_path: Path,
 ) -> None:
     """A member goes by its own name, or by its tar's and its own."""
     data = Path(shutil.copytree(tiny_data, tmp_path / "data"))
@@ -366,7 +376,9 @@ def store() -> Iterator[Any]:
 
 
 def test_validation_pairs_are_found_by_name_in_a_gallery_elsewhere(
-    store: Any, tiny_data: Path, tmp_path: Path
+    store: Any,
+    tiny_data: Path,
+    tmp_path: Path,
 ) -> None:
     expected = named(scan(tiny_data), tiny_data)
     pictures = {

@@ -51,7 +51,12 @@ from tests.support.versions import Build, file_of
 def small(build: Build) -> Build:
     """Build with small shards: some are known whole, some in part."""
     return partial(
-        build, batch_size=2, shard_rows=4, margin=1, max_failed=0.2, max_vanished=1
+        build,
+        batch_size=2,
+        shard_rows=4,
+        margin=1,
+        max_failed=0.2,
+        max_vanished=1,
     )
 
 
@@ -81,7 +86,10 @@ def same_as_anew(build: Build, gallery: Path, index: Path, **options: Any) -> No
 
 
 def test_other_kind_or_captions_need_no_encoding(
-    build: Build, gallery: Path, encoder: Encoder, tmp_path: Path
+    build: Build,
+    gallery: Path,
+    encoder: Encoder,
+    tmp_path: Path,
 ) -> None:
     index = tmp_path / "index"
     first = build(gallery)
@@ -118,7 +126,9 @@ def test_other_kind_or_captions_need_no_encoding(
 
 @pytest.mark.slow
 def test_a_gallery_without_captions_is_tuned_by_words_for_texts(
-    build: Build, encoder: Encoder, tmp_path: Path
+    build: Build,
+    encoder: Encoder,
+    tmp_path: Path,
 ) -> None:
     (images := tmp_path / "images").mkdir()
     for number, pixels in enumerate(
@@ -144,7 +154,10 @@ def test_a_gallery_without_captions_is_tuned_by_words_for_texts(
 
 @pytest.mark.slow
 def test_unchanged_job_is_reused(
-    build: Build, tiny_checkpoint: Path, other_checkpoint: Path, tmp_path: Path
+    build: Build,
+    tiny_checkpoint: Path,
+    other_checkpoint: Path,
+    tmp_path: Path,
 ) -> None:
     assert not build().reused
     again = build()
@@ -176,7 +189,10 @@ def test_unchanged_job_is_reused(
 
 
 def test_fields_that_no_item_has_are_refused_before_a_model_is_loaded(
-    build: Build, gallery: Path, tiny_checkpoint: Path, tmp_path: Path
+    build: Build,
+    gallery: Path,
+    tiny_checkpoint: Path,
+    tmp_path: Path,
 ) -> None:
     rename_captions(gallery, '"color"', '"tags": ["a", "b"], "color"')
     build(gallery, group_field="color", text_fields=["brand", "color"])
@@ -204,7 +220,9 @@ def test_fields_that_no_item_has_are_refused_before_a_model_is_loaded(
 
 
 def test_failed_images_are_tried_again_by_every_build(
-    build: Build, gallery: Path, tmp_path: Path
+    build: Build,
+    gallery: Path,
+    tmp_path: Path,
 ) -> None:
     """One is missing at first, and a server sends an error page for another: rows of a
     list tell of no change.
@@ -222,7 +240,11 @@ def test_failed_images_are_tried_again_by_every_build(
         "\n".join(["url", *(f"memory://again/{name}" for name in images)])
     )
     run = partial(
-        build, tmp_path / "list.csv", batch_size=2, shard_rows=2, max_failed=0.4
+        build,
+        tmp_path / "list.csv",
+        batch_size=2,
+        shard_rows=2,
+        max_failed=0.4,
     )
     try:
         first = run()
@@ -247,7 +269,9 @@ def test_failed_images_are_tried_again_by_every_build(
 
 
 def test_only_new_and_changed_images_are_encoded(
-    small: Build, gallery: Path, tmp_path: Path
+    small: Build,
+    gallery: Path,
+    tmp_path: Path,
 ) -> None:
     index = tmp_path / "index"
     assert small(gallery).encoded == 24
@@ -277,7 +301,10 @@ def test_only_new_and_changed_images_are_encoded(
 
 
 def test_another_model_and_damaged_shards_are_encoded_anew(
-    small: Build, gallery: Path, other_checkpoint: Path, tmp_path: Path
+    small: Build,
+    gallery: Path,
+    other_checkpoint: Path,
+    tmp_path: Path,
 ) -> None:
     index = tmp_path / "index"
     small(gallery)
@@ -309,7 +336,10 @@ def interrupt(build: Build, gallery: Path, shards: int) -> None:
 
 
 def test_vectors_of_interrupted_jobs_are_reused_and_go_once_a_version_is_published(
-    small: Build, gallery: Path, other_checkpoint: Path, tmp_path: Path
+    small: Build,
+    gallery: Path,
+    other_checkpoint: Path,
+    tmp_path: Path,
 ) -> None:
     """The served version is of another model, so its vectors are of no use, but they
     stay.
@@ -384,7 +414,10 @@ def test_missing_disk_space_is_an_error_before_encoding(
     not Path("/proc/self/stat").exists(), reason="finds child processes in /proc"
 )
 def test_killed_command_ends_its_workers_and_resumes(
-    build: Build, gallery: Path, tiny_checkpoint: Path, tmp_path: Path
+    build: Build,
+    gallery: Path,
+    tiny_checkpoint: Path,
+    tmp_path: Path,
 ) -> None:
     for copy in range(8):
         shutil.copytree(gallery / "circle", gallery / f"copy{copy}")
@@ -400,7 +433,11 @@ def test_killed_command_ends_its_workers_and_resumes(
     ]
     small = ["--workers", 2, "--batch-size", 1, "--shard-rows", 1]
     process = Command(
-        "index_jobs.rebuild", *arguments, *small, stdout=os.devnull, stderr=os.devnull
+        "index_jobs.rebuild",
+        *arguments,
+        *small,
+        stdout=os.devnull,
+        stderr=os.devnull,
     )
     limit = time.monotonic() + 200
     while len(shards := list(index.glob("work/*/*.npz"))) < 5:
@@ -430,7 +467,10 @@ def test_killed_command_ends_its_workers_and_resumes(
 
 @pytest.mark.slow
 def test_training_behind_the_image_tower_needs_no_encoding(
-    build: Build, gallery: Path, tiny_model: Path, tmp_path: Path
+    build: Build,
+    gallery: Path,
+    tiny_model: Path,
+    tmp_path: Path,
 ) -> None:
     """The features of the frozen tower stay, and an adapter is applied to them."""
     backbone = load_backbone(BackboneSource(str(tiny_model)))
@@ -447,7 +487,9 @@ def test_training_behind_the_image_tower_needs_no_encoding(
         encoder = Encoder.load(checkpoint, device="cpu")
         opened.require(encoder.fingerprint)
         np.testing.assert_allclose(
-            opened.vectors(np.arange(3)), encoder.encode_images(images), atol=1e-5
+            opened.vectors(np.arange(3)),
+            encoder.encode_images(images),
+            atol=1e-5,
         )
     assert encoded == [24, 0, 0, 24]  # image prompts are part of the tower
 
@@ -498,7 +540,9 @@ def test_the_first_process_of_a_container_is_interrupted_by_sigterm(
     ],
 )
 def test_wrong_usage_is_exit_code_2(
-    wrong: list[str], message: str, capsys: pytest.CaptureFixture[str]
+    wrong: list[str],
+    message: str,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     places = ["--gallery", "g", "--checkpoint", "c", "--out", "o"] if wrong else []
     assert main([*places, *wrong]) == 2
@@ -615,7 +659,9 @@ def encoders_of(pid: int) -> list[int]:
     not Path("/proc/self/stat").exists(), reason="finds Ray's workers in /proc"
 )
 def test_killed_ray_worker_changes_no_vector(
-    build: Build, tiny_checkpoint: Path, tmp_path: Path
+    build: Build,
+    tiny_checkpoint: Path,
+    tmp_path: Path,
 ) -> None:
     """Of images that are slow to decode, one of them broken."""
     index = tmp_path / "index"

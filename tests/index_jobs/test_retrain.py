@@ -62,7 +62,10 @@ def ranks_first(opened: IndexVersion, pairs: Path) -> float:
 
 @pytest.mark.slow
 def test_a_better_model_is_published_with_the_vectors_of_a_full_build(
-    index: Path, pairs: Path, tiny_gallery: Path, tmp_path: Path
+    index: Path,
+    pairs: Path,
+    tiny_gallery: Path,
+    tmp_path: Path,
 ) -> None:
     before = ranks_first(open_current(index), pairs)
     options = {"--index": index, "--pairs": pairs, "--margin": 1, "--device": "cpu"}
@@ -100,7 +103,10 @@ def test_a_better_model_is_published_with_the_vectors_of_a_full_build(
 
 
 def test_clicks_are_held_out_alone_among_skipped_items_and_captions_only_teach(
-    index: Path, pairs: Path, tiny_gallery: Path, tmp_path: Path
+    index: Path,
+    pairs: Path,
+    tiny_gallery: Path,
+    tmp_path: Path,
 ) -> None:
     rows = [json.loads(line) for line in pairs.read_text().splitlines()]
     captions = write_pairs(tmp_path / "captions.jsonl", tiny_gallery, ["all about"])
@@ -150,7 +156,9 @@ def test_better_captions_do_not_make_up_for_worse_clicks() -> None:
 
 
 def test_model_that_learned_nothing_is_refused_with_a_report(
-    index: Path, tiny_gallery: Path, tmp_path: Path
+    index: Path,
+    tiny_gallery: Path,
+    tmp_path: Path,
 ) -> None:
     noise = write_pairs(tmp_path / "noise.jsonl", tiny_gallery)
     rows = [json.loads(line) for line in noise.read_text().splitlines()]
@@ -177,7 +185,10 @@ def test_model_that_learned_nothing_is_refused_with_a_report(
 
 
 def test_a_killed_retraining_changes_nothing_and_is_repeated_alike(
-    index: Path, pairs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    index: Path,
+    pairs: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     undisturbed = Path(shutil.copytree(index, tmp_path / "undisturbed"))
 
@@ -345,7 +356,9 @@ def exported(
 
 @needs("openvino")
 @pytest.mark.parametrize(
-    "exported", ["exported_checkpoint", "tiny_checkpoint"], indirect=True
+    "exported",
+    ["exported_checkpoint", "tiny_checkpoint"],
+    indirect=True,
 )
 def test_versions_of_a_model_share_one_export(exported: Path, build: Build) -> None:
     first = open_version(exported, 1)
@@ -370,13 +383,18 @@ def damage(file: Path) -> None:
 def require_own_export(exported: Path, cache: Path) -> None:
     published = open_current(exported)
     quick = Encoder.load(
-        published.checkpoint, device="cpu", runtime="openvino", cache=cache
+        published.checkpoint,
+        device="cpu",
+        runtime="openvino",
+        cache=cache,
     )
     assert quick.backbone is None
     texts = ["photo of a red square", "a tile"]
     whole = Encoder.load(published.checkpoint, device="cpu")
     np.testing.assert_allclose(
-        quick.encode_text(texts), whole.encode_text(texts), atol=1e-5
+        quick.encode_text(texts),
+        whole.encode_text(texts),
+        atol=1e-5,
     )
 
 
@@ -391,7 +409,10 @@ def require_own_export(exported: Path, cache: Path) -> None:
     indirect=["exported"],
 )
 def test_retrained_version_has_its_own_export(
-    is_damaged: bool, exported: Path, pairs: Path, tmp_path: Path
+    is_damaged: bool,
+    exported: Path,
+    pairs: Path,
+    tmp_path: Path,
 ) -> None:
     """Of the same image tower, whose graph is made anew if it is damaged."""
     if is_damaged:
@@ -416,7 +437,10 @@ def test_an_export_that_cannot_be_used_is_passed_over_with_a_reason(
     def start() -> Encoder:
         published = open_current(exported)
         return Encoder.load(
-            published.checkpoint, device="cpu", runtime="auto", cache=tmp_path / "cache"
+            published.checkpoint,
+            device="cpu",
+            runtime="auto",
+            cache=tmp_path / "cache",
         )
 
     assert start().backbone is None

@@ -99,7 +99,10 @@ def test_tar_members_are_read_in_place_with_their_siblings(
     assert rows["shard.tar/x/2.png"]["metadata"]["source"] == "here"
     for row, color in zip(rows.values(), ("green", "blue"), strict=True):
         file, size = open_image(
-            gallery.root, row["location"], row["offset"], row["size"]
+            gallery.root,
+            row["location"],
+            row["offset"],
+            row["size"],
         )
         with file:
             assert file.read(size) == png(color)
@@ -122,7 +125,9 @@ def test_tar_members_are_read_in_place_with_their_siblings(
 @pytest.mark.parametrize("kind", ["jsonl", "csv", "parquet"])
 @pytest.mark.parametrize("column", ["file_name", "image", "path"])
 def test_lists_keep_their_order_ids_and_columns(
-    tmp_path: Path, kind: str, column: str
+    tmp_path: Path,
+    kind: str,
+    column: str,
 ) -> None:
     outside = write_file(tmp_path / "outside" / "z.png", png())
     write_file(tmp_path / "lists" / "b.png", png())
@@ -259,7 +264,9 @@ def test_files_that_are_not_read_are_counted(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(
-        formats, "IMAGE_SUFFIXES", formats.IMAGE_SUFFIXES - formats.HEIC_SUFFIXES
+        formats,
+        "IMAGE_SUFFIXES",
+        formats.IMAGE_SUFFIXES - formats.HEIC_SUFFIXES,
     )
     others = (
         "b.svg",
@@ -322,7 +329,9 @@ def test_files_that_are_not_read_are_counted(
     ],
 )
 def test_column_of_one_type_keeps_its_type(
-    cells: list[str], values: list[Any], tmp_path: Path
+    cells: list[str],
+    values: list[Any],
+    tmp_path: Path,
 ) -> None:
     lines = [f'{i}.png,7,7,7,"{cell}"\n' for i, cell in enumerate(cells)]
     path = write_file(
@@ -565,7 +574,10 @@ LISTS: dict[str, tuple[str, bytes | str, list[dict[str, Any]]]] = {
 
 @pytest.mark.parametrize(("name", "content", "wanted"), LISTS.values(), ids=LISTS)
 def test_lists_of_many_forms_are_read(
-    name: str, content: bytes | str, wanted: list[dict[str, Any]], tmp_path: Path
+    name: str,
+    content: bytes | str,
+    wanted: list[dict[str, Any]],
+    tmp_path: Path,
 ) -> None:
     write_file(tmp_path / "Früh" / "Stück.png", png())  # one code point for each letter
     path = write_file(
@@ -686,7 +698,10 @@ BAD += [
 
 @pytest.mark.parametrize(("files", "place", "says"), BAD)
 def test_bad_gallery_is_an_error_with_a_remedy(
-    files: dict[str, bytes], place: str, says: str, tmp_path: Path
+    files: dict[str, bytes],
+    place: str,
+    says: str,
+    tmp_path: Path,
 ) -> None:
     for name, content in files.items():
         write_file(tmp_path / name, content)

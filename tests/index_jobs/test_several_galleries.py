@@ -50,7 +50,10 @@ def images(opened: IndexVersion) -> dict[str, bytes]:
 
 
 def test_same_names_in_two_galleries_are_two_items(
-    build: Build, cameras: list[Path], tiny_checkpoint: Path, tmp_path: Path
+    build: Build,
+    cameras: list[Path],
+    tiny_checkpoint: Path,
+    tmp_path: Path,
 ) -> None:
     build(list(map(str, cameras)))
     opened = open_current(tmp_path / "index")
@@ -108,7 +111,9 @@ def test_ids_and_names_of_several_galleries(
 
 
 def test_adding_a_photo_of_the_same_name_keeps_both(
-    build: Build, cameras: list[Path], tmp_path: Path
+    build: Build,
+    cameras: list[Path],
+    tmp_path: Path,
 ) -> None:
     index = tmp_path / "index"
     build(cameras[0])
@@ -166,7 +171,10 @@ def test_the_summary_counts_what_came_and_went(build: Build, gallery: Path) -> N
 
 
 def test_a_moved_gallery_is_built_from_its_new_place_without_encoding(
-    build: Build, gallery: Path, cameras: list[Path], tmp_path: Path
+    build: Build,
+    gallery: Path,
+    cameras: list[Path],
+    tmp_path: Path,
 ) -> None:
     index = tmp_path / "index"
     build([str(gallery), f"more={cameras[0]}", str(cameras[1])])
@@ -204,7 +212,10 @@ def test_a_moved_gallery_is_built_from_its_new_place_without_encoding(
 
 
 def test_a_moved_model_is_named_to_the_build_and_encodes_nothing(
-    build: Build, tiny_model: Path, tiny_checkpoint: Path, tmp_path: Path
+    build: Build,
+    tiny_model: Path,
+    tiny_checkpoint: Path,
+    tmp_path: Path,
 ) -> None:
     base = Path(shutil.copytree(tiny_model, tmp_path / "models" / tiny_model.name))
     checkpoint = Path(

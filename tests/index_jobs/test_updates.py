@@ -90,11 +90,15 @@ def die(*_: object, **__: object) -> None:
 @pytest.mark.timeout(900)
 @pytest.mark.filterwarnings("ignore")  # hypothesis warns about itself
 def test_any_sequence_of_changes_leaves_the_items_that_dictionaries_have(
-    encoder: Encoder, tiny_checkpoint: Path, tmp_path: Path
+    encoder: Encoder,
+    tiny_checkpoint: Path,
+    tmp_path: Path,
 ) -> None:
     pictures = dict(
         zip(
-            COLORS, encoder.encode_images([png(color) for color in COLORS]), strict=True
+            COLORS,
+            encoder.encode_images([png(color) for color in COLORS]),
+            strict=True,
         )
     )
 
@@ -117,7 +121,9 @@ def test_any_sequence_of_changes_leaves_the_items_that_dictionaries_have(
             return self.versions[current_version(self.index) or 0]
 
         def publish(
-            self, items: dict[str, Fields], job: Callable[[dict[str, Fields]], object]
+            self,
+            items: dict[str, Fields],
+            job: Callable[[dict[str, Fields]], object],
         ) -> None:
             """Run a job that ends before it publishes, and once more."""
             served = current_version(self.index)
@@ -205,7 +211,9 @@ def test_any_sequence_of_changes_leaves_the_items_that_dictionaries_have(
             if not after:
                 with pytest.raises(DataError, match=r"none of the \d ids"):
                     change_metadata(
-                        self.index, [(name, fields) for name in names], "a test"
+                        self.index,
+                        [(name, fields) for name in names],
+                        "a test",
                     )
             elif {**self.items, **after} != self.items:
                 given = [(name, fields) for name in names]
@@ -256,7 +264,9 @@ def test_any_sequence_of_changes_leaves_the_items_that_dictionaries_have(
                     opened.item(row)
             for allowed in (None, filter_rows(opened, {})):
                 lines = opened.search(
-                    np.stack([*pictures.values()]), len(live) + 2, allowed
+                    np.stack([*pictures.values()]),
+                    len(live) + 2,
+                    allowed,
                 )[1].tolist()
                 assert [sorted(line) for line in lines] == [[-1, -1, *live]] * len(
                     pictures
@@ -303,13 +313,18 @@ def test_any_sequence_of_changes_leaves_the_items_that_dictionaries_have(
         derandomize=True,
     )
     healthy = settings(
-        quick, phases=[Phase.generate], suppress_health_check=list(HealthCheck)
+        quick,
+        phases=[Phase.generate],
+        suppress_health_check=list(HealthCheck),
     )
     run_state_machine_as_test(Versions, settings=healthy)
 
 
 def test_added_items_have_images_fields_and_sizes_and_stay_a_gallery(
-    build: Build, index: Path, encoder: Encoder, tmp_path: Path
+    build: Build,
+    index: Path,
+    encoder: Encoder,
+    tmp_path: Path,
 ) -> None:
     gallery = write_images(tmp_path / "one, two", "pink", "cyan", year=1999)
     before = open_current(index)
@@ -352,7 +367,9 @@ def test_added_items_have_images_fields_and_sizes_and_stay_a_gallery(
     again = open_current(tmp_path / "again")
     rows = np.flatnonzero(served.live)
     np.testing.assert_allclose(
-        again.vectors(np.arange(25)), served.vectors(rows), atol=1e-6
+        again.vectors(np.arange(25)),
+        served.vectors(rows),
+        atol=1e-6,
     )
     assert [*map(again.item, range(25))] == [*map(served.item, rows.tolist())]
 
@@ -428,7 +445,10 @@ def test_every_kind_of_built_index_takes_updates(
 
 
 def test_additions_are_merged_and_a_rebuild_is_recommended(
-    index: Path, build: Build, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    index: Path,
+    build: Build,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     names = ids(index)
     assert remove(index, names[:4]).rebuild == ""
@@ -462,7 +482,10 @@ def test_additions_are_merged_and_a_rebuild_is_recommended(
 
 
 def test_refused_updates_change_nothing(
-    index: Path, other_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    index: Path,
+    other_checkpoint: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     broken = write_images(tmp_path / "broken", "pink")
     (broken / "pink.png").write_bytes(b"")
@@ -492,10 +515,18 @@ def test_refused_updates_change_nothing(
 def test_commands_add_list_and_remove(index: Path, tmp_path: Path) -> None:
     gallery = write_images(tmp_path / "more", "pink", "cyan", "lime", "gold")
     assert "version 2, 28 images (4 added, 0 broken)" in run(
-        "add", index, "--gallery", gallery
+        "add",
+        index,
+        "--gallery",
+        gallery,
     )
     assert "version 3, 24 images (4 removed)" in run(
-        "remove", index, "pink", "cyan", "lime", "gold"
+        "remove",
+        index,
+        "pink",
+        "cyan",
+        "lime",
+        "gold",
     )
     assert "4 items removed" in run("list", index).splitlines()[0]
     for refused in (
@@ -509,7 +540,10 @@ def test_commands_add_list_and_remove(index: Path, tmp_path: Path) -> None:
     with pytest.raises(DataError, match="pink"):
         run("remove", index, "pink")
     assert "version 3, 24 images (0 removed)" in run(
-        "remove", index, "pink", "--missing-ok"
+        "remove",
+        index,
+        "pink",
+        "--missing-ok",
     )
     shown = [json.loads(line) for line in run("items", index)[2:].splitlines()]
     assert (
@@ -522,7 +556,10 @@ def test_commands_add_list_and_remove(index: Path, tmp_path: Path) -> None:
     ]
     assert some == [each for each in shown if each["category"] == "circle"]
     assert "version 4, 18 images (6 removed)" in run(
-        "remove", index, "--filter", CIRCLES
+        "remove",
+        index,
+        "--filter",
+        CIRCLES,
     )
 
 
@@ -586,7 +623,9 @@ def test_wrong_changes_publish_nothing(index: Path) -> None:
 def run(*given: object) -> str:
     """Run `dcar index` in this process; return its status and output."""
     result = CliRunner().invoke(
-        app, ["index", *map(str, given)], catch_exceptions=False
+        app,
+        ["index", *map(str, given)],
+        catch_exceptions=False,
     )
     return f"{result.exit_code} {result.output}"
 

@@ -90,7 +90,9 @@ def names(index: Path) -> set[str]:
 
 
 def test_new_changed_renamed_and_removed_files_are_one_update_each(
-    gallery: Path, index: Path, watch: Watch
+    gallery: Path,
+    index: Path,
+    watch: Watch,
 ) -> None:
     (gallery / "clip.mp4").touch()
     watching = watch("--keep-writes", 2)
@@ -121,7 +123,9 @@ def test_new_changed_renamed_and_removed_files_are_one_update_each(
 
 
 def test_file_in_copy_waits_and_a_broken_one_is_tried_again(
-    gallery: Path, index: Path, watch: Watch
+    gallery: Path,
+    index: Path,
+    watch: Watch,
 ) -> None:
     watching = watch()
     data = encoded(draw("pink", "circle"))
@@ -146,7 +150,9 @@ def test_file_in_copy_waits_and_a_broken_one_is_tried_again(
 
 
 def test_a_gallery_that_is_gone_or_mostly_gone_empties_no_index(
-    gallery: Path, index: Path, watch: Watch
+    gallery: Path,
+    index: Path,
+    watch: Watch,
 ) -> None:
     watching = watch()
     aside = gallery.parent / "aside"
@@ -191,7 +197,9 @@ def test_a_gallery_that_is_gone_or_mostly_gone_empties_no_index(
 
 
 def test_most_of_a_gallery_in_a_renamed_folder_is_a_move(
-    gallery: Path, index: Path, watch: Watch
+    gallery: Path,
+    index: Path,
+    watch: Watch,
 ) -> None:
     (new := gallery / "by-shape").mkdir()
     for shape in ("circle", "triangle"):
@@ -205,7 +213,9 @@ def test_most_of_a_gallery_in_a_renamed_folder_is_a_move(
 
 
 def test_a_watch_without_an_index_or_a_gallery_on_this_machine_ends_with_an_error(
-    gallery: Path, build: Build, tmp_path: Path
+    gallery: Path,
+    build: Build,
+    tmp_path: Path,
 ) -> None:
     with pytest.raises(ArtifactError, match="holds no published index"):
         watch_index(tmp_path / "indx", print)
@@ -215,7 +225,9 @@ def test_a_watch_without_an_index_or_a_gallery_on_this_machine_ends_with_an_erro
 
 
 def test_a_killed_watch_resumes_and_leaves_changes_over_http_alone(
-    gallery: Path, index: Path, watch: Watch
+    gallery: Path,
+    index: Path,
+    watch: Watch,
 ) -> None:
     watching = watch()
     assert watching.is_silent()

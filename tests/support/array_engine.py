@@ -39,7 +39,9 @@ class ArrayIndex(VectorIndex):
         else:
             numbers = np.where(rows.mask, np.arange(self.count), -1)
         return merge_top_k(
-            [vectors @ self._array.T], [np.tile(numbers, (len(vectors), 1))], k
+            [vectors @ self._array.T],
+            [np.tile(numbers, (len(vectors), 1))],
+            k,
         )
 
     def vectors(self, rows: Rows) -> Floats:
@@ -64,13 +66,18 @@ class ArrayEngine(Engine):
         np.save(new.folder / "vectors.npy", index.vectors(np.arange(index.count)))
         benchmark = Benchmark(new.blocks, new.queries, target=spec.target_recall)
         return CreatedIndex(
-            kind="array", reason="requested", measured=benchmark.measure(index)
+            kind="array",
+            reason="requested",
+            measured=benchmark.measure(index),
         )
 
     def open(self, files: Files, kind: str = "") -> ArrayIndex:
         return ArrayIndex(np.load(files["vectors.npy"], allow_pickle=False))
 
     def sync(
-        self, name: str, version: int, versions: Mapping[int, Sequence[Files]]
+        self,
+        name: str,
+        version: int,
+        versions: Mapping[int, Sequence[Files]],
     ) -> None:
         self.synced.append((self._uri, name, version))

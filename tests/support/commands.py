@@ -117,13 +117,18 @@ class Command:
 
 
 def run(
-    program: str | Path, *arguments: object, **options: Any
+    program: str | Path,
+    *arguments: object,
+    **options: Any,
 ) -> subprocess.CompletedProcess[str]:
     """Run a command to its end; options as for `Command`."""
     command = Command(program, *arguments, **options)
     out, errors = command.communicate()
     return subprocess.CompletedProcess(
-        [str(program), *map(str, arguments)], command.wait(), out, errors
+        [str(program), *map(str, arguments)],
+        command.wait(),
+        out,
+        errors,
     )
 
 
@@ -192,5 +197,9 @@ def _stream(number: int) -> io.TextIOWrapper:
     errors = "backslashreplace" if number == 2 else "strict"
     buffer: Any = raw if unbuffered else io.BufferedWriter(raw)
     return io.TextIOWrapper(
-        buffer, encoding, errors, line_buffering=number == 2, write_through=unbuffered
+        buffer,
+        encoding,
+        errors,
+        line_buffering=number == 2,
+        write_through=unbuffered,
     )

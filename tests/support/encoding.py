@@ -13,7 +13,10 @@ from index_jobs.spec import BuildOptions
 
 
 def encode(
-    gallery: Path, encoders: Encoder | list[Encoder], work: Path, **options: Any
+    gallery: Path,
+    encoders: Encoder | list[Encoder],
+    work: Path,
+    **options: Any,
 ) -> EncodedGallery:
     """Encode a gallery with small windows and shards."""
     given = BuildOptions.of(

@@ -7,7 +7,9 @@ from app.feedback.log import EventRow, QueryRow, Store
 
 
 def write_log(
-    folder: Path, queries: Iterable[QueryRow], events: Iterable[EventRow] = ()
+    folder: Path,
+    queries: Iterable[QueryRow],
+    events: Iterable[EventRow] = (),
 ) -> Path:
     """Add rows to the log of this host, events first, as if another host had answered
     the searches.

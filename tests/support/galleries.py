@@ -27,7 +27,10 @@ WORDS = (
 
 
 def write_images(
-    path: Path, *colors: str, shape: str = "square", **fields: object
+    path: Path,
+    *colors: str,
+    shape: str = "square",
+    **fields: object,
 ) -> Path:
     """Write a gallery with one image per colour."""
     path.mkdir()

@@ -35,16 +35,24 @@ def put(
 
 def delete(index: Path, *ids: str, filter: dict[str, Any] | None = None) -> str:
     return JobQueue(index).accept(
-        "delete", [{"id": each} for each in ids], filter=filter
+        "delete",
+        [{"id": each} for each in ids],
+        filter=filter,
     )
 
 
 def patch(
-    index: Path, *item_ids: str, filter: dict[str, Any] | None = None, **fields: Any
+    index: Path,
+    *item_ids: str,
+    filter: dict[str, Any] | None = None,
+    **fields: Any,
 ) -> str:
     """Accept a job that merges fields into items."""
     return JobQueue(index).accept(
-        "patch", [{"id": item_id} for item_id in item_ids], filter=filter, fields=fields
+        "patch",
+        [{"id": item_id} for item_id in item_ids],
+        filter=filter,
+        fields=fields,
     )
 
 

@@ -75,7 +75,9 @@ def plain_sort(rows: Iterable[int], values: list[Any], descending: bool) -> list
 
 
 def fold_row_by_row(
-    vectors: np.ndarray, rows: list[int], fold: float
+    vectors: np.ndarray,
+    rows: list[int],
+    fold: float,
 ) -> dict[int, list[int]]:
     """Fold each row into the most similar row that is shown, or show it; return the
     folded rows of each shown one.
@@ -143,7 +145,9 @@ class Oracle:
         rows = self.allowed(filter)
         if sort:
             rows = plain_sort(
-                rows, self.values(sort.removeprefix("-")), sort.startswith("-")
+                rows,
+                self.values(sort.removeprefix("-")),
+                sort.startswith("-"),
             )
         if group_by is None:
             group_by = self.index.manifest.spec.group_field
@@ -195,7 +199,10 @@ class Oracle:
         return self.index.manifest.image_cutoff if image else self.index.manifest.cutoff
 
     def level(
-        self, query: Query, best: float, image: bytes | None
+        self,
+        query: Query,
+        best: float,
+        image: bytes | None,
     ) -> tuple[float, float, float] | None:
         """Return the scores of a likely and of a possible match, and the text score of
         a likely one.
@@ -258,7 +265,10 @@ class Oracle:
         self.served.pages.clear()
 
     def check(
-        self, body: dict[str, Any], image: bytes | None = None, **options: Any
+        self,
+        body: dict[str, Any],
+        image: bytes | None = None,
+        **options: Any,
     ) -> None:
         """Assert that the body of a search is what its options ask for."""
         query = Query(**options)
@@ -394,14 +404,20 @@ class Oracle:
 
     @staticmethod
     def level_of(
-        levels: tuple[float, float, float] | None, score: float, text_score: float
+        levels: tuple[float, float, float] | None,
+        score: float,
+        text_score: float,
     ) -> str:
         if levels is not None and (score >= levels[0] or text_score >= levels[2]):
             return "likely"
         return "possible" if levels is None or score >= levels[1] else "unlikely"
 
     def check_facet(
-        self, facet: list[dict[str, Any]], name: str, rows: list[int], owners: list[Any]
+        self,
+        facet: list[dict[str, Any]],
+        name: str,
+        rows: list[int],
+        owners: list[Any],
     ) -> None:
         values = self.values(name)
         pairs = {

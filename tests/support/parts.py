@@ -75,7 +75,9 @@ PARTS = {
     ),
     "gpu": Part("CUDA", "run on a machine with an NVIDIA GPU", in_ci=False),
     "openvino": Part(
-        "OpenVINO", "run on a processor that it has wheels for", ("openvino",)
+        "OpenVINO",
+        "run on a processor that it has wheels for",
+        ("openvino",),
     ),
     "registry": _asked("a registry of packages", "TEST_REGISTRY"),
     "time": _asked("what takes many seconds", "TEST_LONG"),
@@ -103,7 +105,10 @@ PARTS = {
     "mcp": _extra("MCP", "stacks", "mcp"),
     "langchain": _extra("LangChain", "stacks", "langchain_core"),
     "llama-index": Part(
-        "LlamaIndex", "pip install llama-index-core", ("llama_index.core",), in_ci=False
+        "LlamaIndex",
+        "pip install llama-index-core",
+        ("llama_index.core",),
+        in_ci=False,
     ),
 }
 MARKERS = ("redis", "browser", "gpu")

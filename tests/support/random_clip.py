@@ -67,7 +67,11 @@ def write_model(path: Path, **settings: Any) -> Path:
 
 
 def checkpoint_on(
-    model: Path, config: ModelConfig, path: Path, seed: int = 3, noise: float = 0.05
+    model: Path,
+    config: ModelConfig,
+    path: Path,
+    seed: int = 3,
+    noise: float = 0.05,
 ) -> Path:
     """Write a checkpoint whose every trainable differs from its start."""
     torch.manual_seed(seed)

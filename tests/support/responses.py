@@ -8,7 +8,9 @@ from prometheus_client.parser import text_string_to_metric_families
 
 
 def assert_problem(
-    answer: httpx.Response, status: int, field: str | None = None
+    answer: httpx.Response,
+    status: int,
+    field: str | None = None,
 ) -> dict[str, Any]:
     """Assert that the response is a problem with this status that names this field;
     return its body.

@@ -25,7 +25,9 @@ class Client:
 
     async def image(self, data: bytes, **fields: Any) -> dict[str, Any]:
         answer = await self.client.post(
-            "/search/image", files={"file": data}, data=fields
+            "/search/image",
+            files={"file": data},
+            data=fields,
         )
         assert answer.status_code == 200, answer.text
         VALID.validate_python(answer.json(), strict=True)
@@ -42,7 +44,9 @@ def close(body: dict[str, Any], wanted: list[tuple[str, float]]) -> None:
     """
     assert len(body["results"]) == len(wanted)
     np.testing.assert_allclose(
-        [r["score"] for r in body["results"]], [s for _, s in wanted], atol=2e-3
+        [r["score"] for r in body["results"]],
+        [s for _, s in wanted],
+        atol=2e-3,
     )
     score_of = dict(wanted)
     np.testing.assert_allclose(

@@ -159,7 +159,10 @@ async def opened(
 
 @contextmanager
 def serving(
-    index: Path, *, below: str = "", **given: Any
+    index: Path,
+    *,
+    below: str = "",
+    **given: Any,
 ) -> Iterator[tuple[FastAPI, int]]:
     """The application on a real port, in a thread of this process. below: a path that a
     proxy removes.
@@ -213,7 +216,9 @@ def _ready_client(
 
 @contextmanager
 def serving_process(
-    index: Path, script: str = SERVE, **settings: str
+    index: Path,
+    script: str = SERVE,
+    **settings: str,
 ) -> Iterator[tuple[Command, httpx.Client, list[str]]]:
     """The service in a process of its own, a client of it, and its log, which has all
     lines once it has ended.
@@ -237,7 +242,9 @@ def serving_process(
 
 @contextmanager
 def serving_by(
-    python: str, *command: str | Path, **environment: str
+    python: str,
+    *command: str | Path,
+    **environment: str,
 ) -> Iterator[httpx.Client]:
     """A client of a dcar command that serves, run by an interpreter with these
     variables.

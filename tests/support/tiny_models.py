@@ -100,7 +100,10 @@ class TinyClip:
         rows = []
         for length in lengths:
             words = torch.randint(
-                5, VOCABULARY - 5, (length,), generator=generator
+                5,
+                VOCABULARY - 5,
+                (length,),
+                generator=generator,
             ).tolist()
             ids = [*self.layout.start_ids, *words, self.layout.end_id]
             rows.append(
@@ -110,7 +113,11 @@ class TinyClip:
 
     def pixels(self, count: int) -> torch.Tensor:
         return torch.randn(
-            count, 3, self.size, self.size, generator=torch.Generator().manual_seed(2)
+            count,
+            3,
+            self.size,
+            self.size,
+            generator=torch.Generator().manual_seed(2),
         )
 
 
@@ -127,7 +134,9 @@ def tiny_clip(name: str, directory: Path) -> TinyClip:
         clip = open_clip.create_model(name, load_weights=False, **config)
     shake(clip)
     return TinyClip(
-        clip.eval().requires_grad_(False), layout_of(name, config), image_size(config)
+        clip.eval().requires_grad_(False),
+        layout_of(name, config),
+        image_size(config),
     )
 
 
@@ -450,7 +459,11 @@ def _gemma() -> Tokenizer:
     merges = [tuple(pair) for pair in model["merges"]]
     tokenizer = Tokenizer(
         models.BPE(
-            model["vocab"], merges, unk_token="<unk>", fuse_unk=True, byte_fallback=True
+            model["vocab"],
+            merges,
+            unk_token="<unk>",
+            fuse_unk=True,
+            byte_fallback=True,
         )
     )
     tokenizer.normalizer = normalizers.Replace(" ", "▁")

@@ -13,7 +13,9 @@ from dcar_core.util.arrays import Rows
 
 
 def model_and_data(
-    backbone: Backbone, data: Dataset, name: str
+    backbone: Backbone,
+    data: Dataset,
+    name: str,
 ) -> tuple[DCAR, PreparedSplit]:
     """Return a model with changed weights and its data; at the first weights some
     gradients are zero.

@@ -43,7 +43,10 @@ def held_out(vectors: Floats) -> HeldOutQueries:
 
 
 def build(
-    file: Path, vectors: Floats, *kinds: str | IndexChoice, **options: Any
+    file: Path,
+    vectors: Floats,
+    *kinds: str | IndexChoice,
+    **options: Any,
 ) -> CreatedIndex:
     """Build, tune and write an index of one of these factory strings or choices."""
     choices = [
@@ -62,12 +65,17 @@ def build(
 
 
 def recall(
-    rows: Rows, queries: Floats, vectors: Floats, mask: Mask | None = None
+    rows: Rows,
+    queries: Floats,
+    vectors: Floats,
+    mask: Mask | None = None,
 ) -> float:
     """Return the share of the nearest rows, among those of a mask, that were found."""
     scores = queries @ vectors.T
     truth = np.argsort(
-        -scores if mask is None else np.where(mask, -scores, 9), axis=1, kind="stable"
+        -scores if mask is None else np.where(mask, -scores, 9),
+        axis=1,
+        kind="stable",
     )
     k = rows.shape[1]
     return float(

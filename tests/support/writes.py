@@ -24,15 +24,23 @@ async def put(
     **options: Any,
 ) -> httpx.Response:
     return await client.put(
-        path, json={"items": items}, headers=options.pop("headers", ADMINS)
+        path,
+        json={"items": items},
+        headers=options.pop("headers", ADMINS),
     )
 
 
 async def delete(
-    client: httpx.AsyncClient, *ids: str, path: str = "/items", **options: Any
+    client: httpx.AsyncClient,
+    *ids: str,
+    path: str = "/items",
+    **options: Any,
 ) -> httpx.Response:
     return await client.request(
-        "DELETE", path, json={"ids": ids}, headers=options.pop("headers", ADMINS)
+        "DELETE",
+        path,
+        json={"ids": ids},
+        headers=options.pop("headers", ADMINS),
     )
 
 

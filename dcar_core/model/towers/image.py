@@ -150,7 +150,10 @@ class NativeImage(ImageTower):
         return project_by(self.module.proj, x)
 
     def rows_before(
-        self, pixels: Tensor, block: int, adapters: AdapterMatrices | None = None
+        self,
+        pixels: Tensor,
+        block: int,
+        adapters: AdapterMatrices | None = None,
     ) -> Tensor:
         """The rows that enter a block: (B, 3, S, S) -> (B, 1 + P, W_v)."""
         return PromptRows(None, 0, adapters).run(
@@ -158,7 +161,10 @@ class NativeImage(ImageTower):
         )
 
     def class_row_inputs(
-        self, x: Tensor, block: int, adapters: AdapterMatrices | None = None
+        self,
+        x: Tensor,
+        block: int,
+        adapters: AdapterMatrices | None = None,
     ) -> ClassRowInputs:
         """Run the blocks from `block` on over `rows_before` (B, 1 + P, W_v), for
         `class_row_features`.
@@ -199,7 +205,9 @@ class NativeImage(ImageTower):
             x = x + prompts[:, i - block, None]
             attention = layer.attn
             own = F.linear(
-                layer.ln_1(x), attention.in_proj_weight, attention.in_proj_bias
+                layer.ln_1(x),
+                attention.in_proj_weight,
+                attention.in_proj_bias,
             )
             own = own.reshape(len(x), 1, 3, attention.num_heads, -1)
             query, key, value = own.permute(2, 0, 3, 1, 4)  # [B, H, 1, d]

@@ -126,7 +126,11 @@ class TextTower:
     project: Callable[[Tensor], Tensor]
 
     def __init__(
-        self, module: Any, layout: TextLayout, *, reads_padding: bool = False
+        self,
+        module: Any,
+        layout: TextLayout,
+        *,
+        reads_padding: bool = False,
     ) -> None:
         self.module = module
         self.layout = replace(layout, reads_padding=reads_padding)
@@ -325,7 +329,9 @@ class HfText(TextTower):
 
 def _renew_before(block: int) -> Any:
     def hook(
-        module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
+        module: Any,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
     ) -> tuple[tuple[Any, ...], dict[str, Any]]:
         rows = _ROWS.get()
         if rows is None:

@@ -181,7 +181,9 @@ def build_index(
             "build_seconds": round(seconds, 1)
         }
         built = CreatedIndex(
-            kind=choice.factory, reason=choice.reason, measured=measured
+            kind=choice.factory,
+            reason=choice.reason,
+            measured=measured,
         )
         recall = _recall(built)
         if all(recall > _recall(other) for other in tried):
@@ -254,7 +256,11 @@ def fill_index(choice: IndexChoice, dim: int, blocks: Blocks, count: int) -> Any
 
 
 def choose_kinds(
-    kind: str, count: int, dim: int, *, memory: int | None = None
+    kind: str,
+    count: int,
+    dim: int,
+    *,
+    memory: int | None = None,
 ) -> list[IndexChoice]:
     """Return the index to build, and for "auto" the alternatives if its recall is too
     low.
@@ -265,7 +271,9 @@ def choose_kinds(
     """
     if kind == "auto":
         return _choose_automatically(
-            count, dim, machine_memory() // 2 if memory is None else memory
+            count,
+            dim,
+            machine_memory() // 2 if memory is None else memory,
         )
     named = _kinds(count, dim).get(kind.lower().removeprefix(_GPU))
     reason = f"requested: {kind}"

@@ -145,7 +145,11 @@ class FaissIndex(VectorIndex):
         return scores, found
 
     def _search_selection(
-        self, vectors: Floats, k: int, mask: Mask, count: int
+        self,
+        vectors: Floats,
+        k: int,
+        mask: Mask,
+        count: int,
     ) -> ScoredRows:
         """Search among `count` rows of a mask."""
         if count <= EXACT_UP_TO or not self._maximum:
@@ -174,7 +178,10 @@ class FaissIndex(VectorIndex):
             wider = _WIDENING**2 * width
             while min(wider, self._maximum) <= limit:
                 found = self._search(
-                    vector, enough, min(wider, self._maximum), _selector(mask)
+                    vector,
+                    enough,
+                    min(wider, self._maximum),
+                    _selector(mask),
                 )
                 if found[1][0, -1] >= 0 or wider >= self._maximum:
                     break
@@ -189,10 +196,16 @@ class FaissIndex(VectorIndex):
         return math.ceil(_VISITED * k / self._visited)
 
     def _search(
-        self, vectors: Floats, k: int, width: int, selector: Any = None
+        self,
+        vectors: Floats,
+        k: int,
+        width: int,
+        selector: Any = None,
     ) -> ScoredRows:
         scores, rows = self._index.search(
-            vectors, k, params=_parameters(self._index, selector, width)
+            vectors,
+            k,
+            params=_parameters(self._index, selector, width),
         )
         return scores, rows
 
@@ -204,7 +217,9 @@ class FaissIndex(VectorIndex):
         )
         if is_scanned and len(selected) > DECODED_SHARE * self.count:
             scores, rows = self._storage.search(
-                vectors, k, params=faiss.SearchParameters(sel=_selector(mask))
+                vectors,
+                k,
+                params=faiss.SearchParameters(sel=_selector(mask)),
             )
             return merge_top_k([scores], [rows], k)
         scores = np.empty((len(vectors), 0), np.float32)
@@ -213,7 +228,10 @@ class FaissIndex(VectorIndex):
             block: Rows = selected[start : start + _BLOCK]
             decoded = self._index.reconstruct_batch(block)
             found = faiss.knn(
-                vectors, decoded, min(k, len(block)), metric=faiss.METRIC_INNER_PRODUCT
+                vectors,
+                decoded,
+                min(k, len(block)),
+                metric=faiss.METRIC_INNER_PRODUCT,
             )
             scores, rows = merge_top_k([scores, found[0]], [rows, block[found[1]]], k)
         return merge_top_k([scores], [rows], k)

@@ -52,14 +52,20 @@ def blocks(backbone: Backbone) -> dict[str, Any]:
 
 
 def add_adapter(
-    own: dict[str, Any], tower: str, block: Any, x: Tensor, output: Tensor
+    own: dict[str, Any],
+    tower: str,
+    block: Any,
+    x: Tensor,
+    output: Tensor,
 ) -> Tensor:
     """Return the output of a block with MMA's formula for the first adapter."""
     x = block.ln_1(x)
     for name in (f"{tower}.0.down", "shared.0"):
         x = F.relu(F.linear(x, own[f"{name}.weight"], own[f"{name}.bias"]))
     return output + SCALE * F.linear(
-        x, own[f"{tower}.0.up.weight"], own[f"{tower}.0.up.bias"]
+        x,
+        own[f"{tower}.0.up.weight"],
+        own[f"{tower}.0.up.bias"],
     )
 
 
@@ -117,11 +123,16 @@ def test_mmrl_puts_tokens_behind_the_first_row_of_the_last_blocks_and_reads_them
     both = model.encode_image(pixels, rows=True)
     for tower, (_, last) in blocks(backbone).items():
         added = F.linear(
-            own["tokens"], own[f"{tower}.0.weight"], own[f"{tower}.0.bias"]
+            own["tokens"],
+            own[f"{tower}.0.weight"],
+            own[f"{tower}.0.bias"],
         ).expand(2, -1, -1)
 
         def insert(
-            block: Any, x: Any, options: Any, added: Tensor = added
+            block: Any,
+            x: Any,
+            options: Any,
+            added: Tensor = added,
         ) -> tuple[Any, Any]:
             longer = torch.cat([x[0][:, :1], added, x[0][:, 1:]], 1)
             mask = torch.full((longer.shape[1],) * 2, -torch.inf).triu(1)
@@ -147,7 +158,9 @@ def test_mmrl_puts_tokens_behind_the_first_row_of_the_last_blocks_and_reads_them
 
 @pytest.mark.parametrize("parts", [1, 3])
 def test_the_loss_of_mmrl_is_that_of_the_paper(
-    backbone: Backbone, tiny_data: Path, parts: int
+    backbone: Backbone,
+    tiny_data: Path,
+    parts: int,
 ) -> None:
     model = moved_model(backbone, "mmrl")
     pairs = Annotations(tiny_data).load("train")[0]
@@ -180,7 +193,9 @@ def test_the_loss_of_mmrl_is_that_of_the_paper(
 
 
 def test_methods_are_compared_and_served_by_no_runtime(
-    tiny_model: Path, tiny_data: Path, tmp_path: Path
+    tiny_model: Path,
+    tiny_data: Path,
+    tmp_path: Path,
 ) -> None:
     words = [
         "--data",

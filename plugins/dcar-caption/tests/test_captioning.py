@@ -497,7 +497,9 @@ def test_usage_of_another_form_is_not_counted(photos: Path, usage: Any) -> None:
     ],
 )
 def test_rejected_drafts_name_the_finish_reason(
-    photos: Path, answer: dict[str, Any], reason: str
+    photos: Path,
+    answer: dict[str, Any],
+    reason: str,
 ) -> None:
     with VisionServer(
         lambda asked, n: (
@@ -523,7 +525,9 @@ def test_rejected_drafts_name_the_finish_reason(
     ],
 )
 def test_messages_never_show_the_key(
-    photos: Path, answer: Raw | dict[str, Any], monkeypatch: pytest.MonkeyPatch
+    photos: Path,
+    answer: Raw | dict[str, Any],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setenv("DCAR_CAPTION_API_KEY", KEY)
     with VisionServer(lambda asked, n: answer) as server:
@@ -534,7 +538,9 @@ def test_messages_never_show_the_key(
 
 @pytest.mark.parametrize("odd", ["\n", "\x01", "\u00e9", "\udcff"])
 def test_a_key_that_no_header_can_hold_is_refused_without_showing_it(
-    odd: str, photos: Path, monkeypatch: pytest.MonkeyPatch
+    odd: str,
+    photos: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setenv("DCAR_CAPTION_API_KEY", f"{KEY}{odd}x")
     with (
@@ -598,7 +604,10 @@ def test_consecutive_failures_end_the_run(
     [("ALL_PROXY", "socks4://127.0.0.1:9"), ("SSL_CERT_FILE", "/none.pem")],
 )
 def test_proxies_and_certificates_that_cannot_be_used_end_the_run(
-    name: str, value: str, photos: Path, monkeypatch: pytest.MonkeyPatch
+    name: str,
+    value: str,
+    photos: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setenv(name, value)
     monkeypatch.delenv("SSL_CERT_DIR")
@@ -619,7 +628,11 @@ def test_key_is_sent_to_its_own_host_only(
     def keys(own: str, **given: Any) -> dict[str, str]:
         monkeypatch.setenv("DCAR_JUDGE_API_KEY", own)
         options = CaptionOptions(
-            images=photos, out=photos, url="https://one.example/v1", model="m", **given
+            images=photos,
+            out=photos,
+            url="https://one.example/v1",
+            model="m",
+            **given,
         )
         return {
             role: endpoint.client.api_key

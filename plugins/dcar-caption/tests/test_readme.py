@@ -20,7 +20,9 @@ SHAPES = ("square", "circle", "triangle", "cross")
 
 
 def test_captions_of_a_vision_model_reach_the_index(
-    tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tiny_model: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.chdir(tmp_path)
     add_plugins()
@@ -38,7 +40,9 @@ def test_captions_of_a_vision_model_reach_the_index(
             )
             words = re.sub(r"--url \S+", f"--url {server.url}", words)
             done = CliRunner().invoke(
-                app, shlex.split(words)[1:], catch_exceptions=False
+                app,
+                shlex.split(words)[1:],
+                catch_exceptions=False,
             )
             assert done.exit_code in status, (command, done.output)
             printed += done.stdout

@@ -60,7 +60,12 @@ class CoreClient:
         return name in self._shards
 
     def create_collection(
-        self, name: str, vectors: Any, *, hnsw_config: Any, **_: Any
+        self,
+        name: str,
+        vectors: Any,
+        *,
+        hnsw_config: Any,
+        **_: Any,
     ) -> bool:
         (path := self._folder / name).mkdir()
         graph = core.HnswIndexConfig(
@@ -69,7 +74,9 @@ class CoreClient:
             full_scan_threshold=10_000,
         )
         dense = core.EdgeVectorParams(
-            size=vectors.size, distance=core.Distance.Dot, hnsw_config=graph
+            size=vectors.size,
+            distance=core.Distance.Dot,
+            hnsw_config=graph,
         )
         self._shards[name] = core.EdgeShard.create(
             str(path), core.EdgeConfig(vectors=dense)

@@ -53,7 +53,9 @@ class QdrantServer:
                 server.keys.append(self.headers.get("api-key"))
                 length = int(self.headers.get("content-length", 0))
                 status, result = server.respond(
-                    self.command, urlsplit(self.path).path, self.rfile.read(length)
+                    self.command,
+                    urlsplit(self.path).path,
+                    self.rfile.read(length),
                 )
                 body = json.dumps(
                     {"result": result, "status": "ok", "time": 0.0}
@@ -112,7 +114,9 @@ class QdrantServer:
             case "PUT":
                 given = models.CreateCollection(**body)
                 return client.create_collection(
-                    name, given.vectors, hnsw_config=given.hnsw_config
+                    name,
+                    given.vectors,
+                    hnsw_config=given.hnsw_config,
                 )
             case "DELETE":
                 return client.delete_collection(name)

@@ -23,7 +23,10 @@ from tests.support.versions import Build
 
 @pytest.fixture
 def index(
-    build: Build, server: QdrantServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    build: Build,
+    server: QdrantServer,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> Path:
     monkeypatch.setattr(connection, "READ_SECONDS", 1)
     monkeypatch.setattr(connection, "REST_SECONDS", 0.1)
@@ -92,7 +95,9 @@ async def test_a_qdrant_that_hangs_holds_no_search_to_the_deadline_and_no_item(
 
 
 def test_one_slow_search_stops_no_other(
-    index: Path, server: QdrantServer, monkeypatch: pytest.MonkeyPatch
+    index: Path,
+    server: QdrantServer,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(connection, "REST_SECONDS", 60)
     opened = open_current(index)

@@ -237,13 +237,17 @@ def test_random_requests_have_equal_responses(opened: tuple[Index, Index]) -> No
 
 
 def test_filters_are_conditions_that_name_only_rows_that_were_removed_or_changed(
-    build: Build, server: QdrantServer, tmp_path: Path
+    build: Build,
+    server: QdrantServer,
+    tmp_path: Path,
 ) -> None:
     index = tmp_path / "index"
     gallery = write_gallery(tmp_path / "many", range(20))
     build(gallery, engine=f"qdrant={server.url}")
     change_metadata(
-        index, [("n3", {"price": 7.5, "brand": "lynx"}), ("n4", {"price": 1})], "a test"
+        index,
+        [("n3", {"price": 7.5, "brand": "lynx"}), ("n4", {"price": 1})],
+        "a test",
     )
     remove(index, ["n5"])
     opened = Index.open(index, device="cpu")
@@ -304,7 +308,10 @@ def test_bounds_of_integers_are_integers() -> None:
 
 
 def test_many_searches_that_name_many_rows_are_sent_in_small_parts(
-    build: Build, server: QdrantServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    build: Build,
+    server: QdrantServer,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     build(engine=f"qdrant={server.url}")
     opened = open_current(tmp_path / "index")
@@ -331,7 +338,10 @@ def test_the_benchmark_prints_a_row_of_each_engine() -> None:
         "16",
     ]
     rows = subprocess.run(
-        command, capture_output=True, text=True, check=True
+        command,
+        capture_output=True,
+        text=True,
+        check=True,
     ).stdout.splitlines()[-2:]
     assert [row.partition(",")[0] for row in rows] == ["| qdrant", "| faiss"]
     assert all(

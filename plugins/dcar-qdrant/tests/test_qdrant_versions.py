@@ -57,7 +57,10 @@ def collection_of(index: Path, version: int) -> str:
 
 
 def test_every_item_is_nearest_to_its_own_vector(
-    build: Build, url: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    build: Build,
+    url: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(index, "BATCH", 7)
     monkeypatch.setattr(engine, "BATCH", 7)
@@ -124,7 +127,10 @@ def test_collections_and_alias_follow_versions_rollback_and_updates(
 
 @pytest.mark.slow
 def test_a_half_uploaded_version_is_never_served(
-    build: Build, server: QdrantServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    build: Build,
+    server: QdrantServer,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """The next job succeeds, and drops what the failed one left."""
     index = tmp_path / "index"
@@ -153,7 +159,9 @@ def test_a_half_uploaded_version_is_never_served(
 
 
 def test_a_collection_that_is_damaged_is_refused(
-    build: Build, url: str, tmp_path: Path
+    build: Build,
+    url: str,
+    tmp_path: Path,
 ) -> None:
     build(engine=f"qdrant={url}")
     location = QdrantLocation.read(file_of(tmp_path / "index", "qdrant.json", 1))
@@ -166,7 +174,9 @@ def test_a_collection_that_is_damaged_is_refused(
 
 
 def test_the_replaced_version_is_searched_until_the_next_publication(
-    build: Build, url: str, tmp_path: Path
+    build: Build,
+    url: str,
+    tmp_path: Path,
 ) -> None:
     index = tmp_path / "index"
     build(engine=f"qdrant={url}")
@@ -190,7 +200,9 @@ def machines(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Machin
 
 
 def test_machines_of_one_store_share_collections_and_drop_none_newer_or_unread(
-    build: Build, url: str, machines: Machines
+    build: Build,
+    url: str,
+    machines: Machines,
 ) -> None:
     one = machines["one"]
     other = machines["other"]
@@ -206,7 +218,10 @@ def test_machines_of_one_store_share_collections_and_drop_none_newer_or_unread(
 
 
 def test_build_whose_collection_a_faster_machine_drops_has_lost_the_race(
-    build: Build, url: str, machines: Machines, monkeypatch: pytest.MonkeyPatch
+    build: Build,
+    url: str,
+    machines: Machines,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     make_points = engine.make_points
 
@@ -222,20 +237,26 @@ def test_build_whose_collection_a_faster_machine_drops_has_lost_the_race(
 
 
 def test_an_unreadable_version_keeps_its_collection(
-    build: Build, url: str, tmp_path: Path
+    build: Build,
+    url: str,
+    tmp_path: Path,
 ) -> None:
     index = tmp_path / "index"
     build(engine=f"qdrant={url}")
     name = collection_of(index, 1)
     file_of(index, "qdrant.json", 1).write_text("{")
     QdrantEngine(url).sync(
-        index_name(index), 1, {1: [read_manifest(index, 1).paths(index)]}
+        index_name(index),
+        1,
+        {1: [read_manifest(index, 1).paths(index)]},
     )
     assert collections(url, index)[0] == [name]
 
 
 def test_a_busy_server_is_asked_again(
-    build: Build, server: QdrantServer, tmp_path: Path
+    build: Build,
+    server: QdrantServer,
+    tmp_path: Path,
 ) -> None:
     build(engine=f"qdrant={server.url}")
     opened = open_current(tmp_path / "index")
@@ -255,7 +276,9 @@ def test_a_busy_server_is_asked_again(
 def test_settings_reach_the_server(build: Build, server: QdrantServer) -> None:
     given = "shard_number=3&replication_factor=2&quantization=int8&hnsw_ef=77"
     summary = build(
-        engine=f"qdrant={server.url}?{given}", kind="hnsw", group_field="color"
+        engine=f"qdrant={server.url}?{given}",
+        kind="hnsw",
+        group_field="color",
     )
     assert (summary.kind, summary.measured["parameters"]) == ("HNSW24", {"hnsw_ef": 77})
     created = next(body for method, _, body in server.calls if method == "PUT")
@@ -270,7 +293,9 @@ def test_settings_reach_the_server(build: Build, server: QdrantServer) -> None:
 
 
 def test_the_width_of_a_graph_is_tuned(
-    build: Build, server: QdrantServer, tmp_path: Path
+    build: Build,
+    server: QdrantServer,
+    tmp_path: Path,
 ) -> None:
     summary = build(engine=f"qdrant={server.url}", kind="hnsw")
     tuned = summary.measured["parameters"]["hnsw_ef"]
@@ -314,7 +339,10 @@ def test_unknown_settings_are_refused(uri: str) -> None:
     ],
 )
 def test_what_qdrant_cannot_be_asked_is_refused(
-    build: Build, place: str, kind: str, message: str
+    build: Build,
+    place: str,
+    kind: str,
+    message: str,
 ) -> None:
     with pytest.raises(DataError, match=message) as raised:
         build(engine=f"qdrant={place}", kind=kind)
@@ -322,7 +350,9 @@ def test_what_qdrant_cannot_be_asked_is_refused(
 
 
 def test_the_alias_follows_a_url_with_and_without_a_slash(
-    build: Build, url: str, tmp_path: Path
+    build: Build,
+    url: str,
+    tmp_path: Path,
 ) -> None:
     index = tmp_path / "index"
     for slash in ("/", "", "/"):
@@ -335,7 +365,10 @@ def test_the_alias_follows_a_url_with_and_without_a_slash(
     [("hidden-word\n", "hidden-word"), (" ", None), ("hidden\nword", ""), ("ü", "")],
 )
 def test_the_key_is_sent_without_its_newline_and_never_shown(
-    server: QdrantServer, monkeypatch: pytest.MonkeyPatch, key: str, sent: str | None
+    server: QdrantServer,
+    monkeypatch: pytest.MonkeyPatch,
+    key: str,
+    sent: str | None,
 ) -> None:
     monkeypatch.setenv("QDRANT_API_KEY", key)
     server.failures = 1
@@ -372,7 +405,10 @@ def test_a_server_that_never_answers_is_given_up(
 
 
 def test_nothing_is_published_while_the_served_version_cannot_be_reached(
-    build: Build, url: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+    build: Build,
+    url: str,
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
     """Without the served version, nobody would notice that most images are gone."""
     gallery = write_images(tmp_path / "few", "pink", "brown")
@@ -392,7 +428,9 @@ def test_nothing_is_published_while_the_served_version_cannot_be_reached(
 
 
 def test_a_local_folder_is_found_again_and_never_made(
-    build: Build, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    build: Build,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     folder = str(tmp_path / "vectors")
     monkeypatch.chdir(tmp_path)
@@ -419,14 +457,19 @@ def test_a_process_with_a_local_folder_ends_in_silence(tmp_path: Path) -> None:
         f" connect({str(tmp_path / 'vectors')!r})"
     )
     done = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, check=True
+        [sys.executable, "-c", code],
+        capture_output=True,
+        text=True,
+        check=True,
     )
     assert done.stderr == ""
 
 
 @pytest.mark.slow
 def test_a_restarted_server_has_every_published_version_and_no_other(
-    build: Build, other_checkpoint: Path, tmp_path: Path
+    build: Build,
+    other_checkpoint: Path,
+    tmp_path: Path,
 ) -> None:
     (folder := tmp_path / "core").mkdir()
     index = tmp_path / "index"

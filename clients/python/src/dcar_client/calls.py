@@ -91,7 +91,9 @@ class Call(Generic[T]):
 
 
 def search_text(
-    prefix: str, query: str, options: SearchOptions
+    prefix: str,
+    query: str,
+    options: SearchOptions,
 ) -> Call[SearchResponse]:
     """POST /search/text."""
     return Call(
@@ -103,7 +105,10 @@ def search_text(
 
 
 def search_image(
-    prefix: str, image: Path | str | bytes, query: str, options: SearchOptions
+    prefix: str,
+    image: Path | str | bytes,
+    query: str,
+    options: SearchOptions,
 ) -> Call[SearchResponse]:
     """POST /search/image, as a multipart form in which every option but texts is
     JSON.
@@ -117,7 +122,9 @@ def search_image(
 
 
 def search_batch(
-    prefix: str, queries: Sequence[str | NewQuery], options: SearchOptions
+    prefix: str,
+    queries: Sequence[str | NewQuery],
+    options: SearchOptions,
 ) -> Call[list[SearchResponse]]:
     """POST /search/batch. An option of a query takes precedence over the common
     `options`.
@@ -152,7 +159,10 @@ def similar(prefix: str, item_id: str, k: int, offset: int) -> Call[SearchRespon
     """GET /items/{id}/similar."""
     path = f"{prefix}/items/{path_segment(item_id)}/similar"
     return Call(
-        "GET", path, _reader(SearchResponse), {"params": {"k": k, "offset": offset}}
+        "GET",
+        path,
+        _reader(SearchResponse),
+        {"params": {"k": k, "offset": offset}},
     )
 
 
@@ -194,7 +204,10 @@ def image(prefix: str, item_id: str, size: int | None) -> Call[bytes]:
 def feedback(events: Sequence[NewEvent]) -> Call[FeedbackResponse]:
     """POST /feedback."""
     return Call(
-        "POST", "/feedback", _reader(FeedbackResponse), {"json": {"events": [*events]}}
+        "POST",
+        "/feedback",
+        _reader(FeedbackResponse),
+        {"json": {"events": [*events]}},
     )
 
 
@@ -224,7 +237,9 @@ def patch_items(
 
 
 def patch_each(
-    prefix: str, changes: Mapping[str, Mapping[str, Any]], by: str
+    prefix: str,
+    changes: Mapping[str, Mapping[str, Any]],
+    by: str,
 ) -> Call[JobResponse]:
     """PATCH /items with `changes`."""
     return Call(
@@ -242,7 +257,9 @@ def patch_item(prefix: str, item_id: str, fields: ItemFields) -> Call[JobRespons
 
 
 def delete_items(
-    prefix: str, ids: Sequence[str] | None, filter: Mapping[str, Any] | None
+    prefix: str,
+    ids: Sequence[str] | None,
+    filter: Mapping[str, Any] | None,
 ) -> Call[JobResponse]:
     """DELETE /items."""
     return Call(
@@ -256,7 +273,9 @@ def delete_items(
 def delete_item(prefix: str, item_id: str) -> Call[JobResponse]:
     """DELETE /items/{id}."""
     return Call(
-        "DELETE", f"{prefix}/items/{path_segment(item_id)}", _reader(JobResponse)
+        "DELETE",
+        f"{prefix}/items/{path_segment(item_id)}",
+        _reader(JobResponse),
     )
 
 
@@ -293,7 +312,11 @@ def job_wait(status: JobResponse, waited_s: float, timeout_s: float) -> float | 
 
 
 def teach(
-    prefix: str, name: str, ids: Sequence[str], not_ids: Sequence[str], kind: str
+    prefix: str,
+    name: str,
+    ids: Sequence[str],
+    not_ids: Sequence[str],
+    kind: str,
 ) -> Call[TaughtConcept]:
     """PUT /concepts/{name}."""
     arguments = {"json": {"ids": [*ids], "not_ids": [*not_ids], "kind": kind}}
@@ -314,7 +337,9 @@ def concepts(prefix: str) -> Call[list[TaughtConcept]]:
 def concept(prefix: str, name: str) -> Call[TaughtConcept]:
     """GET /concepts/{name}."""
     return Call(
-        "GET", f"{prefix}/concepts/{path_segment(name)}", _reader(TaughtConcept)
+        "GET",
+        f"{prefix}/concepts/{path_segment(name)}",
+        _reader(TaughtConcept),
     )
 
 

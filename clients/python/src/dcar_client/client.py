@@ -88,7 +88,9 @@ class Client:
     ) -> None:
         self._prefix = _prefix(collection)
         self._http = httpx.Client(
-            **_address(url, key), timeout=timeout_s, transport=transport
+            **_address(url, key),
+            timeout=timeout_s,
+            transport=transport,
         )
         end_at_deadline(self._http)
         self._timeout_s = timeout_s
@@ -112,7 +114,9 @@ class Client:
         self._http.close()
 
     def search_text(
-        self, query: str, **options: Unpack[SearchOptions]
+        self,
+        query: str,
+        **options: Unpack[SearchOptions],
     ) -> SearchResponse:
         """Find the images that a text describes."""
         return self._send(calls.search_text(self._prefix, query, options))
@@ -129,7 +133,9 @@ class Client:
         return self._send(calls.search_image(self._prefix, image, query, options))
 
     def search_batch(
-        self, queries: Sequence[str | NewQuery], **options: Unpack[SearchOptions]
+        self,
+        queries: Sequence[str | NewQuery],
+        **options: Unpack[SearchOptions],
     ) -> list[SearchResponse]:
         """Run several searches by text or image in one request; responses are in the
         order of the queries.
@@ -141,7 +147,10 @@ class Client:
         return self._send(calls.search_batch(self._prefix, queries, options))
 
     def embeddings(
-        self, inputs: Sequence[str | bytes], *, model: str | None = None
+        self,
+        inputs: Sequence[str | bytes],
+        *,
+        model: str | None = None,
     ) -> EmbeddingsResponse:
         """Return the vectors of texts and image files by the model of a collection, the
         default one if None.
@@ -205,7 +214,10 @@ class Client:
         return self._send(calls.patch_items(self._prefix, fields, ids, filter))
 
     def patch_each(
-        self, changes: Mapping[str, Mapping[str, Any]], *, by: str = "id"
+        self,
+        changes: Mapping[str, Mapping[str, Any]],
+        *,
+        by: str = "id",
     ) -> JobResponse:
         """Merge metadata into the items of each id, or of each value of another field,
         by a job.
@@ -252,7 +264,11 @@ class Client:
         return status
 
     def teach(
-        self, name: str, ids: Sequence[str], not_ids: Sequence[str] = (), kind: str = ""
+        self,
+        name: str,
+        ids: Sequence[str],
+        not_ids: Sequence[str] = (),
+        kind: str = "",
     ) -> TaughtConcept:
         """Let `@name` stand for items like these in queries; needs a key that may
         write.
@@ -348,7 +364,9 @@ class AsyncClient:
     ) -> None:
         self._prefix = _prefix(collection)
         self._http = httpx.AsyncClient(
-            **_address(url, key), timeout=timeout_s, transport=transport
+            **_address(url, key),
+            timeout=timeout_s,
+            transport=transport,
         )
         self._timeout_s = timeout_s
         self._retries = retries
@@ -371,7 +389,9 @@ class AsyncClient:
         await self._http.aclose()
 
     async def search_text(
-        self, query: str, **options: Unpack[SearchOptions]
+        self,
+        query: str,
+        **options: Unpack[SearchOptions],
     ) -> SearchResponse:
         """Find the images that a text describes."""
         return await self._send(calls.search_text(self._prefix, query, options))
@@ -388,7 +408,9 @@ class AsyncClient:
         return await self._send(calls.search_image(self._prefix, image, query, options))
 
     async def search_batch(
-        self, queries: Sequence[str | NewQuery], **options: Unpack[SearchOptions]
+        self,
+        queries: Sequence[str | NewQuery],
+        **options: Unpack[SearchOptions],
     ) -> list[SearchResponse]:
         """Run several searches by text or image in one request; responses are in the
         order of the queries.
@@ -400,7 +422,10 @@ class AsyncClient:
         return await self._send(calls.search_batch(self._prefix, queries, options))
 
     async def embeddings(
-        self, inputs: Sequence[str | bytes], *, model: str | None = None
+        self,
+        inputs: Sequence[str | bytes],
+        *,
+        model: str | None = None,
     ) -> EmbeddingsResponse:
         """Return the vectors of texts and image files by the model of a collection, the
         default one if None.
@@ -408,7 +433,11 @@ class AsyncClient:
         return await self._send(calls.embeddings(inputs, model))
 
     async def similar(
-        self, item_id: str, *, k: int = 10, offset: int = 0
+        self,
+        item_id: str,
+        *,
+        k: int = 10,
+        offset: int = 0,
     ) -> SearchResponse:
         """Find the items nearest to one of the gallery's items."""
         return await self._send(calls.similar(self._prefix, item_id, k, offset))
@@ -468,7 +497,10 @@ class AsyncClient:
         return await self._send(calls.patch_items(self._prefix, fields, ids, filter))
 
     async def patch_each(
-        self, changes: Mapping[str, Mapping[str, Any]], *, by: str = "id"
+        self,
+        changes: Mapping[str, Mapping[str, Any]],
+        *,
+        by: str = "id",
     ) -> JobResponse:
         """Merge metadata into the items of each id, or of each value of another field,
         by a job.
@@ -503,7 +535,10 @@ class AsyncClient:
         return await self._send(calls.job(job_id))
 
     async def wait_for_job(
-        self, job_id: str, *, timeout_s: float = 600.0
+        self,
+        job_id: str,
+        *,
+        timeout_s: float = 600.0,
     ) -> JobResponse:
         """Return a job once it is done or failed. Raise TimeoutError if it is not in
         time.
@@ -511,7 +546,9 @@ class AsyncClient:
         waited_s = 0.0
         while (
             pause := calls.job_wait(
-                status := await self.job(job_id), waited_s, timeout_s
+                status := await self.job(job_id),
+                waited_s,
+                timeout_s,
             )
         ) is not None:
             await self._sleep(pause)
@@ -519,7 +556,11 @@ class AsyncClient:
         return status
 
     async def teach(
-        self, name: str, ids: Sequence[str], not_ids: Sequence[str] = (), kind: str = ""
+        self,
+        name: str,
+        ids: Sequence[str],
+        not_ids: Sequence[str] = (),
+        kind: str = "",
     ) -> TaughtConcept:
         """Let `@name` stand for items like these in queries; needs a key that may
         write.
@@ -543,7 +584,10 @@ class AsyncClient:
         return await self._send(calls.collections())
 
     async def put_collection(
-        self, name: str, *, model: str | None = None
+        self,
+        name: str,
+        *,
+        model: str | None = None,
     ) -> Collection:
         """Create a collection with the model of a served one, unless it exists; needs a
         key that may write.
@@ -592,7 +636,9 @@ class AsyncClient:
                 async with (
                     asyncio.timeout(self._timeout_s),
                     self._http.stream(
-                        call.method, call.path, **call.arguments
+                        call.method,
+                        call.path,
+                        **call.arguments,
                     ) as response,
                 ):
                     await aread_bounded(response)

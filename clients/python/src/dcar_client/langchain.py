@@ -48,7 +48,11 @@ class DcarRetriever(BaseRetriever):
     options: dict[str, Any] = Field(default_factory=dict)
 
     def _get_relevant_documents(
-        self, query: str, *, run_manager: CallbackManagerForRetrieverRun, **options: Any
+        self,
+        query: str,
+        *,
+        run_manager: CallbackManagerForRetrieverRun,
+        **options: Any,
     ) -> list[Document]:
         return _documents(self.client.search_text(query, **self._options(options)))
 
@@ -62,7 +66,10 @@ class DcarRetriever(BaseRetriever):
         if self.async_client is None:
             manager = run_manager.get_sync()
             return await asyncio.to_thread(
-                self._get_relevant_documents, query, run_manager=manager, **options
+                self._get_relevant_documents,
+                query,
+                run_manager=manager,
+                **options,
             )
         return _documents(
             await self.async_client.search_text(query, **self._options(options))

@@ -111,7 +111,10 @@ class GalleryTools:
     """
 
     def __init__(
-        self, client: AsyncClient, url: str, folder: Path | None = None
+        self,
+        client: AsyncClient,
+        url: str,
+        folder: Path | None = None,
     ) -> None:
         self._client = client
         self._folder = folder
@@ -143,7 +146,9 @@ class GalleryTools:
         if sort:
             options["sort"] = sort
         return await self._answer(
-            self._client.search_text(query, **options), thumbnails, k
+            self._client.search_text(query, **options),
+            thumbnails,
+            k,
         )
 
     async def search_by_picture(
@@ -174,7 +179,11 @@ class GalleryTools:
     ) -> Annotated[CallToolResult, SearchResponse]:
         """Find the images that resemble a picture, best first."""
         options = SearchOptions(
-            k=k, offset=offset, filter=filter, without=without, fields=fields or []
+            k=k,
+            offset=offset,
+            filter=filter,
+            without=without,
+            fields=fields or [],
         )
         call = self._client.search_image(self._picture(image, file), query, **options)
         return await self._answer(call, thumbnails, k)
@@ -188,7 +197,9 @@ class GalleryTools:
     ) -> Annotated[CallToolResult, SearchResponse]:
         """Find the items that look most like one item, best first."""
         return await self._answer(
-            self._client.similar(item_id, k=k, offset=offset), thumbnails, k
+            self._client.similar(item_id, k=k, offset=offset),
+            thumbnails,
+            k,
         )
 
     async def get_item(
@@ -325,7 +336,10 @@ def server(
             yield
 
     built = MCPServer(
-        "dcar", instructions=INSTRUCTIONS, lifespan=open_client, log_level="WARNING"
+        "dcar",
+        instructions=INSTRUCTIONS,
+        lifespan=open_client,
+        log_level="WARNING",
     )
     tools = GalleryTools(client, url, folder)
     for tool in (

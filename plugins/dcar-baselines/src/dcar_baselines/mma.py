@@ -71,7 +71,9 @@ class AdaptedBlocks(PromptRows):
         for block in blocks[:first]:
             x = block(x)
         for block, (adapter, shared, norm) in zip(
-            blocks[first:], self.layers, strict=True
+            blocks[first:],
+            self.layers,
+            strict=True,
         ):
             x = block(x) + SCALE * adapter(norm(x), shared)
         return x
@@ -99,22 +101,30 @@ class MultiModalAdapters(nn.Module):
         for layer in self.modules():
             if isinstance(layer, nn.Linear):
                 nn.init.kaiming_normal_(
-                    layer.weight, mode="fan_out", nonlinearity="relu"
+                    layer.weight,
+                    mode="fan_out",
+                    nonlinearity="relu",
                 )
                 nn.init.zeros_(layer.bias)
 
     def encode_text(self, backbone: Backbone, tokens: Tensor, rows: bool) -> Tensor:
         return encode_text(
-            backbone, tokens, self._added(backbone.text_tower, self.text)
+            backbone,
+            tokens,
+            self._added(backbone.text_tower, self.text),
         )
 
     def encode_image(self, backbone: Backbone, pixels: Tensor, rows: bool) -> Tensor:
         return encode_image(
-            backbone, pixels, self._added(backbone.image_tower, self.image)
+            backbone,
+            pixels,
+            self._added(backbone.image_tower, self.image),
         )
 
     def _added(
-        self, tower: TextTower | ImageTower, adapters: nn.ModuleList
+        self,
+        tower: TextTower | ImageTower,
+        adapters: nn.ModuleList,
     ) -> AdaptedBlocks:
         return AdaptedBlocks(
             [*adapters],

@@ -114,7 +114,10 @@ class RepresentationTokens(nn.Module):
         return torch.stack([features, second], 1)
 
     def _rows(
-        self, projections: nn.ModuleList, *, is_causal: bool
+        self,
+        projections: nn.ModuleList,
+        *,
+        is_causal: bool,
     ) -> RepresentationRows:
         return RepresentationRows(
             torch.stack([layer(self.tokens) for layer in projections]),

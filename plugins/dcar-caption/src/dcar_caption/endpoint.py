@@ -148,6 +148,10 @@ def open_endpoints(options: CaptionOptions, usage: Counter[str]) -> dict[str, En
         is_same_host = urlsplit(url)[:2] == urlsplit(options.url)[:2]
         own_key = judge_key or (key if is_same_host else "")
         endpoints["judge"] = Endpoint(
-            url, options.judge_model or options.model, own_key, options, usage
+            url,
+            options.judge_model or options.model,
+            own_key,
+            options,
+            usage,
         )
     return endpoints

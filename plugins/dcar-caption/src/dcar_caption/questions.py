@@ -108,7 +108,9 @@ def question(templates: Sequence[str], key: str, **shown: Any) -> str:
 
 
 def messages_for(
-    text: str, image_uri: str, before: tuple[str, str] | None = None
+    text: str,
+    image_uri: str,
+    before: tuple[str, str] | None = None,
 ) -> list[dict[str, Any]]:
     """Build the chat for a draft or a verdict. before: the previous draft and the
     feedback on it.
@@ -161,7 +163,11 @@ def read_verdict(answer: Completion) -> tuple[bool, str] | None:
 
 
 def rejection(
-    draft: str, finish: str, category: str, words: int, context: int
+    draft: str,
+    finish: str,
+    category: str,
+    words: int,
+    context: int,
 ) -> Rejection | None:
     """Return why a draft is rejected, or None if it is usable. context: the maximum
     number of CLIP tokens.

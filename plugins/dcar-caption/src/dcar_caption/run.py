@@ -131,7 +131,10 @@ class CaptioningRun:
                 bar.update()
 
         with progress_bar(
-            len(captions), "captions", "image", initial=len(captions) - len(left)
+            len(captions),
+            "captions",
+            "image",
+            initial=len(captions) - len(left),
         ) as bar:
             try:
                 async with asyncio.TaskGroup() as tasks:
@@ -145,7 +148,9 @@ class CaptioningRun:
         """Caption an image. Raise CaptionError if too many have failed in a row."""
         try:
             uri = await asyncio.to_thread(
-                _data_uri, self.options.images / name, self.options.side
+                _data_uri,
+                self.options.images / name,
+                self.options.side,
             )
             self._journal.put(
                 await self._caption(_folders(name)[0].replace("_", " "), key, uri),
@@ -176,16 +181,26 @@ class CaptioningRun:
         before = None
         for turn in range(self.options.rounds):
             answer = await self._ask(
-                "draft", key, turn, questions.messages_for(text, uri, before)
+                "draft",
+                key,
+                turn,
+                questions.messages_for(text, uri, before),
             )
             draft = questions.tidy_draft(answer.text)
             why = questions.rejection(
-                draft, answer.finish, category, words, context
+                draft,
+                answer.finish,
+                category,
+                words,
+                context,
             ) or self._duplicate(draft, key)
             if why is None and "judge" in self.endpoints:
                 judged = questions.JUDGE_TEMPLATE.format(draft=draft, **shown)
                 answer = await self._ask(
-                    "judge", key, turn, questions.messages_for(judged, uri)
+                    "judge",
+                    key,
+                    turn,
+                    questions.messages_for(judged, uri),
                 )
                 accepts, feedback = questions.read_verdict(answer) or (False, "")
                 if accepts:
@@ -213,7 +228,11 @@ class CaptioningRun:
         return (reason, f"{reason}; describe what is specific to this one.")
 
     async def _ask(
-        self, role: str, key: str, turn: int, messages: list[dict[str, Any]]
+        self,
+        role: str,
+        key: str,
+        turn: int,
+        messages: list[dict[str, Any]],
     ) -> Completion:
         """Return the response from the journal, or request and record it."""
         if (recorded := self._journal.get(key, role, turn)) is not None:

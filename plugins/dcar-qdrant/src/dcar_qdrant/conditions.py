@@ -40,7 +40,9 @@ def payload_keys(names: Iterable[str]) -> dict[str, str]:
 
 
 def to_conditions(
-    rows: RowFilter, fields: Mapping[str, Sequence[str]], count: int
+    rows: RowFilter,
+    fields: Mapping[str, Sequence[str]],
+    count: int,
 ) -> models.Filter:
     """Return the conditions of rows. fields: key and Arrow type of each stored field.
     count: of stored rows.
@@ -87,7 +89,10 @@ def _all_of(
 def _condition(field: str, key: str, kind: str, condition: Any) -> models.Filter:
     if not isinstance(condition, dict):
         return _one_of(
-            field, key, kind, condition if isinstance(condition, list) else [condition]
+            field,
+            key,
+            kind,
+            condition if isinstance(condition, list) else [condition],
         )
     parts: list[Any] = []
     for name, operand in condition.items():

@@ -165,7 +165,10 @@ class QdrantEngine(Engine):
         return QdrantIndex(QdrantLocation.read(files.get(LOCATION, Path(LOCATION))))
 
     def sync(
-        self, name: str, version: int, versions: Mapping[int, Sequence[Files]]
+        self,
+        name: str,
+        version: int,
+        versions: Mapping[int, Sequence[Files]],
     ) -> None:
         """Point the alias to the built collection of the current version, and drop
         those that no version names.
@@ -251,7 +254,9 @@ class QdrantEngine(Engine):
         for block in new.blocks():
             for start in range(0, len(block), BATCH):
                 points = make_points(
-                    np.asarray(block[start : start + BATCH]), fields, row
+                    np.asarray(block[start : start + BATCH]),
+                    fields,
+                    row,
                 )
                 call(partial(client.upsert, name, points))
                 row += len(points)

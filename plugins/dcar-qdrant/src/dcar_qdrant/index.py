@@ -124,7 +124,9 @@ class QdrantIndex(VectorIndex):
             )
             quantization = rescoring if self._is_quantized else None
             parameters = models.SearchParams(
-                hnsw_ef=self.ef, exact=self.ef is None, quantization=quantization
+                hnsw_ef=self.ef,
+                exact=self.ef is None,
+                quantization=quantization,
             )
         numbers = np.full((len(vectors), k), -1, np.int64)
         scores = np.full((len(vectors), k), -np.inf, np.float32)
@@ -146,7 +148,10 @@ class QdrantIndex(VectorIndex):
             part = requests[start : start + step]
             seconds = connection.READ_SECONDS + len(part) // _QUERIES_PER_SECOND
             ask = partial(
-                self._client.query_batch_points, self._name, part, timeout=seconds
+                self._client.query_batch_points,
+                self._name,
+                part,
+                timeout=seconds,
             )
             for number, response in enumerate(self._read(ask), start):
                 hits = response.points
