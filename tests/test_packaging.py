@@ -145,10 +145,8 @@ def test_a_wheel_in_a_clean_environment_indexes_and_serves_without_pytorch(
         check=True,
     )
     venv.create(tmp_path / "clean", symlinks=True)
-    python, (wheel,) = (
-        str(tmp_path / "clean" / "bin" / "python"),
-        tmp_path.glob("*.whl"),
-    )
+    python = str(tmp_path / "clean" / "bin" / "python")
+    (wheel,) = tmp_path.glob("*.whl")
     assert {f"app/emoji/{name}" for name in BUNDLED} < {
         *zipfile.ZipFile(wheel).namelist()
     }

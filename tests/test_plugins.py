@@ -90,7 +90,8 @@ def test_commands_of_another_distribution_join_those_of_dcar(tmp_path: Path) -> 
         "-n",
         "2",
     )
-    assert (done.returncode, done.stderr) == (0, "")
+    assert done.returncode == 0
+    assert done.stderr == ""
     assert (
         done.stdout.strip()
         == "['Ada', 'Bo'] hello None [36, 4] 2 {'size': (3, 4), 'shout': False, 'stop':"
@@ -134,12 +135,10 @@ def test_commands_of_another_distribution_join_those_of_dcar(tmp_path: Path) -> 
     )
     (folder / "greetings.py").write_text("import nothing_of_this_name")
     done = dcar(folder, "models")
-    assert (done.returncode, done.stderr.strip()) == (
-        1,
-        (
-            "error: the plug-in greetings:greet cannot be loaded (No module named"
-            " 'nothing_of_this_name'); update or uninstall it"
-        ),
+    assert done.returncode == 1
+    assert done.stderr.strip() == (
+        "error: the plug-in greetings:greet cannot be loaded (No module named"
+        " 'nothing_of_this_name'); update or uninstall it"
     )
 
 

@@ -218,7 +218,8 @@ async def test_responses_behind_keys_are_private_to_caches(built_index: Path) ->
             again = await client.get(
                 image, headers={**headers, "If-None-Match": whole.headers["etag"]}
             )
-            assert (whole.status_code, again.status_code) == (200, 304)
+            assert whole.status_code == 200
+            assert again.status_code == 304
             for response in (whole, again):
                 assert response.headers["cache-control"].startswith(
                     f"{wanted}, max-age="
@@ -379,16 +380,15 @@ def test_head_is_get_without_the_body(port: int) -> None:
             assert len(get.headers.get_list("content-security-policy")) == 1, (
                 "the page has its own"
             )
-            assert (
-                get.headers["x-content-type-options"],
-                get.headers["referrer-policy"],
-            ) == ("nosniff", "no-referrer")
+            assert get.headers["x-content-type-options"] == "nosniff"
+            assert get.headers["referrer-policy"] == "no-referrer"
             assert head.headers["content-type"] == get.headers["content-type"]
             assert "server" not in get.headers
             if path != "/metrics":
                 assert head.headers["content-length"] == get.headers["content-length"]
         refused = client.head("/search/text")
-        assert (refused.status_code, refused.headers["allow"]) == (405, "POST")
+        assert refused.status_code == 405
+        assert refused.headers["allow"] == "POST"
         assert client.delete("/healthz").headers["allow"] == "GET, HEAD"
 
 

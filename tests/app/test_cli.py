@@ -110,7 +110,8 @@ def test_image_without_a_suffix_is_searched_by_content(
     note.write_text("red circle")
     options = ("--index", built_index, "-k", 1, "--json")
     (result,) = json.loads(dcar("search", picture, *options).stdout)["results"]
-    assert (result["caption"], result["score"] > 0.999) == ("a red circle", True)
+    assert result["caption"] == "a red circle"
+    assert result["score"] > 0.999
     hybrid = dcar("search", picture, *options, "--hybrid")
     assert (
         str(hybrid.exception) == "hybrid: needs a text query, whose words it looks up"
@@ -205,7 +206,8 @@ def test_a_finished_training_is_repeated_only_with_restart(
         assert re.fullmatch(
             rf"{out}: already trained: epoch 1, .*; --restart trains again", head
         )
-        assert (again.exit_code, verdict) == (3, first.stdout.partition("\n")[2])
+        assert again.exit_code == 3
+        assert verdict == first.stdout.partition("\n")[2]
     remedy = "choose another --out, or replace it with --restart"
     assert (
         refusal("--lr", "1e-3", "--seed", 1)
@@ -341,12 +343,10 @@ def test_flags_take_precedence_over_the_environment(
     monkeypatch.setenv("DCAR_MAX_K", "17")
     monkeypatch.setenv("DCAR_REDIS_URL", "")
     settings = load_settings(index=tmp_path, port=9001, host=None)
-    assert (settings.port, settings.max_k, settings.host, settings.redis_url) == (
-        9001,
-        17,
-        "127.0.0.1",
-        None,
-    )
+    assert settings.port == 9001
+    assert settings.max_k == 17
+    assert settings.host == "127.0.0.1"
+    assert settings.redis_url is None
 
 
 @pytest.mark.parametrize(

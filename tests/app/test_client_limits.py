@@ -306,10 +306,8 @@ async def test_mcp_results_name_images_of_the_service_and_hold_no_password(
             await tools.get_item("a")
         url[0] = "/items/a/image"
         answer = (await tools.get_item("a")).structured_content
-        assert (answer["image_url"], answer["caption"]) == (
-            "http://odd/items/a/image",
-            "*** ***",
-        )
+        assert answer["image_url"] == "http://odd/items/a/image"
+        assert answer["caption"] == "*** ***"
 
 
 @needs("mcp")
@@ -364,12 +362,10 @@ async def test_an_answer_over_mcp_is_clean_and_bounded() -> None:
             for text in texts
             if KEY in text or "u001b" in text or "\x1b" in text or "\u202e" in text
         ]
-        assert (len(answer.content), len(texts), asked, busiest) == (
-            10,
-            9,
-            9,
-            THUMBNAILS_AT_A_TIME,
-        )
+        assert len(answer.content) == 10
+        assert len(texts) == 9
+        assert asked == 9
+        assert busiest == THUMBNAILS_AT_A_TIME
         assert len(answer.structured_content["results"]) == 9
         assert sum(map(len, texts)) < 9 * 25_000
         found = 9

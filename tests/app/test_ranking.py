@@ -171,7 +171,8 @@ class Exact:
 def copies() -> tuple[Any, np.ndarray]:
     """An index of 300 rows, 100 of them copies of two, and a query vector."""
     vectors = np.random.default_rng(0).standard_normal((300, 64)).astype(np.float32)
-    vectors[::5], vectors[1:200:5] = vectors[0], vectors[1]
+    vectors[::5] = vectors[0]
+    vectors[1:200:5] = vectors[1]
     vectors /= np.linalg.norm(vectors, axis=1, keepdims=True)
     expected = vectors[0] + vectors[1] + vectors[2]
     return Exact(vectors), expected / np.linalg.norm(expected)

@@ -58,11 +58,9 @@ async def test_a_text_is_normalized_before_it_is_cached(started: ServiceClient) 
             (await started.post("/search/text", json={"query": each})).json()
             for each in asked
         ]
-        assert (one["cached"], two["cached"], two["results"]) == (
-            False,
-            True,
-            one["results"],
-        )
+        assert one["cached"] is False
+        assert two["cached"] is True
+        assert two["results"] == one["results"]
         assert len(one["results"]) == 10
         assert one["took_ms"] > 0
 
@@ -129,7 +127,8 @@ async def test_items_have_images_and_similar_items(
         item = (await started.get(result["image_url"].removesuffix("/image"))).json()
         ItemResponse.model_validate(item, strict=True)
         assert item["id"] == result["id"]
-        assert (result["width"], item["height"]) == (48, 48)
+        assert result["width"] == 48
+        assert item["height"] == 48
         assert image.content == (gallery / item["metadata"]["file_name"]).read_bytes()
     assert image.headers["content-type"] == "image/png"
     assert image.headers["x-content-type-options"] == "nosniff"
@@ -137,7 +136,8 @@ async def test_items_have_images_and_similar_items(
     again = await started.get(
         result["image_url"], headers={"If-None-Match": image.headers["etag"]}
     )
-    assert (again.status_code, again.content) == (304, b"")
+    assert again.status_code == 304
+    assert again.content == b""
 
     similar = (
         await started.get("/items/circle%2Fred.png/similar", params={"k": 23})
@@ -303,11 +303,9 @@ async def test_inputs_have_the_vectors_of_searches(
         "/v1/embeddings", json={"input": given, "user": "someone"}
     )
     found = EmbeddingsResponse.model_validate(response.json())
-    assert (found.object, found.model, found.fingerprint) == (
-        "list",
-        "index",
-        encoder.fingerprint,
-    )
+    assert found.object == "list"
+    assert found.model == "index"
+    assert found.fingerprint == encoder.fingerprint
     assert [each.index for each in found.data] == [0, 1, 2, 3]
     expected = np.array([texts[0], image, texts[1], image])
     np.testing.assert_allclose(

@@ -103,7 +103,8 @@ def test_results_are_reproduced_by_the_checkpoints(
         model,
         for_training=False,
     )
-    assert (evaluate(model, test), fingerprint) == (run["test"], run["fingerprint"])
+    assert evaluate(model, test) == run["test"]
+    assert fingerprint == run["fingerprint"]
 
 
 def test_options_reach_the_data_and_oddities_are_reported(
@@ -214,10 +215,8 @@ def test_finished_run_is_not_repeated(
         found["methods"]["dcar"]["runs"][0] for found in (results, elsewhere)
     )
     # by its seed
-    assert (first["fingerprint"], first["test"]) == (
-        second["fingerprint"],
-        second["test"],
-    )
+    assert first["fingerprint"] == second["fingerprint"]
+    assert first["test"] == second["test"]
     compare(backbone, tiny_data, ["coop"], 1, out, ONCE, on_message=messages.append)
     assert len(trainings(messages)) == 2  # other settings are another run
     assert len(list((out / "runs" / "coop").iterdir())) == 2
@@ -272,7 +271,8 @@ def test_tuning_has_equal_budgets_and_reads_validation_only(
         *given: Any,
         **more: Any,
     ) -> TrainResult:
-        assert (training.split, validation.split) == ("train", "val")
+        assert training.split == "train"
+        assert validation.split == "val"
         weights = [p.detach().flatten() for _, p in model.trainables()]
         starts.setdefault(model.config.method, []).append(torch.cat(weights))
         return train(model, training, validation, *given, **more)
@@ -653,10 +653,8 @@ def test_new_categories_are_resampled_whole(
         splits = {"train": pairs[0], "val": val}
         cache = FeatureCache(None, backbone)
         found = verdict_of(adapted, untouched, splits, cache, TrainConfig())
-        assert (found.comparison.images, found.comparison.resampled) == (
-            len(new),
-            categories or len(new),
-        )
+        assert found.comparison.images == len(new)
+        assert found.comparison.resampled == (categories or len(new))
         assert (f"pairs of {categories} categories, resampled whole" in str(found)) == (
             categories is not None
         )

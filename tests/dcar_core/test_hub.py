@@ -226,10 +226,8 @@ def test_quickstart_fetches_a_model_and_indexes_without_torch(
     opened = Index.open(index, device="cpu", runtime="torch")
     published = open_current(index)
     described = read_config(published.checkpoint)["backbone"]
-    assert (described["model"], described["pretrained"]) == (
-        DEFAULT.name,
-        DEFAULT.pretrained,
-    )
+    assert described["model"] == DEFAULT.name
+    assert described["pretrained"] == DEFAULT.pretrained
     assert (
         described["sha256"]
         == load_backbone(BackboneSource(str(tiny_model))).content_hash()

@@ -41,7 +41,9 @@ def test_equal_vectors_tie_at_any_position(
     twice = rng.standard_normal((count, width)).astype(np.float32)
     twice = np.concatenate([twice, twice]) / np.linalg.norm(twice, axis=1).mean()
     found = recall_at_k(twice, twice, np.arange(2 * count))
-    assert (found["t2i_r1"], found["i2t_r1"], found["t2i_r5"]) == (0, 0, 100)
+    assert found["t2i_r1"] == 0
+    assert found["i2t_r1"] == 0
+    assert found["t2i_r5"] == 100
     assert hard_negative_accuracy(twice, twice, [row[None] for row in twice]) == 0
 
 
@@ -80,7 +82,8 @@ def test_best_caption_counts_and_an_image_without_one_is_a_target_alone() -> Non
     image = np.eye(3, dtype=np.float32)
     text = np.array([[0.6, 0, 0], [0.9, 0, 0], [0.9, 0, 0], [0.8, 0, 0.1]], np.float32)
     found = compute_ranks(text, image, np.array([0, 0, 0, 2]))
-    assert (found.described.tolist(), found.image.tolist()) == ([0, 2], [0, 0])
+    assert found.described.tolist() == [0, 2]
+    assert found.image.tolist() == [0, 0]
     assert found.text.tolist() == [0, 0, 0, 1]
 
 
@@ -177,7 +180,9 @@ def test_a_comparison_is_the_bootstrap_of_the_mean_over_seeds_by_groups() -> Non
         np.testing.assert_allclose(
             [[each.value, each.low, each.high] for each in side.values()], wanted
         )
-    assert (found.queries, found.images, found.resampled) == (captions.sum(), 30, units)
+    assert found.queries == captions.sum()
+    assert found.images == 30
+    assert found.resampled == units
 
 
 def test_a_difference_in_words_and_against_the_other() -> None:
@@ -241,10 +246,8 @@ def test_tables_are_joined_and_rows_with_an_empty_grade_do_not_count(
             ),
         ]
     )
-    assert (judged.texts, judged.grades) == (
-        {"shoe": "shoe"},
-        {"shoe": {"a": 2, "7": 0}},
-    )
+    assert judged.texts == {"shoe": "shoe"}
+    assert judged.grades == {"shoe": {"a": 2, "7": 0}}
 
 
 def test_every_bad_row_is_told_with_its_line_and_field(tmp_path: Path) -> None:

@@ -309,11 +309,9 @@ def test_images_teach_a_name_that_answers_sharpen(
         page.click("#teach button")
         page.arrives("#name=our-red")
         page.shows(searched(site, query="@our-red"))
-        assert (concept()["ids"], concept()["not_ids"], concept()["kind"]) == (
-            [chosen],
-            [],
-            "shape",
-        )
+        assert concept()["ids"] == [chosen]
+        assert concept()["not_ids"] == []
+        assert concept()["kind"] == "shape"
         page.says("#concept-facts", f"{concept()['members']} image", "from 1 example")
         results = httpx.post(
             f"{site}/search/text", json={"query": "@our-red", "k": 24}

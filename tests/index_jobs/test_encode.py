@@ -58,17 +58,17 @@ def test_interrupted_run_ends_in_the_same_bits_in_order(
         atol=1e-5,
     )
     np.testing.assert_array_equal(undisturbed.rows(), np.arange(24))
-    assert (undisturbed.encoded, undisturbed.resumed, undisturbed.failed) == (24, 0, [])
+    assert undisturbed.encoded == 24
+    assert undisturbed.resumed == 0
+    assert undisturbed.failed == []
     with pytest.raises(KeyboardInterrupt):
         run(Counting(encoder, die_at=4), "b")
     for resumed, calls in ((8, 4), (24, 0)):
         model = Counting(encoder)
         again = run(model, "b")
-        assert (again.resumed, again.encoded, model.calls) == (
-            resumed,
-            24 - resumed,
-            calls,
-        )
+        assert again.resumed == resumed
+        assert again.encoded == 24 - resumed
+        assert model.calls == calls
         np.testing.assert_array_equal(vectors_of(again), vectors_of(undisturbed))
 
 
@@ -166,7 +166,8 @@ def test_corrupted_shard_is_named_and_repaired_by_deleting_it(
             run()
         path.unlink()
     again = run()
-    assert (again.encoded, again.resumed) == (8, 16)
+    assert again.encoded == 8
+    assert again.resumed == 16
     np.testing.assert_array_equal(vectors_of(again), first)
 
 
@@ -199,7 +200,9 @@ def test_unreadable_or_huge_file_fails_alone(
         0,
     )
     (failure,) = decoded.failed
-    assert (failure.row, failure.fault, len(decoded.pixels)) == (0, fault, 1)
+    assert failure.row == 0
+    assert failure.fault == fault
+    assert len(decoded.pixels) == 1
 
 
 class Together(Encoder):
@@ -235,7 +238,8 @@ def test_two_devices_at_once_give_the_bits_of_one(
         for encoders in ([one], together)
     )
     np.testing.assert_array_equal(vectors_of(alone), vectors_of(both))
-    assert (alone.failed, len(alone)) == (both.failed, 23)
+    assert alone.failed == both.failed
+    assert len(alone) == 23
 
 
 @pytest.mark.gpu

@@ -148,7 +148,8 @@ def test_a_list_may_mix_urls_and_paths(store: Any, tmp_path: Path) -> None:
     store.pipe("/g/list.csv", b"path,caption\ndeep/a.png,a\n")
     remote = scan("memory://g/list.csv")
     (row,) = remote.table.to_pylist()
-    assert (row["location"], row["caption"]) == ("deep/a.png", "a")
+    assert row["location"] == "deep/a.png"
+    assert row["caption"] == "a"
     file, _ = open_image(remote.root, row["location"], row["offset"], row["size"])
     assert file.read() == png("green")
 
@@ -184,7 +185,8 @@ def test_galleries_of_equal_names_share_no_vector(
         }
     )
     grown = build("memory://summer/items.csv")
-    assert (grown.encoded, grown.resumed) == (1, 1)
+    assert grown.encoded == 1
+    assert grown.resumed == 1
 
 
 @pytest.mark.slow
@@ -204,7 +206,8 @@ def test_an_http_gallery_gives_the_vectors_of_its_folder(
     shutil.rmtree(root / "g" / "circle")
     local = build(root / "g", out=tmp_path / "a")
     remote = build(f"{url}/g/", out=tmp_path / "b")
-    assert (remote.count, remote.failed) == (local.count, 0)
+    assert remote.count == local.count
+    assert remote.failed == 0
     ours = open_current(tmp_path / "a")
     theirs = open_current(tmp_path / "b")
     for row in range(local.count):
@@ -244,7 +247,8 @@ def test_network_errors_are_retried(
     assert encoded.rows().tolist() == [0, 1]
     gone, down = encoded.failed
     assert gone == FailedImage(2, "no such file", ImageFault.MISSING)
-    assert (down.row, down.fault) == (3, ImageFault.UNREADABLE)
+    assert down.row == 3
+    assert down.fault == ImageFault.UNREADABLE
     assert "503" in down.reason
     asked = [handler.asked.count(f"/{name}") for name in names]
     assert asked == [1, 3, 1, 4]

@@ -52,12 +52,10 @@ def models(
         rebuild(tiny_gallery, other_checkpoint, index, progress=False, margin=1).gate
         or {}
     )
-    assert (found["passed"], found["compared"], found["pairs"], found["source"]) == (
-        True,
-        True,
-        24,
-        "captions",
-    )
+    assert found["passed"] is True
+    assert found["compared"] is True
+    assert found["pairs"] == 24
+    assert found["source"] == "captions"
     lost = [
         found["serving"][name] - found["rebuilt"][name]
         for name in ("recall_at_1", "recall_at_10")
@@ -102,9 +100,11 @@ def test_a_worse_index_is_published_by_force_alone_and_recalls_are_of_the_two_mo
             "--quiet",
         ),
     )
-    assert (main([*arguments]), version_numbers(index)) == (6, [1])
+    assert main([*arguments]) == 6
+    assert version_numbers(index) == [1]
     stdout, stderr = capsys.readouterr()
-    assert (stdout, stderr.count("\n")) == ("", 1)
+    assert stdout == ""
+    assert stderr.count("\n") == 1
     assert (
         "not published: the rebuilt index ranks worse than version 1: recall_at_1 "
         in stderr
@@ -128,7 +128,8 @@ def test_a_worse_index_is_published_by_force_alone_and_recalls_are_of_the_two_mo
         assert verdict[side] == pytest.approx(wanted, abs=0.0001)
     build(checkpoint=models.better)
     forced = build(checkpoint=models.worse, force=True)
-    assert (forced.version, forced.gate) == (4, None)
+    assert forced.version == 4
+    assert forced.gate is None
 
 
 def test_larger_gallery_is_not_a_worse_model(
@@ -142,7 +143,8 @@ def test_larger_gallery_is_not_a_worse_model(
         draw("red", "circle", 48 + number % 7).save(gallery / f"copy{number}.png")
     summary = build(gallery, checkpoint=models.better, margin=0)
     assert summary.gate is not None
-    assert (summary.count, summary.gate["serving"]) == (64, summary.gate["rebuilt"])
+    assert summary.count == 64
+    assert summary.gate["serving"] == summary.gate["rebuilt"]
 
 
 def test_removed_items_are_not_compared(index: Path, tiny_gallery: Path) -> None:
@@ -152,7 +154,8 @@ def test_removed_items_are_not_compared(index: Path, tiny_gallery: Path) -> None
     pairs = gate.find_pairs(scan(tiny_gallery), None)
     encode = encoder.encode_text
     verdict = gate.compare((whole, encode), (open_current(index), encode), pairs)
-    assert (verdict.pool, verdict.pairs) == (23, 23)
+    assert verdict.pool == 23
+    assert verdict.pairs == 23
     assert verdict.serving == verdict.rebuilt
     gone = gate.QueryPairs(["a sold lamp"], ["sold"], [0], "captions")
     assert not gate.compare((whole, encode), (whole, encode), gone).compared
@@ -190,7 +193,8 @@ def test_missing_served_model_is_an_error_before_encoding(
     ]
     assert main(arguments) == 4
     stdout, stderr = capsys.readouterr()
-    assert (stdout, "or publish by --force" in stderr) == ("", True)
+    assert stdout == ""
+    assert "or publish by --force" in stderr
     assert stderr.startswith("error: the served version 1 cannot be compared")
     assert sorted((index / "work").iterdir()) == before, (
         "nothing was encoded, and nothing removed"
@@ -214,10 +218,8 @@ def test_what_cannot_be_compared_is_published(
     )
     bare(models.better)
     verdict = bare(models.worse).gate or {}
-    assert (
-        verdict["compared"],
-        "no captions and no validation pairs" in verdict["reason"],
-    ) == (False, True)
+    assert verdict["compared"] is False
+    assert "no captions and no validation pairs" in verdict["reason"]
     file_of(index, "items.arrow").unlink()
     assert build(checkpoint=models.worse).version == 2
     (warning,) = (
@@ -225,7 +227,8 @@ def test_what_cannot_be_compared_is_published(
         for record in caplog.records
         if "nothing is compared with it" in record.message
     )
-    assert (warning.levelname, open_current(index).manifest.version) == ("WARNING", 2)
+    assert warning.levelname == "WARNING"
+    assert open_current(index).manifest.version == 2
 
 
 def test_loss_of_exactly_the_margin_passes() -> None:
@@ -282,7 +285,8 @@ def test_a_model_with_worse_ranks_fails_although_its_hits_are_nearly_as_many(
     assert verdict.serving is not None
     assert verdict.rebuilt is not None
     assert verdict.serving["recall_at_1"] - verdict.rebuilt["recall_at_1"] < 0.02
-    assert (verdict.passed, verdict.pool) == (False, 895)
+    assert verdict.passed is False
+    assert verdict.pool == 895
     assert verdict.difference is not None
     assert (
         verdict.difference["low"]
@@ -441,7 +445,8 @@ def test_cutoff_is_calibrated_on_validation_pairs(
     content = json.loads((data / "val.json").read_text())
     (data / "val.json").write_text(json.dumps(dict(list(content.items())[:4])))
     again = build(data, max_failed=0.1, validation=data)
-    assert (again.reused, again.resumed) == (False, 23)
+    assert again.reused is False
+    assert again.resumed == 23
     assert open_current(index).manifest.cutoff["pairs"] == 3
 
 

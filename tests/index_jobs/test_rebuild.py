@@ -93,24 +93,18 @@ def test_other_kind_or_captions_need_no_encoding(
 ) -> None:
     index = tmp_path / "index"
     first = build(gallery)
-    assert (first.version, first.count, first.failed, first.reused, first.encoded) == (
-        1,
-        24,
-        0,
-        False,
-        24,
-    )
-    assert (first.fingerprint, first.kind, first.dim, first.gate) == (
-        encoder.fingerprint,
-        "Flat",
-        32,
-        None,
-    )
+    assert first.version == 1
+    assert first.count == 24
+    assert first.failed == 0
+    assert first.reused is False
+    assert first.encoded == 24
+    assert first.fingerprint == encoder.fingerprint
+    assert first.kind == "Flat"
+    assert first.dim == 32
+    assert first.gate is None
     manifest = open_current(index).manifest
-    assert (manifest.spec.gallery, manifest.measured["query_source"]) == (
-        str(gallery),
-        "captions and words",
-    )
+    assert manifest.spec.gallery == str(gallery)
+    assert manifest.measured["query_source"] == "captions and words"
     rename_captions(gallery, "a red circle", "a crimson circle")
     for options, encoded in (
         ({"kind": "hnsw"}, 0),
@@ -161,7 +155,9 @@ def test_unchanged_job_is_reused(
 ) -> None:
     assert not build().reused
     again = build()
-    assert (again.reused, again.version, again.encoded) == (True, 1, 0)
+    assert again.reused is True
+    assert again.version == 1
+    assert again.encoded == 0
     touched = Path(
         shutil.copytree(
             tiny_checkpoint, tiny_checkpoint.parent / f"touched-{tmp_path.name}"
@@ -248,7 +244,8 @@ def test_failed_images_are_tried_again_by_every_build(
     )
     try:
         first = run()
-        assert (first.count, first.failed) == (4, 2)
+        assert first.count == 4
+        assert first.failed == 2
         assert {
             line["fault"] for line in lines_of(tmp_path / "index", "failed.jsonl")
         } == {"missing", "not_an_image"}
@@ -260,12 +257,16 @@ def test_failed_images_are_tried_again_by_every_build(
             "nobody looks into a gallery for a job that has nothing to do"
         )
         second = run(kind="hnsw")
-        assert (second.failed, second.encoded, second.resumed) == (1, 2, 4)
+        assert second.failed == 1
+        assert second.encoded == 2
+        assert second.resumed == 4
         memory.pipe("/again/red.png", images["red.png"])
         third = run(kind="hnsw", force=True)
     finally:
         memory.rm("/again", recursive=True)
-    assert (third.count, third.failed, third.encoded) == (6, 0, 1)
+    assert third.count == 6
+    assert third.failed == 0
+    assert third.encoded == 1
 
 
 def test_only_new_and_changed_images_are_encoded(
@@ -281,9 +282,13 @@ def test_only_new_and_changed_images_are_encoded(
     (gallery / "square/red.png").unlink()
     draw("lime", "square").save(gallery / "square/blue.png")
     found = small(gallery)
-    assert (found.encoded, found.resumed, found.count, found.failed) == (4, 22, 25, 1)
+    assert found.encoded == 4
+    assert found.resumed == 22
+    assert found.count == 25
+    assert found.failed == 1
     (failed,) = lines_of(index, "failed.jsonl")
-    assert (failed["name"], failed["fault"]) == ("broken.png", "not_an_image")
+    assert failed["name"] == "broken.png"
+    assert failed["fault"] == "not_an_image"
     same_as_anew(small, gallery, index)
     (gallery / "broken.png").unlink()
     listed = gallery / "list.jsonl"
@@ -297,7 +302,8 @@ def test_only_new_and_changed_images_are_encoded(
     assert small(listed).encoded == 0, "in another order, with other ids"
     same_as_anew(small, listed, index)
     first = open_current(index).item(names.index("a first one.png"))
-    assert (first.width, first.height) == (60, 40)
+    assert first.width == 60
+    assert first.height == 40
 
 
 def test_another_model_and_damaged_shards_are_encoded_anew(
@@ -353,8 +359,10 @@ def test_vectors_of_interrupted_jobs_are_reused_and_go_once_a_version_is_publish
         assert len(list((index / "work").iterdir())) == 2
         draw("pink", "circle").resize((32 + number, 32)).save(gallery / f"{number}.png")
     found = small(gallery)
-    assert (found.encoded, found.resumed) == (7, 20)
-    assert (len(list((index / "work").iterdir())), served.exists()) == (1, False)
+    assert found.encoded == 7
+    assert found.resumed == 20
+    assert len(list((index / "work").iterdir())) == 1
+    assert not served.exists()
     same_as_anew(small, gallery, index)
 
 
@@ -392,7 +400,8 @@ def test_missing_disk_space_is_an_error_before_encoding(
         ),
     ):
         build(gallery)
-    assert (list(index.glob("work*")), contents(index)) == ([], [])
+    assert list(index.glob("work*")) == []
+    assert contents(index) == []
     left(table + 2 * 3072)
     assert build(gallery).encoded == 24
     monkeypatch.undo()
@@ -456,11 +465,9 @@ def test_killed_command_ends_its_workers_and_resumes(
     leftover = shards[0].with_name(f".{shards[0].name}.{'0' * 32}.tmp")
     leftover.touch()
     summary = build(gallery, workers=0, batch_size=1, shard_rows=1)
-    assert (summary.count, summary.resumed + summary.encoded, summary.resumed >= 5) == (
-        72,
-        72,
-        True,
-    )
+    assert summary.count == 72
+    assert summary.resumed + summary.encoded == 72
+    assert summary.resumed >= 5
     assert not leftover.exists()
     verify_index(index)
 
@@ -560,12 +567,10 @@ def test_both_forms_have_the_same_help_and_output(
     assert open_current(tmp_path / "index").manifest.spec.text_fields == ("color",)
     out, err = capfd.readouterr()
     summary = json.loads(out)
-    assert (
-        summary["version"],
-        summary["count"],
-        summary["reused"],
-        summary["kind"],
-    ) == (1, 24, False, "IVF1,Flat")
+    assert summary["version"] == 1
+    assert summary["count"] == 24
+    assert summary["reused"] is False
+    assert summary["kind"] == "IVF1,Flat"
     assert "24/24" in err
     shown = list[tuple[str, str, Any]]()
     for form in ("module", "dcar"):
@@ -614,11 +619,9 @@ def test_every_failure_has_its_exit_code_and_one_line(
     def fails(code: int, *more: object) -> str:
         assert main([*required, "--quiet", *map(str, more)]) == code
         stdout, stderr = capsys.readouterr()
-        assert (stdout, stderr.startswith("error: "), stderr.count("\n")) == (
-            "",
-            True,
-            1,
-        )
+        assert stdout == ""
+        assert stderr.startswith("error: ")
+        assert stderr.count("\n") == 1
         return stderr
 
     for code, *more in (
@@ -634,7 +637,8 @@ def test_every_failure_has_its_exit_code_and_one_line(
     out.mkdir(exist_ok=True)
     with FileLock(out / ".lock"):
         fails(5)
-    assert (current_version(out), (out / "versions").exists()) == (None, False)
+    assert current_version(out) is None
+    assert not (out / "versions").exists()
 
 
 IMAGES = 40  # beside a broken one
@@ -701,11 +705,9 @@ def test_killed_ray_worker_changes_no_vector(
     assert done < IMAGES / 2 - 5, "the job was over before a worker could be killed"
     assert not is_alive(victim)
     summary = json.loads(out)
-    assert (summary["count"], summary["failed"], summary["encoded"]) == (
-        IMAGES,
-        1,
-        IMAGES + 1,
-    )
+    assert summary["count"] == IMAGES
+    assert summary["failed"] == 1
+    assert summary["encoded"] == IMAGES + 1
     assert f"{IMAGES + 1}/{IMAGES + 1}" in err
     verify_index(index)
     same_as_anew(build, gallery, index, batch_size=2, shard_rows=2)

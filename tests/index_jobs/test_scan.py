@@ -42,10 +42,8 @@ def test_signatures_tell_changed_images_from_changed_captions_and_places(
     )
     before = scan(tiny_gallery)
     moved = scan(root)
-    assert (moved.table["id"], moved.vectors_signature) == (
-        before.table["id"],
-        before.vectors_signature,
-    )
+    assert moved.table["id"] == before.table["id"]
+    assert moved.vectors_signature == before.vectors_signature
     lines = (
         (root / "metadata.jsonl")
         .read_text()
@@ -92,10 +90,8 @@ def test_tar_members_are_read_in_place_with_their_siblings(
     gallery = scan(tmp_path)
     rows = rows_of(gallery)
     assert list(rows) == ["shard.tar/x/1.png", "shard.tar/x/2.png"]
-    assert (
-        rows["shard.tar/x/1.png"]["caption"],
-        rows["shard.tar/x/1.png"]["category"],
-    ) == ("green thing", "7")
+    assert rows["shard.tar/x/1.png"]["caption"] == "green thing"
+    assert rows["shard.tar/x/1.png"]["category"] == "7"
     assert rows["shard.tar/x/2.png"]["metadata"]["source"] == "here"
     for row, color in zip(rows.values(), ("green", "blue"), strict=True):
         file, size = open_image(
@@ -152,16 +148,12 @@ def test_lists_keep_their_order_ids_and_columns(
         ],
     )
     first, second = scan(path).table.to_pylist()
-    assert (first["location"], first["id"], first["caption"]) == (
-        str(outside),
-        "last",
-        "z",
-    )
-    assert (second["location"], len(second["id"]), second["caption"]) == (
-        "b.png",
-        20,
-        "b",
-    )
+    assert first["location"] == str(outside)
+    assert first["id"] == "last"
+    assert first["caption"] == "z"
+    assert second["location"] == "b.png"
+    assert len(second["id"]) == 20
+    assert second["caption"] == "b"
     assert json.loads(second["metadata"])["path"] == "./b.png"
 
 

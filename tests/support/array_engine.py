@@ -24,7 +24,8 @@ from index_jobs.spec import IndexSpec
 
 class ArrayIndex(VectorIndex):
     def __init__(self, array: Floats) -> None:
-        self._array, (self.count, self.dim) = array, array.shape
+        self._array = array
+        (self.count, self.dim) = array.shape
 
     def search(
         self,

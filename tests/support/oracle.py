@@ -348,10 +348,8 @@ class Oracle:
         ]
         for row, place, result in zip(rows, page, results, strict=True):
             item = self.items[row]
-            assert (result["caption"], result["category"]) == (
-                item.caption,
-                item.category,
-            )
+            assert result["caption"] == item.caption
+            assert result["category"] == item.category
             assert abs(result["score"] - cosines[row]) < CLOSE
             assert (
                 abs(result.get("text_score", -1) - (texts[row] if weight else -1))
