@@ -103,7 +103,8 @@ def decoded(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, bytes]]:
 
 
 async def item_id(client: ServiceClient, name: str) -> str:
-    items = (await client.get("/items")).json()["items"]
+    response = await client.get("/items")
+    items = response.json()["items"]
     return next(item["id"] for item in items if item["metadata"]["file_name"] == name)
 
 
@@ -184,7 +185,8 @@ async def test_cmyk_and_tiff_are_query_images_where_they_are_allowed(
     gallery = photos.parent / "gallery"
     async with opened(photos) as client:
         files = {"file": (gallery / "print.jpg").read_bytes()}
-        best = (await client.post("/search/image", files=files)).json()["results"][0]
+        response = await client.post("/search/image", files=files)
+        best = response.json()["results"][0]
         assert best["caption"] == "Éclair"
         assert best["score"] > 0.999
         scan = {"file": encoded(Image.new("RGB", (40, 40), "red"), "TIFF")}
@@ -192,7 +194,8 @@ async def test_cmyk_and_tiff_are_query_images_where_they_are_allowed(
         assert refused.status_code == 422
         assert "tiff" in refused.json()["detail"].lower()
     async with opened(photos, image_formats=("tiff",)) as client:
-        assert (await client.post("/search/image", files=scan)).status_code == 200
+        response = await client.post("/search/image", files=scan)
+        assert response.status_code == 200
 
 
 async def test_small_drawings_are_sent_as_they_are(started: ServiceClient) -> None:
@@ -201,9 +204,8 @@ async def test_small_drawings_are_sent_as_they_are(started: ServiceClient) -> No
     )
     assert thumbnail.status_code == 200, thumbnail.text
     assert thumbnail.headers["content-type"] == "image/png"
-    assert (
-        await started.get(f"/items/{quote(ODD_ID, safe='')}/image?size=192")
-    ).status_code == 200
+    response = await started.get(f"/items/{quote(ODD_ID, safe='')}/image?size=192")
+    assert response.status_code == 200
     assert_problem(
         await started.get("/items/circle%2Fred.png/image?size=999"),
         422,
@@ -220,7 +222,8 @@ async def test_a_changed_image_gets_a_new_thumbnail(
     async with opened(photos) as client:
         url = f"/items/{await item_id(client, 'print.jpg')}/image?size=192"
         first = await client.get(url)
-        assert (await client.get(url)).content == first.content
+        response = await client.get(url)
+        assert response.content == first.content
         assert [data for _, data in decoded] == [content], "it is made once"
         try:
             Image.new("RGB", (900, 600), "red").save(path)
@@ -245,7 +248,8 @@ async def test_columns_are_not_read_in_the_event_loop(
     monkeypatch.setattr(IndexVersion, "column", in_thread)
     for path in ("/items?sort=price", "/ui/catalogue"):
         async with opened(photos) as client:
-            body = (await client.get(path)).json()
+            response = await client.get(path)
+            body = response.json()
     assert {"name": "price", "is_number": True} in body["fields"]
     assert names == ["price"]
 
@@ -265,7 +269,8 @@ async def test_pictures_are_sorted_and_filtered_by_when_they_were_taken(
     )
     rebuild(gallery, tiny_checkpoint, tmp_path / "index", workers=1, progress=False)
     async with opened(tmp_path / "index") as client:
-        items = (await client.get("/items", params={"sort": "-taken"})).json()["items"]
+        response = await client.get("/items", params={"sort": "-taken"})
+        items = response.json()["items"]
         assert [item["metadata"].get("taken") for item in items] == [
             "2024-07-03T10:20:30",
             "2024-07-02T10:20:30",
@@ -277,13 +282,11 @@ async def test_pictures_are_sorted_and_filtered_by_when_they_were_taken(
             {"value": {"gte": f"{year}", "lt": f"{year + 1}"}, "count": 2}
             for year in (2024, 2023)
         ]
-        assert (await client.get("/ui/facets")).json()["facets"] == [
-            {"name": "taken", "values": years}
-        ]
+        response = await client.get("/ui/facets")
+        assert response.json()["facets"] == [{"name": "taken", "values": years}]
         filter = json.dumps({"taken": years[1]["value"]})
-        assert (await client.get("/items", params={"filter": filter})).json()[
-            "count"
-        ] == 2
+        response = await client.get("/items", params={"filter": filter})
+        assert response.json()["count"] == 2
 
 
 async def test_facets_are_fields_that_few_values_divide(started: ServiceClient) -> None:
@@ -318,7 +321,8 @@ async def test_facets_are_fields_that_few_values_divide(started: ServiceClient) 
 
 async def test_gallery_shows_each_group_once(products: Path) -> None:
     async with opened(products) as client:
-        body = (await client.get("/items", params={"sort": "caption", "k": 4})).json()
+        response = await client.get("/items", params={"sort": "caption", "k": 4})
+        body = response.json()
         assert body["count"] == 6
         assert body["next_offset"] == 4
         assert [item["caption"] for item in body["items"]][:2] == [
@@ -331,12 +335,14 @@ async def test_gallery_shows_each_group_once(products: Path) -> None:
             item["group"]["count"]
             for item in (await client.get("/items", params=some)).json()["items"]
         } == {2}
-        facets = (await client.get("/ui/facets")).json()["facets"]
+        response = await client.get("/ui/facets")
+        facets = response.json()["facets"]
         assert [
             (each["name"], {value["count"] for value in each["values"]})
             for each in facets
         ] == [("category", {6})]
-        about = (await client.get("/ui/catalogue")).json()
+        response = await client.get("/ui/catalogue")
+        about = response.json()
         assert (
             about
             | {
@@ -364,12 +370,14 @@ async def test_what_a_model_knows_is_told(
         progress=False,
     )
     async with opened(tmp_path / "index") as client:
-        about = (await client.get("/ui/catalogue")).json()
+        response = await client.get("/ui/catalogue")
+        about = response.json()
         assert (about["model_note"], about["languages"]) == (
             note,
             "",
         ), "a model of a directory"
-        assert (await client.get("/readyz")).json()["model_note"] == note
+        response = await client.get("/readyz")
+        assert response.json()["model_note"] == note
     names = [
         "ViT-B-32-quickgelu",
         "xlm-roberta-base-ViT-B-32",

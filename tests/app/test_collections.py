@@ -89,7 +89,8 @@ async def test_each_collection_has_its_own_index_and_unknown_ones_are_a_404(
     async with opened(circles) as alone:
         expected = await text(alone, "", "red")
     async with opened(built_index, collections={"round": circles}) as client:
-        listed = (await client.get("/collections")).json()
+        response = await client.get("/collections")
+        listed = response.json()
         CollectionsResponse.model_validate(listed, strict=True)
         assert [
             (c["name"], c["default"], c["count"]) for c in listed["collections"]
@@ -109,20 +110,14 @@ async def test_each_collection_has_its_own_index_and_unknown_ones_are_a_404(
             assert picture.headers["content-type"] == "image/png"
         assert found[0]["image_url"].startswith("/collections/round/items/")
         item = found[0]["id"]
-        assert (await client.get(f"/collections/round/items/{item}")).status_code == 200
-        assert (
-            len(
-                (await client.get(f"/collections/round/items/{item}/similar")).json()[
-                    "results"
-                ]
-            )
-            == 5
-        )
+        response = await client.get(f"/collections/round/items/{item}")
+        assert response.status_code == 200
+        response = await client.get(f"/collections/round/items/{item}/similar")
+        assert len(response.json()["results"]) == 5
         assert_problem(await client.get(f"/items/{item}"), 404, "id")
         batch = {"queries": [{"query": "red"}, {"query": "blue"}]}
-        assert (
-            await client.post("/collections/round/search/batch", json=batch)
-        ).status_code == 200
+        response = await client.post("/collections/round/search/batch", json=batch)
+        assert response.status_code == 200
         for name in ("ROUND", "..%2f..%2fetc", "%00", "x" * 3000):
             body = assert_problem(
                 await client.post(
@@ -194,16 +189,15 @@ async def test_unloadable_collection_is_named_and_others_are_served(
     async with opened(built_index, ready=False, **given) as client:
 
         async def is_reported() -> bool:
-            return "round: " in (
-                await client.get("/readyz", headers=bearer(ALICE))
-            ).json().get("detail", "")
+            response = await client.get("/readyz", headers=bearer(ALICE))
+            return "round: " in response.json().get("detail", "")
 
         await until(is_reported)
-        assert (await client.get("/healthz")).status_code == 200
+        response = await client.get("/healthz")
+        assert response.status_code == 200
         await until(lambda: client.app.state.collections[None].current is not None)
-        assert (
-            "round: " in (await client.get("/readyz", headers=ADMINS)).json()["detail"]
-        )
+        response = await client.get("/readyz", headers=ADMINS)
+        assert "round: " in response.json()["detail"]
         for headers in ({}, bearer(BOB), bearer("wrong")):
             assert (
                 "round"
@@ -226,7 +220,8 @@ async def test_unloadable_collection_is_named_and_others_are_served(
         items.write_bytes(whole)
         reloaded = await client.post("/admin/reload", headers=ADMINS)
         assert reloaded.json()["versions"] == {"index": 1, "round": 1}
-        assert (await client.get("/readyz")).json()["status"] == "ready"
+        response = await client.get("/readyz")
+        assert response.json()["status"] == "ready"
         found = await scrape(client)
         assert found["dcar_index_items", (("collection", "round"),)] == 6
         assert found["dcar_index_items", (("collection", "index"),)] == 24
@@ -257,28 +252,32 @@ async def test_collection_is_created_filled_and_dropped(
             "min_score": None,
             "reason": None,
         }
-        assert (await client.put(path, headers=ADMINS)).json() == created.json(), (
-            "idempotent"
-        )
-        assert (await client.get("/readyz")).json()["status"] == "ready"
-        assert (await client.post(f"{path}/search/text", json=WORDS)).json()[
-            "results"
-        ] == []
+        response = await client.put(path, headers=ADMINS)
+        assert response.json() == created.json(), "idempotent"
+        response = await client.get("/readyz")
+        assert response.json()["status"] == "ready"
+        response = await client.post(f"{path}/search/text", json=WORDS)
+        assert response.json()["results"] == []
         await ended(
             client,
             await put(client, item("a"), item("b", "cyan"), path=f"{path}/items"),
         )
-        found = (
-            await client.post(f"{path}/search/text", json={"query": "pink", "k": 5})
-        ).json()["results"]
+        response = await client.post(
+            f"{path}/search/text", json={"query": "pink", "k": 5}
+        )
+        found = response.json()["results"]
         assert {each["id"] for each in found} == {"a", "b"}
-        assert (await client.get(f"{path}/items/b/image")).content == png("cyan")
+        response = await client.get(f"{path}/items/b/image")
+        assert response.content == png("cyan")
         await ended(client, await put(client, item("c"), path=f"{path}/items"))
-        assert (await client.get(f"{path}/items")).json()["count"] == 3
-        assert (await client.get("/items")).json()["count"] == 24
+        response = await client.get(f"{path}/items")
+        assert response.json()["count"] == 3
+        response = await client.get("/items")
+        assert response.json()["count"] == 24
 
         async def count_elsewhere() -> bool:
-            listed = (await other.get("/collections")).json()["collections"]
+            response = await other.get("/collections")
+            listed = response.json()["collections"]
             return {known["name"]: known["count"] for known in listed} == {
                 "index": 24,
                 "lamps": 3,
@@ -287,9 +286,8 @@ async def test_collection_is_created_filled_and_dropped(
         await until(count_elsewhere)
     async with opened(index, **given) as client:
         await until(lambda: len(client.app.state.collections.loaded) == 2)
-        assert (await client.get(f"{path}/items")).json()["count"] == 3, (
-            "after a restart"
-        )
+        response = await client.get(f"{path}/items")
+        assert response.json()["count"] == 3, "after a restart"
         with JobQueue(list_collections(tmp_path / "created")["lamps"]).lock():
             drops = [
                 asyncio.create_task(client.delete(path, headers=ADMINS))
@@ -297,9 +295,11 @@ async def test_collection_is_created_filled_and_dropped(
             ]
             await asyncio.sleep(0.2)
         assert sorted([(await drop).status_code for drop in drops]) == [204] + [404] * 7
-        assert (await client.get(f"{path}/items")).status_code == 404
+        response = await client.get(f"{path}/items")
+        assert response.status_code == 404
         assert not list((tmp_path / "created").glob("*/"))
-        assert (await client.put(path, headers=ADMINS)).json()["count"] == 0
+        response = await client.put(path, headers=ADMINS)
+        assert response.json()["count"] == 0
 
 
 async def test_empty_collection_has_no_results_and_checks_requests(
@@ -322,7 +322,8 @@ async def test_empty_collection_has_no_results_and_checks_requests(
             "rerank": True,
             **options,
         }
-        found = (await client.post(f"{path}/search/text", json=text)).json()
+        response = await client.post(f"{path}/search/text", json=text)
+        found = response.json()
         took_ms = found.pop("took_ms")
         assert found == {
             "index_version": 0,
@@ -347,10 +348,13 @@ async def test_empty_collection_has_no_results_and_checks_requests(
             'items?filter={"price": 3}',
             "items?sort=-price",
         ):
-            listed = (await client.get(f"{path}/{route}")).json()
+            response = await client.get(f"{path}/{route}")
+            listed = response.json()
             assert listed == {"index_version": 0, "count": 0, "items": []}
-        assert (await client.get(f"{path}/ui/facets")).json() == {"facets": []}
-        assert (await client.get(f"{path}/ui/catalogue")).json()["fields"] == []
+        response = await client.get(f"{path}/ui/facets")
+        assert response.json() == {"facets": []}
+        response = await client.get(f"{path}/ui/catalogue")
+        assert response.json()["fields"] == []
         for route in (
             "items/a",
             "items/a/similar",
@@ -385,13 +389,12 @@ async def test_only_collections_of_writers_are_created_and_dropped(
     ) as client:
 
         async def send(method: str, name: str, key: str) -> int:
-            return (
-                await client.request(
-                    method,
-                    f"/collections/{name}",
-                    headers=bearer(key),
-                )
-            ).status_code
+            response = await client.request(
+                method,
+                f"/collections/{name}",
+                headers=bearer(key),
+            )
+            return response.status_code
 
         assert [await send("PUT", "lamps", key) for key in (ALICE, "wrong", lamps)] == [
             403,
@@ -417,9 +420,8 @@ async def test_only_collections_of_writers_are_created_and_dropped(
             204,
         ]
     async with opened(index, **WRITES) as client:
-        assert (
-            await client.put("/collections/lamps", headers=ADMINS)
-        ).status_code == 403
+        response = await client.put("/collections/lamps", headers=ADMINS)
+        assert response.status_code == 403
 
 
 async def test_created_collection_that_does_not_load_is_logged_and_degrades_readiness(
@@ -484,7 +486,8 @@ async def test_changes_see_at_once_what_another_process_has_created_or_dropped(
             ),
         ]
         for request, status, field in requests:
-            assert (await client.put(path, headers=ADMINS)).json()["count"] == 0
+            response = await client.put(path, headers=ADMINS)
+            assert response.json()["count"] == 0
             if field == "collection":
                 changed = await request(other)
                 assert changed.status_code == status
@@ -494,7 +497,8 @@ async def test_changes_see_at_once_what_another_process_has_created_or_dropped(
             with suppress(KeyError):
                 drop_collection(list_collections(folder)["lamps"])
             assert_problem(await request(client), 404, field)
-            listed = (await client.get("/collections")).json()["collections"]
+            response = await client.get("/collections")
+            listed = response.json()["collections"]
             assert [each["name"] for each in listed] == ["index"]
 
 
@@ -510,15 +514,15 @@ async def test_reload_follows_collections_of_another_process_and_logs_damaged_on
     async with opened(index, collections_dir=folder, poll_s=0, **WRITES) as client:
 
         async def embedded(model: str) -> Any:
-            return (
-                await client.post(
-                    "/v1/embeddings", json={"input": "red", "model": model}
-                )
-            ).json()["data"]
+            response = await client.post(
+                "/v1/embeddings", json={"input": "red", "model": model}
+            )
+            return response.json()["data"]
 
         async def reloaded() -> Any:
             with caplog.at_level("INFO"):
-                return (await client.post("/admin/reload", headers=ADMINS)).json()
+                response = await client.post("/admin/reload", headers=ADMINS)
+                return response.json()
 
         create(folder, index, "lamps")
         assert (await reloaded())["versions"] == {"index": 1, "lamps": 0}
@@ -532,6 +536,7 @@ async def test_reload_follows_collections_of_another_process_and_logs_damaged_on
         assert not (await reloaded())["changed"]
         drop_collection(list_collections(folder)["lamps"])
         assert (await reloaded())["versions"] == {"index": 1}
-        assert (await client.get("/readyz")).status_code == 200
+        response = await client.get("/readyz")
+        assert response.status_code == 200
     assert "no longer serving the collection lamps" in caplog.text
     assert caplog.text.count("collection.json cannot be read") == 1

@@ -34,25 +34,17 @@ def unit(vectors: Any) -> Any:
 
 
 async def taught(client: ServiceClient, name: str = "rex", **body: Any) -> Any:
-    return (
-        (
-            await client.put(
-                f"/concepts/{name}",
-                json={"ids": RED, **body},
-                headers=ADMINS,
-            )
-        )
-        .raise_for_status()
-        .json()
+    response = await client.put(
+        f"/concepts/{name}",
+        json={"ids": RED, **body},
+        headers=ADMINS,
     )
+    return response.raise_for_status().json()
 
 
 async def search(client: ServiceClient, **body: Any) -> Any:
-    return (
-        (await client.post("/search/text", json={"k": 24, **body}))
-        .raise_for_status()
-        .json()
-    )
+    response = await client.post("/search/text", json={"k": 24, **body})
+    return response.raise_for_status().json()
 
 
 async def test_a_name_is_a_word_a_filter_a_facet_and_a_tag(
@@ -148,13 +140,16 @@ async def test_a_name_is_a_word_a_filter_a_facet_and_a_tag(
         for text in ("mail@x", "@ x", "@!", f"@{'y' * 65}"):
             assert (await search(client, query=text))["results"]
 
-        assert (await client.get("/concepts/rex")).json() == concept
-        assert (await client.get("/concepts")).json() == {"concepts": [concept]}
+        response = await client.get("/concepts/rex")
+        assert response.json() == concept
+        response = await client.get("/concepts")
+        assert response.json() == {"concepts": [concept]}
         again = await taught(client, ids=RED[:1])
         assert again["examples"] == 1
         assert again["kind"] == ""
         assert again["not_ids"] == []
-        assert (await client.delete("/concepts/rex", headers=ADMINS)).status_code == 204
+        response = await client.delete("/concepts/rex", headers=ADMINS)
+        assert response.status_code == 204
         assert_problem(
             await client.delete("/concepts/rex", headers=ADMINS),
             404,

@@ -119,16 +119,14 @@ async def test_a_batch_searches_with_an_image_by_its_url(built_index: Path) -> N
         opened(built_index, image_hosts=(HOST,), image_ports=(port,)) as client,
     ):
         queries = [{"query": "red"}, {"image": url_of(port), "k": 2}]
-        answers = (
-            await client.post("/search/batch", json={"queries": queries})
-        ).json()["answers"]
-        image = (
-            await client.post(
-                "/search/image",
-                files={"file": ("a.png", png())},
-                data={"k": "2"},
-            )
-        ).json()
+        response = await client.post("/search/batch", json={"queries": queries})
+        answers = response.json()["answers"]
+        response = await client.post(
+            "/search/image",
+            files={"file": ("a.png", png())},
+            data={"k": "2"},
+        )
+        image = response.json()
         assert answers[1]["results"] == image["results"]
         assert requests[0].startswith(b"GET /a.png?size=2 HTTP/1.1\r\n")
         assert f"Host: {HOST}:{port}\r\n".encode() in requests[0]
@@ -158,7 +156,8 @@ async def test_an_item_is_put_with_an_image_by_its_url(index: Path) -> None:
             422,
             "items",
         )
-        assert (await put(client, given)).status_code == 202
+        response = await put(client, given)
+        assert response.status_code == 202
         (stored,) = (index / "images").iterdir()
         assert stored.read_bytes() == png()
 

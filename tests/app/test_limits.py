@@ -157,8 +157,10 @@ async def test_caches_of_a_version_are_bounded_in_bytes(
         for number in range(20):
             filter = {"caption": {"not": [f"{number}" + "\U0001f600" * 10_000]}}
             body = {"query": "red", "filter": filter, "facets": ["category", "caption"]}
-            assert (await client.post("/search/text", json=body)).is_success
-        assert (await client.post("/search/text", json=WORDS)).is_success
+            response = await client.post("/search/text", json=body)
+            assert response.is_success
+        response = await client.post("/search/text", json=WORDS)
+        assert response.is_success
         assert len(served.masks) == 2
         assert len(served.pages) == 0
         assert sum(map(len, served.masks)) < 10_000
@@ -233,7 +235,8 @@ async def test_filters_delay_no_other_search_and_those_of_a_batch_give_way(
 
     async with opened(built_index) as client:
         cached = {"query": "red", "filter": {"color": "red"}}
-        assert (await client.post("/search/text", json=cached)).is_success
+        response = await client.post("/search/text", json=cached)
+        assert response.is_success
         monkeypatch.setattr(filters, "match_rows", match)
         queries = [
             of_caption("batch", color={"not": f"{number}"}) for number in range(8)

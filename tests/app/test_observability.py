@@ -42,12 +42,10 @@ async def test_metrics_count_stages_cache_lookups_and_requests(
     async with opened(reranking_index) as client:
         # embedded, then with a cached embedding, then with cached results
         for k in (3, 4, 4):
-            assert (
-                await client.post("/search/text", json={"query": "red", "k": k})
-            ).status_code == 200
-        assert (
-            await client.post("/search/image", files={"file": png()})
-        ).status_code == 200
+            response = await client.post("/search/text", json={"query": "red", "k": k})
+            assert response.status_code == 200
+        response = await client.post("/search/image", files={"file": png()})
+        assert response.status_code == 200
         for i in range(20):
             await client.get(f"/probing/{i}")
         found = await scrape(client)
@@ -86,9 +84,8 @@ async def test_metrics_count_stages_cache_lookups_and_requests(
 
         encoder = client.app.state.collections[None].current.encoder
         before_encoding(encoder, None)  # type: ignore[arg-type]
-        assert (
-            await client.post("/search/text", json={"query": "blue"})
-        ).status_code == 500
+        response = await client.post("/search/text", json={"query": "blue"})
+        assert response.status_code == 500
         assert (await scrape(client))["dcar_errors_total", ()] == 1
         restore(encoder)
 

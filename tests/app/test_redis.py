@@ -52,9 +52,8 @@ async def test_faulty_redis_fails_no_search_at_little_cost(
         try:
             async with asyncio.timeout(5):
                 for _ in range(6):
-                    assert (
-                        await client.post("/search/text", json={"query": "red"})
-                    ).status_code == 200
+                    response = await client.post("/search/text", json={"query": "red"})
+                    assert response.status_code == 200
         finally:
             if server is not None:
                 server.send_signal(signal.SIGCONT)
@@ -142,7 +141,8 @@ async def test_services_share_vectors_by_hashes_and_answer_alike(
         assert 0 < client.ttl(key) <= 7 * 24 * 3600
         client.set(key, b"damaged")
     async with opened(built_index, redis_url=redis_server.url) as http:
-        answer = (await http.post("/search/text", json=QUERY)).json()
+        response = await http.post("/search/text", json=QUERY)
+        answer = response.json()
         assert answer["cached"] is False
         assert answer["results"] == pages[0][0]["results"]
     client.close()

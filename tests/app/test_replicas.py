@@ -204,7 +204,8 @@ async def test_replica_follows_the_store_and_serves_on_without_it(
     monkeypatch.setattr("index_jobs.index.stores.RETRIES", {"max_retries": 0})
     replica = machines["replica"]
     async with opened(replica, poll_s=0.05, **ADMIN_ONLY) as client:
-        found = (await client.post("/search/text", json=WORDS)).json()
+        response = await client.post("/search/text", json=WORDS)
+        found = response.json()
         publish_copy(machines["builder"])
         await until_ready(client, status="ready", index_version=2)
         rollback(machines["builder"])
@@ -220,13 +221,10 @@ async def test_replica_follows_the_store_and_serves_on_without_it(
             "is served, and its object store is not followed: s3://bucket/shop/index is"
             " not available" in logged
         )
-        assert (
-            'dcar_index_degraded{collection="index"} 1.0'
-            in (await client.get("/metrics", headers=ADMINS)).text
-        )
-        assert (await client.post("/search/text", json=WORDS)).json()[
-            "results"
-        ] == found["results"]
+        response = await client.get("/metrics", headers=ADMINS)
+        assert 'dcar_index_degraded{collection="index"} 1.0' in response.text
+        response = await client.post("/search/text", json=WORDS)
+        assert response.json()["results"] == found["results"]
         server.send_signal(signal.SIGCONT)
         await until_ready(client, status="ready")
         publish_copy(machines["builder"])
@@ -234,9 +232,8 @@ async def test_replica_follows_the_store_and_serves_on_without_it(
     server.stop()
     async with opened(replica, poll_s=0.05) as restarted:
         await until_ready(restarted, status="degraded", index_version=3)
-        assert (await restarted.post("/search/text", json=WORDS)).json()[
-            "results"
-        ] == found["results"]
+        response = await restarted.post("/search/text", json=WORDS)
+        assert response.json()["results"] == found["results"]
 
 
 @needs("object-store")

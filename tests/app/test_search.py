@@ -119,12 +119,12 @@ async def test_one_caller_has_at_most_half_of_what_may_be_pending(
 async def test_items_have_images_and_similar_items(
     started: ServiceClient, gallery: Path
 ) -> None:
-    found = (
-        await started.post("/search/text", json={"query": "cross", "k": 24})
-    ).json()["results"]
+    response = await started.post("/search/text", json={"query": "cross", "k": 24})
+    found = response.json()["results"]
     for result in found:
         image = await started.get(result["image_url"])
-        item = (await started.get(result["image_url"].removesuffix("/image"))).json()
+        response = await started.get(result["image_url"].removesuffix("/image"))
+        item = response.json()
         ItemResponse.model_validate(item, strict=True)
         assert item["id"] == result["id"]
         assert result["width"] == 48
@@ -139,9 +139,8 @@ async def test_items_have_images_and_similar_items(
     assert again.status_code == 304
     assert again.content == b""
 
-    similar = (
-        await started.get("/items/circle%2Fred.png/similar", params={"k": 23})
-    ).json()
+    response = await started.get("/items/circle%2Fred.png/similar", params={"k": 23})
+    similar = response.json()
     VALID.validate_python(similar, strict=True)
     assert not similar["cached"], "no query was embedded"
     ids = [r["id"] for r in similar["results"]]
@@ -213,10 +212,12 @@ async def test_responses_show_no_absolute_path(
         progress=False,
     )
     async with opened(tmp_path / "index") as client:
-        item = (await client.get("/items/red")).json()
-        (found,) = (
-            await client.post("/search/text", json={"query": "red", "fields": ["*"]})
-        ).json()["results"]
+        response = await client.get("/items/red")
+        item = response.json()
+        response = await client.post(
+            "/search/text", json={"query": "red", "fields": ["*"]}
+        )
+        (found,) = response.json()["results"]
         for metadata in (item["metadata"], found["metadata"]):
             assert metadata["file_name"] == "red.png"
             assert place not in metadata.values()
@@ -393,10 +394,10 @@ async def test_keys_and_rates_count_each_input_and_very_many_values_are_refused(
                 "body",
             )
         body = {"input": ["red", "blue", "green"]}
-        assert (await client.post("/v1/embeddings", json=body)).status_code == 401
-        assert (
-            await client.post("/v1/embeddings", json=body, headers=bearer(ALICE))
-        ).status_code == 200
+        response = await client.post("/v1/embeddings", json=body)
+        assert response.status_code == 401
+        response = await client.post("/v1/embeddings", json=body, headers=bearer(ALICE))
+        assert response.status_code == 200
         refused = await client.post("/v1/embeddings", json=body, headers=bearer(ALICE))
         assert_problem(refused, 429)
     async with opened(built_index, max_upload_bytes=20_000, max_queries=1) as client:
@@ -481,11 +482,10 @@ async def test_a_model_without_a_second_stage_does_not_rerank(
             " off. "
         )
         assert "train a model with `dcar train --method query-prompts`" in detail
-        explained = (
-            await http.post(
-                "/search/text", json={"query": "red", "explain": True, "k": 1}
-            )
-        ).json()
+        response = await http.post(
+            "/search/text", json={"query": "red", "explain": True, "k": 1}
+        )
+        explained = response.json()
         assert "words" not in explained["results"][0]["explanation"], (
             "a single word cannot be left out"
         )
@@ -508,9 +508,8 @@ async def test_reranking_without_images_is_refused(
     body = {"query": "red", "rerank": True, "k": 24}
     (changing / "circle/red.png").unlink()
     async with opened(tmp_path / "index", rerank_depth=24) as http:
-        results = (
-            await http.post("/search/text", json=body | {"explain": True})
-        ).json()["results"]
+        response = await http.post("/search/text", json=body | {"explain": True})
+        results = response.json()["results"]
         assert ["rerank_score" in result for result in results] == [True] * 23 + [False]
         assert results[-1]["caption"] == "a red circle"
         alone = {
@@ -518,7 +517,8 @@ async def test_reranking_without_images_is_refused(
             "filter": {"caption": ["a red circle", "a blue circle"]},
             "explain": True,
         }
-        results = (await http.post("/search/text", json=alone)).json()["results"]
+        response = await http.post("/search/text", json=alone)
+        results = response.json()["results"]
         assert {r["caption"]: "explanation" in r for r in results} == {
             "a red circle": False,
             "a blue circle": True,
@@ -528,7 +528,8 @@ async def test_reranking_without_images_is_refused(
             (body | {"explain": True}, "rerank_score"),
             (alone, "explanation"),
         ):
-            results = (await http.post("/search/text", json=asked)).json()["results"]
+            response = await http.post("/search/text", json=asked)
+            results = response.json()["results"]
             assert all(field in result for result in results[:2]), (
                 "a missing image is looked for again"
             )
@@ -545,9 +546,8 @@ async def test_reranking_without_images_is_refused(
             "none of them"
             in assert_problem(await http.post("/search/text", json=body), 409)["detail"]
         )
-        assert (
-            await http.post("/search/text", json=body | {"rerank": False})
-        ).status_code == 200
+        response = await http.post("/search/text", json=body | {"rerank": False})
+        assert response.status_code == 200
 
 
 async def test_explanations_match_falls_of_the_score(
@@ -571,7 +571,8 @@ async def test_explanations_match_falls_of_the_score(
             "this model squeezes images into its square"
         )
 
-        item = (await http.get(f"/items/{first['id'].replace('/', '%2F')}")).json()
+        response = await http.get(f"/items/{first['id'].replace('/', '%2F')}")
+        item = response.json()
         pixels = encoder.preprocess(gallery / item["metadata"]["file_name"])
         hidden = pixels.copy()
         hidden[:, 8:16, 24:32] = 255
@@ -659,12 +660,8 @@ async def test_a_text_query_visits_the_documented_modules_alone(
                 {"query": "a red square"},
                 {"query": "a blue one", "hybrid": True},
             ):
-                assert (
-                    len(
-                        (await client.post("/search/text", json=body)).json()["results"]
-                    )
-                    == 10
-                )
+                response = await client.post("/search/text", json=body)
+                assert len(response.json()["results"]) == 10
             is_counted = False
     finally:
         threading.setprofile(None)

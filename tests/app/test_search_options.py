@@ -419,17 +419,17 @@ async def test_listings_are_those_of_the_oracle(
                 found = list[dict[str, Any]]()
                 offset = 0
                 while offset is not None:
-                    page = (
-                        await http.get(
-                            "/items", params={"k": 40, "offset": offset, **params}
-                        )
-                    ).json()
+                    response = await http.get(
+                        "/items", params={"k": 40, "offset": offset, **params}
+                    )
+                    page = response.json()
                     ItemsResponse.model_validate(page, strict=True)
                     assert page["count"] == len(expected)
                     found = found + page["items"]
                     offset = page.get("next_offset")
                 assert [each["id"] for each in found] == expected, given
-            one = (await http.get(f"/items/{quote(found[0]['id'], safe='')}")).json()
+            response = await http.get(f"/items/{quote(found[0]['id'], safe='')}")
+            one = response.json()
             item = oracle.items[oracle.row_of[found[0]["id"]]]
             found[0].pop("group", None)
             assert one == found[0] | {"index_version": page["index_version"]}
@@ -633,15 +633,12 @@ async def test_invalid_options_name_the_field(catalogue: Path) -> None:
                 "has too few images and has no calibrated cut-off" in problem["detail"]
             )
         longest = {"query": "\U0001f534" * 20, "without": "\U0001f534" * 20}
-        assert (await http.post("/search/text", json=longest)).status_code == 200
-        assert (
-            "next_offset"
-            not in (
-                await http.post(
-                    "/search/text", json={"query": "x", "k": 80, "offset": 60}
-                )
-            ).json()
+        response = await http.post("/search/text", json=longest)
+        assert response.status_code == 200
+        response = await http.post(
+            "/search/text", json={"query": "x", "k": 80, "offset": 60}
         )
+        assert "next_offset" not in response.json()
 
 
 async def test_forms_repeat_lists_omit_nulls_and_know_charsets(
@@ -699,11 +696,8 @@ async def test_crops_are_of_the_upright_image_and_cached_by_their_place(
         ):
             file = turned if data is None else encoded(data)
             form = {"crop": json.dumps(crop)} if crop else {}
-            bodies.append(
-                (
-                    await http.post("/search/image", files={"file": file}, data=form)
-                ).json()
-            )
+            response = await http.post("/search/image", files={"file": file}, data=form)
+            bodies.append(response.json())
         assert [body["cached"] for body in bodies[:3]] == [False, True, False]
         assert (
             bodies[0]["results"]
@@ -729,11 +723,13 @@ async def test_levels_follow_from_the_calibration(
     )
     async with opened(tmp_path / "index") as http:
         oracle = Oracle(http.app.state.collections[None].current)
-        (collection,) = (await http.get("/collections")).json()["collections"]
+        response = await http.get("/collections")
+        (collection,) = response.json()["collections"]
         assert collection["min_score"] == oracle.index.manifest.cutoff["min_score"]
         for more in ({}, {"min_score": "auto"}):
             options: dict[str, Any] = {"query": "red", "k": 24, **more}
-            body = (await http.post("/search/text", json=options)).json()
+            response = await http.post("/search/text", json=options)
+            body = response.json()
             oracle.check(body, **options)
             assert (
                 0
@@ -754,13 +750,14 @@ async def test_long_metadata_are_bounded_in_responses(
     query = {"query": "red", "k": 20, "fields": ["*"]}
     batch = {"queries": [query, {"query": "blue"}]}
     async with opened(built_index) as http:
-        whole = (await http.post("/search/text", json=query)).json()["results"]
+        response = await http.post("/search/text", json=query)
+        whole = response.json()["results"]
         monkeypatch.setattr("app.api.routing.QUICK_BYTES", 0)  # made in a thread
         monkeypatch.setattr("app.api.guard.UNCOUNTED_BYTES", 0)
-        assert (await http.post("/search/text", json=query)).json()["results"] == whole
-        assert (await http.post("/search/batch", json=batch)).json()["answers"][0][
-            "results"
-        ] == whole
+        response = await http.post("/search/text", json=query)
+        assert response.json()["results"] == whole
+        response = await http.post("/search/batch", json=batch)
+        assert response.json()["answers"][0]["results"] == whole
         http.app.state.bodies.held += 2**30
         assert_problem(await http.post("/search/text", json=query), 503)
         http.app.state.bodies.held -= 2**30
@@ -770,23 +767,22 @@ async def test_long_metadata_are_bounded_in_responses(
         assert_problem(await http.post("/search/text", json=query), 422, "k")
         assert_problem(await http.post("/search/batch", json=batch), 422, "k")
         assert_problem(await http.get("/items", params={"k": 20}), 422, "k")
-        assert (await http.post("/search/text", json=query | {"k": 2})).json()[
-            "results"
-        ] == whole[:2]
+        response = await http.post("/search/text", json=query | {"k": 2})
+        assert response.json()["results"] == whole[:2]
 
 
 async def test_counts_of_the_best_rows_are_approximate(
     built_index: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     async with opened(built_index) as http:
-        first = (await http.post("/search/text", json={"query": "red", "k": 5})).json()[
-            "results"
-        ]
+        response = await http.post("/search/text", json={"query": "red", "k": 5})
+        first = response.json()["results"]
         for name in ("results.MAX_SCORED", "hits.MAX_SORTED"):
             monkeypatch.setattr(f"app.search.{name}", 5)
         query = {"query": "red", "min_score": -1.0, "facets": ["color"]}
         for options in ({}, {"sort": "caption"}):
-            body = (await http.post("/search/text", json=query | options)).json()
+            response = await http.post("/search/text", json=query | options)
+            body = response.json()
             assert body["facets_approximate"]
             assert sum(each["count"] for each in body["facets"]["color"]) == 5
         assert body["count"] == 5

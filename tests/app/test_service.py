@@ -62,9 +62,8 @@ async def test_broken_version_keeps_the_old_one_served_until_it_is_repaired(
         assert refused.status_code == 503
         assert "trainables.safetensors" in refused.json()["detail"]
         assert int(refused.headers["retry-after"]) > 0
-        assert (await client.post("/search/text", json={"query": "x"})).json()[
-            "index_version"
-        ] == 1
+        response = await client.post("/search/text", json={"query": "x"})
+        assert response.json()["index_version"] == 1
         newer_weights.write_bytes(whole)
         await until_ready(client, status="ready", index_version=2)
         for version in (b"junk\n", b"7" * 5000, Current(7, "0" * 64).to_bytes()):
@@ -78,7 +77,8 @@ async def test_broken_version_keeps_the_old_one_served_until_it_is_repaired(
             reason := "21 of the 24 images are gone; mount what is missing"
         )
         assert (await until_ready(client, status="degraded"))["reason"] == reason
-        assert (await client.get("/ui/catalogue")).json()["model_note"].endswith(reason)
+        response = await client.get("/ui/catalogue")
+        assert response.json()["model_note"].endswith(reason)
         (index / WAITING).unlink()
         await until_ready(client, status="ready")
     assert not [record for record in caplog.records if record.exc_info]
@@ -90,18 +90,16 @@ async def test_rebuilt_index_with_the_same_number_is_served(
     other_checkpoint: Path,
 ) -> None:
     async with opened(index, poll_s=0, **ADMIN_ONLY) as client:
-        before = (await client.post("/search/text", json={"query": "red"})).json()
-        assert not (await client.post("/admin/reload", headers=ADMINS)).json()[
-            "changed"
-        ]
+        response = await client.post("/search/text", json={"query": "red"})
+        before = response.json()
+        response = await client.post("/admin/reload", headers=ADMINS)
+        assert not response.json()["changed"]
         manifest = index / "versions/1.json"
         manifest.rename(index / "aside")
-        assert not (await client.post("/admin/reload", headers=ADMINS)).json()[
-            "changed"
-        ]
-        assert (await client.get("/readyz")).json()["status"] == "ready", (
-            "the served version is intact"
-        )
+        response = await client.post("/admin/reload", headers=ADMINS)
+        assert not response.json()["changed"]
+        response = await client.get("/readyz")
+        assert response.json()["status"] == "ready", "the served version is intact"
         shutil.rmtree(index)
         await asyncio.to_thread(
             rebuild,
@@ -111,21 +109,22 @@ async def test_rebuilt_index_with_the_same_number_is_served(
             workers=0,
             progress=False,
         )
-        reloaded = (await client.post("/admin/reload", headers=ADMINS)).json()
+        response = await client.post("/admin/reload", headers=ADMINS)
+        reloaded = response.json()
         ReloadResponse.model_validate(reloaded, strict=True)
         assert reloaded == {
             "index_version": 1,
             "versions": {index.name: 1},
             "changed": True,
         }
-        after = (await client.post("/search/text", json={"query": "red"})).json()
+        response = await client.post("/search/text", json={"query": "red"})
+        after = response.json()
         assert after["index_version"] == before["index_version"] == 1
         assert [r["score"] for r in after["results"]] != [
             r["score"] for r in before["results"]
         ]
-        assert not (await client.post("/admin/reload", headers=ADMINS)).json()[
-            "changed"
-        ]
+        response = await client.post("/admin/reload", headers=ADMINS)
+        assert not response.json()["changed"]
 
 
 async def test_missing_broken_and_outside_images_are_404(
@@ -195,11 +194,13 @@ async def test_pages_load_nothing_from_other_sites_and_admin_routes_need_a_key(
         assert page.headers["content-type"].startswith("text/html")
         assert not re.search("https?:", page.text)
         assert "script-src 'self';" in page.headers["content-security-policy"]
-        assert (
-            await started.get(path, headers={"If-None-Match": page.headers["etag"]})
-        ).status_code == 304
+        response = await started.get(
+            path, headers={"If-None-Match": page.headers["etag"]}
+        )
+        assert response.status_code == 304
         for name in [part.split('"')[0] for part in page.text.split('"ui/')[1:]]:
-            assert (await started.get(f"/ui/{name}")).status_code == 200, name
+            response = await started.get(f"/ui/{name}")
+            assert response.status_code == 200, name
     assert (
         "DCAR_ADMIN_KEY"
         in assert_problem(await started.post("/admin/reload"), 403)["detail"]
@@ -267,12 +268,10 @@ async def test_served_file_that_is_cut_off_is_reported_once_until_it_is_whole(
             ": items.arrow of version 1; roll back, or rebuild the index"
         )
         assert str(index.parent) not in reason
-        assert (await client.get("/collections")).json()["collections"][0][
-            "reason"
-        ] == reason
-        assert (await client.post("/search/text", json={"query": "red"})).json()[
-            "results"
-        ]
+        response = await client.get("/collections")
+        assert response.json()["collections"][0]["reason"] == reason
+        response = await client.post("/search/text", json={"query": "red"})
+        assert response.json()["results"]
         aside.replace(items)
         await until_ready(client, status="ready", reason=None)
         metrics = await scrape(client)
@@ -344,7 +343,8 @@ async def test_swaps_under_load_drop_no_request_and_free_what_they_replace(
 
         async def swap(version: int) -> None:
             await asyncio.to_thread(rollback, index, version)
-            reloaded = (await client.post("/admin/reload", headers=ADMINS)).json()
+            response = await client.post("/admin/reload", headers=ADMINS)
+            reloaded = response.json()
             assert reloaded["index_version"] == version
             assert reloaded["changed"] is True
             live = client.app.state.collections[None].current

@@ -71,7 +71,8 @@ async def test_a_later_start_loads_no_model_and_has_the_same_results(
         listed = [opened_index.item(row).id for row in range(opened_index.rows)]
         for item_id in [item_id for item_id in listed if item_id not in others][-4:]:
             await asyncio.to_thread(remove, index, [item_id])
-            assert (await http.post("/admin/reload", headers=ADMINS)).json()["changed"]
+            response = await http.post("/admin/reload", headers=ADMINS)
+            assert response.json()["changed"]
         assert 1 not in version_numbers(index)
         deep = await ask(http, DEEP)
         assert deep["results"] == first[1]["results"], (

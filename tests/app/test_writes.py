@@ -266,9 +266,8 @@ async def test_change_of_a_collection_that_is_dropped_meanwhile_gets_404(
             put(client, item("a"), path=ITEMS),
             delete(client, "a", path=ITEMS),
         ):
-            assert (
-                await client.put("/collections/lamps", headers=ADMINS)
-            ).status_code == 200
+            response = await client.put("/collections/lamps", headers=ADMINS)
+            assert response.status_code == 200
             assert_problem(await change, 404, "collection")
 
 
@@ -291,19 +290,18 @@ async def test_waiting_jobs_of_a_collection_have_a_quota(
         assert (await scrape(client))[
             "dcar_jobs_waiting", (("collection", "index"),)
         ] == 2
-        assert (await client.put("/collections/one", headers=ADMINS)).status_code == 200
+        response = await client.put("/collections/one", headers=ADMINS)
+        assert response.status_code == 200
         for _ in range(2):
             accepted = [
                 await put(client, item("a"), path="/collections/one/items")
                 for _ in range(3)
             ]
             assert [each.status_code for each in accepted] == [202, 202, 503]
-            assert (
-                await client.delete("/collections/one", headers=ADMINS)
-            ).status_code == 204
-            assert (
-                await client.put("/collections/one", headers=ADMINS)
-            ).status_code == 200
+            response = await client.delete("/collections/one", headers=ADMINS)
+            assert response.status_code == 204
+            response = await client.put("/collections/one", headers=ADMINS)
+            assert response.status_code == 200
 
 
 @pytest.mark.slow
@@ -478,12 +476,10 @@ async def test_bad_requests_name_the_field_and_change_nothing(
             "items",
         )
         for job in ("0" * 32, "x", "..%2F..%2Fprogress", "0" * 31 + "G"):
-            assert (
-                await client.get(f"/jobs/{job}", headers=ADMINS)
-            ).status_code == 404, job
-        assert (
-            await client.delete("/collections/none/items/a", headers=ADMINS)
-        ).status_code == 404
+            response = await client.get(f"/jobs/{job}", headers=ADMINS)
+            assert response.status_code == 404, job
+        response = await client.delete("/collections/none/items/a", headers=ADMINS)
+        assert response.status_code == 404
         assert not (index / "jobs.sqlite").exists()
     assert in_process == []
 
@@ -617,35 +613,35 @@ async def test_only_the_admin_and_keys_that_may_write_change_items(
         assert await statuses("wrong") == [401] * 10
         path = "/collections/other/concepts/rex"
         ids = {"ids": ["circle/red.png"]}
-        assert (
-            await client.put(path, json=ids, headers=bearer(other))
-        ).status_code == 200
+        response = await client.put(path, json=ids, headers=bearer(other))
+        assert response.status_code == 200
         url = "/collections/other/search/text"
         named = {"query": "@rex", "filter": {"concept": "rex"}, "k": 24}
-        results = (await client.post(url, json=named, headers=bearer(ALICE))).json()[
-            "results"
-        ]
+        response = await client.post(url, json=named, headers=bearer(ALICE))
+        results = response.json()["results"]
         assert ids["ids"][0] in [result["id"] for result in results]
-        assert (await client.delete(path, headers=bearer(loader))).status_code == 403
-        assert (await client.delete(path, headers=bearer(writer))).status_code == 204
+        response = await client.delete(path, headers=bearer(loader))
+        assert response.status_code == 403
+        response = await client.delete(path, headers=bearer(writer))
+        assert response.status_code == 204
         for key, names in (
             (loader, ["index"]),
             (other, ["other"]),
             (ALICE, ["index", "other"]),
         ):
-            listed = (await client.get("/collections", headers=bearer(key))).json()[
-                "collections"
-            ]
+            response = await client.get("/collections", headers=bearer(key))
+            listed = response.json()["collections"]
             assert [each["name"] for each in listed] == names
         refused = await put(client, headers=bearer(ALICE))
         assert_problem(refused, 403, "Authorization")
         job = await ended(client, await put(client, item("a"), headers=bearer(loader)))
-        assert (
-            await client.get(f"/jobs/{job['id']}", headers=bearer(other))
-        ).status_code == 404
+        response = await client.get(f"/jobs/{job['id']}", headers=bearer(other))
+        assert response.status_code == 404
     async with opened(index, **KEYS) as client:
-        assert (await put(client, item("a"))).status_code == 403, "off by default"
-        assert (await client.get("/jobs/0", headers=ADMINS)).status_code == 403
+        response = await put(client, item("a"))
+        assert response.status_code == 403, "off by default"
+        response = await client.get("/jobs/0", headers=ADMINS)
+        assert response.status_code == 403
     async with opened(index, **WRITES) as client:
         assert [
             (await put(client, headers=headers)).status_code
@@ -669,8 +665,10 @@ async def test_put_counts_as_its_items_and_large_bodies_are_refused(
         max_upload_bytes=1024,
         **WRITES,
     ) as client:
-        assert (await put(client, item("a"), item("b"))).status_code == 202
-        assert (await put(client, item("a"), item("b"))).status_code == 429
+        response = await put(client, item("a"), item("b"))
+        assert response.status_code == 202
+        response = await put(client, item("a"), item("b"))
+        assert response.status_code == 429
     async with opened(index, max_upload_bytes=1024, **WRITES) as client:
         body = bytes(1024 * 4 // 3 + 256 * 64 * 2**10 + 1)
         assert_problem(
@@ -687,9 +685,8 @@ async def test_image_that_only_queries_may_have_is_refused(
     """Index jobs read at most 64 million pixels, whatever DCAR_MAX_PIXELS allows."""
     data = encoded(Image.new("1", (8001, 8000)), "PNG")
     async with opened(index, max_pixels=100_000_000, **WRITES) as client:
-        assert (
-            await client.post("/search/image", files={"file": data})
-        ).status_code == 200
+        response = await client.post("/search/image", files={"file": data})
+        assert response.status_code == 200
         given = item("a") | {"image": base64.b64encode(data).decode()}
         assert_problem(await put(client, given), 422, "items.0.image")
     assert not in_process

@@ -62,7 +62,8 @@ async def until_ready(client: httpx.AsyncClient, **expected: Any) -> dict[str, A
     body: dict[str, Any] = {}
 
     async def is_reached() -> bool:
-        body.update((await client.get("/readyz")).json())
+        response = await client.get("/readyz")
+        body.update(response.json())
         return {name: body.get(name) for name in expected} == expected
 
     await until(is_reached)
