@@ -9,6 +9,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from contextlib import nullcontext
+from itertools import product
 from pathlib import Path
 
 import numpy as np
@@ -122,8 +123,7 @@ def test_index_kinds_shows_the_recall_of_each_kind_of_text(tmp_path: Path) -> No
     assert first == "200 vectors of 32:"
     assert [line.split(" | ")[1:3] for line in rows] == [
         [f"`{kind}`", source]
-        for kind in ("Flat", "IVF8,Flat")
-        for source in ("captions", "words")
+        for kind, source in product(("Flat", "IVF8,Flat"), ("captions", "words"))
     ]
     for row in (
         dict(zip(head.split(" | "), line.split(" | "), strict=True)) for line in rows

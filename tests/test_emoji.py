@@ -4,6 +4,7 @@ record of the checkpoints.
 
 import json
 import runpy
+from itertools import chain
 from typing import Any
 
 import pytest
@@ -55,7 +56,7 @@ def test_splits_share_no_emoji_no_image_and_no_caption(domain: str) -> None:
         for each in found
     )
     assert len(lines) == 3944
-    files = {each["file_name"] for found in entries.values() for each in found}
+    files = {each["file_name"] for each in chain.from_iterable(entries.values())}
     assert len(files) == {"twemoji": 3925, "openmoji": 3801}[domain], (
         "others are copies"
     )

@@ -7,6 +7,7 @@ import gc
 import shutil
 from collections.abc import Awaitable, Callable
 from contextlib import suppress
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -150,8 +151,7 @@ async def test_collections_share_the_batches_of_one_backbone(
         assert encoders[0].model.backbone is encoders[1].model.backbone
         asked = [
             (prefix, query)
-            for query in QUERIES
-            for prefix in ("", "/collections/round")
+            for query, prefix in product(QUERIES, ("", "/collections/round"))
         ]
         alone = [await text(client, *each) for each in asked]
         before = await scrape(client)

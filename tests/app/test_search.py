@@ -10,6 +10,7 @@ import shutil
 import sys
 import threading
 from dataclasses import replace
+from itertools import chain
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -442,7 +443,7 @@ async def test_reranking_adds_the_second_stage_to_the_cosine(
             ids(await client.text(query="a red square", k=4, offset=o, rerank=True))
             for o in (0, 4, 8)
         ]
-        assert [each for page in pages for each in page] == ids(again)[:12]
+        assert list(chain.from_iterable(pages)) == ids(again)[:12]
         for offset in (0, 12):
             body = {"more_like": ["circle/red.png"], "rerank": True, "offset": offset}
             assert_problem(await http.post("/search/text", json=body), 422, "rerank")

@@ -5,6 +5,7 @@ NumPy.
 import base64
 import json
 import random
+from itertools import product
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote
@@ -219,8 +220,7 @@ TABLE: list[dict[str, Any]] = [
     {"query": RED, "fold": "share 0.1", "sort": "price", "min_score": "top 60"},
     *(
         {"query": query, "k": 155, "hybrid": weight}
-        for query in (RED, "mirorr", "WX12")
-        for weight in (0.05, 1.0)
+        for query, weight in product((RED, "mirorr", "WX12"), (0.05, 1.0))
     ),
     {"query": "wx 155", "hybrid": 1, "k": 1},
     {"query": RED, "without": "blue", "hybrid": True, "min_score": "top 30", "k": 50},
@@ -234,8 +234,7 @@ TABLE: list[dict[str, Any]] = [
     },
     *(
         {"query": "x", "group_by": name, "k": 4, "offset": at}
-        for name in ("product", "category")
-        for at in (0, 4)
+        for name, at in product(("product", "category"), (0, 4))
     ),
     {
         "query": "x",
@@ -273,8 +272,10 @@ TABLE: list[dict[str, Any]] = [
             "facets": ["color"],
             **more,
         }
-        for sort in ("price", "-price", "brand", "-brand", "-sale", "stock", "id")
-        for more in ({}, {"hybrid": True, "group_by": "product"})
+        for sort, more in product(
+            ("price", "-price", "brand", "-brand", "-sale", "stock", "id"),
+            ({}, {"hybrid": True, "group_by": "product"}),
+        )
     ),
     {
         "query": RED,

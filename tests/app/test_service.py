@@ -10,6 +10,7 @@ import shutil
 import socket
 import time
 import weakref
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -144,8 +145,7 @@ async def test_missing_broken_and_outside_images_are_404(
     async with opened(tmp_path / "other") as client:
         paths = [
             f"{color}.png/image{size}"
-            for color in ("red", "blue", "green")
-            for size in ("", "?size=192")
+            for color, size in product(("red", "blue", "green"), ("", "?size=192"))
         ]
         for path in (*paths, "black.png/image?size=192"):
             response = await client.get(f"/items/circle%2F{path}")

@@ -6,6 +6,7 @@ import json
 import shutil
 import sys
 from dataclasses import replace
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -81,7 +82,9 @@ def test_results_are_reproduced_by_the_checkpoints(
         assert (found["difference"] is None) == (name == "clip")
     assert methods["clip"]["trainable"] == 0
     valid = {
-        name: np.mean([run["val"][key] for run in methods[name]["runs"] for key in R1])
+        name: np.mean(
+            [run["val"][key] for run, key in product(methods[name]["runs"], R1)]
+        )
         for name in methods
     }
     assert valid[best_method(results)] == max(valid.values())

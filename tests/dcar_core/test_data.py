@@ -5,6 +5,7 @@ files that cannot be used.
 import json
 import re
 import unicodedata
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -255,8 +256,7 @@ def test_a_file_without_splits_is_divided_by_image_wherever_it_is_mounted(
     def divided(name: str, prefix: str) -> dict[str, set[str]]:
         rows = (
             row(f"{prefix}{i}.png", caption=f"{word} {i}")
-            for i in range(300)
-            for word in ("one", "two")
+            for i, word in product(range(300), ("one", "two"))
         )
         splits, reports = Annotations(
             write_jsonl(tmp_path / name / "all.jsonl", *rows)
@@ -281,8 +281,7 @@ def test_a_file_without_splits_is_divided_by_image_wherever_it_is_mounted(
 def test_missing_val_split_is_taken_from_training_images(tmp_path: Path) -> None:
     train = {
         f"{i}_{j}": entry(file_name=f"{i}.jpg", positive=f"a cat {i} {j}")
-        for i in range(200)
-        for j in range(2)
+        for i, j in product(range(200), range(2))
     }
     write_json(tmp_path / "pets_train.json", train)
     write_json(tmp_path / "pets_test.json", {"a": entry(file_name="x.jpg")})
@@ -421,8 +420,7 @@ def test_images_of_one_name_in_several_folders_are_distinct(
 ) -> None:
     places = [
         f"/home/me/data/{kind}/{number}.png"
-        for kind in ("cat", "dog")
-        for number in range(3)
+        for kind, number in product(("cat", "dog"), range(3))
     ]
     if fdrd:
         entries = {
@@ -442,7 +440,7 @@ def test_images_of_one_name_in_several_folders_are_distinct(
     assert [sample.image for sample in read(tmp_path)[0].samples] == places
     pictures(
         tmp_path,
-        *(f"{kind}/{number}.png" for kind in ("cat", "dog") for number in range(3)),
+        *(f"{kind}/{number}.png" for kind, number in product(("cat", "dog"), range(3))),
     )
     assert [
         sample.image for sample in Annotations(tmp_path).load("train")[0].samples

@@ -5,6 +5,7 @@ input that is refused.
 import json
 import shutil
 import sys
+from itertools import product
 from pathlib import Path
 from unittest import mock
 
@@ -331,8 +332,8 @@ def test_mixed_rows_equal_each_encoder_alone(
     # so length alone does not split a batch
     monkeypatch.setattr("dcar_core.encoder.state.PASS_COST", 10_000)
     pixels = np.random.default_rng(0).integers(0, 256, (4, 3, 32, 32), np.uint8)
-    texts = [(encoders[name].state, text) for text in TEXTS for name in names]
-    images = [(encoders[name].state, image) for image in pixels for name in names]
+    texts = [(encoders[name].state, text) for text, name in product(TEXTS, names)]
+    images = [(encoders[name].state, image) for image, name in product(pixels, names)]
     runtime = encoders[names[0]].runtime
     with mock.patch.object(runtime, "text", wraps=runtime.text) as text_tower:
         mixed = runtime.encode_texts(texts)

@@ -15,6 +15,7 @@ import shutil
 import signal
 import subprocess
 from collections.abc import Iterator
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -89,7 +90,7 @@ def draw_photos(folder: Path) -> None:
     rows = []
     for bird, shape in BIRDS.items():
         (folder / bird).mkdir(parents=True)
-        looks = [(color, ground) for color in COLORS for ground in GROUNDS]
+        looks = list(product(COLORS, GROUNDS))
         for number, (color, ground) in enumerate(looks, 1):
             pixels = np.array(draw(color, shape))
             pixels[(pixels == 255).all(-1)] = ground

@@ -9,6 +9,7 @@ import sys
 from collections.abc import Iterator
 from dataclasses import replace
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -397,13 +398,15 @@ ALLOWED: list[tuple[dict[str, Any], str, str, tuple[int, int], str]] = [
 REFUSED: list[tuple[dict[str, Any], str, str, tuple[int, int]]] = [
     *(
         ({}, root, location, (WHOLE_FILE, 0))
-        for root in ("G", "file://G")
-        for location in (
-            "away.png",
-            "../secret",
-            "G/../secret",
-            "file://G/../secret",
-            "/etc/passwd",
+        for root, location in product(
+            ("G", "file://G"),
+            (
+                "away.png",
+                "../secret",
+                "G/../secret",
+                "file://G/../secret",
+                "/etc/passwd",
+            ),
         )
     ),
     *((SMALL, "G", "a.png", span) for span in ((WHOLE_FILE, 0), (0, 5))),

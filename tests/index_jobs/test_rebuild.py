@@ -10,6 +10,7 @@ import sys
 import time
 from contextlib import suppress
 from functools import partial
+from itertools import chain, product
 from pathlib import Path
 from typing import Any
 
@@ -136,8 +137,7 @@ def test_a_gallery_without_captions_is_tuned_by_words_for_texts(
     texts = encoder.encode_text(
         [
             f"a {colour} {thing}"
-            for colour in ("red", "tall", "old")
-            for thing in common_words(99)
+            for colour, thing in product(("red", "tall", "old"), common_words(99))
         ]
     )
     assert (
@@ -508,7 +508,7 @@ def required(tiny_gallery: Path, tiny_checkpoint: Path, tmp_path: Path) -> list[
         "--checkpoint": tiny_checkpoint,
         "--out": tmp_path / "index",
     }
-    return [str(part) for pair in places.items() for part in pair]
+    return [str(part) for part in chain.from_iterable(places.items())]
 
 
 def test_the_first_process_of_a_container_is_interrupted_by_sigterm(

@@ -9,6 +9,7 @@ import os
 import shutil
 import unicodedata
 from decimal import Decimal
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -336,7 +337,7 @@ def test_column_of_one_type_keeps_its_type(
         type(value) for value in values
     ]
     assert {
-        record[name] for record in records for name in ("id", "caption", "category")
+        record[name] for record, name in product(records, ("id", "caption", "category"))
     } == {"7"}
 
 

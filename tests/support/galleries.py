@@ -3,6 +3,7 @@
 import json
 import tarfile
 from collections.abc import Sequence
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -62,8 +63,7 @@ def write_pairs(path: Path, gallery: Path, words: Sequence[str] = WORDS) -> Path
                 "caption": f"{word} of {row['caption']}",
                 "image": str(gallery / row["file_name"]),
             }
-            for row in rows
-            for word in words
+            for row, word in product(rows, words)
         ),
     )
 
