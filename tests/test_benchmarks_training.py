@@ -166,7 +166,11 @@ def test_attribute_queries_are_of_images_without_a_copy(domain: str) -> None:
 
 def test_categories_are_resampled(tmp_path: Path, main: Callable[..., str]) -> None:
     found = {
-        name: {"pairs": 1 + 2 * i, "t2i_r1": 100 * (1 - i), "i2t_r1": 50.0}
+        name: {
+            "pairs": 1 + 2 * i,
+            "t2i_r1": 100 * (1 - i),
+            "i2t_r1": 50.0,
+        }
         for i, name in enumerate(("dog", "cat"))
     }
     write_json(
@@ -222,7 +226,9 @@ def test_the_loop_of_clicks_ends_with_hits_by_week(
 
 
 @pytest.mark.parametrize(
-    "script", sorted((ROOT / "benchmarks").glob("*.py")), ids=lambda script: script.stem
+    "script",
+    sorted((ROOT / "benchmarks").glob("*.py")),
+    ids=lambda script: script.stem,
 )
 def test_every_benchmark_is_imported_and_names_its_options(
     script: Path,

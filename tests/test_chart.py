@@ -104,7 +104,12 @@ def test_each_option_renders_what_its_snapshot_shows_and_kubernetes_accepts(
     lines = snapshot(values)
     path = SNAPSHOTS / f"{name.replace(' ', '-')}.{'diff' if values else 'yaml'}"
     if values:
-        changes = difflib.unified_diff(snapshot({}), lines, n=2, lineterm="")
+        changes = difflib.unified_diff(
+            snapshot({}),
+            lines,
+            n=2,
+            lineterm="",
+        )
         lines = [re.sub("^@@.*", "@@", line).rstrip() for line in changes][2:]
     if os.environ.get("UPDATE_SNAPSHOTS"):
         path.write_text("\n".join(lines) + "\n")

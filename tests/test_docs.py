@@ -50,7 +50,12 @@ def text_of(path: str) -> str:
 def prose(page: Path) -> str:
     """The page without code blocks and comments."""
     text = re.sub(r"<!--.*?-->", "", TEXTS[page.resolve()], flags=re.DOTALL)
-    return re.sub(r"^```.*?^```", "", text, flags=re.DOTALL | re.MULTILINE)
+    return re.sub(
+        r"^```.*?^```",
+        "",
+        text,
+        flags=re.DOTALL | re.MULTILINE,
+    )
 
 
 def links(page: Path) -> list[str]:

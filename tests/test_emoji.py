@@ -68,7 +68,11 @@ def test_splits_share_no_emoji_no_image_and_no_caption(domain: str) -> None:
         {split.read(image) for image in split.images} for split in splits.values()
     ]
     assert sum(map(len, contents)) == len(frozenset().union(*contents)) > 3500
-    for split, unseen in (("train", "val"), ("train", "test"), ("val", "test")):
+    for split, unseen in (
+        ("train", "val"),
+        ("train", "test"),
+        ("val", "test"),
+    ):
         negatives = {text for pair in entries[split] for text in pair["negative"]}
         positives = [pair["positive"] for pair in entries[unseen]]
         captions = {

@@ -143,7 +143,11 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     base = write_tiny_model("ViT-B-32", folder / "checkpoints" / "base")
     save_zero_shot(BackboneSource(str(base)), folder / "checkpoints")
     spec = IndexSpec(gallery="g", gallery_signature="s", fingerprint="f")
-    manifest = Manifest(spec=spec, dim=4, files={"a": FileInfo(1, "0" * 64)})
+    manifest = Manifest(
+        spec=spec,
+        dim=4,
+        files={"a": FileInfo(1, "0" * 64)},
+    )
     (folder / "manifests" / "1.json").write_bytes(manifest.to_bytes())
     return folder
 

@@ -141,7 +141,14 @@ def test_a_wheel_in_a_clean_environment_indexes_and_serves_without_pytorch(
     monkeypatch.setenv("PIP_COMPILE", "0")  # all modules, of which few are imported
     pip = [sys.executable, "-m", "pip", "--quiet", "--disable-pip-version-check"]
     subprocess.run(
-        [*pip, "wheel", "--no-deps", "--wheel-dir", str(tmp_path), str(ROOT)],
+        [
+            *pip,
+            "wheel",
+            "--no-deps",
+            "--wheel-dir",
+            str(tmp_path),
+            str(ROOT),
+        ],
         check=True,
     )
     venv.create(tmp_path / "clean", symlinks=True)

@@ -46,7 +46,13 @@ def greet(
 
 
 def dcar(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
-    path = os.pathsep.join([str(folder), str(ROOT), os.environ.get("PYTHONPATH", "")])
+    path = os.pathsep.join(
+        [
+            str(folder),
+            str(ROOT),
+            os.environ.get("PYTHONPATH", ""),
+        ]
+    )
     command = [sys.executable, "-m", "app.cli", *arguments]
     environment = os.environ | {"PYTHONPATH": path}
     return subprocess.run(

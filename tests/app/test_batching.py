@@ -138,13 +138,22 @@ async def test_queries_of_a_group_that_arrive_during_a_forward_pass_form_the_nex
         3,
         4,
     ]
-    assert made.batches == [["first"], ["a", "bb", "ccc"], ["i1", "i2"], ["dddd"]]
+    assert made.batches == [
+        ["first"],
+        ["a", "bb", "ccc"],
+        ["i1", "i2"],
+        ["dddd"],
+    ]
     assert made.threads == images.threads
 
 
 @pytest.mark.parametrize(
     ("poison", "error"),
-    [("bad", DataError), ("nan", DataError), ("panic", RuntimeError)],
+    [
+        ("bad", DataError),
+        ("nan", DataError),
+        ("panic", RuntimeError),
+    ],
 )
 async def test_a_bad_query_fails_alone(
     bench: Callable[..., Bench],

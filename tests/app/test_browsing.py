@@ -32,7 +32,13 @@ def photo() -> Image.Image:
     contrast.
     """
     image = Image.new("L", (2000, 1500))
-    for width, share in ((8, 1.0), (32, 0.5), (128, 0.35), (512, 0.2), (1000, 0.1)):
+    for width, share in (
+        (8, 1.0),
+        (32, 0.5),
+        (128, 0.35),
+        (512, 0.2),
+        (1000, 0.1),
+    ):
         octave = Image.effect_noise((width, width * 3 // 4), 90).resize(
             image.size, Image.Resampling.BICUBIC
         )

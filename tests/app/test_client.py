@@ -109,7 +109,12 @@ def test_every_model_holds_all_that_the_service_sends(
         check(client.put_collection("lamps"), transport.body)
         check(client.collections(), transport.body["collections"])
         check(
-            client.search_text("a red circle", explain=True, rerank=True, fields=["*"]),
+            client.search_text(
+                "a red circle",
+                explain=True,
+                rerank=True,
+                fields=["*"],
+            ),
             transport.body,
         )
         check(
@@ -122,7 +127,12 @@ def test_every_model_holds_all_that_the_service_sends(
             transport.body,
         )
         check(
-            client.search_text("a red circle", fold=0.5, min_score=-1, k=2),
+            client.search_text(
+                "a red circle",
+                fold=0.5,
+                min_score=-1,
+                k=2,
+            ),
             transport.body,
         )
         query_id = transport.body["query_id"]
@@ -193,7 +203,12 @@ def test_searches_and_items(built_index: Path, gallery: Path) -> None:
             assert circles.count == 6
             assert circles.next_offset == 4
             assert [item.category for item in circles.items] == ["circle"] * 4
-            by_caption = client.search_image(file, sort="-caption", min_score=-1.0, k=1)
+            by_caption = client.search_image(
+                file,
+                sort="-caption",
+                min_score=-1.0,
+                k=1,
+            )
             assert by_caption.results[0].caption == "a red triangle"
             assert by_caption.count == 24
             assert client.image("circle/blue.png") == file.read_bytes()
@@ -358,7 +373,11 @@ def test_ids_that_look_like_lists_and_items_without_the_group_field(
     rows = [
         {"file_name": f"{number}.png", "id": each} for number, each in enumerate(odd)
     ]
-    write_jsonl(tmp_path / "metadata.jsonl", rows[0] | {"product": "A"}, *rows[1:])
+    write_jsonl(
+        tmp_path / "metadata.jsonl",
+        rows[0] | {"product": "A"},
+        *rows[1:],
+    )
     rebuild(tmp_path, tiny_checkpoint, tmp_path / "index", workers=0, progress=False)
     with (
         serving(tmp_path / "index") as (_, port),

@@ -249,7 +249,12 @@ def test_errors_hold_no_password_whatever_is_between_its_letters(between: str) -
 @pytest.mark.parametrize("score", ["NaN", "1e999", "-Infinity"])
 def test_scores_are_finite(score: str) -> None:
     body = json.dumps(
-        {"results": [RESULT], "took_ms": 1.0, "cached": False, "index_version": 1}
+        {
+            "results": [RESULT],
+            "took_ms": 1.0,
+            "cached": False,
+            "index_version": 1,
+        }
     ).replace("0.5", score)
     transport = httpx.MockTransport(lambda request: httpx.Response(200, text=body))
     with (

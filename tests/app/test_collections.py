@@ -260,7 +260,12 @@ async def test_collection_is_created_filled_and_dropped(
         assert response.json()["results"] == []
         await ended(
             client,
-            await put(client, item("a"), item("b", "cyan"), path=f"{path}/items"),
+            await put(
+                client,
+                item("a"),
+                item("b", "cyan"),
+                path=f"{path}/items",
+            ),
         )
         response = await client.post(
             f"{path}/search/text", json={"query": "pink", "k": 5}
@@ -455,7 +460,11 @@ async def test_created_collection_that_does_not_load_is_logged_and_degrades_read
         assert ready.status_code == 200
         assert ready.json()["status"] == "degraded"
         assert all(f"{name}: " in ready.json()["reason"] for name in ("lamps", "later"))
-        for name, status in (("shoes", 200), ("lamps", 503), ("later", 503)):
+        for name, status in (
+            ("shoes", 200),
+            ("lamps", 503),
+            ("later", 503),
+        ):
             answer = await client.post(f"/collections/{name}/search/text", json=WORDS)
             assert answer.status_code == status
     assert failures == []

@@ -146,7 +146,12 @@ async def test_fetched_bytes_are_counted(tmp_path: Path) -> None:
 async def test_an_item_is_put_with_an_image_by_its_url(index: Path) -> None:
     async with (
         served(ok(png())) as (port, _),
-        opened(index, image_hosts=(HOST,), image_ports=(port,), **WRITES) as client,
+        opened(
+            index,
+            image_hosts=(HOST,),
+            image_ports=(port,),
+            **WRITES,
+        ) as client,
     ):
         given = {"id": "a", "image": url_of(port)}
         other = {"id": "b", "image": "http://other.example/a.png"}

@@ -98,7 +98,11 @@ async def test_searches_beyond_max_pending_are_refused_and_their_uploads_not_rea
         } == {(503, "1")}
         assert (await client.post("/search/image", files={"file": png()})).is_success
         # each search of a batch counts
-        for count, status in ((2, 200), (3, 503), (2, 200)):
+        for count, status in (
+            (2, 200),
+            (3, 503),
+            (2, 200),
+        ):
             batch = {"queries": [{"query": f"q{i}"} for i in range(count)]}
             assert (
                 await client.post("/search/batch", json=batch)
@@ -320,7 +324,11 @@ class Served:
             return await client.post("/", content=content(), headers=headers)
 
 
-@pytest.mark.parametrize("is_announced", [True, False], ids=["announced", "in chunks"])
+@pytest.mark.parametrize(
+    "is_announced",
+    [True, False],
+    ids=["announced", "in chunks"],
+)
 async def test_a_body_is_refused_at_the_first_byte_over_its_limit(
     is_announced: bool,
 ) -> None:

@@ -222,7 +222,11 @@ def nodes(value: Any) -> Iterator[Any]:
 
 
 @needs("promql")
-@pytest.mark.parametrize(("query", "text"), QUERIES.values(), ids=QUERIES)
+@pytest.mark.parametrize(
+    ("query", "text"),
+    QUERIES.values(),
+    ids=QUERIES,
+)
 def test_a_query_asks_for_what_the_service_has(
     query: str,
     text: str,

@@ -135,7 +135,11 @@ async def test_an_assistant_searches_over_mcp(
             for tool in tools.values()
         )
 
-        options = {"k": 3, "filter": {"category": "circle"}, "fields": ["color"]}
+        options = {
+            "k": 3,
+            "filter": {"category": "circle"},
+            "fields": ["color"],
+        }
         found = await mcp.call_tool(
             "search_by_words", {"query": "a red circle", **options, "thumbnails": True}
         )
@@ -249,7 +253,11 @@ def test_a_missing_extra_is_named(
 async def test_langchain_retrieves_captions(url: str, client: Client) -> None:
     from dcar_client.langchain import DcarRetriever
 
-    retriever = DcarRetriever(client=client, k=3, options={"fields": ["color"]})
+    retriever = DcarRetriever(
+        client=client,
+        k=3,
+        options={"fields": ["color"]},
+    )
     expected = client.search_text("a red circle", k=3, fields=["color"]).results
     documents = retriever.invoke("a red circle")
     assert [document.id for document in documents] == [result.id for result in expected]

@@ -178,7 +178,12 @@ def copies() -> tuple[Any, np.ndarray]:
     return Exact(vectors), expected / np.linalg.norm(expected)
 
 
-PLANS = [PLAIN, Plan(excluded=(0, 1, 2, 50)), Plan(fold=0.9), Plan(min_score=0.0)]
+PLANS = [
+    PLAIN,
+    Plan(excluded=(0, 1, 2, 50)),
+    Plan(fold=0.9),
+    Plan(min_score=0.0),
+]
 
 
 @pytest.mark.parametrize("plan", PLANS, ids=["plain", "excluded", "fold", "min_score"])
@@ -204,7 +209,11 @@ def test_only_tied_scores_widen_the_search(copies: tuple[Any, np.ndarray]) -> No
 
 def test_common_words_are_ranked_among_the_nearest_rows(tmp_path: Any) -> None:
     rng = np.random.default_rng(0)
-    words = rng.choice(["smile", "ghost", "cake"], 2000, p=[0.5, 0.3, 0.2])
+    words = rng.choice(
+        ["smile", "ghost", "cake"],
+        2000,
+        p=[0.5, 0.3, 0.2],
+    )
     write_lexical(tmp_path / "lexical", words.tolist())
     lexical = LexicalIndex(tmp_path / "lexical")
     vectors = unit(rng, 2000, 24)
@@ -243,7 +252,13 @@ def test_groups_equal_those_of_all_rows_on_every_page(kind: str) -> None:
         expected = first_of_each(
             ranked(served.index, vectors[0], PLAIN, count, allowed), columns[name]
         )
-        for size in (1, 5, 24, len(expected), len(expected) + 5):
+        for size in (
+            1,
+            5,
+            24,
+            len(expected),
+            len(expected) + 5,
+        ):
             found = best_of_groups(
                 served.index,
                 Plan(end=size - 1, allowed=allowed),
@@ -253,7 +268,11 @@ def test_groups_equal_those_of_all_rows_on_every_page(kind: str) -> None:
             assert found.rows.tolist() == expected[:size]
 
 
-@pytest.mark.parametrize("names", [["a"], ["a", "b", None]], ids=["all", "half"])
+@pytest.mark.parametrize(
+    "names",
+    [["a"], ["a", "b", None]],
+    ids=["all", "half"],
+)
 def test_search_for_other_products_is_as_narrow_as_without_items(
     names: list[str | None],
 ) -> None:
@@ -283,7 +302,11 @@ def test_cache_keeps_the_entries_that_were_used_last() -> None:
     cache = Recent[int, int](3)
     for number in (1, 2, 3, 1, 4, 1, 5):
         assert cache.find(number, lambda number=number: 10 * number) == 10 * number  # type: ignore[misc]
-    assert list(cache.items()) == [(4, 40), (1, 10), (5, 50)]
+    assert list(cache.items()) == [
+        (4, 40),
+        (1, 10),
+        (5, 50),
+    ]
     with pytest.raises(ZeroDivisionError):
         cache.find(6, lambda: 1 // 0)
     assert len(cache) == 3
@@ -292,16 +315,30 @@ def test_cache_keeps_the_entries_that_were_used_last() -> None:
 def test_facets_of_graphs_are_approximate_in_additions_too() -> None:
     rng = np.random.default_rng(0)
     opened = IndexStub(unit(rng, 60, 8), name=["cat", "dog"] * 30)
-    for kinds in (["Flat"], ["Flat", "Flat"], ["HNSW24"], ["Flat", "HNSW24"]):
+    for kinds in (
+        ["Flat"],
+        ["Flat", "Flat"],
+        ["HNSW24"],
+        ["Flat", "HNSW24"],
+    ):
         first, *added = [SimpleNamespace(kind=kind) for kind in kinds]
         opened.manifest = SimpleNamespace(kind=first.kind, additions=added)
         plan = Plan(facets=("name",), min_score=0.0)
-        _, is_exact = facets_of(served_of(opened), plan, unit(rng, 8), Hits())
+        _, is_exact = facets_of(
+            served_of(opened),
+            plan,
+            unit(rng, 8),
+            Hits(),
+        )
         assert is_exact == ("HNSW24" not in kinds), kinds
 
 
 @pytest.mark.parametrize(
-    ("sort", "expected"), [("price", [3, 0, 4, 1, 2]), ("-price", [0, 4, 3, 1, 2])]
+    ("sort", "expected"),
+    [
+        ("price", [3, 0, 4, 1, 2]),
+        ("-price", [0, 4, 3, 1, 2]),
+    ],
 )
 def test_numbers_that_are_none_are_sorted_last(sort: str, expected: list[int]) -> None:
     served = served_of(

@@ -440,7 +440,14 @@ async def test_reranking_adds_the_second_stage_to_the_cosine(
             r["id"]: r["score"] for r in plain["results"]
         }
         pages = [
-            ids(await client.text(query="a red square", k=4, offset=o, rerank=True))
+            ids(
+                await client.text(
+                    query="a red square",
+                    k=4,
+                    offset=o,
+                    rerank=True,
+                )
+            )
             for o in (0, 4, 8)
         ]
         assert list(chain.from_iterable(pages)) == ids(again)[:12]

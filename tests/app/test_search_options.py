@@ -80,7 +80,14 @@ def shop(folder: Path, numbers: range) -> Path:
             "stock": rng.choice([None, -1, 0, 7, 10]),
             "brand": rng.choice([None, "", "acme", "Acme", "zeta", "été"]),
             "sale": rng.choice([None, True, False]),
-            "tags": rng.choice([None, ["a"], ["b", "c"], ["a", "c", "d"]]),
+            "tags": rng.choice(
+                [
+                    None,
+                    ["a"],
+                    ["b", "c"],
+                    ["a", "c", "d"],
+                ]
+            ),
             "product": rng.choice([None, *"pqrstuvw"]),
             "story": "x" * 5000,
             "note": "".join(rng.choices("éz9Z \uffff\U0001f600'", k=3)),
@@ -153,17 +160,50 @@ TABLE: list[dict[str, Any]] = [
     {"query": RED, "k": 155, "min_score": "top 10"},
     {"query": RED, "min_score": 1.0},
     {"query": RED, "k": 155, "cutoff": (20, 3)},
-    {"query": RED, "k": 4, "offset": 30, "cutoff": (20, 3)},
-    {"query": RED, "k": 155, "cutoff": (20, 3), "min_score": "auto"},
+    {
+        "query": RED,
+        "k": 4,
+        "offset": 30,
+        "cutoff": (20, 3),
+    },
+    {
+        "query": RED,
+        "k": 155,
+        "cutoff": (20, 3),
+        "min_score": "auto",
+    },
     {"query": "zzqx blorp", "k": 155, "cutoff": (20, 3)},
     {"query": "zzqx blorp", "k": 155, "cutoff": (20, 0)},
-    {"query": "red mirorr zzqx", "k": 155, "cutoff": (20, 0), "hybrid": 0.5},
-    {"query": RED, "k": 155, "cutoff": (20, 0), "hybrid": True},
-    {"query": RED, "filter": {"color": "blue"}, "cutoff": (1, 0)},
-    {"query": RED, "without": "blue", "weights": {"without": 0}, "cutoff": (20, 3)},
+    {
+        "query": "red mirorr zzqx",
+        "k": 155,
+        "cutoff": (20, 0),
+        "hybrid": 0.5,
+    },
+    {
+        "query": RED,
+        "k": 155,
+        "cutoff": (20, 0),
+        "hybrid": True,
+    },
+    {
+        "query": RED,
+        "filter": {"color": "blue"},
+        "cutoff": (1, 0),
+    },
+    {
+        "query": RED,
+        "without": "blue",
+        "weights": {"without": 0},
+        "cutoff": (20, 3),
+    },
     {"query": "a circle", "without": "  red ", "k": 50},
     {"query": "a circle", "without": "red", "weights": {"without": 0.8}},
-    {"query": "a circle", "without": "red", "weights": {"text": 5e-5, "without": 5e-5}},
+    {
+        "query": "a circle",
+        "without": "red",
+        "weights": {"text": 5e-5, "without": 5e-5},
+    },
     {
         "query": "a circle",
         "without": "red",
@@ -188,7 +228,12 @@ TABLE: list[dict[str, Any]] = [
         "weights": {"more": 2, "less": 0.25},
     },
     *(
-        {"image": HALVES, "k": 50, "cutoff": (20, 3), **more}
+        {
+            "image": HALVES,
+            "k": 50,
+            "cutoff": (20, 3),
+            **more,
+        }
         for more in (
             {},
             {"min_score": "auto"},
@@ -206,7 +251,12 @@ TABLE: list[dict[str, Any]] = [
         "hybrid": 0.8,
     },
     {"image": HALVES, "query": "circle", "without": "red", "crop": RIGHT},
-    {"image": HALVES, "query": RED, "weights": {"text": 0}, "fields": ["color"]},
+    {
+        "image": HALVES,
+        "query": RED,
+        "weights": {"text": 0},
+        "fields": ["color"],
+    },
     {
         "image": HALVES,
         "sort": "-caption",
@@ -223,7 +273,13 @@ TABLE: list[dict[str, Any]] = [
         for query, weight in product((RED, "mirorr", "WX12"), (0.05, 1.0))
     ),
     {"query": "wx 155", "hybrid": 1, "k": 1},
-    {"query": RED, "without": "blue", "hybrid": True, "min_score": "top 30", "k": 50},
+    {
+        "query": RED,
+        "without": "blue",
+        "hybrid": True,
+        "min_score": "top 30",
+        "k": 50,
+    },
     {
         "query": "red mirror",
         "hybrid": 0.7,
@@ -292,9 +348,18 @@ TABLE: list[dict[str, Any]] = [
         "without": "square",
         "k": 60,
     },
-    {"query": "zzz", "sort": "caption", "min_score": 1.0, "facets": ["color"]},
+    {
+        "query": "zzz",
+        "sort": "caption",
+        "min_score": 1.0,
+        "facets": ["color"],
+    },
     {"query": RED, "fields": ["*"]},
-    {"query": RED, "fields": ["color", "price", "id", "caption"], "k": 30},
+    {
+        "query": RED,
+        "fields": ["color", "price", "id", "caption"],
+        "k": 30,
+    },
 ]
 
 
@@ -345,7 +410,12 @@ def test_combined_options_give_the_results_of_the_oracle(
     elif draw.random() < 0.5:
         row["hybrid"] = draw.choice([True, 0.2, 0.95])
     row |= draw.choice(
-        [{}, {"group_by": "product"}, {"group_by": "brand"}, {"fold": "share 0.05"}]
+        [
+            {},
+            {"group_by": "product"},
+            {"group_by": "brand"},
+            {"fold": "share 0.05"},
+        ]
     )
     if draw.random() < 0.5:
         row["cutoff"] = (draw.choice([20, 100]), draw.choice([0, 3]))

@@ -67,7 +67,11 @@ async def test_broken_version_keeps_the_old_one_served_until_it_is_repaired(
         assert response.json()["index_version"] == 1
         newer_weights.write_bytes(whole)
         await until_ready(client, status="ready", index_version=2)
-        for version in (b"junk\n", b"7" * 5000, Current(7, "0" * 64).to_bytes()):
+        for version in (
+            b"junk\n",
+            b"7" * 5000,
+            Current(7, "0" * 64).to_bytes(),
+        ):
             (index / "CURRENT").write_bytes(version)
             ready = await until_ready(client, status="degraded")
             assert str(index.parent) not in str(ready)

@@ -39,7 +39,11 @@ class Service:
 
     def get(self, path: str) -> httpx.Response:
         """Send a request over a connection of its own, which any worker may accept."""
-        return httpx.get(self.url + path, headers=bearer(ADMIN), timeout=20)
+        return httpx.get(
+            self.url + path,
+            headers=bearer(ADMIN),
+            timeout=20,
+        )
 
     def sample(self, name: str, **labels: str) -> float:
         families = text_string_to_metric_families(self.get("/metrics").text)

@@ -77,7 +77,11 @@ async def test_items_are_patched_put_replaced_and_deleted_by_jobs(
         assert found["caption"] == "a guitar"
         assert found["category"] == before["category"]
         assert found["index_version"] == 2
-        body = {"query": "guitar", "hybrid": 1, "filter": {"price": {"lt": 13}}}
+        body = {
+            "query": "guitar",
+            "hybrid": 1,
+            "filter": {"price": {"lt": 13}},
+        }
         assert [
             result["id"]
             for result in (await client.post("/search/text", json=body)).json()[
@@ -94,7 +98,11 @@ async def test_items_are_patched_put_replaced_and_deleted_by_jobs(
         assert job["changed"] == 2
         assert job["unknown"] == ["unknown"]
         assert job["new_fields"] == []
-        job = await patch("/items", filter={"price": 3}, metadata={"price": 4})
+        job = await patch(
+            "/items",
+            filter={"price": 3},
+            metadata={"price": 4},
+        )
         assert job["items"] == 2
         assert job["changed"] == 2
         job = await patch(
@@ -404,7 +412,11 @@ BAD: list[tuple[str, Any, str]] = [
     ("PATCH", {"metadata": {"price": 3}}, "ids"),
     (
         "PATCH",
-        {"ids": ["a"], "filter": {"category": "a"}, "metadata": {"price": 3}},
+        {
+            "ids": ["a"],
+            "filter": {"category": "a"},
+            "metadata": {"price": 3},
+        },
         "ids",
     ),
     ("PATCH", {"filter": {"price": 3}, "caption": ""}, "filter.price"),

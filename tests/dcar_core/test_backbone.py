@@ -76,13 +76,24 @@ def test_prompts_of_word_embeddings_equal_the_prefixed_sentence(
 def test_adapters_start_without_effect(backbone: Backbone) -> None:
     model = DCAR(backbone, find_method("block-adapters").config)
     tokens = backbone.tokenize(TEXTS)
-    pixels = torch.randn(3, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+    pixels = torch.randn(
+        3,
+        3,
+        32,
+        32,
+        generator=torch.Generator().manual_seed(0),
+    )
     assert model.text_is_frozen
     assert not model.image_is_frozen
     assert model.block_adapters is not None
     with torch.no_grad():
         stock = F.normalize(backbone.encode_image(pixels), dim=-1)
-        torch.testing.assert_close(model.encode_image(pixels), stock, rtol=0, atol=1e-6)
+        torch.testing.assert_close(
+            model.encode_image(pixels),
+            stock,
+            rtol=0,
+            atol=1e-6,
+        )
         model.block_adapters.up.normal_(std=0.2)
         assert not torch.allclose(model.encode_image(pixels), stock, atol=0.01)
         torch.testing.assert_close(

@@ -57,7 +57,12 @@ PIXELS = np.random.default_rng(0).integers(0, 256, (3, 3, 32, 32), np.uint8)
 
 @pytest.mark.parametrize(
     ("settings", "config"),
-    [({}, DEEP), ({"quick_gelu": True}, DEEP), ({}, IMAGES), ({}, UNTOUCHED)],
+    [
+        ({}, DEEP),
+        ({"quick_gelu": True}, DEEP),
+        ({}, IMAGES),
+        ({}, UNTOUCHED),
+    ],
     ids=["deep", "quick", "images", "plain"],
 )
 def test_vectors_and_hashes_equal_those_of_pytorch(
@@ -180,7 +185,12 @@ def test_damaged_files_are_refused(
     (portable / WEIGHTS_FILE).write_bytes(content)
     with pytest.raises(CheckpointError, match="was trained on another backbone"):
         Encoder.load(tmp_path / "checkpoint", device="cpu", runtime="openvino")
-    for broken in (content[:-1], b"\xff" * 8, b"\x02" + bytes(7) + b"[]", b""):
+    for broken in (
+        content[:-1],
+        b"\xff" * 8,
+        b"\x02" + bytes(7) + b"[]",
+        b"",
+    ):
         (portable / WEIGHTS_FILE).write_bytes(broken)
         with pytest.raises(ModelError, match=r"portable cannot be read: "):
             Encoder.load(portable, device="cpu", runtime="openvino")

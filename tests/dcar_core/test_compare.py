@@ -220,7 +220,15 @@ def test_finished_run_is_not_repeated(
     # by its seed
     assert first["fingerprint"] == second["fingerprint"]
     assert first["test"] == second["test"]
-    compare(backbone, tiny_data, ["coop"], 1, out, ONCE, on_message=messages.append)
+    compare(
+        backbone,
+        tiny_data,
+        ["coop"],
+        1,
+        out,
+        ONCE,
+        on_message=messages.append,
+    )
     assert len(trainings(messages)) == 2  # other settings are another run
     assert len(list((out / "runs" / "coop").iterdir())) == 2
 
@@ -395,7 +403,11 @@ def test_the_cheapest_method_that_is_not_certainly_worse_is_recommended(
 ) -> None:
     methods = dict[str, Any]()
     scores = dict[str, list[Scores]]()
-    for name, right, size in (("dear", dear, 9), ("cheap", cheap, 3), ("clip", 0, 0)):
+    for name, right, size in (
+        ("dear", dear, 9),
+        ("cheap", cheap, 3),
+        ("clip", 0, 0),
+    ):
         scores[name] = [
             Scores(np.ones((2, 100)), np.array([np.arange(100) < right] * 2, float))
         ]
@@ -460,7 +472,14 @@ def test_analysis_equals_one_by_hand(
     """Two images of one category, and one of another that is the first result for the
     second caption.
     """
-    text = np.array([[1, 0, 0], [0, 0.6, 0.8], [0, 0, 1]], np.float32)
+    text = np.array(
+        [
+            [1, 0, 0],
+            [0, 0.6, 0.8],
+            [0, 0, 1],
+        ],
+        np.float32,
+    )
     found = analysed(backbone, training, "aab", text, monkeypatch)
     assert found["test"]["t2i_r1"] == pytest.approx(200 / 3)
     assert found["hard_negative_accuracy"] == 100  # the second pair has no negatives

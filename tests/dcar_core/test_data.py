@@ -158,7 +158,15 @@ LEFT_OUT = (
                 {"image": "2.png", "caption": "A blue van."},
             ],
             [
-                Sample("1.png", "So red.", "", "", ("A blue van.",), (), ("Red",)),
+                Sample(
+                    "1.png",
+                    "So red.",
+                    "",
+                    "",
+                    ("A blue van.",),
+                    (),
+                    ("Red",),
+                ),
                 Sample("1.png", "A fast car."),
                 Sample("2.png", "A blue van."),
             ],
@@ -168,7 +176,13 @@ LEFT_OUT = (
             {
                 f"{n}": entry(file_name=f"{n}.png", positive=f"{n}", attributes=value)
                 for n, value in enumerate(
-                    [{"colour": "red"}, "red", 3, ["red", 3], None]
+                    [
+                        {"colour": "red"},
+                        "red",
+                        3,
+                        ["red", 3],
+                        None,
+                    ]
                 )
             },
             [Sample(f"{n}.png", f"{n}", "car", "", VAN) for n in range(5)],
@@ -182,7 +196,11 @@ LEFT_OUT = (
             ],
             [
                 Sample(f"{n}.png", f"a picture, {n}.png", kind)
-                for n, kind in (("a", "0"), ("b", ""), ("c", "0.5"))
+                for n, kind in (
+                    ("a", "0"),
+                    ("b", ""),
+                    ("c", "0.5"),
+                )
             ],
             {"pairs without a negative": 3},
         ),
@@ -605,7 +623,11 @@ def test_fields_of_other_kinds_are_read_or_left_out(tmp_path: Path) -> None:
             for what in report.counts
             if "left out" in what or "cannot be used" in what
         ]
-    cells = [("a", "red | fast"), ("b", "[3]"), ("c", '["red", "two | doors"]')]
+    cells = [
+        ("a", "red | fast"),
+        ("b", "[3]"),
+        ("c", '["red", "two | doors"]'),
+    ]
     write_rows(
         tmp_path / "train.csv",
         [{"image": name, "caption": name, "attributes": cell} for name, cell in cells],
@@ -765,7 +787,12 @@ def test_parquet_that_cannot_be_used_is_named(tmp_path: Path) -> None:
 
 def count(file: Path) -> int:
     return sum(
-        1 for _ in read_records(str(file), lambda: file.open("rb"), infer_types=True)
+        1
+        for _ in read_records(
+            str(file),
+            lambda: file.open("rb"),
+            infer_types=True,
+        )
     )
 
 

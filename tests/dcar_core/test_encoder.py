@@ -239,7 +239,12 @@ def test_input_that_is_no_list_of_texts_or_images_is_refused(
 ) -> None:
     with pytest.raises(TypeError, match="list of texts"):
         encoder.encode_text("crying cat")
-    for picture in ("a.png", Path("a.png"), b"bytes", Image.new("RGB", (8, 8))):
+    for picture in (
+        "a.png",
+        Path("a.png"),
+        b"bytes",
+        Image.new("RGB", (8, 8)),
+    ):
         with pytest.raises(TypeError, match="list of images"):
             encoder.encode_images(picture)  # type: ignore[arg-type]
     with pytest.raises(ImageError, match=r"nowhere\.png: no such file"):
@@ -320,7 +325,11 @@ def encoders(
 
 @pytest.mark.parametrize(
     ("names", "text_passes", "image_passes"),
-    [("abc", 1, 1), ("ade", 1, 2), (["a", "b", *SHAPES], 3, 4)],
+    [
+        ("abc", 1, 1),
+        ("ade", 1, 2),
+        (["a", "b", *SHAPES], 3, 4),
+    ],
 )
 def test_mixed_rows_equal_each_encoder_alone(
     encoders: dict[str, Encoder],

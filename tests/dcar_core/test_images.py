@@ -69,15 +69,31 @@ def whole(image: Image.Image) -> np.ndarray:
 
 def deep_or_clear(mode: str, width: int, height: int) -> Image.Image:
     rng = np.random.default_rng(0)
-    rgba = Image.fromarray(rng.integers(0, 256, (height, width, 4), dtype=np.uint8))
-    deep = rng.integers(0, 65536, (height, width), dtype=np.uint16)
+    rgba = Image.fromarray(
+        rng.integers(
+            0,
+            256,
+            (height, width, 4),
+            dtype=np.uint8,
+        )
+    )
+    deep = rng.integers(
+        0,
+        65536,
+        (height, width),
+        dtype=np.uint16,
+    )
     if mode[0] == "I":
         values = {
             "I;16": deep,
             "I;16B": deep.astype(">u2"),
             "I": deep.astype(np.int32) * 2 - 30_000,
         }
-        return Image.frombytes(mode, (width, height), values[mode].tobytes())
+        return Image.frombytes(
+            mode,
+            (width, height),
+            values[mode].tobytes(),
+        )
     if mode == "RGB":
         keyed = rgba.convert(mode)
         keyed.paste((1, 2, 3), (0, 0, width // 2, height))
@@ -100,7 +116,11 @@ def test_the_transparent_colour_of_a_png_is_drawn_white(mode: str) -> None:
     else:
         image = Image.fromarray(drawn).convert(mode)
     data = encoded(image, transparency=(0, 0, 0) if mode == "RGB" else 0)
-    expected = np.where(drawn & (mode == "I;16"), 1000 // 257 + 1, 255)
+    expected = np.where(
+        drawn & (mode == "I;16"),
+        1000 // 257 + 1,
+        255,
+    )
     np.testing.assert_array_equal(
         np.asarray(open_image(data)), np.repeat(expected[:, :, None], 3, axis=2)
     )
@@ -159,7 +179,11 @@ def test_image_in_tiles_equals_the_one_in_one_piece(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(decoding, "TILE_PIXELS", tile)
-    for width, height in ((131, 97), (300, 1), (1, 300)):
+    for width, height in (
+        (131, 97),
+        (300, 1),
+        (1, 300),
+    ):
         image = deep_or_clear(mode, width, height)
         np.testing.assert_array_equal(np.asarray(open_image(image)), whole(image))
 
@@ -172,7 +196,11 @@ def test_large_image_is_averaged_when_reduced(
     assert open_image(image, at_least=10).size == (131, 97)  # not large
     monkeypatch.setattr(decoding, "LARGE_PIXELS", 131 * 97 - 1)
     monkeypatch.setattr(decoding, "TILE_PIXELS", 1000)
-    for at_least, factor in ((10, 9), (31, 3), (49, 1)):
+    for at_least, factor in (
+        (10, 9),
+        (31, 3),
+        (49, 1),
+    ):
         found = np.asarray(open_image(image, at_least=at_least)).astype(int)
         averaged = np.asarray(
             Image.fromarray(whole(image).astype(np.uint8)).reduce(factor)
@@ -235,7 +263,12 @@ def test_many_members_take_little_memory_and_any_number_of_zeros_may_follow(
 
 def noisy(width: int, height: int) -> Image.Image:
     return Image.fromarray(
-        np.random.default_rng(0).integers(0, 256, (height, width, 3), dtype=np.uint8)
+        np.random.default_rng(0).integers(
+            0,
+            256,
+            (height, width, 3),
+            dtype=np.uint8,
+        )
     )
 
 
@@ -348,7 +381,12 @@ def test_limits_leave_honest_files_alone() -> None:
         ("JPEG", "RGB", {"progressive": True}),
         ("JPEG", "CMYK", {"progressive": True, "subsampling": 0}),
         pytest.param("PNG", "RGBA", {"compress_level": 1}, marks=LONG),
-        pytest.param("WEBP", "RGBA", {"quality": 50, "method": 0}, marks=LONG),
+        pytest.param(
+            "WEBP",
+            "RGBA",
+            {"quality": 50, "method": 0},
+            marks=LONG,
+        ),
         ("AVIF", "RGBA", {"speed": 10, "subsampling": "4:4:4"}),
         pytest.param(
             "HEIF",
@@ -364,7 +402,12 @@ def test_decoding_stays_in_expected_memory(
     options: dict[str, object],
     tmp_path: Path,
 ) -> None:
-    small = np.random.default_rng(0).integers(0, 256, (94, 94, 4), dtype=np.uint8)
+    small = np.random.default_rng(0).integers(
+        0,
+        256,
+        (94, 94, 4),
+        dtype=np.uint8,
+    )
     data = encoded(
         Image.fromarray(small).resize((3_000, 3_000)).convert(mode),
         kind,
@@ -401,7 +444,11 @@ def test_heic_is_read_with_its_package_and_named_without(
 
 def test_preprocess_equals_open_clips_transform() -> None:
     # of 35 pixels, 32 are cut out from the second on
-    for height, width in ((57, 83), (64, 70), (70, 64)):
+    for height, width in (
+        (57, 83),
+        (64, 70),
+        (70, 64),
+    ):
         picture = noisy(width, height)
         for mode, interpolation in product(
             ("squash", "shortest", "longest"), ("bicubic", "bilinear")
@@ -448,7 +495,14 @@ def test_pytorch_resizes_as_pillow_does_and_small_images_are_equal_in_both_modes
     by_torch = exact.fast(torch=True)
     if torch.backends.cpu.get_cpu_capability() in {"AVX2", "AVX512"}:
         assert by_torch.resizer == "torch"
-    for width, height in ((110, 70), (97, 131), (48, 48), (30, 20), (251, 250), (1, 1)):
+    for width, height in (
+        (110, 70),
+        (97, 131),
+        (48, 48),
+        (30, 20),
+        (251, 250),
+        (1, 1),
+    ):
         picture = noisy(width, height)
         before = exact(picture).astype(int)
         after = by_torch(picture)
@@ -578,7 +632,11 @@ def process_of(worker: DecodeWorker) -> int:
 def test_a_bomb_is_refused_within_the_limits(name: str, worker: DecodeWorker) -> None:
     used = os.times()
     with pytest.raises(ImageError) as caught:
-        worker.run(FAST.decoder(), BOMBS[name](), LIMITS)
+        worker.run(
+            FAST.decoder(),
+            BOMBS[name](),
+            LIMITS,
+        )
     assert caught.value.fault in {
         ImageFault.HOSTILE,
         ImageFault.TOO_LARGE,
@@ -630,10 +688,16 @@ def test_what_this_process_would_say_is_said(worker: DecodeWorker) -> None:
             )
         assert caught.value.fault == fault
     with pytest.raises(LargeImageError):
-        worker.run(FAST.decoder(), PNG, Limits(64 * 2**20, expected=5 * 15 - 1))
-    assert worker.run(FAST.decoder(), PNG, Limits(64 * 2**20, expected=5 * 15))[
-        1:3
-    ] == (5, 3)
+        worker.run(
+            FAST.decoder(),
+            PNG,
+            Limits(64 * 2**20, expected=5 * 15 - 1),
+        )
+    assert worker.run(
+        FAST.decoder(),
+        PNG,
+        Limits(64 * 2**20, expected=5 * 15),
+    )[1:3] == (5, 3)
 
 
 @needs_limits

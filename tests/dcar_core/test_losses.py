@@ -127,7 +127,16 @@ def test_anchor_and_head_loss_equal_a_hand_calculation() -> None:
 
 
 def test_pair_weights_and_their_blend_equal_a_hand_calculation() -> None:
-    words = torch.tensor([[[1.0, 0.0], [1.0, 0.0], [0.0, 1.0], [1.0, 0.0]]])
+    words = torch.tensor(
+        [
+            [
+                [1.0, 0.0],
+                [1.0, 0.0],
+                [0.0, 1.0],
+                [1.0, 0.0],
+            ]
+        ]
+    )
     raw = pair_weights(
         words,
         image=torch.tensor([[0.0, 2.0]]),

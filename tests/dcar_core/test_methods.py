@@ -30,7 +30,13 @@ from tests.support.tiny_models import write_tiny_model
 
 @pytest.fixture
 def pixels() -> Tensor:
-    return torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+    return torch.randn(
+        2,
+        3,
+        32,
+        32,
+        generator=torch.Generator().manual_seed(0),
+    )
 
 
 def changed_model(backbone: Backbone, name: str) -> DCAR:
@@ -45,7 +51,12 @@ def changed_model(backbone: Backbone, name: str) -> DCAR:
 
 @pytest.mark.parametrize(
     ("name", "text_is_frozen"),
-    [("lora", False), ("prolip", True), ("flyp", False), ("filip", False)],
+    [
+        ("lora", False),
+        ("prolip", True),
+        ("flyp", False),
+        ("filip", False),
+    ],
 )
 @torch.no_grad()
 def test_a_checkpoint_holds_the_merged_model_and_the_shared_backbone_stays(
@@ -118,7 +129,13 @@ def test_validation_chooses_between_frozen_and_trained_weights(
 
 def test_consistency_with_the_frozen_encoders() -> None:
     text, image, other = F.normalize(
-        torch.randn(3, 4, 8, generator=torch.Generator().manual_seed(0)), dim=-1
+        torch.randn(
+            3,
+            4,
+            8,
+            generator=torch.Generator().manual_seed(0),
+        ),
+        dim=-1,
     )
     scale = torch.tensor(10.0)
     assert float(consistency_loss(text, image, text, image, scale)) == pytest.approx(

@@ -24,7 +24,14 @@ from tests.support.files import write_file, write_jsonl, write_rows
 from tests.support.parts import needs
 
 
-@pytest.mark.parametrize(("width", "count"), [(256, 60), (512, 33), (512, 122)])
+@pytest.mark.parametrize(
+    ("width", "count"),
+    [
+        (256, 60),
+        (512, 33),
+        (512, 122),
+    ],
+)
 @pytest.mark.parametrize("chunk", [37, 1024])
 def test_equal_vectors_tie_at_any_position(
     width: int,
@@ -51,15 +58,28 @@ def test_nan_vectors_are_no_hits() -> None:
     rng = np.random.default_rng(0)
     text, image = rng.normal(size=(2, 20, 8)).astype(np.float32)
     assert set(
-        recall_at_k(np.full_like(text, np.nan), image, np.arange(20)).values()
+        recall_at_k(
+            np.full_like(text, np.nan),
+            image,
+            np.arange(20),
+        ).values()
     ) == {0}
     assert set(
-        recall_at_k(text, np.full_like(image, np.nan), np.arange(20)).values()
+        recall_at_k(
+            text,
+            np.full_like(image, np.nan),
+            np.arange(20),
+        ).values()
     ) == {0}
     text = np.eye(20, dtype=np.float32)
     image = np.eye(20, dtype=np.float32)
     image[0] = np.nan
-    found = recall_at_k(text, image, np.arange(20), ks=(1,))
+    found = recall_at_k(
+        text,
+        image,
+        np.arange(20),
+        ks=(1,),
+    )
     # the broken image may come before any other
     assert found == {"t2i_r1": 0, "i2t_r1": 95}
 
@@ -67,7 +87,13 @@ def test_nan_vectors_are_no_hits() -> None:
 def test_recall_equals_a_hand_calculation_with_two_captions_per_image() -> None:
     image = np.eye(3, dtype=np.float32)
     text = np.array(
-        [[1, 0, 0], [0.9, 0.8, 0], [0.1, 0.6, 0.5], [0, 0.9, 0.2]], np.float32
+        [
+            [1, 0, 0],
+            [0.9, 0.8, 0],
+            [0.1, 0.6, 0.5],
+            [0, 0.9, 0.2],
+        ],
+        np.float32,
     )
     of = np.array([0, 1, 1, 2])
     found = recall_at_k(text, image, of, ks=(1, 2))
@@ -80,7 +106,15 @@ def test_recall_equals_a_hand_calculation_with_two_captions_per_image() -> None:
 
 def test_best_caption_counts_and_an_image_without_one_is_a_target_alone() -> None:
     image = np.eye(3, dtype=np.float32)
-    text = np.array([[0.6, 0, 0], [0.9, 0, 0], [0.9, 0, 0], [0.8, 0, 0.1]], np.float32)
+    text = np.array(
+        [
+            [0.6, 0, 0],
+            [0.9, 0, 0],
+            [0.9, 0, 0],
+            [0.8, 0, 0.1],
+        ],
+        np.float32,
+    )
     found = compute_ranks(text, image, np.array([0, 0, 0, 2]))
     assert found.described.tolist() == [0, 2]
     assert found.image.tolist() == [0, 0]
@@ -94,7 +128,14 @@ def test_hard_negative_accuracy_and_scores_that_differ_in_the_last_bit() -> None
     below = np.nextafter(np.float32(1), np.float32(0))
     same = np.array([[1, 0], [1, 0]], np.float32)
     almost = np.array([[1, 0], [below, 0]], np.float32)
-    assert set(recall_at_k(same, almost, np.arange(2), ks=(1,)).values()) == {0}
+    assert set(
+        recall_at_k(
+            same,
+            almost,
+            np.arange(2),
+            ks=(1,),
+        ).values()
+    ) == {0}
     assert hard_negative_accuracy(same, same, [almost[1:], almost[1:]]) == 0
     image = np.eye(2, dtype=np.float32)
     negatives = [np.array([[0.5, 0]], np.float32), np.array([[0, 1]], np.float32)]
@@ -220,7 +261,13 @@ def test_tables_are_joined_and_rows_with_an_empty_grade_do_not_count(
             "grade": 0,
             "class": "word",
         },
-        {"query_id": "q 2", "query": "é", "item_id": "c", "grade": 1, "class": ""},
+        {
+            "query_id": "q 2",
+            "query": "é",
+            "item_id": "c",
+            "grade": 1,
+            "class": "",
+        },
     ]
     write_rows(tmp_path / "list.csv", rows)
     judged = read_judgements([tmp_path / "list.csv"])

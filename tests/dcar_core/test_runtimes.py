@@ -253,7 +253,11 @@ def test_gpu_gives_the_same_vectors(
     def both(encoder: Encoder) -> NDArray[np.float32]:
         parts = [encoder.encode_pixels(pixels[:n]) for n in (1, 7, 40)]
         return np.concatenate(
-            [encoder.encode_text(texts), encoder.encode_text(texts[:1]), *parts]
+            [
+                encoder.encode_text(texts),
+                encoder.encode_text(texts[:1]),
+                *parts,
+            ]
         )
 
     # as the service and the index job do, not in the thread that loaded it
@@ -263,7 +267,11 @@ def test_gpu_gives_the_same_vectors(
         assert (vectors * both(wanted)).sum(1).min() > 0.999
 
 
-@pytest.mark.parametrize("side", [0, 1], ids=["text", "image"])
+@pytest.mark.parametrize(
+    "side",
+    [0, 1],
+    ids=["text", "image"],
+)
 def test_a_single_vector_below_the_threshold_is_enough(
     exported_model: Path,
     tmp_path: Path,

@@ -183,7 +183,12 @@ def test_a_pair_alone_scores_like_its_chunk_and_without_prompts_like_its_vector(
 
 def reranked_recall(model: DCAR, split: PreparedSplit) -> dict[str, float]:
     return recall_of_ranks(
-        rerank(model, split, encode_captions(model, split), encode_images(model, split))
+        rerank(
+            model,
+            split,
+            encode_captions(model, split),
+            encode_images(model, split),
+        )
     )
 
 
@@ -290,9 +295,26 @@ def test_a_checkpoint_keeps_the_stage_and_its_weight(
 
 def test_the_stage_orders_the_first_images_alone() -> None:
     image_of = np.array([0, 1, 2])
-    first = np.array([[3, 0], [1, 0], [0, 1]])
-    ranks = Ranks(np.array([1, 0, 2]), np.zeros(3, np.int64), np.arange(3))
-    scores = np.array([[0.1, 0.2], [0.5, 0.5], [0.9, 0.8]], np.float32)
+    first = np.array(
+        [
+            [3, 0],
+            [1, 0],
+            [0, 1],
+        ]
+    )
+    ranks = Ranks(
+        np.array([1, 0, 2]),
+        np.zeros(3, np.int64),
+        np.arange(3),
+    )
+    scores = np.array(
+        [
+            [0.1, 0.2],
+            [0.5, 0.5],
+            [0.9, 0.8],
+        ],
+        np.float32,
+    )
     found = ranks.reordered(first, scores, image_of)
     assert found.text.tolist() == [0, 1, 2], "first now, a tie, and not among them"
     assert found.image is ranks.image

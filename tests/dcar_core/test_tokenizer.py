@@ -60,7 +60,11 @@ def backbone() -> Backbone:
 
 def test_numbers_are_open_clips(backbone: Backbone) -> None:
     rng = random.Random(0)
-    ranges = (range(32, 127), range(0xA0, 0x2000), range(0x1F300, 0x1FAD0))
+    ranges = (
+        range(32, 127),
+        range(0xA0, 0x2000),
+        range(0x1F300, 0x1FAD0),
+    )
     soup = [
         "".join(
             chr(rng.choice(rng.choice(ranges))) for _ in range(rng.randrange(1, 24))
@@ -183,7 +187,14 @@ def test_ids_are_those_of_open_clip(
 
 
 @pytest.mark.parametrize(
-    ("kind", "pad_id"), [("t5", 0), ("gemma", 0), ("xlm", 1), ("bert", 0), ("nllb", 1)]
+    ("kind", "pad_id"),
+    [
+        ("t5", 0),
+        ("gemma", 0),
+        ("xlm", 1),
+        ("bert", 0),
+        ("nllb", 1),
+    ],
 )
 def test_padding_is_found_and_no_text_places_a_control_token(
     kind: Kind,

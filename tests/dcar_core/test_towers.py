@@ -139,7 +139,12 @@ def check_image_prompts(image: Any, pixels: Tensor) -> None:
         16,
         parts=2,
     )
-    prompts = 0.1 * torch.randn(2, 3, width, generator=torch.Generator().manual_seed(5))
+    prompts = 0.1 * torch.randn(
+        2,
+        3,
+        width,
+        generator=torch.Generator().manual_seed(5),
+    )
     with torch.no_grad():
         rows = image.encode(pixels, prompts, rows=True)
         assert rows.shape == (2, 1 + patches, WIDTH)

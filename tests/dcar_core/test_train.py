@@ -238,7 +238,11 @@ def test_order_learning_rates_and_gradient_clipping(
     assert [length for _, length, _ in steps] == pytest.approx([1.0] * 6, rel=1e-3)
     assert {decay for *_, decay in steps} == {0.3}
     for seed in (0, 1):
-        train(new_model(backbone, "coop"), *pairs, replace(config, seed=seed))
+        train(
+            new_model(backbone, "coop"),
+            *pairs,
+            replace(config, seed=seed),
+        )
     epochs = [[*chain(*orders[i : i + 3])] for i in range(0, 18, 3)]
     assert all(sorted(epoch) == list(range(12)) for epoch in epochs)
     assert epochs[:2] == epochs[2:4]
@@ -247,7 +251,11 @@ def test_order_learning_rates_and_gradient_clipping(
 
 @pytest.mark.parametrize(
     ("better", "wanted"),
-    [("none", "none"), ("predicted", "predicted"), ("neither", "none")],
+    [
+        ("none", "none"),
+        ("predicted", "predicted"),
+        ("neither", "none"),
+    ],
 )
 def test_query_weights_are_chosen_by_validation(
     better: str,

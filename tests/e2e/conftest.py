@@ -51,7 +51,14 @@ def indexes(
     path = tmp_path_factory.mktemp("page")
 
     def build(name: str, gallery: Path, checkpoint: Path, **options: Any) -> Path:
-        rebuild(gallery, checkpoint, path / name, workers=0, progress=False, **options)
+        rebuild(
+            gallery,
+            checkpoint,
+            path / name,
+            workers=0,
+            progress=False,
+            **options,
+        )
         return path / name
 
     return {

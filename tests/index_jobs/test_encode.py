@@ -80,7 +80,11 @@ def test_vectors_of_two_runtimes_never_mix(
     runtime = TorchRuntime(encoder.model)
     runtime.name = "rounding"
     other = Encoder(encoder.state, encoder.model, runtime)
-    for model, resumed in ((encoder, 0), (other, 0), (encoder, 24)):
+    for model, resumed in (
+        (encoder, 0),
+        (other, 0),
+        (encoder, 24),
+    ):
         assert encode(tiny_gallery, model, tmp_path).resumed == resumed
 
 

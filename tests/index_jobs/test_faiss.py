@@ -250,7 +250,15 @@ def test_memory_is_half_of_the_machine_or_container(
 
 @pytest.mark.parametrize(
     ("dim", "parts"),
-    [(512, 64), (256, 64), (768, 96), (1024, 128), (640, 80), (48, 48), (49, 49)],
+    [
+        (512, 64),
+        (256, 64),
+        (768, 96),
+        (1024, 128),
+        (640, 80),
+        (48, 48),
+        (49, 49),
+    ],
 )
 def test_product_codes_divide_any_dimensions(dim: int, parts: int) -> None:
     factories = [
@@ -331,7 +339,12 @@ def test_more_results_than_a_gpu_gives_and_filtered_ones_come_from_the_processor
             )
 
     monkeypatch.setattr(faiss, "StandardGpuResources", object, raising=False)
-    monkeypatch.setattr(faiss, "index_cpu_to_gpu", lambda *_: Gpu(), raising=False)
+    monkeypatch.setattr(
+        faiss,
+        "index_cpu_to_gpu",
+        lambda *_: Gpu(),
+        raising=False,
+    )
     vectors = clustered(3000)
     flat = faiss.IndexFlatIP(vectors.shape[1])
     flat.add(vectors)
@@ -418,7 +431,12 @@ def test_neighbours_are_exact_among_copies() -> None:
 def test_tuned_width_is_just_above_the_aim(kind: str) -> None:
     """A sixteenth less misses the aim, whatever number of candidates is re-ranked."""
     vectors = unit(np.random.default_rng(0).normal(size=(3000, 32)))
-    index = fill_index(IndexChoice(kind, "test"), 32, blocks(vectors), len(vectors))
+    index = fill_index(
+        IndexChoice(kind, "test"),
+        32,
+        blocks(vectors),
+        len(vectors),
+    )
     benchmark = Benchmark(blocks(vectors), held_out(vectors), target=0.95)
     (name, width), *_ = tune(benchmark, index, SearchParameters(index))[
         "parameters"
@@ -663,7 +681,11 @@ def test_missing_results_sort_last_whatever_their_score() -> None:
         np.array([[-0.7, np.finfo(np.float32).min]], np.float32),
         np.array([[8, -1]]),
     )
-    scores, rows = merge_top_k([one[0], other[0]], [one[1], other[1]], 3)
+    scores, rows = merge_top_k(
+        [one[0], other[0]],
+        [one[1], other[1]],
+        3,
+    )
     assert rows.tolist() == [[3, 8, -1]]
     assert scores.tolist() == [[-0.5, np.float32(-0.7), -np.inf]]
 
@@ -721,7 +743,11 @@ def unclustered() -> Floats:
 
 
 @pytest.mark.parametrize(
-    ("kind", "width"), [("IVF64,Flat", {"nprobe": 1}), ("HNSW8", {"efSearch": 16})]
+    ("kind", "width"),
+    [
+        ("IVF64,Flat", {"nprobe": 1}),
+        ("HNSW8", {"efSearch": 16}),
+    ],
 )
 def test_many_results_of_a_filter_are_complete_and_near(
     kind: str,

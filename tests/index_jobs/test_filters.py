@@ -207,7 +207,12 @@ def test_conditions_that_do_not_fit_the_field_are_named(
 
 
 @pytest.mark.parametrize(
-    ("field", "none"), [("caption", True), ("category", True), ("color", False)]
+    ("field", "none"),
+    [
+        ("caption", True),
+        ("category", True),
+        ("color", False),
+    ],
 )
 def test_empty_caption_or_category_counts_as_missing(field: str, none: bool) -> None:
     column = pa.chunked_array([["a", "", None]], pa.string())
@@ -216,7 +221,18 @@ def test_empty_caption_or_category_counts_as_missing(field: str, none: bool) -> 
 
 @pytest.mark.parametrize(
     "bound",
-    [-2.5, -0.0, 0.5, 2.5, 1e300, -1e300, float("inf"), float("nan"), 10**30, -(2**63)],
+    [
+        -2.5,
+        -0.0,
+        0.5,
+        2.5,
+        1e300,
+        -1e300,
+        float("inf"),
+        float("nan"),
+        10**30,
+        -(2**63),
+    ],
 )
 def test_fractions_and_huge_numbers_compare_with_whole_numbers(bound: float) -> None:
     whole = [-(2**63), -3, -2, -1, 0, 1, 2, 3, 2**63 - 1]

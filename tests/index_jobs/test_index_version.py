@@ -345,7 +345,16 @@ def test_reader_follows_when_its_version_is_removed_under_it(
 
 
 @pytest.mark.parametrize(
-    "rows", [[], [0], [19], [3, 4], [0, 1, 7, 8, 19], [*range(20)], [5, 6, 7, 8, 9]]
+    "rows",
+    [
+        [],
+        [0],
+        [19],
+        [3, 4],
+        [0, 1, 7, 8, 19],
+        [*range(20)],
+        [5, 6, 7, 8, 9],
+    ],
 )
 def test_take_rows_returns_the_rows_that_arrow_takes(rows: list[int]) -> None:
     columns = {

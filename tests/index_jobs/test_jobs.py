@@ -149,7 +149,12 @@ def test_repeated_put_publishes_nothing(index: Path) -> None:
     apply_waiting(index)
     jobs += [
         put(index, "b", price=1),
-        put(index, "unknown", data=[picture("pink")], price=1),
+        put(
+            index,
+            "unknown",
+            data=[picture("pink")],
+            price=1,
+        ),
     ]
     apply_waiting(index)
     assert [status(index, job)["index_version"] for job in jobs] == [2, 3, 3]
@@ -165,7 +170,12 @@ def test_bad_job_ends_alone(index: Path) -> None:
         put(index, "b", data=[b"no picture"]),
         put(index, "c", price="cheap"),
         delete(index, gone),
-        put(index, "a", "d", data=[b"no picture", picture("gold")]),
+        put(
+            index,
+            "a",
+            "d",
+            data=[b"no picture", picture("gold")],
+        ),
         put(index, gone, data=[b"none"]),
         delete(index, *old),
     ]
@@ -273,7 +283,11 @@ def test_job_that_ends_its_process_is_given_up(
     """The jobs beside it are applied."""
     first, second, third, *_ = items_of(index)
     if kind == "put":
-        jobs = [put(index, "a"), put(index, "deadly"), put(index, "c")]
+        jobs = [
+            put(index, "a"),
+            put(index, "deadly"),
+            put(index, "c"),
+        ]
     else:
         jobs = [
             patch(index, first, price=1),

@@ -117,7 +117,12 @@ def _copied(given: Given, folder: Path) -> Path:
 
 def _with_changes(given: Given, folder: Path) -> Path:
     index = _copied(given, folder)
-    put(index, "a", "bad", data=[picture("pink"), b"no picture"])
+    put(
+        index,
+        "a",
+        "bad",
+        data=[picture("pink"), b"no picture"],
+    )
     put(index, "b")
     patch(index, given.item(1), price=1)
     patch(index, given.item(1), caption="a guitar")
@@ -137,11 +142,22 @@ def _build(given: Given, index: Path) -> None:
 
 
 def _add(given: Given, index: Path) -> None:
-    add(index, given.more, replace_existing=True, workers=0, progress=False)
+    add(
+        index,
+        given.more,
+        replace_existing=True,
+        workers=0,
+        progress=False,
+    )
 
 
 def _remove(given: Given, index: Path) -> None:
-    remove(index, [given.item(3)], missing_ok=True, keep=1)
+    remove(
+        index,
+        [given.item(3)],
+        missing_ok=True,
+        keep=1,
+    )
 
 
 def _change(given: Given, index: Path) -> None:

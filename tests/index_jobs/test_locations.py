@@ -96,7 +96,11 @@ Served = tuple[Path, str, type[Server]]
 def served(tmp_path: Path) -> Iterator[Served]:
     """A folder, its URL, and the server that serves it."""
     (root := tmp_path / "served").mkdir()
-    handler = type("Handler", (Server,), {"stumbles": {}, "asked": []})
+    handler = type(
+        "Handler",
+        (Server,),
+        {"stumbles": {}, "asked": []},
+    )
     server = Listener(("127.0.0.1", 0), functools.partial(handler, directory=str(root)))
     with answering(server):
         yield root, f"http://127.0.0.1:{server.server_port}", handler

@@ -278,7 +278,12 @@ def test_current_names_a_version_that_the_store_has_whoever_comes_first(
         rollback(operator, 1)
     assert follow(reader) == 5
     with (
-        before(mirror, "put", lambda: rollback(operator, 4), key="CURRENT"),
+        before(
+            mirror,
+            "put",
+            lambda: rollback(operator, 4),
+            key="CURRENT",
+        ),
         pytest.raises(LockedError),
     ):
         publish_copy(mirror, keep=1)
@@ -326,7 +331,12 @@ def test_version_that_a_loser_takes_back_meanwhile_does_not_end_another_job(
     key = "versions/2.json"
     other = machines["other"]
     pull(other, history=True)
-    with before(other, "get", lambda: store(mirror).delete(key), key=key):
+    with before(
+        other,
+        "get",
+        lambda: store(mirror).delete(key),
+        key=key,
+    ):
         assert publish_copy(other) == 2
     assert follow(machines["reader"]) == 2
 

@@ -153,7 +153,11 @@ def test_removed_items_are_not_compared(index: Path, tiny_gallery: Path) -> None
     remove(index, [whole.item(3).id])
     pairs = gate.find_pairs(scan(tiny_gallery), None)
     encode = encoder.encode_text
-    verdict = gate.compare((whole, encode), (open_current(index), encode), pairs)
+    verdict = gate.compare(
+        (whole, encode),
+        (open_current(index), encode),
+        pairs,
+    )
     assert verdict.pool == 23
     assert verdict.pairs == 23
     assert verdict.serving == verdict.rebuilt
@@ -272,7 +276,11 @@ def compare(before: list[int], after: list[int]) -> gate.GateVerdict:
         (cast(Any, Ranked(ranks)), lambda texts: [*map(int, texts)])
         for ranks in (before, after)
     )
-    return gate.compare(cast(Any, served), cast(Any, rebuilt), pairs)
+    return gate.compare(
+        cast(Any, served),
+        cast(Any, rebuilt),
+        pairs,
+    )
 
 
 def test_a_model_with_worse_ranks_fails_although_its_hits_are_nearly_as_many(

@@ -82,7 +82,11 @@ def same_as_anew(build: Build, gallery: Path, index: Path, **options: Any) -> No
     assert [here.item(row) for row in rows.tolist()] == [
         there.item(row) for row in rows.tolist()
     ]
-    np.testing.assert_allclose(here.vectors(rows), there.vectors(rows), atol=1e-6)
+    np.testing.assert_allclose(
+        here.vectors(rows),
+        there.vectors(rows),
+        atol=1e-6,
+    )
     assert here.manifest.files["failed.jsonl"] == there.manifest.files["failed.jsonl"]
 
 
@@ -575,7 +579,11 @@ def test_both_forms_have_the_same_help_and_output(
     shown = list[tuple[str, str, Any]]()
     for form in ("module", "dcar"):
         outputs = []
-        for options in (["--help"], [*given, "--text"], [*given, "--json", "--quiet"]):
+        for options in (
+            ["--help"],
+            [*given, "--text"],
+            [*given, "--json", "--quiet"],
+        ):
             monkeypatch.setattr(sys, "argv", ["dcar", "index", "build", *options])
             with pytest.raises(SystemExit, match="0"):
                 sys.exit(main(options)) if form == "module" else dcar()
@@ -670,7 +678,12 @@ def test_killed_ray_worker_changes_no_vector(
     """Of images that are slow to decode, one of them broken."""
     index = tmp_path / "index"
     gallery = tmp_path / "gallery"
-    cells = np.random.default_rng(0).integers(0, 256, (8, 30, 40, 3), dtype=np.uint8)
+    cells = np.random.default_rng(0).integers(
+        0,
+        256,
+        (8, 30, 40, 3),
+        dtype=np.uint8,
+    )
     write_file(gallery / "broken.png", b"no picture")
     for number in range(IMAGES):
         Image.fromarray(cells[number % 8]).resize((1200, 900)).save(

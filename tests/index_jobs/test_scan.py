@@ -247,7 +247,12 @@ BAD: list[tuple[dict[str, bytes], str, str]] = [
 
 
 @pytest.mark.parametrize(
-    ("kind", "place"), [("folder", ""), ("tar", "shard.tar"), ("tar", "")]
+    ("kind", "place"),
+    [
+        ("folder", ""),
+        ("tar", "shard.tar"),
+        ("tar", ""),
+    ],
 )
 def test_files_that_are_not_read_are_counted(
     kind: str,
@@ -289,7 +294,15 @@ def test_files_that_are_not_read_are_counted(
         (["1", "-20", "0", ""], [1, -20, 0, None]),
         (["1", "2.5", "", "-0.25"], [1.0, 2.5, None, -0.25]),
         (["1e-05", "2.5e+20", "3", ""], [1e-05, 2.5e20, 3.0, None]),
-        ([str(2**63 - 1), str(-(2**63)), "", "1"], [2**63 - 1, -(2**63), None, 1]),
+        (
+            [
+                str(2**63 - 1),
+                str(-(2**63)),
+                "",
+                "1",
+            ],
+            [2**63 - 1, -(2**63), None, 1],
+        ),
         (["", "", "", ""], [None] * 4),
         (["true", "FALSE", "", "True"], [True, False, None, True]),
         (["true", "1", "", "x"], ["true", "1", None, "x"]),
@@ -499,7 +512,13 @@ LISTS: dict[str, tuple[str, bytes | str, list[dict[str, Any]]]] = {
         "l.csv",
         "path,id,sku,caption\na.png|b.png,p,7,cup\n",
         [
-            {"location": name, "file_name": name, "id": i, "sku": 7, "caption": "cup"}
+            {
+                "location": name,
+                "file_name": name,
+                "id": i,
+                "sku": 7,
+                "caption": "cup",
+            }
             for name, i in (("a.png", "p"), ("b.png", "p-2"))
         ],
     ),
@@ -565,7 +584,11 @@ LISTS: dict[str, tuple[str, bytes | str, list[dict[str, Any]]]] = {
 }
 
 
-@pytest.mark.parametrize(("name", "content", "wanted"), LISTS.values(), ids=LISTS)
+@pytest.mark.parametrize(
+    ("name", "content", "wanted"),
+    LISTS.values(),
+    ids=LISTS,
+)
 def test_lists_of_many_forms_are_read(
     name: str,
     content: bytes | str,
@@ -602,7 +625,11 @@ BAD_TABLES: list[tuple[str, bytes | str, str]] = [
         "l.parquet",
         parquet(
             path=["a"],
-            text=pa.Array.from_buffers(pa.string(), 1, pa.array([b"\xff"]).buffers()),
+            text=pa.Array.from_buffers(
+                pa.string(),
+                1,
+                pa.array([b"\xff"]).buffers(),
+            ),
         ),
         r"l\.parquet is damaged .*'utf-8' codec",
     ),

@@ -163,7 +163,12 @@ def test_any_sequence_of_changes_leaves_the_items_that_dictionaries_have(
             self.publish(self.items, self.rebuild)
 
         @rule(
-            names=st.lists(st.sampled_from(NAMES), min_size=1, max_size=3, unique=True),
+            names=st.lists(
+                st.sampled_from(NAMES),
+                min_size=1,
+                max_size=3,
+                unique=True,
+            ),
             color=st.sampled_from(COLORS),
         )
         def add(self, names: list[str], color: str) -> None:
@@ -389,7 +394,11 @@ def test_a_field_of_the_index_does_not_become_text(index: Path, tmp_path: Path) 
         ("tags", "x", "the field 'tags' is list"),
         ("note", ["x"], "the field 'note' is string in the index and list"),
     ):
-        gallery = write_images(tmp_path / name, "cyan", **(given | {name: value}))
+        gallery = write_images(
+            tmp_path / name,
+            "cyan",
+            **(given | {name: value}),
+        )
         # which would be the error if it were encoded first
         (gallery / "cyan.png").write_bytes(b"")
         with pytest.raises(DataError, match=said):
@@ -459,7 +468,12 @@ def test_additions_are_merged_and_a_rebuild_is_recommended(
         ("navy", [3, 1]),
         ("teal", [5]),
     ):
-        add(index, write_images(tmp_path / color, color), progress=False, workers=0)
+        add(
+            index,
+            write_images(tmp_path / color, color),
+            progress=False,
+            workers=0,
+        )
         assert [
             addition.count for addition in open_current(index).manifest.additions
         ] == parts
@@ -655,7 +669,12 @@ def test_update_command_merges_a_table(index: Path, tmp_path: Path) -> None:
     assert done.split(": ", 1)[1] == "version 7, 2 items changed\n1 unknown sku: 9\n"
     assert [metadata(index, item)["price"] for item in ids(index)[:3]] == [5, 12, 5]
     with pytest.raises(DataError, match="no item has the field 'ean'"):
-        change_metadata(index, [("1", {"price": 1})], "prices.csv", by="ean")
+        change_metadata(
+            index,
+            [("1", {"price": 1})],
+            "prices.csv",
+            by="ean",
+        )
     for name, text, said in (
         ("a.csv", "sku,price\na,1\n", r"row 2: no id; .* it has sku, price"),
         (

@@ -12,7 +12,12 @@ from tests.support.images import encoded
 
 def _grain(side: int) -> Image.Image:
     return Image.fromarray(
-        np.random.default_rng(0).integers(0, 256, (side, side), dtype=np.uint8)
+        np.random.default_rng(0).integers(
+            0,
+            256,
+            (side, side),
+            dtype=np.uint8,
+        )
     )
 
 
@@ -130,7 +135,11 @@ def mutants(count: int) -> Iterator[bytes]:
     ]
     for number in range(count):
         data = bytearray(files[number % len(files)])
-        for place in draw.integers(12, len(data), draw.integers(1, 12)):
+        for place in draw.integers(
+            12,
+            len(data),
+            draw.integers(1, 12),
+        ):
             data[place] = draw.integers(0, 256)
         start, end = sorted(draw.integers(12, len(data), 2))
         if number % 3 == 1:

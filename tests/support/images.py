@@ -39,7 +39,14 @@ def draw(color: str, shape: str, side: int = 48) -> Image.Image:
     elif shape == "circle":
         pen.ellipse(box, fill=color)
     elif shape == "triangle":
-        pen.polygon([(side // 2, 8), (8, side - 8), (side - 8, side - 8)], fill=color)
+        pen.polygon(
+            [
+                (side // 2, 8),
+                (8, side - 8),
+                (side - 8, side - 8),
+            ],
+            fill=color,
+        )
     else:
         pen.line((8, 8, side - 8, side - 8), fill=color, width=8)
         pen.line((8, side - 8, side - 8, 8), fill=color, width=8)

@@ -165,7 +165,11 @@ def tiny_config(name: str, directory: Path) -> dict[str, Any]:
             "timm_model_pretrained": False,
         }
     elif isinstance(vision["layers"], list):
-        vision |= {"layers": [1, 1, 1, 1], "width": 8, "image_size": 64}
+        vision |= {
+            "layers": [1, 1, 1, 1],
+            "width": 8,
+            "image_size": 64,
+        }
     else:
         vision |= {"layers": LAYERS, "width": WIDTH, "head_width": WIDTH // HEADS}
         vision["image_size"] = 4 * vision["patch_size"]
@@ -240,7 +244,11 @@ def _timm_sizes(name: str) -> dict[str, Any]:
     if name.startswith("convnext"):
         return {"depths": (1, 1, 1, 1), "dims": (8, 16, 16, 32)}
     if name.startswith("swin"):
-        return {"embed_dim": 16, "depths": (1, 1, 1, 1), "num_heads": (1, 2, 2, 2)}
+        return {
+            "embed_dim": 16,
+            "depths": (1, 1, 1, 1),
+            "num_heads": (1, 2, 2, 2),
+        }
     if name.startswith("fastvit"):
         stages = 5 if name.endswith(("mci3", "mci4")) else 4
         return {"layers": (1,) * stages, "embed_dims": (16, 32, 32, 32, 32)[:stages]}

@@ -14,7 +14,11 @@ JSON = {"Content-Type": "application/json"}
 
 
 def item(item_id: str, color: str = "pink", **fields: Any) -> dict[str, Any]:
-    return {"id": item_id, "image": base64.b64encode(png(color)).decode(), **fields}
+    return {
+        "id": item_id,
+        "image": base64.b64encode(png(color)).decode(),
+        **fields,
+    }
 
 
 async def put(
