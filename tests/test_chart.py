@@ -43,12 +43,11 @@ def manifests(values: dict[str, Any], name: str = "shop") -> dict[str, str]:
 
 def render(values: dict[str, Any], name: str = "shop") -> list[dict[str, Any]]:
     """Return the objects of a release."""
-    texts = [
-        text
-        for file, text in manifests(values, name).items()
-        if not file.endswith("NOTES.txt")
-    ]
-    return [each for text in texts for each in yaml.safe_load_all(text) if each]
+    objects: list[Any] = []
+    for file, text in manifests(values, name).items():
+        if not file.endswith("NOTES.txt"):
+            objects += filter(None, yaml.safe_load_all(text))
+    return objects
 
 
 def notes(**values: Any) -> str:
@@ -136,16 +135,18 @@ def leaves(values: dict[str, Any]) -> set[tuple[str, ...]]:
     """Return the paths of all values; of those that hold names of the user's own, {} by
     default, the path to it.
     """
-    return {
-        (name, *rest)
-        for name, value in values.items()
-        for rest in (leaves(value) if isinstance(value, dict) and value else [()])
-    }
+    paths: set[tuple[str, ...]] = set()
+    for name, value in values.items():
+        if isinstance(value, dict) and value:
+            paths.update((name, *rest) for rest in leaves(value))
+        else:
+            paths.add((name,))
+    return paths
 
 
 def test_each_value_of_the_chart_is_in_an_option_and_changes_what_is_rendered() -> None:
     known = leaves(yaml.safe_load((CHART / "values.yaml").read_text()))
-    used = {leaf for values in OPTIONS.values() for leaf in leaves(values)}
+    used = set().union(*map(leaves, OPTIONS.values()))
     unused = {
         path for path in known if not any(leaf[: len(path)] == path for leaf in used)
     }

@@ -50,11 +50,8 @@ def test_splits_share_no_emoji_no_image_and_no_caption(domain: str) -> None:
         split: {each["class_name"] for each in found}
         for split, found in entries.items()
     }
-    assert all(
-        split_of[each["file_name"]] == split
-        for split, found in entries.items()
-        for each in found
-    )
+    for split, found in entries.items():
+        assert {split_of[each["file_name"]] for each in found} == {split}
     assert len(lines) == 3944
     files = {each["file_name"] for each in chain.from_iterable(entries.values())}
     assert len(files) == {"twemoji": 3925, "openmoji": 3801}[domain], (
@@ -73,13 +70,13 @@ def test_splits_share_no_emoji_no_image_and_no_caption(domain: str) -> None:
         ("train", "test"),
         ("val", "test"),
     ):
-        negatives = {text for pair in entries[split] for text in pair["negative"]}
-        positives = [pair["positive"] for pair in entries[unseen]]
-        captions = {
-            text
-            for positive in positives
-            for text in ([positive] if isinstance(positive, str) else positive)
-        }
+        negatives: set[str] = set()
+        for pair in entries[split]:
+            negatives.update(pair["negative"])
+        captions: set[str] = set()
+        for pair in entries[unseen]:
+            positive = pair["positive"]
+            captions.update([positive] if isinstance(positive, str) else positive)
         assert len(negatives) > 500
         assert not negatives & captions
 

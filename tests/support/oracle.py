@@ -418,14 +418,12 @@ class Oracle:
         owners: list[Any],
     ) -> None:
         values = self.values(name)
-        pairs = {
-            (each, owners[row])
-            for row in rows
-            for each in (
-                values[row] if isinstance(values[row], list) else [values[row]]
-            )
-            if each is not None
-        }
+        pairs = set()
+        for row in rows:
+            value = values[row]
+            for each in value if isinstance(value, list) else [value]:
+                if each is not None:
+                    pairs.add((each, owners[row]))
         if any(isinstance(each["value"], dict) for each in facet):
             assert len({value for value, _ in pairs}) > 20
             found = [
