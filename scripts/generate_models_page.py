@@ -49,8 +49,8 @@ def _recommended() -> str:
         )
         rows.append(f"| `{each.name}` | {figures} | {each.licence} | {each.use} |")
     note = (
-        "COCO: zero-shot text-to-image R@1 in percent, as published, not measured here."
-        " `dcar models --recommend` names the weights."
+        "COCO: zero-shot text-to-image R@1 in percent, as published, not measured"
+        " here.\n`dcar models --recommend` names the weights."
     )
     return "\n\n".join(["## Recommended", note, "\n".join(rows)])
 

@@ -109,18 +109,18 @@ def _cli_page(title: str, purpose: str, group: Any, prefix: str) -> str:
     sections = [GENERATED, CLI_INTRO.format(title=title, purpose=purpose)]
     for name, command in commands.items():
         sections += [f"## `{prefix} {name}`", _paragraphs(command.help or "")]
-        own = [f"- {line}" for line in lines[name] if line not in shared]
+        own = [_item(line) for line in lines[name] if line not in shared]
         also = [
             line.partition(" ")[0].rstrip(":,")
             for line in lines[name]
             if line in shared
         ]
         sections += ["\n".join(own)] * bool(own)
-        sections += [f"Also {', '.join(also)}."] * bool(also)
+        sections += [_wrap(f"Also {', '.join(also)}.")] * bool(also)
     if shared:
         sections += [
             "## Options of several commands",
-            "\n".join(f"- {line}" for line in sorted(shared)),
+            "\n".join(_item(line) for line in sorted(shared)),
         ]
     return "\n\n".join(sections) + "\n"
 
@@ -162,7 +162,10 @@ def settings_page() -> str:
         about = "; ".join(filter(None, [default, _limits(schema[name])]))
         text = " ".join(texts.get(name, "").split())
         lines.append(
-            f"- `DCAR_{name.upper()}`{f' ({about})' if about else ''}: {_escape(text)}"
+            _item(
+                f"`DCAR_{name.upper()}`{f' ({about})' if about else ''}:"
+                f" {_escape(text)}"
+            )
         )
     return "\n\n".join([GENERATED, SETTINGS_INTRO, "\n".join(lines)]) + "\n"
 
@@ -177,8 +180,25 @@ def _commands(group: Any) -> dict[str, Any]:
 def _paragraphs(text: str) -> str:
     """Help text without the indentation and line breaks of its source."""
     return "\n\n".join(
-        " ".join(part.split()) for part in text.replace("\b", "").split("\n\n")
+        _wrap(" ".join(part.split())) for part in text.replace("\b", "").split("\n\n")
     )
+
+
+def _item(text: str) -> str:
+    """A list item."""
+    return _wrap(f"- {text}", indent="  ")
+
+
+def _wrap(text: str, indent: str = "") -> str:
+    """Wrapped prose, without line breaks inside code."""
+    text = re.sub(r"`[^`]*`", lambda code: code[0].replace(" ", "\0"), text)
+    return textwrap.fill(
+        text,
+        88,
+        subsequent_indent=indent,
+        break_long_words=False,
+        break_on_hyphens=False,
+    ).replace("\0", " ")
 
 
 def _argument(parameter: Any) -> str:

@@ -282,7 +282,7 @@ def test_the_values_of_matchers_are_those_of_the_service(live: Series) -> None:
         .read_text()
         .partition("`dcar_refused_total{reason}`: ")[2]
     )
-    assert set(documented.partition("\n")[0].split(", ")) == reasons
+    assert set(documented.partition("\n- ")[0].replace(",", " ").split()) == reasons
 
 
 REQUESTS = 'dcar_request_seconds_count{job="dcar",instance="%s",route="%s",status="%d"}'
