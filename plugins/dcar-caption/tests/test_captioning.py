@@ -21,8 +21,8 @@ from PIL import Image
 from vision_server import Asked, Behave, Raw, VisionServer, good, message
 
 from dcar_caption import run
-from dcar_caption.command import CaptionOptions
 from dcar_caption.endpoint import CaptionError, Completion, open_endpoints
+from dcar_caption.options import CaptionOptions
 from dcar_caption.questions import (
     TEMPLATES,
     load_templates,

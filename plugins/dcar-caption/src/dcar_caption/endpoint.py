@@ -11,7 +11,7 @@ from urllib.parse import urlsplit
 
 import openai
 
-from dcar_caption.command import CaptionOptions
+from dcar_caption.options import CaptionOptions
 from dcar_core.util.errors import DataError, DcarError
 from dcar_core.util.files import parse_json
 

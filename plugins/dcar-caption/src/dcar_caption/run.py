@@ -19,7 +19,6 @@ from pathlib import Path
 from typing import Any
 
 from dcar_caption import questions
-from dcar_caption.command import CaptionOptions
 from dcar_caption.endpoint import (
     KEYS,
     CaptionError,
@@ -28,6 +27,7 @@ from dcar_caption.endpoint import (
     open_endpoints,
 )
 from dcar_caption.journal import Journal
+from dcar_caption.options import CaptionOptions
 from dcar_core.data import SPLITS
 from dcar_core.data.samples import fold_text
 from dcar_core.images import has_image_suffix
