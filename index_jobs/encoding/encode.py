@@ -16,10 +16,11 @@ import json
 import logging
 import threading
 import time
-from collections.abc import Generator, Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
-from itertools import islice
+from dataclasses import dataclass
+from itertools import chain, islice
 from pathlib import Path
 from typing import NamedTuple
 
@@ -40,7 +41,7 @@ from index_jobs.encoding.decode import (
     map_ahead,
     worker_count,
 )
-from index_jobs.encoding.shards import Images, ReusableVectors, ShardStore
+from index_jobs.encoding.shards import Images, ReusableVectors, Shard, ShardStore
 from index_jobs.gallery.locations import ImageLocation, is_url, join_location
 from index_jobs.gallery.scan import Gallery
 from index_jobs.index.items import SIZE_COLUMNS, TAKEN, take_rows
@@ -134,129 +135,22 @@ def encode_windows(
         )
 
 
+@dataclass(frozen=True)
 class EncodedGallery:
-    """A gallery in shards. It is complete once every shard in `todo` was given to
-    `save`, and `finish` was called.
+    """The vectors of a gallery, all in shards, and the images that have none.
 
     images: those with a vector, in gallery order. failed: the others. encoded, seconds:
-    images and duration of this run. resumed: images of earlier runs. bar: the progress
-    on stderr.
+    images and duration of the run that completed it. resumed: images of earlier runs.
     """
 
+    gallery: Gallery
     images: Images
+    failed: list[FailedImage]
+    encoded: int
+    resumed: int
     seconds: float
-
-    def __init__(
-        self,
-        gallery: Gallery,
-        encoder: Encoder,
-        work: Path,
-        options: BuildOptions,
-    ) -> None:
-        self.store = ShardStore(gallery, encoder, work, options)
-        self.gallery = gallery
-        self._options = options
-        self._adapt = encoder.state.adapt_images
-        self.shards = [self.store.load(number) for number in range(len(self.store))]
-        reusable = ReusableVectors(self.store.other_folders())
-        for number in self._unfinished() if len(reusable) else ():
-            images, vectors = reusable.take(self._locations(number), self.store.dim)
-            if len(images):
-                self.shards[number] = self.store.extend(number, [(images, vectors)])
-        self.todo = self._unfinished()
-        self.encoded = sum(len(self.shards[number].missing) for number in self.todo)
-        self.resumed = len(gallery) - self.encoded
-        if self.resumed:
-            logger.info(
-                "%d of %d images have vectors already",
-                self.resumed,
-                len(gallery),
-            )
-        self.failed = list[FailedImage]()
-        self._start = time.perf_counter()
-        self.bar = progress_bar(
-            len(gallery),
-            "encode",
-            "img",
-            is_shown=options.progress,
-            initial=self.resumed,
-        )
-
-    def _unfinished(self) -> list[int]:
-        return [number for number, shard in enumerate(self.shards) if shard.missing]
-
-    def _locations(self, number: int) -> list[ImageLocation]:
-        rows = self.shards[number].missing
-        columns = take_rows(
-            self.gallery.table.select(_LOCATION_COLUMNS), np.array(rows, np.int64)
-        ).to_pylist()
-        for values in columns:
-            # galleries may use the same names
-            if is_url(url := join_location(self.gallery.root, values["location"])):
-                values["name"] = url
-        return [
-            ImageLocation(*(row, *values.values()))
-            for row, values in zip(rows, columns, strict=True)
-        ]
-
-    def windows(self, number: int) -> list[list[ImageLocation]]:
-        """Return the images of a shard that must be encoded, in windows."""
-        locations = self._locations(number)
-        batch = self._options.batch_size
-        return [
-            locations[start : start + batch]
-            for start in range(0, len(locations), batch)
-        ]
-
-    def save(self, number: int, windows: Iterable[EncodedWindow]) -> None:
-        """Add encoded windows to a shard. Raise DataError once too many images have
-        failed.
-        """
-        parts = list[tuple[Images, Floats]]()
-        for window in windows:
-            parts.append((window.images, window.features))
-            self.failed += window.failed
-            self._check_failed()
-            count = len(window.images) + len(window.failed)
-            if self._options.on_encoded is not None:
-                self._options.on_encoded(count)
-            self.bar.set_postfix_str(f"{len(self.failed)} failed", refresh=False)
-            self.bar.update(count)
-        self.shards[number] = self.store.extend(number, parts)
-
-    def _check_failed(self, *, final: bool = False) -> None:
-        """Compare the failures with the limit; final: no image follows."""
-        gallery = self.gallery
-        count = len(self.failed)
-        total = len(self.gallery)
-        limit = self._options.spec.max_failed
-        if count <= limit * total and not (final and count == total):
-            return
-        self.store.path.mkdir(parents=True, exist_ok=True)
-        path = self.store.path / FAILED
-        names = gallery.table["name"]
-        self.write_failed(path)
-        examples = "; ".join(
-            f"{names[failure.row].as_py()}: {failure.reason}"
-            for failure in sorted(self.failed)[:3]
-        )
-        if limit < 1:
-            fault = f"{count:,} of {total:,} failed, at most {limit:.1%} may"
-            fault = f"too few images of {gallery.location} can be read: {fault}"
-            remedy = ", or raise --max-failed"
-        else:
-            fault = f"none of the {total:,} images to encode can be read"
-            remedy = ""
-        raise DataError(
-            f"{fault}. {examples}. {path} lists them; repair or remove them{remedy}"
-        )
-
-    def finish(self) -> "EncodedGallery":
-        self.seconds = time.perf_counter() - self._start
-        self._check_failed(final=True)
-        self.images = np.concatenate([shard.images for shard in self.shards])
-        self.failed.sort()
-        return self
+    _shards: list[Shard]
+    _adapt: Callable[[Floats], Floats]
 
     def __len__(self) -> int:
         return len(self.images)
@@ -291,21 +185,173 @@ class EncodedGallery:
 
     def blocks(self) -> Iterator[Floats]:
         """The vectors, float32 (m, E) at a time."""
-        return (self._adapt(shard.vectors()) for shard in self.shards)
+        return (self._adapt(shard.vectors()) for shard in self._shards)
 
     def write_failed(self, path: Path) -> None:
-        """Write id, name, reason and fault of each image without a vector, in gallery
-        order, as JSON lines.
+        """Write the images without a vector; see `write_failed_images`."""
+        write_failed_images(path, self.gallery, self.failed)
+
+
+class EncodingRun:
+    """A run that encodes the images of a gallery which have no vector yet.
+
+    `complete` saves the shards of `todo` as they are encoded, each from its `windows`,
+    and returns the complete gallery. encoded: images to encode. resumed: images of
+    earlier runs.
+    """
+
+    def __init__(
+        self,
+        gallery: Gallery,
+        encoder: Encoder,
+        work: Path,
+        options: BuildOptions,
+    ) -> None:
+        self._store = ShardStore(gallery, encoder, work, options)
+        self._gallery = gallery
+        self._options = options
+        self._adapt = encoder.state.adapt_images
+        self._shards = [self._store.load(number) for number in range(len(self._store))]
+        self._failed = list[FailedImage]()
+        self._copy_known_vectors()
+        self.todo = self._unfinished()
+        self.encoded = sum(len(self._shards[number].missing) for number in self.todo)
+        self.resumed = len(gallery) - self.encoded
+        if self.resumed:
+            logger.info(
+                "%d of %d images have vectors already",
+                self.resumed,
+                len(gallery),
+            )
+
+    def _copy_known_vectors(self) -> None:
+        """Copy the vectors that the same encoder has computed for other galleries."""
+        reusable = ReusableVectors(self._store.other_folders())
+        if not len(reusable):
+            return
+        for number in self._unfinished():
+            images, vectors = reusable.take(self._locations(number), self._store.dim)
+            if len(images):
+                self._shards[number] = self._store.extend(number, [(images, vectors)])
+
+    def _unfinished(self) -> list[int]:
+        return [number for number, shard in enumerate(self._shards) if shard.missing]
+
+    def _locations(self, number: int) -> list[ImageLocation]:
+        rows = self._shards[number].missing
+        columns = take_rows(
+            self._gallery.table.select(_LOCATION_COLUMNS), np.array(rows, np.int64)
+        ).to_pylist()
+        for values in columns:
+            # galleries may use the same names
+            if is_url(url := join_location(self._gallery.root, values["location"])):
+                values["name"] = url
+        return [
+            ImageLocation(*(row, *values.values()))
+            for row, values in zip(rows, columns, strict=True)
+        ]
+
+    def windows(self, number: int) -> list[list[ImageLocation]]:
+        """Return the images of a shard that must be encoded, in windows."""
+        locations = self._locations(number)
+        batch = self._options.batch_size
+        return [
+            locations[start : start + batch]
+            for start in range(0, len(locations), batch)
+        ]
+
+    def window_count(self, number: int) -> int:
+        """Return the number of windows of a shard."""
+        return -(-len(self._shards[number].missing) // self._options.batch_size)
+
+    def complete(
+        self, shards: Iterable[tuple[int, Iterable[EncodedWindow]]]
+    ) -> EncodedGallery:
+        """Save the shards of `todo`, and return the complete gallery.
+
+        shards: the number and the encoded windows of each shard, in any order. Raise
+        DataError once too many images have failed.
         """
-        names = (
-            {
-                name: self.gallery.table[name][failure.row].as_py()
-                for name in ("id", "name")
-            }
-            | {"reason": failure.reason, "fault": failure.fault}
-            for failure in sorted(self.failed)
+        start = time.perf_counter()
+        bar = progress_bar(
+            len(self._gallery),
+            "encode",
+            "img",
+            is_shown=self._options.progress,
+            initial=self.resumed,
         )
-        write_json_lines(path, names)
+        with bar:
+            for number, windows in shards:
+                parts = list[tuple[Images, Floats]]()
+                for window in windows:
+                    parts.append((window.images, window.features))
+                    self._failed += window.failed
+                    self._check_failed()
+                    count = len(window.images) + len(window.failed)
+                    if self._options.on_encoded is not None:
+                        self._options.on_encoded(count)
+                    bar.set_postfix_str(f"{len(self._failed)} failed", refresh=False)
+                    bar.update(count)
+                self._shards[number] = self._store.extend(number, parts)
+        seconds = time.perf_counter() - start
+        self._check_failed(final=True)
+        return EncodedGallery(
+            gallery=self._gallery,
+            images=np.concatenate([shard.images for shard in self._shards]),
+            failed=sorted(self._failed),
+            encoded=self.encoded,
+            resumed=self.resumed,
+            seconds=seconds,
+            _shards=self._shards,
+            _adapt=self._adapt,
+        )
+
+    def _check_failed(self, *, final: bool = False) -> None:
+        """Compare the failures with the limit; final: no image follows."""
+        gallery = self._gallery
+        count = len(self._failed)
+        total = len(gallery)
+        limit = self._options.spec.max_failed
+        if count <= limit * total and not (final and count == total):
+            return
+        self._store.path.mkdir(parents=True, exist_ok=True)
+        path = self._store.path / FAILED
+        names = gallery.table["name"]
+        write_failed_images(path, gallery, self._failed)
+        examples = "; ".join(
+            f"{names[failure.row].as_py()}: {failure.reason}"
+            for failure in sorted(self._failed)[:3]
+        )
+        if limit < 1:
+            fault = f"{count:,} of {total:,} failed, at most {limit:.1%} may"
+            fault = f"too few images of {gallery.location} can be read: {fault}"
+            remedy = ", or raise --max-failed"
+        else:
+            fault = f"none of the {total:,} images to encode can be read"
+            remedy = ""
+        raise DataError(
+            f"{fault}. {examples}. {path} lists them; repair or remove them{remedy}"
+        )
+
+
+def write_failed_images(
+    path: Path, gallery: Gallery, failed: Iterable[FailedImage]
+) -> None:
+    """Write id, name, reason and fault of each image without a vector, in gallery
+    order, as JSON lines.
+    """
+    ids = gallery.table["id"]
+    names = gallery.table["name"]
+    records = (
+        {
+            "id": ids[image.row].as_py(),
+            "name": names[image.row].as_py(),
+            "reason": image.reason,
+            "fault": image.fault,
+        }
+        for image in sorted(failed)
+    )
+    write_json_lines(path, records)
 
 
 def encode_gallery(
@@ -325,21 +371,20 @@ def encode_gallery(
         ArtifactError: a shard of an earlier run is corrupted.
         OSError: the disk is full or cannot be written.
     """
-    encoded = EncodedGallery(gallery, replicas[0], work, options)
-    windows = (window for number in encoded.todo for window in encoded.windows(number))
-    workers = worker_count(options.workers, encoded.encoded)
-    decoded = decode_windows(gallery.root, windows, replicas[0].preprocess, workers)
-    with (
-        encoded.bar,
-        closing(decoded),
-        closing(encode_windows(decoded, replicas)) as vectors,
-    ):
-        for number in encoded.todo:
-            encoded.save(
-                number,
-                islice(
-                    vectors,
-                    -(-len(encoded.shards[number].missing) // options.batch_size),
-                ),
-            )
-    return encoded.finish()
+    run = EncodingRun(gallery, replicas[0], work, options)
+    workers = worker_count(options.workers, run.encoded)
+    with closing(_encode_shards(run, gallery.root, replicas, workers)) as shards:
+        return run.complete(shards)
+
+
+def _encode_shards(
+    run: EncodingRun, root: str, replicas: Sequence[Encoder], workers: int
+) -> Generator[tuple[int, Iterable[EncodedWindow]], None, None]:
+    """Yield the shards in order. Their windows are one stream, so the images of the
+    next shard are decoded ahead.
+    """
+    windows = chain.from_iterable(map(run.windows, run.todo))
+    decoded = decode_windows(root, windows, replicas[0].preprocess, workers)
+    with closing(decoded), closing(encode_windows(decoded, replicas)) as encoded:
+        for number in run.todo:
+            yield number, islice(encoded, run.window_count(number))

@@ -26,6 +26,7 @@ from index_jobs.encoding.decode import decode_windows
 from index_jobs.encoding.encode import (
     EncodedGallery,
     EncodedWindow,
+    EncodingRun,
     encode_windows,
     load_replicas,
 )
@@ -84,9 +85,9 @@ def encode_on_ray(
     """Encode as `encode_gallery` does, on a Ray cluster. Its workers load the encoder
     from the checkpoint.
     """
-    encoded = EncodedGallery(gallery, encoder, work, options)
-    if not encoded.todo:
-        return encoded.finish()
+    run = EncodingRun(gallery, encoder, work, options)
+    if not run.todo:
+        return run.complete(())
     ray = _connect(options.ray)
     files = {
         path.name: path.read_bytes() for path in checkpoint.iterdir() if path.is_file()
@@ -99,9 +100,8 @@ def encode_on_ray(
             options.spec.exact,
             encoder.runtime.name,
         )
-        with redirect_stdout(sys.stderr), encoded.bar:  # stdout is for the summary
-            for number, windows in _encode_shards(ray, encoded, options, task):
-                encoded.save(number, windows)
+        with redirect_stdout(sys.stderr):  # stdout is for the summary
+            return run.complete(_encode_shards(ray, run, options, task))
     except ray.exceptions.RayError as error:
         cause = str(getattr(error, "cause", None) or error).strip().splitlines()[-1]
         raise DcarError(
@@ -110,7 +110,6 @@ def encode_on_ray(
         ) from error
     finally:
         ray.shutdown()
-    return encoded.finish()
 
 
 def _connect(address: str | None) -> Any:
@@ -122,13 +121,13 @@ def _connect(address: str | None) -> Any:
     except ImportError as error:
         raise MissingExtraError("encoding on Ray", "ray") from error
     # no other machine can reach it
-    own: Any = {"include_dashboard": False, "_node_ip_address": "127.0.0.1"}
+    local_only: Any = {"include_dashboard": False, "_node_ip_address": "127.0.0.1"}
     try:
         ray.init(
             address,
             log_to_driver=False,
             logging_level=logging.ERROR,
-            **(own if address == "local" else {}),
+            **(local_only if address == "local" else {}),
         )
     except (ConnectionError, ValueError, RuntimeError) as error:
         raise DcarError(
@@ -139,7 +138,7 @@ def _connect(address: str | None) -> Any:
 
 def _encode_shards(
     ray: Any,
-    gallery: EncodedGallery,
+    run: EncodingRun,
     options: BuildOptions,
     task: Any,
 ) -> Iterator[tuple[int, Any]]:
@@ -158,17 +157,18 @@ def _encode_shards(
         max_task_retries=-1,
         **share,
     )
-    workers = [kind.remote(*task) for _ in range(min(count, len(gallery.todo)))]
+    workers = [kind.remote(*task) for _ in range(min(count, len(run.todo)))]
     pending: dict[Any, tuple[Any, int | None]] = {
         worker.__ray_ready__.remote(): (worker, None) for worker in workers
     }
-    todo = iter(gallery.todo)
-    left = len(gallery.todo)
+    todo = iter(run.todo)
+    left = len(run.todo)
     while left:
         (done,), _ = ray.wait([*pending])
-        (worker, number), windows = pending.pop(done), ray.get(done)
+        worker, number = pending.pop(done)
+        windows = ray.get(done)
         if (following := next(todo, None)) is not None:
-            pending[worker.encode.remote(gallery.windows(following))] = (
+            pending[worker.encode.remote(run.windows(following))] = (
                 worker,
                 following,
             )
