@@ -16,6 +16,7 @@ from fastapi.routing import APIRoute
 from starlette.middleware.cors import CORSMiddleware
 
 from app.api.guard import Access, BodyLimit, Envelope
+from app.api.plugins import make_plugins
 from app.api.requests import ImageFetcher
 from app.api.responses import add_error_handlers
 from app.api.routes import add_routes
@@ -42,6 +43,7 @@ def create_app(
         application responds with 503 and the reason, and retries.
     """
     metrics = Metrics()
+    plugins = make_plugins(settings, metrics)
     rates = None
     if settings.rate_limit is not None:
         if settings.redis_url:
@@ -71,6 +73,7 @@ def create_app(
                 collections,
                 writer if settings.writes else None,
                 feedback,
+                *plugins.values(),
             ):
                 if part is not None:
                     part.start()
@@ -100,7 +103,8 @@ def create_app(
     app.router.route_class = GuardedRoute
     app.router.default = refuse_unknown
     add_error_handlers(app)
-    add_routes(app)
+    app.state.plugins = plugins
+    add_routes(app, [plugin.routes for plugin in plugins])
     if settings.cors_origins:
         app.add_middleware(
             CORSMiddleware,

@@ -8,7 +8,7 @@
 
 import asyncio
 import base64
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Annotated, Any, Literal
 
 from fastapi import FastAPI, Request
@@ -19,6 +19,7 @@ from prometheus_client import CONTENT_TYPE_LATEST
 from app.api import concepts, feedback, page, requests, responses, writing
 from app.api.feedback import noted
 from app.api.guard import OPEN, PART_BYTES, Policy, byte_counter, out_of_scope
+from app.api.plugins import report_search
 from app.api.requests import decode_base64
 from app.api.routing import (
     QUICK_BYTES,
@@ -61,11 +62,12 @@ _NUMBER_BYTES = 22  # of a number in JSON, at most
 routes = Routes()
 
 
-def add_routes(app: FastAPI) -> None:
+def add_routes(app: FastAPI, plugins: Iterable[Routes]) -> None:
     """Add all routes to an application. Those of text searches are first, so that they
-    are found first.
+    are found first; those of plug-ins are before the files of the page.
     """
-    for part in (routes, writing.routes, concepts.routes, feedback.routes, page.routes):
+    own = (routes, writing.routes, concepts.routes, feedback.routes)
+    for part in (*own, *plugins, page.routes):
         part.add_to(app)
 
 
@@ -93,6 +95,7 @@ async def _search(
     )
     if state_of(request).feedback is not None:
         noted(request, query, body, has_image=image is not None)
+    report_search(request, query, body, has_image=image is not None)
     return await send_items(request, body, size)
 
 
@@ -144,6 +147,7 @@ async def search_batch(request: Request) -> Response:
     )
     for (query, image), (body, _) in zip(searches, pages, strict=True):
         noted(request, query, body, has_image=image is not None)
+        report_search(request, query, body, has_image=image is not None)
     answers = {"index_version": served.version, "answers": [body for body, _ in pages]}
     return await send_items(request, answers, sum(size for _, size in pages))
 

@@ -241,6 +241,7 @@ class ServiceState(Protocol):
     writer: WriteWorker
     feedback: FeedbackLog | None
     fetcher: ImageReader
+    plugins: Mapping[type[Any], Any]
 
 
 def state_of(request: Request) -> ServiceState:

@@ -24,6 +24,7 @@ from pydantic import (
 from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict, SettingsError
 
 from app.core.callers import ApiKey, parse_keys
+from app.core.plugins import find_plugins
 from app.core.redis import connect
 from dcar_core.images.formats import WEB_FORMATS, ImageFormat
 from dcar_core.util.errors import DcarError
@@ -31,6 +32,7 @@ from index_jobs.index.stores import index_path
 from index_jobs.spec import KEEP_WRITES
 
 T = TypeVar("T")
+S = TypeVar("S", bound=BaseSettings)
 
 DEFAULT_K = 10
 MAX_QUERIES = 1000  # upper bound of the setting max_queries
@@ -109,16 +111,27 @@ Keys = Annotated[
 ]
 
 
+_FROM_ENVIRONMENT = SettingsConfigDict(
+    env_prefix="DCAR_",
+    frozen=True,
+    env_ignore_empty=True,
+)
+
+
+class PluginSettings(BaseSettings):
+    """Settings of a plug-in: its subclass has the fields, which are variables with the
+    prefix DCAR_.
+    """
+
+    model_config = _FROM_ENVIRONMENT
+
+
 class Settings(BaseSettings):
     """Settings of the service. Every field is also an environment variable: `index` is
     DCAR_INDEX, and so on.
     """
 
-    model_config = SettingsConfigDict(
-        env_prefix="DCAR_",
-        frozen=True,
-        env_ignore_empty=True,
-    )
+    model_config = _FROM_ENVIRONMENT
 
     index: IndexDir
     """Directory or URL of the published index: the --out of `dcar index build`."""
@@ -343,6 +356,10 @@ def load_settings(**flags: Any) -> Settings:
     Raise DcarError, which names the variable in one line, if a value is wrong or
     missing, or a name is misspelt.
     """
+    known = {*Settings.model_fields}
+    for plugin in find_plugins():
+        if plugin.settings_model is not None:
+            known |= plugin.settings_model.model_fields.keys()
     for variable in sorted(os.environ):
         name = variable.removeprefix("DCAR_")
         if variable in _SUCCESSORS:
@@ -351,29 +368,33 @@ def load_settings(**flags: Any) -> Settings:
             )
         if (
             name != variable
-            and name.lower() not in Settings.model_fields
+            and name.lower() not in known
             and not _OTHER_VARIABLES.fullmatch(name)
         ):
-            (nearest,) = difflib.get_close_matches(
-                name.lower(),
-                Settings.model_fields,
-                1,
-                0.0,
-            )
+            (nearest,) = difflib.get_close_matches(name.lower(), sorted(known), 1, 0.0)
             raise DcarError(
                 f"{variable}: unknown setting; did you mean DCAR_{nearest.upper()}?"
             )
+    for plugin in find_plugins():
+        if plugin.settings_model is not None:
+            read_settings(plugin.settings_model)  # a wrong value ends the start here
+    given = {name: value for name, value in flags.items() if value is not None}
     try:
-        return Settings(
-            **_read_secrets()
-            | {name: value for name, value in flags.items() if value is not None}
-        )
-    except ValidationError as error:
-        raise DcarError("; ".join(dict.fromkeys(map(_fault, error.errors())))) from None
+        return read_settings(Settings, **_read_secrets() | given)
     except SettingsError:  # only this variable holds JSON
         raise DcarError(
             'DCAR_COLLECTIONS: must be JSON such as {"openmoji": "data/index/openmoji"}'
         ) from None
+
+
+def read_settings(model: type[S], **given: Any) -> S:
+    """Return the settings of a model from what is given and the environment. Raise
+    DcarError, which names the variables, if a value is wrong or missing.
+    """
+    try:
+        return model(**given)
+    except ValidationError as error:
+        raise DcarError("; ".join(dict.fromkeys(map(_fault, error.errors())))) from None
 
 
 def _fault(entry: Any) -> str:
