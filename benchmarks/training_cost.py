@@ -32,7 +32,7 @@ from dcar_core.training.objective import MixedPrecision, accumulate_gradients
 from dcar_core.training.prepared_split import FeatureCache, PreparedSplit, prepare_split
 from dcar_core.util.processes import in_own_process
 
-METHODS = "clip-adapter,coop,dual,dcar,maple,dcar+,block-adapters"
+METHODS = "clip-adapter,coop,dcar,maple,dcar+,block-adapters"
 WORDS = (
     "red",
     "blue",

@@ -184,15 +184,14 @@ class ModelConfig(_Config):
         return replace(self, loss=replace(self.loss, direction=direction))
 
 
-def plain_config(name: str) -> ModelConfig:
-    """Return a configuration without any part of the shared model."""
-    loss = LossConfig(category=0, head=0)
-    return ModelConfig(
-        method=name,
-        prompt=PromptConfig(length=0),
-        reweight=ReweightConfig(train="none"),
-        loss=loss,
-    )
+def plain_config(name: str, **parts: Any) -> ModelConfig:
+    """Return a configuration with no parts of the shared model but those given."""
+    plain = {
+        "prompt": PromptConfig(length=0),
+        "reweight": ReweightConfig(train="none"),
+        "loss": LossConfig(category=0, head=0),
+    }
+    return ModelConfig(method=name, **plain | parts)
 
 
 UNTOUCHED = plain_config("clip")  # zero-shot

@@ -32,8 +32,7 @@ class WeightChanges(nn.Module):
 
     Args:
         names: regular expression of names in open_clip's model.
-        rank: of the differences; 0 learns whole ones.
-        matrices: leaves out weights that are not matrices.
+        matrices: leave out weights that are not matrices.
 
     Raises:
         ModelError: the towers have no such weights.
@@ -44,39 +43,34 @@ class WeightChanges(nn.Module):
         backbone: Backbone,
         names: str,
         *,
-        rank: int = 0,
         matrices: bool = True,
     ) -> None:
         super().__init__()
-        chosen = {
-            name: weight
+        self.names = [
+            name
             for name, weight in backbone.clip.named_parameters()
             if re.search(names, name) and (weight.ndim == 2 or not matrices)
-        }
-        if not chosen:
+        ]
+        if not self.names:
             raise ModelError(
                 f"{backbone.source.model} has none of the weights that this method"
                 " changes; use clip-adapter"
             )
-        self.names = list(chosen)
-        self.low = nn.ParameterDict()
-        self.rank = rank
-        # whole differences, or the upper factors of low-rank ones
         self.high = nn.ParameterDict()
-        for name, weight in chosen.items():
-            if rank:
-                self.low[_key(name)] = nn.Parameter(
-                    torch.randn(rank, weight.shape[1]) / rank
-                )
-            self.high[_key(name)] = nn.Parameter(
-                torch.zeros((len(weight), rank) if rank else weight.shape)
-            )
+        for name in self.names:
+            weight = backbone.clip.get_parameter(name)
+            self.high[parameter_key(name)] = nn.Parameter(torch.zeros(weight.shape))
+
+    def difference(self, name: str) -> Tensor:
+        """Return the difference to the weight of this name."""
+        high: Tensor = self.high[parameter_key(name)]
+        return high
 
     def changed(self, backbone: Backbone, *, image: bool) -> dict[str, Tensor]:
         """Return the changed weights of one tower, by their names in the backbone."""
         names = [name for name in self.names if name.startswith(_IMAGE) == image]
         return {
-            f"clip.{name}": backbone.clip.get_parameter(name) + self._difference(name)
+            f"clip.{name}": backbone.clip.get_parameter(name) + self.difference(name)
             for name in names
         }
 
@@ -85,24 +79,6 @@ class WeightChanges(nn.Module):
         changed.
         """
         return any(name.startswith(_IMAGE) == image for name in self.names)
-
-    def distance(self) -> Tensor:
-        """Return the squared Frobenius norm of all differences."""
-        return torch.stack(
-            [self._difference(name).square().sum() for name in self.names]
-        ).sum()
-
-    @torch.no_grad()
-    def shrink(self, factor: float) -> None:
-        """Multiply the differences: the interpolation between the frozen and the
-        trained weights (WiSE-FT).
-        """
-        for high in self.high.values():
-            high.mul_(factor)
-
-    def _difference(self, name: str) -> Tensor:
-        high: Tensor = self.high[_key(name)]
-        return high @ self.low[_key(name)] if self.rank else high
 
 
 @torch.no_grad()
@@ -169,6 +145,6 @@ def _copy_text_files(
             shutil.copyfile(file, target / name)
 
 
-def _key(name: str) -> str:
+def parameter_key(name: str) -> str:
     """Return a name that a ParameterDict accepts."""
     return name.replace(".", "/")

@@ -149,29 +149,32 @@ def batch_terms(
     image: Tensor,
 ) -> Tensor:
     """Return the loss terms that compare every pair of the batch with every other."""
-    scale = model.backbone.scale
-    further = model.method.batch_loss
+    method = model.method
     options = model.config.loss
     positives = torch.from_numpy(data.positives(rows)).to(model.backbone.device)
+    matching = (positives, model.backbone.scale, options.direction)
+    pooled_text = text
+    pooled_image = image
     if options.late:
-        words = text[:, 1:]
-        patches = image[:, 1:]
-        text = text[:, 0]
-        image = image[:, 0]
-    loss = contrastive_loss(text, image, positives, scale, options.direction)
-    if options.late:
-        loss = loss.lerp(
-            late_interaction_loss(words, patches, positives, scale, options.direction),
-            options.late,
-        )
-    if (
-        further is not None
-        and data.image_features is not None
-        and data.text_features is not None
-    ):
+        pooled_text = text[:, 0]
+        pooled_image = image[:, 0]
+    loss = contrastive_loss(pooled_text, pooled_image, *matching)
+    if method.late_loss is not None:
+        late_loss = method.late_loss(text[:, 1:], image[:, 1:], *matching)
+        loss = loss.lerp(late_loss, options.late)
+    if method.batch_loss is not None:
+        assert data.text_features is not None  # `prepare_split` makes both
+        assert data.image_features is not None
         frozen_text = data.text_features[rows]
         frozen_image = data.image_features[data.image_of[rows]]
-        loss = loss + further(text, image, frozen_text, frozen_image, scale)
+        further = method.batch_loss(
+            pooled_text,
+            pooled_image,
+            frozen_text,
+            frozen_image,
+            model.backbone.scale,
+        )
+        loss = loss + further
     return loss
 
 
@@ -291,37 +294,10 @@ def contrastive_loss(
     Each row's target is distributed evenly over its positives.
     """
     logits = scale * text @ image.T  # [B texts, B images]
-    return _matching_loss(logits, logits, positives, direction)
+    return matching_loss(logits, logits, positives, direction)
 
 
-def late_interaction_loss(
-    words: Tensor,
-    patches: Tensor,
-    positives: Tensor,
-    scale: Tensor,
-    direction: LossDirection = "both",
-) -> Tensor:
-    """FILIP's form of `contrastive_loss`: the score of a pair is a mean of maximum
-    similarities.
-
-    A caption scores images by the mean over its words of the best patch, an image
-    scores captions by the mean over its patches of the best word.
-
-    Args:
-        words: L2-normalized features (B, n, E), 0 for padding.
-        patches: L2-normalized features (B, P, E).
-    """
-    # [B, n]
-    similarity = torch.einsum("ane,bpe->abnp", words, patches)
-    own = words.any(-1)
-    by_words = (similarity.amax(3) * own[:, None]).sum(2) / own.sum(
-        1, keepdim=True
-    ).clamp(min=1)
-    by_patches = similarity.masked_fill(~own[:, None, :, None], -1).amax(2).mean(2)
-    return _matching_loss(scale * by_words, scale * by_patches, positives, direction)
-
-
-def _matching_loss(
+def matching_loss(
     by_text: Tensor,
     by_image: Tensor,
     positives: Tensor,

@@ -234,31 +234,6 @@ def test_a_finished_training_is_repeated_only_with_restart(
     )
 
 
-def test_diverged_training_refuses_no_lower_rate(
-    tiny_model: Path,
-    tiny_data: Path,
-    tmp_path: Path,
-) -> None:
-    command = (
-        "train",
-        "--data",
-        tiny_data,
-        "--model",
-        tiny_model,
-        "--method",
-        "prolip",
-        "--epochs",
-        3,
-    )
-    done = dcar(*command, "--out", tmp_path, "--lr", "1e30")
-    assert (
-        str(done.exception)
-        == "prolip diverged: the loss is inf in epoch 2; use a lower --lr"
-    )
-    done = dcar(*command, "--out", tmp_path, "--lr", "1e-4")
-    assert done.exit_code in (0, 3), done.output
-
-
 @pytest.mark.parametrize("command", ["train", "zero-shot"])
 def test_the_config_of_a_model_is_not_replaced(
     command: str,

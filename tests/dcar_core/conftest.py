@@ -1,5 +1,6 @@
 """Photos, training pairs and a loaded backbone for the tests of dcar_core."""
 
+import json
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -8,7 +9,8 @@ import pytest
 import torch
 
 from dcar_core.data import Annotations, Dataset
-from dcar_core.model.backbone import Backbone, BackboneSource, load_backbone
+from dcar_core.model.backbone import RANDOM, Backbone, BackboneSource, load_backbone
+from dcar_core.model.config import MODEL_CONFIG
 
 
 @pytest.fixture(scope="module")
@@ -23,6 +25,17 @@ def retrained(tiny_model: Path) -> Backbone:
     with torch.no_grad():
         other.visual.proj.mul_(1.001)
     return other
+
+
+@pytest.fixture(scope="module")
+def uneven(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Backbone:
+    """Towers with widths of their own and four blocks, as many as get prompts."""
+    path = tmp_path_factory.mktemp("uneven")
+    config = json.loads((tiny_model / MODEL_CONFIG).read_text())
+    config["model_cfg"]["vision_cfg"] |= {"width": 96, "layers": 4}
+    config["model_cfg"]["text_cfg"] |= {"layers": 4}
+    (path / MODEL_CONFIG).write_text(json.dumps(config))
+    return load_backbone(BackboneSource(str(path), RANDOM))
 
 
 @pytest.fixture

@@ -22,7 +22,14 @@ from torch import nn
 
 from dcar_core.model.backbone import Backbone, BackboneSource, load_backbone
 from dcar_core.model.checkpoint import read_config
-from dcar_core.model.config import MODEL_CONFIG, ModelConfig, PromptConfig
+from dcar_core.model.config import (
+    MODEL_CONFIG,
+    LossConfig,
+    ModelConfig,
+    PromptConfig,
+    ReweightConfig,
+    plain_config,
+)
 from dcar_core.model.dcar import DCAR
 from dcar_core.model.methods import (
     METHODS,
@@ -265,7 +272,14 @@ def test_towers_that_give_other_features_than_the_model_are_refused(
 
 def test_a_method_that_the_towers_cannot_run_is_refused() -> None:
     backbone: Any = SimpleNamespace(level="text", source=BackboneSource("RN50"))
-    for name in ("dcar", "dcar+", "maple", "block-adapters", "filip", "dcar-patches"):
+    configs = [
+        METHODS[name].config for name in ("dcar", "dcar+", "maple", "block-adapters")
+    ]
+    configs.append(plain_config("late", loss=LossConfig(late=0.5)))
+    configs.append(
+        plain_config("patches", reweight=ReweightConfig(image_feature="patches"))
+    )
+    for config in configs:
         with pytest.raises(
             ModelError,
             match=(
@@ -273,7 +287,7 @@ def test_a_method_that_the_towers_cannot_run_is_refused() -> None:
                 r" dcar\+-text$"
             ),
         ):
-            require_runnable(METHODS[name].config, backbone)
+            require_runnable(config, backbone)
 
 
 @pytest.mark.parametrize(

@@ -290,7 +290,7 @@ def test_tuning_has_equal_budgets_and_reads_validation_only(
 
     monkeypatch.setattr("dcar_core.evaluation.method_runner.train", noted)
     grid = (1e-4, 1e-2, 1e30)
-    names = ["dual", "clip-adapter"]
+    names = ["maple", "clip-adapter"]
     results = compare(
         backbone,
         tiny_data,
@@ -554,7 +554,6 @@ def test_hard_negatives_are_encoded_as_queries(
         ("clip-adapter", ("shared", "recomputed")),
         ("dcar+", ("shared", "encoded again")),
         ("block-adapters", ("shared", "encoded again")),
-        ("lora", ("own", "encoded again")),
     ],
 )
 def test_the_cost_of_serving(
@@ -566,7 +565,7 @@ def test_the_cost_of_serving(
     assert (cost["backbone"], cost["gallery"]) == expected
     weights = sum(4 * p.numel() for p in backbone.clip.parameters())
     assert (cost["bytes"] == 0) == (name == "clip")
-    assert (cost["bytes"] >= weights) == (name == "lora")
+    assert cost["bytes"] < weights
 
 
 def verdict(

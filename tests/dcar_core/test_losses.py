@@ -2,7 +2,6 @@
 in mixed precision.
 """
 
-import json
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -15,16 +14,15 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from dcar_core.data import Dataset
-from dcar_core.model.backbone import RANDOM, Backbone, BackboneSource, load_backbone
+from dcar_core.model.backbone import Backbone
 from dcar_core.model.config import (
-    MODEL_CONFIG,
     Amp,
     LossConfig,
     ReweightConfig,
     TrainWeights,
 )
-from dcar_core.model.dcar import DCAR, seeded_model
-from dcar_core.model.methods import METHODS, consistency_loss, find_method
+from dcar_core.model.dcar import DCAR
+from dcar_core.model.methods import METHODS, find_method
 from dcar_core.model.token_weights import blend, pair_weights
 from dcar_core.training import objective
 from dcar_core.training.objective import (
@@ -34,14 +32,17 @@ from dcar_core.training.objective import (
     category_loss,
     contrastive_loss,
     head_loss,
-    late_interaction_loss,
     resolve_amp,
     warn_once,
 )
-from dcar_core.training.prepared_split import PreparedSplit
 from dcar_core.util import machine
-from dcar_core.util.arrays import Rows
-from tests.support.training import batch_loss, model_and_data, move_weights
+from tests.support.training import (
+    batch_loss,
+    check_parts,
+    gradients,
+    model_and_data,
+    move_weights,
+)
 
 
 def features(n: int, seed: int) -> torch.Tensor:
@@ -90,33 +91,6 @@ def test_category_loss_equals_a_hand_calculation_and_ignores_padding() -> None:
     )
 
 
-def test_late_interaction_is_the_mean_of_the_best_similarities() -> None:
-    """One pair after the other; the second caption has two words, and padding, the
-    third none.
-    """
-    words = features(12, 0).reshape(3, 4, 8)
-    patches = features(15, 1).reshape(3, 5, 8)
-    words[1, 2:] = 0
-    words[2] = 0
-    scale = torch.tensor(10.0)
-    own = torch.eye(3, dtype=torch.bool)
-    by_words = torch.zeros(3, 3)
-    by_patches = torch.full((3, 3), -1.0)
-    for i, count in ((0, 4), (1, 2)):
-        for j in range(3):
-            cosines = words[i, :count] @ patches[j].T
-            by_words[i, j] = cosines.max(1).values.mean()
-            by_patches[i, j] = cosines.max(0).values.mean()
-    to_image = F.cross_entropy(10 * by_words, torch.arange(3))
-    to_text = F.cross_entropy(10 * by_patches.T, torch.arange(3))
-    torch.testing.assert_close(
-        late_interaction_loss(words, patches, own, scale), (to_image + to_text) / 2
-    )
-    torch.testing.assert_close(
-        late_interaction_loss(words, patches, own, scale, "image-to-text"), to_text
-    )
-
-
 def test_anchor_and_head_loss_equal_a_hand_calculation() -> None:
     frozen = features(4, 0)
     real = torch.tensor([[False, True, True, False]])
@@ -162,25 +136,6 @@ def test_pair_weights_and_their_blend_equal_a_hand_calculation() -> None:
     torch.testing.assert_close(best, torch.tensor([[1 - 0.6, 12 / 13 - 0.8]]))
 
 
-def gradients(model: DCAR) -> dict[str, Tensor]:
-    found = {
-        name: p.grad.clone() for name, p in model.trainables() if p.grad is not None
-    }
-    model.zero_grad(set_to_none=True)
-    return found
-
-
-@pytest.fixture(scope="module")
-def uneven(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Backbone:
-    """Towers with widths of their own and four blocks, as many as get prompts."""
-    path = tmp_path_factory.mktemp("uneven")
-    config = json.loads((tiny_model / MODEL_CONFIG).read_text())
-    config["model_cfg"]["vision_cfg"] |= {"width": 96, "layers": 4}
-    config["model_cfg"]["text_cfg"] |= {"layers": 4}
-    (path / MODEL_CONFIG).write_text(json.dumps(config))
-    return load_backbone(BackboneSource(str(path), RANDOM))
-
-
 @pytest.mark.parametrize("name", [name for name in METHODS if name != "clip"])
 @pytest.mark.slow
 def test_a_batch_in_parts_has_the_gradients_of_the_whole(
@@ -196,26 +151,6 @@ def test_a_batch_in_parts_has_the_gradients_of_the_whole(
         part for part, _ in model.trainables() if not part.startswith("query_prompts.")
     }
     assert learned == found.keys()
-
-
-def check_parts(model: DCAR, data: PreparedSplit, rows: Rows) -> dict[str, Tensor]:
-    whole = batch_loss(model, data, rows)
-    whole.backward()  # type: ignore[no-untyped-call]
-    expected = gradients(model)
-    for parts in (1, 4, 20):
-        value = accumulate_gradients(model, data, rows, parts=parts)
-        found = gradients(model)
-        assert expected.keys() == found.keys()
-        assert value == pytest.approx(float(whole.detach()), rel=1e-5), parts
-        for key in expected:
-            torch.testing.assert_close(
-                found[key],
-                expected[key],
-                rtol=1e-3,
-                atol=1e-5,
-                msg=f"{key}, {parts} parts",
-            )
-    return expected
 
 
 @pytest.mark.parametrize("weights", ["none", "pair"])
@@ -293,68 +228,6 @@ def test_loss_equals_the_pairs_one_by_one(
     torch.testing.assert_close(
         batch_loss(model, data, np.arange(len(data))),
         wanted + 0.2 * held,
-        rtol=1e-4,
-        atol=1e-4,
-    )
-
-
-@pytest.mark.parametrize("name", ["filip", "promptsrc", "prolip"])
-def test_loss_of_a_method_has_its_terms(
-    name: str,
-    backbone: Backbone,
-    described_twice: Dataset,
-) -> None:
-    config = find_method(name).config.with_loss_direction("image-to-text")
-    samples = described_twice.samples
-    model, data = move_weights(seeded_model(backbone, config, 0), described_twice)
-    pixels = backbone.standardized(
-        np.stack(
-            [backbone.preprocess(described_twice.read(each.image)) for each in samples]
-        )
-    )
-    tokens = data.tokens
-    positives = torch.from_numpy(data.positives(np.arange(len(data))))
-    text = model.encode_text(tokens)
-    image = model.encode_image(pixels)
-    wanted = contrastive_loss(text, image, positives, backbone.scale, "image-to-text")
-    if name == "filip":
-        words = (
-            model.encode_text(tokens, rows=True)[:, 1:]
-            * backbone.layout.caption_mask(tokens)[..., None]
-        )
-        patches = model.encode_image(pixels, rows=True)[:, 1:]
-        wanted = (
-            wanted
-            + late_interaction_loss(
-                words,
-                patches,
-                positives,
-                backbone.scale,
-                "image-to-text",
-            )
-        ) / 2
-    elif name == "promptsrc":
-        read = backbone.encode_text(
-            backbone.tokenize([each.caption for each in samples])
-        )
-        frozen_text, frozen_image = (
-            F.normalize(rows, dim=-1) for rows in (read, backbone.encode_image(pixels))
-        )
-        wanted = wanted + consistency_loss(
-            text,
-            image,
-            frozen_text,
-            frozen_image,
-            backbone.scale,
-        )
-    else:
-        assert model.changes is not None
-        wanted = wanted + sum(
-            high.square().sum() for high in model.changes.high.values()
-        )
-    torch.testing.assert_close(
-        batch_loss(model, data, np.arange(len(data))),
-        wanted,
         rtol=1e-4,
         atol=1e-4,
     )

@@ -102,7 +102,7 @@ def test_every_method_trains_and_leaves_the_backbone_as_it_was(
 
 @pytest.mark.slow
 def test_training_learns_its_pairs(backbone: Backbone, training: Dataset) -> None:
-    model = new_model(backbone, "dcar-deep")
+    model = new_model(backbone, "maple")
     data = prepared(training, model, for_training=True)
     before = float(batch_loss(model, data, np.arange(len(data))).detach())
     train(model, training, training, TrainConfig(epochs=40, batch_size=12, lr=1e-2))
@@ -452,7 +452,7 @@ def test_a_state_of_another_run_is_refused_and_runs_no_code(
     run()
     others: dict[str, dict[str, Any]] = {
         "lr": {"lr": 1e-3},
-        "method": {"name": "dual"},
+        "method": {"name": "maple"},
         "backbone": {"backbone": retrained},
         "training data": {"data": (pairs[1], pairs[1])},
         "validation data": {"data": (pairs[0], pairs[0])},
@@ -477,9 +477,16 @@ def test_a_state_of_another_run_is_refused_and_runs_no_code(
     assert not (tmp_path / "ran").exists()
 
 
-@pytest.mark.parametrize("name", ["dcar", "dcar-alone", "dcar-patches"])
+@pytest.mark.parametrize(
+    "options",
+    [
+        ReweightConfig(),
+        ReweightConfig(token_feature="alone"),
+        ReweightConfig(image_feature="patches"),
+    ],
+)
 def test_token_weights_are_of_each_caption_with_its_own_image(
-    name: str,
+    options: ReweightConfig,
     backbone: Backbone,
     described_twice: Dataset,
     monkeypatch: pytest.MonkeyPatch,
@@ -488,7 +495,9 @@ def test_token_weights_are_of_each_caption_with_its_own_image(
     white image.
     """
     monkeypatch.setattr(prepared_split, "TEXT_BATCH", 4)
-    model, data = model_and_data(backbone, described_twice, name)
+    config = ModelConfig(reweight=options)
+    model, data = move_weights(DCAR(backbone, config), described_twice)
+    by_patches = options.image_feature == "patches"
     size = backbone.preprocess.size
     pixels = [
         backbone.preprocess(described_twice.read(sample.image))
@@ -498,11 +507,11 @@ def test_token_weights_are_of_each_caption_with_its_own_image(
     with torch.no_grad():
         found = backbone.encode_image(
             torch.from_numpy(backbone.preprocess.standardize(seen)),
-            rows=name == "dcar-patches",
+            rows=by_patches,
         )
-        found = found[:, 1:] if name == "dcar-patches" else found
+        found = found[:, 1:] if by_patches else found
         words = backbone.encode_text(data.tokens, rows=True)[:, 1:]
-        if name == "dcar-alone":
+        if options.token_feature == "alone":
             words = backbone.lone_token_features(data.tokens)
         raw = pair_weights(words, found[:-1], found[-1])
     assert data.pair_weights is not None
@@ -593,8 +602,10 @@ def test_feature_cache_returns_the_computed_features(
     tmp_path: Path,
 ) -> None:
     configs = [
-        find_method(name).config
-        for name in ("dcar", "clip-adapter", "dcar-alone", "dcar-patches")
+        find_method("dcar").config,
+        find_method("clip-adapter").config,
+        ModelConfig(reweight=ReweightConfig(token_feature="alone")),
+        ModelConfig(reweight=ReweightConfig(image_feature="patches")),
     ]
     for config in (replace(configs[0], prompt=PromptConfig(length=2)), *configs):
         model, plain = move_weights(DCAR(backbone, config), training)

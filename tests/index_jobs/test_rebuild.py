@@ -487,7 +487,7 @@ def test_training_behind_the_image_tower_needs_no_encoding(
     backbone = load_backbone(BackboneSource(str(tiny_model)))
     encoded = list[int]()
     images = [gallery / place for place in scan(gallery).table["name"].to_pylist()[:3]]
-    for name in ("clip", "clip-adapter", "coop", "dual"):
+    for name in ("clip", "clip-adapter", "coop", "maple"):
         model = seeded_model(backbone, find_method(name).config, 0)
         with torch.no_grad():
             for _, parameter in model.trainables():

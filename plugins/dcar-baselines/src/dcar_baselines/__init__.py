@@ -1,1 +1,1 @@
-"""Published methods for comparisons: `dcar evaluate --methods clip,mma,mmrl`."""
+"""Published methods for comparisons, such as `dcar evaluate --methods clip,lora`."""

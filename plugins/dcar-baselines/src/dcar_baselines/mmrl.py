@@ -23,17 +23,18 @@ tower, E joint space.
 """
 
 from collections.abc import Callable, Iterable
-from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from dcar_baselines.filip import late_interaction_loss
 from dcar_baselines.towers import blocks, encode_image, encode_text, require_clip
 from dcar_core.model.backbone import Backbone
 from dcar_core.model.config import LossConfig, plain_config
 from dcar_core.model.methods import Method
-from dcar_core.model.towers.text import PromptRows
+from dcar_core.model.towers.image import ImageTower
+from dcar_core.model.towers.text import PromptRows, TextTower
 
 SHARE = 7 / 12  # of the blocks
 COUNT = 5
@@ -56,7 +57,8 @@ class RepresentationRows(PromptRows):
         self.is_causal = is_causal
 
     def run(self, x: Tensor, blocks: Iterable[Callable[..., Tensor]]) -> Tensor:
-        blocks, (depth, k, _) = list(blocks), self.tokens.shape
+        blocks = list(blocks)
+        depth, k, _ = self.tokens.shape
         for block in blocks[:-depth]:
             x = block(x)
         wider = nn.Transformer.generate_square_subsequent_mask(x.shape[1] + k, x.device)
@@ -83,13 +85,8 @@ class RepresentationTokens(nn.Module):
         super().__init__()
         require_clip(backbone, "mmrl")
         self.tokens = nn.Parameter(torch.empty(COUNT, WIDTH).normal_(std=0.02))
-        self.text, self.image = (
-            nn.ModuleList(
-                nn.Linear(WIDTH, tower.width)
-                for _ in range(max(1, round(SHARE * len(blocks(tower)))))
-            )
-            for tower in (backbone.text_tower, backbone.image_tower)
-        )
+        self.text = _projections(backbone.text_tower)
+        self.image = _projections(backbone.image_tower)
         width = backbone.vision_width
         self.project = nn.Parameter(torch.randn(width, backbone.embed_dim) / width**0.5)
 
@@ -125,7 +122,17 @@ class RepresentationTokens(nn.Module):
         )
 
 
-_LOSS = LossConfig(category=0, head=0, late=1 - ALPHA, anchor=1.0)
+def _projections(tower: TextTower | ImageTower) -> nn.ModuleList:
+    """Return a projection to the tower's width for each of its last blocks."""
+    count = max(1, round(SHARE * len(blocks(tower))))
+    return nn.ModuleList(nn.Linear(WIDTH, tower.width) for _ in range(count))
+
+
 METHOD = Method(
-    config=replace(plain_config("mmrl"), loss=_LOSS), encoders=RepresentationTokens
+    config=plain_config(
+        "mmrl",
+        loss=LossConfig(category=0, head=0, late=1 - ALPHA, anchor=1.0),
+    ),
+    encoders=RepresentationTokens,
+    late_loss=late_interaction_loss,
 )
