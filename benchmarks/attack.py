@@ -40,7 +40,7 @@ from service import Server, emoji, index_of, serving
 from tests.support import hostile_images as hostile
 from tests.support.servers import behind_nginx
 
-ADMIN_KEY = "an admin key"
+ADMIN_KEY = "a key of the admin"
 ATTACKER = "127.0.0.2"  # another caller than the honest ones
 HOST = b"Host: 127.0.0.1\r\n"
 PROBE = b"GET /healthz HTTP/1.1\r\n" + HOST + b"\r\n"

@@ -285,7 +285,7 @@ def uncached(
 
 def changes(index: Path, rounds: int) -> None:
     """Change a copy of an index, whose files are hard links."""
-    key = "an admin key"
+    key = "a key of the admin"
     with tempfile.TemporaryDirectory(dir=index.parent) as folder:
         copy = Path(
             shutil.copytree(index, Path(folder) / "index", copy_function=os.link)

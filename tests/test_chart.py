@@ -177,7 +177,7 @@ def test_settings_are_those_of_the_service() -> None:
     }
     assert fields["admin_key"] is None, "its value stays in the Secret"
     known = {name: each for name, each in fields.items() if name in names}
-    settings = Settings.model_validate(known | {"index": ROOT, "admin_key": "a" * 8})
+    settings = Settings.model_validate(known | {"index": ROOT, "admin_key": "a" * 16})
     assert settings.max_k == 100
     assert settings.max_upload_bytes == 20971520
     assert settings.batch_wait_ms == 0.5

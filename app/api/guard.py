@@ -197,7 +197,7 @@ class Access:
 
     def _is_admin(self, key: str) -> bool:
         secret = self._settings.admin_key
-        return secret is not None and is_key(key, secret.get_secret_value().strip())
+        return secret is not None and is_key(key, secret.get_secret_value())
 
     def _find_key(self, headers: Headers, *, accepts_admin: bool) -> ApiKey | None:
         key = key_in(headers)

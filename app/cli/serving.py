@@ -175,9 +175,7 @@ def key(
     name: str = option(help="Name of the key's owner, which appears in the log."),
 ) -> None:
     """Create an API key. The service stores its hash only: add the last line of the
-    output to DCAR_API_KEYS.
-
-    For DCAR_ADMIN_KEY, write sha256: in place of the name.
+    output to DCAR_API_KEYS, or set DCAR_ADMIN_KEY to it.
     """
     from app.core.callers import key_hash, new_key, parse_keys
 

@@ -28,6 +28,8 @@ from app.core.redis import SharedRedis
 current_caller = ContextVar("caller", default="")  # of the current request
 request_id = ContextVar("request_id", default="-")
 VIEWS = 50  # pictures and parts of pages for each search
+MIN_ADMIN_KEY = 16  # characters of a key in plain text
+_SHA256 = re.compile("[0-9a-fA-F]{64}")
 _ENTRY = re.compile(
     r"(?P<name>[A-Za-z0-9._-]{1,64}):(?P<digest>[0-9a-fA-F]{64})"
     r"(:(?P<right>read|write)(:(?P<collections>[A-Za-z0-9._+-]+))?)?"
@@ -82,13 +84,27 @@ def parse_keys(text: str) -> dict[str, ApiKey]:
     return keys
 
 
+def parse_admin_key(text: str) -> str:
+    """Return `sha256:HASH` of the admin key from this form, from the line of `dcar key`
+    or from the key itself. Raise ValueError, without the key, if it is
+    neither or too short.
+    """
+    text = text.strip()
+    name, _, digest = text.rpartition(":")
+    if name and _SHA256.fullmatch(digest):
+        return f"sha256:{digest.lower()}"
+    if text.startswith("sha256:"):
+        raise ValueError("must have 64 hexadecimal digits after sha256:")
+    if len(text) < MIN_ADMIN_KEY:
+        raise ValueError(
+            f"must have at least {MIN_ADMIN_KEY} characters; `dcar key admin` makes one"
+        )
+    return f"sha256:{key_hash(text)}"
+
+
 def is_key(key: str, secret: str) -> bool:
-    """Return True if `key` is the secret, which is in plain text or `sha256:HASH`."""
-    is_hash = secret.startswith("sha256:")
-    digest = secret.removeprefix("sha256:").lower()
-    return hmac.compare_digest(
-        key_hash(key).encode(), (digest if is_hash else key_hash(secret)).encode()
-    )
+    """Return True if a key is the one of `sha256:HASH`."""
+    return hmac.compare_digest(f"sha256:{key_hash(key)}".encode(), secret.encode())
 
 
 def key_in(headers: Mapping[str, str]) -> str:

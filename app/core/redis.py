@@ -3,6 +3,7 @@ that its processes share in it.
 
 - A key holds the fingerprint of the encoder and a hash of the text or image, never the
   words of a query. A retrained model reads no old vector.
+- A digest stands before each vector: a damaged or foreign value is a miss.
 - No search fails because of Redis: a slow or failing one is a miss, and is not used for
   the next seconds.
 - Redis bounds its own memory: set `maxmemory`, with the policy `allkeys-lru`.
@@ -28,6 +29,7 @@ logger = logging.getLogger(__name__)
 
 TIMEOUT_S = 0.1  # of a command; nothing is retried
 _DTYPE = "<f4"  # of stored vectors
+_DIGEST_BYTES = 16
 PAUSE_S = 5.0  # after a failure, so that requests do not wait for Redis again and again
 
 
@@ -95,21 +97,22 @@ class RedisCache:
         """Return the vector (dim,) of a query; None if it is missing, late or
         damaged.
         """
-        value = await self._redis.attempt(
-            lambda: self._redis.client.get(_key(fingerprint, query))
-        )
-        if (
-            not isinstance(value, bytes)
-            or len(value) != dim * np.dtype(_DTYPE).itemsize
-        ):
+        key = _key(fingerprint, query)
+        value = await self._redis.attempt(lambda: self._redis.client.get(key))
+        if not isinstance(value, bytes):
             return None
-        vector: Floats = np.frombuffer(value, _DTYPE)
-        return vector if np.isfinite(vector).all() else None
+        digest = value[:_DIGEST_BYTES]
+        content = value[_DIGEST_BYTES:]
+        if digest != _digest(key, content):
+            return None
+        vector: Floats = np.frombuffer(content, _DTYPE)
+        return vector if len(vector) == dim else None
 
     def put(self, fingerprint: str, query: object, vector: Floats) -> None:
         """Store a vector soon, if possible."""
         key = _key(fingerprint, query)
-        value = vector.astype(_DTYPE).tobytes()
+        content = vector.astype(_DTYPE).tobytes()
+        value = _digest(key, content) + content
         store = partial(self._redis.client.set, key, value, ex=self._ttl_s)
         task = asyncio.create_task(self._redis.attempt(store))
         self._writes.add(task)
@@ -127,3 +130,10 @@ def _key(fingerprint: str, query: object) -> str:
     return (
         f"dcar:vector:{fingerprint}:{hashlib.sha256(repr(query).encode()).hexdigest()}"
     )
+
+
+def _digest(key: str, content: bytes) -> bytes:
+    """Return the digest that stands before a value: of the key too, so that the value
+    of another query is damage.
+    """
+    return hashlib.blake2b(key.encode() + content, digest_size=_DIGEST_BYTES).digest()

@@ -23,7 +23,7 @@ from pydantic import (
 )
 from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict, SettingsError
 
-from app.core.callers import ApiKey, parse_keys
+from app.core.callers import ApiKey, parse_admin_key, parse_keys
 from app.core.plugins import find_plugins
 from app.core.redis import connect
 from dcar_core.images.formats import WEB_FORMATS, ImageFormat
@@ -77,6 +77,10 @@ def _like(pattern: str, example: str) -> AfterValidator:
 def _check_redis_url(value: SecretStr) -> SecretStr:
     connect(value.get_secret_value())  # which checks it, and connects later
     return value
+
+
+def _hash_admin_key(value: SecretStr) -> SecretStr:
+    return SecretStr(parse_admin_key(value.get_secret_value()))
 
 
 IndexDir = Annotated[Path, AfterValidator(index_path)]
@@ -228,9 +232,9 @@ class Settings(BaseSettings):
     """Seconds between two checks for a newly published index version. 0 disables
     them.
     """
-    admin_key: Annotated[SecretStr, Field(min_length=8)] | None = None
-    """Key of the /admin routes, in plain text or as sha256:HASH. Unset: they are
-    disabled.
+    admin_key: Annotated[SecretStr, AfterValidator(_hash_admin_key)] | None = None
+    """Key of the /admin routes: the line that `dcar key admin` prints, sha256:HASH, or
+    a key of at least 16 characters. Unset: they are disabled.
     """
     api_keys: Keys = {}
     """Keys that may search, as NAME:HASH pairs separated by commas; `dcar key NAME`

@@ -15,6 +15,7 @@ from typer.testing import CliRunner, Result
 
 from app.cli import app, main
 from app.cli.serving import serve_index
+from app.core.callers import is_key, key_hash
 from app.core.settings import load_settings
 from dcar_core.model.config import MODEL_CONFIG
 from dcar_core.training.train import STATE_FILE
@@ -362,22 +363,41 @@ def test_variables_of_other_programs_are_ignored(
 def test_secrets_are_read_from_files(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    file = write_file(tmp_path / "key", b"a-long-secret\n")
+    file = write_file(tmp_path / "key", b"a long secret key\n")
     monkeypatch.setenv("DCAR_ADMIN_KEY_FILE", str(file))
     settings = load_settings(index=tmp_path)
     assert settings.admin_key is not None
-    assert settings.admin_key.get_secret_value() == "a-long-secret"
-    monkeypatch.setenv("DCAR_ADMIN_KEY", "another-secret")
+    assert is_key("a long secret key", settings.admin_key.get_secret_value())
+    monkeypatch.setenv("DCAR_ADMIN_KEY", "another secret key")
     with pytest.raises(
         DcarError, match="DCAR_ADMIN_KEY_FILE: DCAR_ADMIN_KEY is set as well"
     ):
         load_settings(index=tmp_path)
 
 
+@pytest.mark.parametrize("name", ["sha256", "admin", "the.admin"])
+def test_the_line_of_a_key_is_its_hash_and_not_the_password(
+    name: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    digest = key_hash("a long secret key")
+    monkeypatch.setenv("DCAR_ADMIN_KEY", f"{name}:{digest.upper()}")
+    settings = load_settings(index=tmp_path)
+    assert settings.admin_key is not None
+    secret = settings.admin_key.get_secret_value()
+    assert is_key("a long secret key", secret)
+    for wrong in (digest, f"{name}:{digest}", secret):
+        assert not is_key(wrong, secret)
+
+
 WRONG = [
     ("ADMIN_KEY_FILE", ["/dev/null", "/nowhere/key"], ""),
     ("PORT", ["many"], ""),
-    ("ADMIN_KEY", ["tiny&"], "at least 8"),
+    ("ADMIN_KEY", ["tiny&", "fifteen letters"], "at least 16"),
+    (
+        "ADMIN_KEY",
+        [f"sha256:{'a' * 63}", "sha256:0123456789abcdef"],
+        "64 hexadecimal digits",
+    ),
     ("FEEDBACK_TEXTS", ["true"], "needs DCAR_FEEDBACK"),
     ("API_KEYS", ["x", " , ", "shop:abcdef"], ""),
     (
@@ -431,7 +451,7 @@ def test_an_index_is_needed_and_has_a_name_of_its_own(tmp_path: Path) -> None:
 def test_values_are_read_as_requests_send_them_and_secrets_are_not_shown(
     tmp_path: Path,
 ) -> None:
-    secrets = {"admin_key": "a-long-secret", "redis_url": "redis://:pass@localhost"}
+    secrets = {"admin_key": "a long secret key", "redis_url": "redis://:pass@localhost"}
     origins = "https://shop.example, https://other.example"
     settings = load_settings(
         index=tmp_path,
@@ -441,5 +461,5 @@ def test_values_are_read_as_requests_send_them_and_secrets_are_not_shown(
     )
     assert settings.cors_origins == ("https://shop.example", "https://other.example")
     assert settings.image_hosts == ("pictures.example",)
-    assert "a-long-secret" not in repr(settings)
+    assert "a long secret" not in repr(settings)
     assert "pass" not in repr(settings)

@@ -148,6 +148,39 @@ async def test_services_share_vectors_by_hashes_and_answer_alike(
     client.close()
 
 
+def _flip(value: bytes) -> bytes:
+    return value[:-1] + bytes([value[-1] ^ 64])
+
+
+async def test_a_damaged_vector_is_a_miss(redis_server: RedisServer) -> None:
+    cache = RedisCache(redis_server.url, 60)
+    client = redis.Redis.from_url(redis_server.url)
+    cache.put("model", "red", VECTOR)
+    cache.put("model", "blue", -VECTOR)
+    await cache.close()
+    cache = RedisCache(redis_server.url, 60)
+    values = {key: client.get(key) for key in client.scan_iter()}
+    key, other = values
+    whole = values[key]
+    assert isinstance(whole, bytes)
+    digest = whole[:-128]
+    for damaged in (
+        digest + bytes(128),
+        digest + np.random.default_rng(0).random(32, np.float32).tobytes(),
+        digest + (100 * VECTOR).tobytes(),
+        _flip(whole),
+        values[other],  # of another query
+    ):
+        client.set(key, damaged)
+        found = [await cache.get("model", query, 32) for query in ("red", "blue")]
+        assert sum(vector is None for vector in found) == 1
+    client.set(key, whole)
+    for query in ("red", "blue"):
+        assert await cache.get("model", query, 32) is not None
+    client.close()
+    await cache.close()
+
+
 async def test_failed_redis_rests_for_a_while_and_vectors_are_of_a_model(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
