@@ -159,17 +159,18 @@ async def test_a_damaged_vector_is_a_miss(redis_server: RedisServer) -> None:
     cache.put("model", "blue", -VECTOR)
     await cache.close()
     cache = RedisCache(redis_server.url, 60)
-    values = {key: client.get(key) for key in client.scan_iter()}
-    key, other = values
-    whole = values[key]
+    key, other = client.scan_iter()
+    whole = client.get(key)
+    foreign = client.get(other)
     assert isinstance(whole, bytes)
+    assert isinstance(foreign, bytes)
     digest = whole[:-128]
     for damaged in (
         digest + bytes(128),
         digest + np.random.default_rng(0).random(32, np.float32).tobytes(),
         digest + (100 * VECTOR).tobytes(),
         _flip(whole),
-        values[other],  # of another query
+        foreign,  # of another query
     ):
         client.set(key, damaged)
         found = [await cache.get("model", query, 32) for query in ("red", "blue")]
