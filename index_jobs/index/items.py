@@ -100,6 +100,14 @@ def as_scanned(metadata: str, scanned: str) -> str:
     ).decode()
 
 
+def _metadata_json(record: Mapping[str, Any]) -> str:
+    """Return an item's fields that are not built in, as they are stored."""
+    metadata = {
+        name: value for name, value in record.items() if name not in BUILT_IN_FIELDS
+    }
+    return canonical_json(metadata).decode()
+
+
 def type_of(value: Any) -> pa.DataType:
     if isinstance(value, bool):
         return pa.bool_()
@@ -282,43 +290,22 @@ class Items:
         names of those that may differ.
         """
         rows = np.array(sorted(records), np.int64)
+        fields = [records[row] for row in rows.tolist()]
         columns = {
             name: [batch.column(name) for batch in self._batches]
             for name in self._schema.names
         }
-        fields = [records[row] for row in rows.tolist()]
-        own = [
-            {
-                name: value
-                for name, value in record.items()
-                if name not in BUILT_IN_FIELDS
-            }
-            for record in fields
-        ]
-        texts = {
-            name: [record.get(name, "") for record in fields]
-            for name in {"caption", "category"} & changed
-        }
-        for name, values in {
-            **texts,
-            "metadata": [canonical_json(record).decode() for record in own],
-        }.items():
-            columns[name] = _replaced(columns[name], rows, values, _TEXT)
+        for name in {"caption", "category"} & changed:
+            texts = [record.get(name, "") for record in fields]
+            columns[name] = _replaced(columns[name], rows, texts, _TEXT)
+        metadata = [_metadata_json(record) for record in fields]
+        columns["metadata"] = _replaced(columns["metadata"], rows, metadata, _TEXT)
         for name in sorted(changed - {*BUILT_IN_FIELDS}):
-            values = [record.get(name) for record in own]
+            values = [record.get(name) for record in fields]
             before = columns.pop(_FIELD + name, [])
-            kinds = [array.type for array in before[:1]] + [
-                type_of(value) for value in values if value is not None
-            ]
-            if not kinds or (not before and len(columns) >= len(_TYPES) + MAX_FIELDS):
+            if not before and len(columns) >= len(_TYPES) + MAX_FIELDS:
                 continue
-            target = reduce(common_type, kinds)
-            after = _replaced(
-                before or [pa.nulls(len(batch), target) for batch in self._batches],
-                rows,
-                values,
-                target,
-            )
+            after = self._changed_field(before, rows, values)
             # the last value may be gone
             if any(array.null_count < len(array) for array in after):
                 columns[_FIELD + name] = after
@@ -326,6 +313,24 @@ class Items:
         with atomic_writer(path) as file, pa.ipc.new_file(file, schema) as writer:
             for arrays in zip(*columns.values(), strict=True):
                 writer.write_batch(pa.RecordBatch.from_arrays([*arrays], schema=schema))
+
+    def _changed_field(
+        self,
+        before: list[pa.Array],
+        rows: Rows,
+        values: list[Any],
+    ) -> list[pa.Array]:
+        """Return the batches of a field with other values in some rows, in the
+        narrowest type that holds both. A new field has no batches before.
+        """
+        types = [array.type for array in before[:1]]
+        types += [type_of(value) for value in values if value is not None]
+        if not types:
+            return []
+        target = reduce(common_type, types)
+        if not before:
+            before = [pa.nulls(len(batch), target) for batch in self._batches]
+        return _replaced(before, rows, values, target)
 
     def row_of(self, item_id: str) -> int | None:
         """Return the row of an id, or None, by binary search over UTF-8 bytes, which is
