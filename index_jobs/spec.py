@@ -15,6 +15,7 @@ from dcar_core.util.errors import DataError
 from dcar_core.util.options import option
 
 KEEP_WRITES = 5  # versions that changes over HTTP or by a watch keep of theirs
+_EXPONENTS = {"": 0, "K": 1, "M": 2, "G": 3, "T": 4}  # of the prefix of a size
 _SHARE = {"metavar": "SHARE", "min": 0, "max": 1}
 
 
@@ -25,15 +26,13 @@ def parse_size(text: str) -> int:
     match = re.fullmatch(
         r"(\d+(?:\.\d+)?)\s*([KMGT]?)(i)?B?",
         text.strip(),
-        re.IGNORECASE,
+        re.IGNORECASE | re.ASCII,
     )
+    size = 0
     if match:
-        size = int(
-            float(match[1])
-            * (1024 if match[3] else 1000) ** " KMGT".index(match[2].upper() or " ")
-        )
-    else:
-        size = 0
+        number, prefix, is_binary = match.groups()
+        base = 1024 if is_binary else 1000
+        size = int(float(number) * base ** _EXPONENTS[prefix.upper()])
     if size < 1_000_000:
         raise ValueError(
             f"{text!r} is not a size of a megabyte or more; give one such as 800MiB or"
