@@ -22,7 +22,12 @@ from dcar_core import Encoder
 from dcar_core.model.tokenizer import common_words
 from dcar_core.util.arrays import Blocks, Floats, Rows
 from dcar_core.util.metrics import TIE_TOLERANCE
-from index_jobs.engines.protocol import HeldOutQueries, ScoredRows, merge_top_k
+from index_jobs.engines.protocol import (
+    HeldOutQueries,
+    ScoredRows,
+    merge_top_k,
+    no_results,
+)
 
 MAX_QUERIES = 1000
 NEIGHBOURS = 10
@@ -145,10 +150,7 @@ class Benchmark:
 def find_neighbours(blocks: Blocks, queries: Floats) -> ScoredRows:
     """Return the ten nearest neighbours of queries (q, E) by brute force."""
     start = 0
-    best = (
-        np.empty((len(queries), 0), np.float32),
-        np.empty((len(queries), 0), np.int64),
-    )
+    best = no_results(len(queries))
     for block in blocks():
         if not len(block):
             continue

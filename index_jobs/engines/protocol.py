@@ -32,6 +32,10 @@ _BUILT_IN = {
     "faiss": "index_jobs.engines.faiss.build:FaissEngine",
 }
 
+# rows that exact search compares in a few milliseconds, so that no engine needs a graph
+# or lists for them
+EXACT_UP_TO = 20_000
+
 Files = Mapping[str, Path]  # by name, those of an engine among them
 # scores float32 (n, k), best first, and rows int64 (n, k), -1 where there are fewer
 ScoredRows = tuple[Floats, Rows]
@@ -157,6 +161,11 @@ def load_engine(text: str) -> Engine:
         )
     plugged: Engine = plug_ins[name].load()(uri)
     return plugged
+
+
+def no_results(count: int) -> ScoredRows:
+    """Return the results of `count` queries before any search, (count, 0)."""
+    return np.empty((count, 0), np.float32), np.empty((count, 0), np.int64)
 
 
 def merge_top_k(scores: Sequence[Floats], rows: Sequence[Rows], k: int) -> ScoredRows:

@@ -41,6 +41,7 @@ from index_jobs.engines.protocol import (
     VectorIndex,
     load_engine,
     merge_top_k,
+    no_results,
 )
 from index_jobs.gallery.locations import (
     LOCAL_SCHEMES,
@@ -344,8 +345,7 @@ class IndexVersion:
             rows = self.live_rows
         if len(self.parts) == 1:
             return self.parts[0].vectors.search(vectors, k, rows, is_narrow=is_narrow)
-        scores = [np.empty((len(vectors), 0), np.float32)]
-        nearest = [np.empty((len(vectors), 0), np.int64)]
+        best = no_results(len(vectors))
         for part in self.parts:
             chosen = None if rows is None else rows.part(part.rows)
             part_scores, positions = part.vectors.search(
@@ -354,9 +354,9 @@ class IndexVersion:
                 chosen,
                 is_narrow=is_narrow,
             )
-            scores.append(part_scores)
-            nearest.append(np.where(positions >= 0, positions + part.rows.start, -1))
-        return merge_top_k(scores, nearest, k)
+            part_rows = np.where(positions >= 0, positions + part.rows.start, -1)
+            best = merge_top_k([best[0], part_scores], [best[1], part_rows], k)
+        return best
 
     def vectors(self, rows: Rows) -> Floats:
         """Return the vectors of rows, as `VectorIndex.vectors`. Raise IndexError if one

@@ -29,7 +29,7 @@ from filelock import FileLock
 from dcar_core.util.errors import ArtifactError, DcarError, LockedError
 from dcar_core.util.files import fsync_path, sha256_of
 from dcar_core.util.processes import hold_lock
-from index_jobs.engines.protocol import load_engine
+from index_jobs.engines.protocol import EXACT_UP_TO, load_engine
 from index_jobs.index.concepts import pull_concepts
 from index_jobs.index.index_version import (
     ImageAccess,
@@ -65,12 +65,13 @@ from index_jobs.spec import BuildOptions
 logger = logging.getLogger(__name__)
 
 # compared one by one in every search, in addition to the built index
-ADDED_ROWS = 20_000
+ADDED_ROWS = EXACT_UP_TO
 # beyond these, a rebuild is recommended
 _MAX_ADDITIONS = 8
 _ADDED_SHARE = 0.2
 _HIDDEN_SHARE = 0.2
-_NAMED_ROWS = 20_000  # also beyond this many rows that each search names to an engine
+# also beyond this many rows that each search names to an engine
+_NAMED_ROWS = EXACT_UP_TO
 _LOCK = ".lock"
 _PULL_LOCK = ".pull.lock"
 _KEPT = 3  # versions on the disk of a replica: those that were in use last

@@ -35,6 +35,7 @@ from index_jobs.engines.faiss.index import (
 )
 from index_jobs.engines.measure import Benchmark, sample_vectors, tune
 from index_jobs.engines.protocol import (
+    EXACT_UP_TO,
     CreatedIndex,
     Engine,
     Files,
@@ -52,7 +53,6 @@ _MAX_GRAPH_WIDTH = 4096
 _COARSE_WIDTH = 64
 _CONSTRUCTION_WIDTH = 100
 _LARGE_CONSTRUCTION_WIDTH = 200
-FLAT_UP_TO = 20_000
 # beyond, only lists: at ten million a graph took 50 minutes and missed the target
 _GRAPH_UP_TO = 5_000_000
 _GRAPH_BYTES = 4 * 2 * 24 + 16  # links of a vector in a graph of degree 24
@@ -330,9 +330,9 @@ def _choose_automatically(count: int, dim: int, memory: int) -> list[IndexChoice
     kinds = _kinds(count, dim)
     vectors = f"{count:,} vectors of {dim}"
     flat = kinds.pop("flat")
-    if count <= FLAT_UP_TO:
+    if count <= EXACT_UP_TO:
         reason = (
-            f"{count:,} vectors are at most {FLAT_UP_TO:,}, where exact search takes"
+            f"{count:,} vectors are at most {EXACT_UP_TO:,}, where exact search takes"
             " two milliseconds"
         )
         return [replace(flat, reason=reason)]

@@ -24,14 +24,19 @@ import numpy as np
 from dcar_core.util.arrays import Floats, Mask, Rows
 from dcar_core.util.errors import ArtifactError
 from dcar_core.util.files import atomic_writer
-from index_jobs.engines.protocol import ScoredRows, VectorIndex, merge_top_k
+from index_jobs.engines.protocol import (
+    EXACT_UP_TO,
+    ScoredRows,
+    VectorIndex,
+    merge_top_k,
+    no_results,
+)
 from index_jobs.row_filter import RowFilter
 
 faiss: Any = typed_faiss  # its type hints have the C++ signatures only
 
 VECTORS = "index.faiss"
 MAX_GPU_K = 2048  # results of a GPU search
-EXACT_UP_TO = 20_000  # rows that take a few milliseconds to compare one by one
 # results that tuning covers: ten, and two that show whether there are more, or equal
 # ones
 _TUNED_FOR = 12
@@ -154,43 +159,60 @@ class FaissIndex(VectorIndex):
         """Search among `count` rows of a mask."""
         if count <= EXACT_UP_TO or not self._maximum:
             return self._search_exactly(vectors, k, mask)
-        share = count / self.count
-        wanted = min(self.count, math.ceil(k / (_SPARSE * share)))
-        if self._has_lists:
-            enough = k
-            limit = _SCAN_RATIO * (count - self._factor * wanted) / self._visited
-            width = min(
-                self._maximum, math.ceil(max(self._tuned, self._width_for(k)) / share)
-            )
-        else:
-            enough = max(k, self._tuned)
-            limit = count / _GRAPH_COST
-            width = max(
-                round(_GRAPH_RESERVE * enough / share), round(self._factor * wanted)
-            )
+        candidates = min(self.count, math.ceil(k / (_SPARSE * count / self.count)))
+        width, limit = self._selection_width(k, count, candidates)
         if width > limit:
             return self._search_exactly(vectors, k, mask)
-        scores, rows = self._search(vectors, wanted, width)
+        scores, rows = self._search(vectors, candidates, width)
         scores, rows = merge_top_k([scores], [np.where(mask[rows], rows, -1)], k)
         for number in np.flatnonzero(rows[:, -1] < 0):
-            # distant rows are many hops or lists away
-            vector = vectors[number, None]
-            wider = _WIDENING**2 * width
-            while min(wider, self._maximum) <= limit:
-                found = self._search(
-                    vector,
-                    enough,
-                    min(wider, self._maximum),
-                    _selector(mask),
-                )
-                if found[1][0, -1] >= 0 or wider >= self._maximum:
-                    break
-                wider *= _WIDENING
-            else:
-                found = self._search_exactly(vector, k, mask)
+            found = self._search_wider(vectors[number, None], k, mask, width, limit)
             scores[number] = found[0][0, :k]
             rows[number] = found[1][0, :k]
         return scores, rows
+
+    def _selection_width(
+        self,
+        k: int,
+        count: int,
+        candidates: int,
+    ) -> tuple[int, float]:
+        """Return the width of the first search among `count` selected rows, and the
+        width beyond which an exact search is faster.
+        """
+        share = count / self.count
+        returned = self._factor * candidates
+        if self._has_lists:
+            width = math.ceil(max(self._tuned, self._width_for(k)) / share)
+            limit = _SCAN_RATIO * (count - returned) / self._visited
+            return min(self._maximum, width), limit
+        width = round(_GRAPH_RESERVE * max(k, self._tuned) / share)
+        return max(width, round(returned)), count / _GRAPH_COST
+
+    def _search_wider(
+        self,
+        vector: Floats,
+        k: int,
+        mask: Mask,
+        width: int,
+        limit: float,
+    ) -> ScoredRows:
+        """Search for one vector, (1, dim), from which the selected rows are many hops
+        or lists away. FAISS skips the other rows, in ever wider searches.
+        """
+        results = k if self._has_lists else max(k, self._tuned)
+        width *= _WIDENING**2
+        while min(width, self._maximum) <= limit:
+            found = self._search(
+                vector,
+                results,
+                min(width, self._maximum),
+                _selector(mask),
+            )
+            if found[1][0, -1] >= 0 or width >= self._maximum:
+                return found
+            width *= _WIDENING
+        return self._search_exactly(vector, k, mask)
 
     def _width_for(self, k: int) -> int:
         return math.ceil(_VISITED * k / self._visited)
@@ -222,8 +244,7 @@ class FaissIndex(VectorIndex):
                 params=faiss.SearchParameters(sel=_selector(mask)),
             )
             return merge_top_k([scores], [rows], k)
-        scores = np.empty((len(vectors), 0), np.float32)
-        rows = np.empty((len(vectors), 0), np.int64)
+        scores, rows = no_results(len(vectors))
         for start in range(0, len(selected), _BLOCK):
             block: Rows = selected[start : start + _BLOCK]
             decoded = self._index.reconstruct_batch(block)

@@ -34,14 +34,19 @@ from dcar_qdrant.conditions import payload_keys
 from dcar_qdrant.connection import API_KEY, call, connect
 from dcar_qdrant.index import BATCH, LOCATION, QdrantIndex, QdrantLocation
 from index_jobs.engines.measure import Benchmark, tune
-from index_jobs.engines.protocol import CreatedIndex, Engine, Files, NewIndex
+from index_jobs.engines.protocol import (
+    EXACT_UP_TO,
+    CreatedIndex,
+    Engine,
+    Files,
+    NewIndex,
+)
 from index_jobs.row_filter import EMPTY_IS_MISSING
 from index_jobs.spec import IndexSpec
 
 logger = logging.getLogger(__name__)
 
 _KINDS = ("auto", "flat", "hnsw")
-_FLAT_UP_TO = 20_000  # vectors that `auto` compares one by one
 _DEGREE = 24
 _CONSTRUCTION_WIDTH = 200
 _SETTINGS = frozenset({"shard_number", "replication_factor", "hnsw_ef"})
@@ -115,7 +120,7 @@ class QdrantEngine(Engine):
     def create(self, spec: IndexSpec, new: NewIndex) -> CreatedIndex:
         """Create, fill and tune a collection, and write `qdrant.json`."""
         is_flat = spec.kind == "flat" or (
-            spec.kind == "auto" and new.count <= _FLAT_UP_TO
+            spec.kind == "auto" and new.count <= EXACT_UP_TO
         )
         keys = payload_keys(new.fields.column_names)
         fields = {
