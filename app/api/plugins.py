@@ -92,10 +92,7 @@ def report_search(
     has_image: bool,
 ) -> None:
     """Show an answered search to the plug-ins."""
-    plugins = state_of(request).plugins
-    if not plugins:
-        return
     caller = request.scope.get(CALLER, "")
     context = SearchContext(request, caller, collection_of(request), has_image)
-    for plugin in plugins.values():
+    for plugin in state_of(request).plugins.values():
         plugin.on_search(query, response, context)

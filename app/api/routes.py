@@ -95,7 +95,8 @@ async def _search(
     )
     if state_of(request).feedback is not None:
         noted(request, query, body, has_image=image is not None)
-    report_search(request, query, body, has_image=image is not None)
+    if state_of(request).plugins:
+        report_search(request, query, body, has_image=image is not None)
     return await send_items(request, body, size)
 
 
@@ -147,7 +148,8 @@ async def search_batch(request: Request) -> Response:
     )
     for (query, image), (body, _) in zip(searches, pages, strict=True):
         noted(request, query, body, has_image=image is not None)
-        report_search(request, query, body, has_image=image is not None)
+        if state_of(request).plugins:
+            report_search(request, query, body, has_image=image is not None)
     answers = {"index_version": served.version, "answers": [body for body, _ in pages]}
     return await send_items(request, answers, sum(size for _, size in pages))
 

@@ -673,7 +673,7 @@ async def test_put_counts_as_its_items_and_large_bodies_are_refused(
 ) -> None:
     async with opened(
         index,
-        rate_limit="3/minute",
+        rate_limit="2/minute",  # nor do they fit when a minute begins in between
         max_upload_bytes=1024,
         **WRITES,
     ) as client:
